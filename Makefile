@@ -1,0 +1,54 @@
+# The only commands anyone needs. The first run makes .venv and builds; later ones reuse what is there.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
+RUST := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -o -name 'Cargo.toml')
+PATHS := python tests benchmarks examples
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench clean tools
+
+help: ## Print the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+demo: $(VENV)/built ## Train, save, load and ask the language identifier (about two minutes)
+	$(BIN)/python examples/language_id.py
+
+test: $(VENV)/built ## Run all tests
+	cargo test --package pdrs-core
+	$(BIN)/python -m pytest
+
+check: $(VENV)/built ## Check format, lints, types, stubs, and run the code in README and docs
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- --deny warnings
+	$(BIN)/ruff format --check $(PATHS)
+	$(BIN)/ruff check $(PATHS)
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest pdrs._core
+	$(BIN)/python -m pytest --doctest-glob='*.md' --doctest-glob='*.pyi' --doctest-modules README.md docs python/pdrs
+
+bench: $(VENV)/built ## Measure side by side with torch, write tables and plots (about ten minutes)
+	$(BIN)/python benchmarks/run.py
+
+clean: ## Remove what the other targets made
+	rm -rf $(VENV) target python/pdrs/_core*.so python/pdrs/_core*.pyd
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find python tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
+
+tools:
+	@command -v cargo >/dev/null || { echo "cargo is missing: install Rust (stable) from https://rustup.rs" >&2; exit 1; }
+	@command -v cc >/dev/null || { echo "cc is missing: install a C compiler (Debian: apt install build-essential)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+		{ echo "$(PYTHON) is missing, older than 3.10, or without venv: install it (Debian: apt install python3-venv)," \
+		"or name another: make PYTHON=python3.12" >&2; exit 1; }
+
+$(VENV)/installed: pyproject.toml | tools
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --group contribute
+	touch $@
+
+$(VENV)/built: $(VENV)/installed $(RUST) pyproject.toml | tools
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/maturin develop --release --quiet
+	touch $@

@@ -1,0 +1,104 @@
+"""Views of an IndexMap and of a ParameterDict: what ``collections.abc`` offers, iterated in Rust."""
+
+from __future__ import annotations
+
+from collections import abc
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+from pdrs._core import EntryIterator, IndexMap
+
+if TYPE_CHECKING:
+    from pdrs.parameter_dict import ParameterDict
+
+abc.MutableMapping.register(IndexMap)
+
+
+class KeysView(abc.KeysView[str]):
+    """The names of an IndexMap, in order; a set."""
+
+    _mapping: IndexMap
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._mapping)
+
+    def __reversed__(self) -> Iterator[str]:
+        return reversed(self._mapping)
+
+
+class ValuesView(abc.ValuesView[int]):
+    """The rows of an IndexMap, in the order of their names."""
+
+    _mapping: IndexMap
+
+    def __iter__(self) -> Iterator[int]:
+        return self._mapping._iterate(1, False)
+
+    def __reversed__(self) -> Iterator[int]:
+        return self._mapping._iterate(1, True)
+
+
+class ItemsView(abc.ItemsView[str, int]):
+    """The names and rows of an IndexMap, in order."""
+
+    _mapping: IndexMap
+
+    def __iter__(self) -> Iterator[tuple[str, int]]:
+        return self._mapping._iterate(2, False)
+
+    def __reversed__(self) -> Iterator[tuple[str, int]]:
+        return self._mapping._iterate(2, True)
+
+
+class _EntriesView:
+    """What the values and the items of a ParameterDict have in common."""
+
+    def __init__(self, entries: ParameterDict, override: Callable[[str], Any] | None) -> None:
+        self._entries = entries
+        # A subclass's own `__getitem__`: what it gives is the value.
+        self._override = override
+
+    def __len__(self) -> int:
+        return len(self._entries._keys)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._entries!r})"
+
+    def _iterate(self, yields: Literal["values", "items"], backwards: bool) -> Iterator[Any]:
+        entries = self._entries
+        if (value_of := self._override) is None:
+            return EntryIterator(entries._keys, entries._parameters, entries._value_elsewhere, yields, backwards)
+        names = reversed(entries._keys) if backwards else iter(entries._keys)
+        if yields == "values":
+            return map(value_of, names)
+        return ((name, value_of(name)) for name in names)
+
+
+class EntryValuesView(_EntriesView, abc.ValuesView[Any]):
+    """The values of a ParameterDict, in order."""
+
+    def __contains__(self, value: object) -> bool:
+        # Not `==`: that of tensors compares their elements.
+        return any(value is one for one in self)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._iterate("values", False)
+
+    def __reversed__(self) -> Iterator[Any]:
+        return self._iterate("values", True)
+
+
+class EntryItemsView(_EntriesView, abc.ItemsView[str, Any]):
+    """The names and values of a ParameterDict, in order."""
+
+    def __contains__(self, item: object) -> bool:
+        if not (isinstance(item, tuple) and len(item) == 2) or item[0] not in self._entries._keys:
+            return False
+        value = self._entries[item[0]] if self._override is None else self._override(item[0])
+        return value is item[1]
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        return self._iterate("items", False)
+
+    def __reversed__(self) -> Iterator[tuple[str, Any]]:
+        return self._iterate("items", True)

@@ -1,0 +1,527 @@
+"""``pdrs.ParameterDict``: torch's ParameterDict with its names in Rust."""
+
+from __future__ import annotations
+
+import gc
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping
+from contextlib import contextmanager
+from itertools import islice, repeat
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import assume_constant_result
+from torch.compiler import is_dynamo_compiling as _tracing
+from torch.nn import Module, Parameter
+from torch.nn.modules import module as _torch_module
+from torch.nn.utils.parametrize import is_parametrized
+
+from pdrs._core import (
+    IndexMap,
+    clear_entries,
+    in_order,
+    in_step,
+    pop_end,
+    pop_entry,
+    prepare,
+    save_parameters,
+    take_over,
+    unzip,
+    use_native_slots,
+)
+from pdrs._views import EntryItemsView, EntryValuesView
+from pdrs._views import KeysView as NamesView
+
+__all__ = ["ParameterDict"]
+
+# A repr longer than this shows its two ends only.
+_REPR_WHOLE = 100
+_REPR_END = 10
+
+
+class MissingEntryError(KeyError, AttributeError):
+    """What ``pd["missing"]`` raises: a KeyError, as of a dict, and an AttributeError, as torch's class raises."""
+
+    __str__ = KeyError.__str__
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    # Making objects by the million sets the garbage collector off again and again, to find nothing.
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+class ParameterDict(torch.nn.ParameterDict):
+    r"""An ordered dictionary of Parameters that stays fast with a million of them.
+
+    A drop-in for :class:`torch.nn.ParameterDict`, and a subclass of it: every tensor becomes a registered
+    :class:`~torch.nn.Parameter`, a Module becomes a child module, and anything else is kept as it is. The order of
+    insertion is kept, and entries may be popped anywhere in it in O(1). Any ``str`` but the empty one is a key: also
+    one with dots, and ``"type"`` or ``"keys"``, which stay methods when asked for as attributes.
+
+    Parameters
+    ----------
+    parameters
+        A mapping from ``str``, or an iterable of pairs, to begin with; see :meth:`update`. Plain dicts are sorted.
+
+    Notes
+    -----
+    Names and their order lie in a Rust index (:class:`pdrs.IndexMap`), Parameters in the plain dict ``_parameters``, as
+    in every Module, where torch reads and writes them. *n* is the number of entries below; costs are amortised.
+
+    Examples
+    --------
+    >>> import torch, pdrs
+    >>> pd = pdrs.ParameterDict({"left": torch.zeros(2), "right": torch.ones(2)})
+    >>> pd["layer.0.weight"] = torch.zeros(3)
+    >>> list(pd)
+    ['left', 'right', 'layer.0.weight']
+    >>> pd.popitem(last=False)[0]
+    'left'
+    >>> [name for name, _ in pd.named_parameters()]
+    ['right', 'layer.0.weight']
+    """
+
+    _keys: IndexMap  # type: ignore[assignment]  # torch's is a dict, which nobody outside its class uses
+    _values: dict[str, Any]
+
+    def __init__(self, parameters: Any = None) -> None:
+        super().__init__()
+        # In `__dict__` at once: there is nothing yet that `Module.__setattr__` would have to look for.
+        self.__dict__["_keys"] = IndexMap()
+        # Entries that are neither Parameters nor Modules. As attributes of the module, as torch keeps them, they would
+        # hide its methods.
+        self.__dict__["_values"] = {}
+        if parameters is not None:
+            self.update(parameters)
+
+    # -- one entry -----------------------------------------------------------------------------------------------------
+
+    def __getitem__(self, key: str) -> Any:
+        """Return the value of ``key``: its Parameter, Module or plain value. **O(1)**.
+
+        Raises
+        ------
+        KeyError
+            If there is none; the error is an AttributeError, too, as torch's class raises.
+        TypeError
+            If ``key`` is not a ``str``.
+        """
+        try:
+            return self._parameters[key]
+        except (KeyError, TypeError):
+            return self._value_elsewhere(key)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        """Set the value of ``key``: a new key goes to the end, an old one keeps its place. **O(1)**.
+
+        A tensor that is not a Parameter becomes one, with the same data. What is refused leaves no trace.
+
+        Raises
+        ------
+        KeyError
+            If ``key`` is empty.
+        TypeError
+            If ``key`` is not a ``str``, or the value of ``key`` is a Parameter or Module and ``value`` is neither.
+        ValueError
+            If ``value`` is a Parameter that is the result of a differentiable operation.
+        """
+        key = self._key_to_attr(key)
+        if isinstance(value, Tensor):
+            self._set_parameter(key, _to_leaf_parameter(key, value))
+        else:
+            self._check_replaceable(key, value)
+            self._set_other(key, value)
+
+    def __delitem__(self, key: str) -> None:
+        """Remove ``key``; the order of the others stays. Raises KeyError if it is not there. **O(1)**."""
+        del self._keys[key]
+        try:
+            del self._parameters[key]
+        except KeyError:
+            self._delete_elsewhere(key)
+
+    def __contains__(self, key: object) -> bool:
+        """Whether ``key`` is the key of an entry. **O(1)**."""
+        # Direct instances answer `in` natively, by the same look-up: see `use_native_slots` below.
+        if _tracing():
+            return key in self._traced_keys()
+        return key in self._keys
+
+    def pop(self, key: str, *default: Any) -> Any:
+        """Remove ``key`` and return its value, or ``default`` if it is not there and one is given. **O(1)**.
+
+        The order of the others stays. Raises KeyError (and AttributeError) if ``key`` is not there.
+        """
+        if len(default) > 1:
+            raise TypeError(f"pop expected at most 2 arguments, got {1 + len(default)}")
+        if type(self) is ParameterDict:
+            value = pop_entry(self._keys, self._parameters, key)
+            if value is not None:
+                return value
+        if default and key not in self:
+            return default[0]
+        value = self[key]
+        del self[key]
+        return value
+
+    def popitem(self, last: bool = True) -> tuple[str, Any]:
+        """Remove the last (or the first) entry and return its key and value. **O(1)** at either end.
+
+        Raises KeyError if there is none.
+        """
+        if type(self) is ParameterDict:
+            popped = pop_end(self._keys, self._parameters, last)
+            if popped is not None:
+                return popped
+        try:
+            key = next(reversed(self._keys) if last else iter(self._keys))
+        except StopIteration:
+            raise KeyError("popitem(): dictionary is empty") from None
+        value = self[key]
+        del self[key]
+        return key, value
+
+    # -- all entries ---------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """Return the number of entries. **O(1)**."""
+        if _tracing():
+            return len(self._traced_keys())
+        return len(self._keys)
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the keys in order; RuntimeError if entries come or go meanwhile. **O(1)** a step."""
+        if _tracing():
+            return iter(self._traced_keys())
+        return iter(self._keys)
+
+    def __reversed__(self) -> Iterator[str]:
+        """Iterate over the keys from the last to the first. **O(1)** a step."""
+        if _tracing():
+            return reversed(self._traced_keys())
+        return reversed(self._keys)
+
+    def keys(self) -> KeysView[str]:
+        """Return a view of the keys: in order, reversible, a set. **O(1)**."""
+        if _tracing():
+            return dict.fromkeys(self._traced_keys()).keys()
+        return NamesView(self._keys)
+
+    def values(self) -> EntryValuesView:
+        """Return a view of the values: in order, reversible. **O(1)**.
+
+        ``in`` asks for identity, and is **O(n)**.
+        """
+        if _tracing():
+            return [self[key] for key in self._traced_keys()]  # type: ignore[return-value]  # seen by the tracer alone
+        return EntryValuesView(self, self._overriding_getitem())
+
+    def items(self) -> EntryItemsView:
+        """Return a view of the pairs of key and value: in order, reversible. **O(1)**.
+
+        ``in`` is **O(1)**, and asks for identity of the value.
+        """
+        if _tracing():
+            return [(key, self[key]) for key in self._traced_keys()]  # type: ignore[return-value]  # as in values()
+        return EntryItemsView(self, self._overriding_getitem())
+
+    def update(self, parameters: Any) -> None:
+        """Set many entries, as :meth:`__setitem__` would one after another. **O(m)** for ``m`` entries.
+
+        Parameters
+        ----------
+        parameters
+            A mapping from ``str``, or an iterable of pairs. The entries of an ``OrderedDict``, of a ParameterDict and
+            of an iterable of pairs are set in their order; those of another mapping, a plain ``dict`` among them, in
+            the order of the sorted keys (as torch's class does).
+
+        Raises
+        ------
+        TypeError, ValueError, KeyError
+            If ``parameters`` or one of its entries cannot be taken; then no entry has been set.
+        """
+        if not isinstance(parameters, Iterable):
+            raise TypeError(
+                "ParametersDict.update should be called with an iterable of key/value pairs, but got "
+                f"{type(parameters).__name__}"
+            )
+        names, values, source = _unzip(parameters)
+        if self._overrides("__setitem__"):
+            for name, value in zip(names, values, strict=True):
+                self[name] = value
+            return
+        with _collector_paused():
+            self._insert(names, values, source)
+
+    def clear(self) -> None:
+        """Remove all entries. **O(n)**."""
+        if self._overrides("__delitem__"):
+            for key in list(self._keys):
+                del self[key]
+            return
+        for key in clear_entries(self._keys, self._parameters):
+            self._delete_elsewhere(key)
+
+    def copy(self) -> ParameterDict:
+        """Return a new ParameterDict of the same keys and the very same values. **O(n)**."""
+        return ParameterDict(self)
+
+    def fromkeys(self, keys: Iterable[str], default: Any = None) -> ParameterDict:
+        """Return a new ParameterDict of ``keys``, all with the value ``default``. **O(m)** for ``m`` keys.
+
+        A Parameter is shared by all; of another tensor each gets a Parameter of its own over the same data.
+        """
+        return ParameterDict(zip(keys, repeat(default)))
+
+    def extra_repr(self) -> str:
+        """Return a line an entry, or, of more than 100, of the first and the last ten."""
+        hidden = len(self._keys) - 2 * _REPR_END
+        if len(self._keys) <= _REPR_WHOLE or self._overrides("items"):
+            return super().extra_repr()
+        items = self.items()
+        ends = (islice(items, _REPR_END), reversed(list(islice(reversed(items), _REPR_END))))
+        head, tail = (torch.nn.ParameterDict.extra_repr(_Shown(list(end))) for end in ends)  # type: ignore[arg-type]
+        return f"{head}\n  ... {hidden} more ...\n{tail}"
+
+    # -- as a Module ---------------------------------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        """Find entries that are neither Parameters nor Modules, and what torch finds."""
+        values = self.__dict__.get("_values")
+        if values and name in values:
+            return values[name]
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute as torch does, but never mistake an attribute of the module for an entry of that name."""
+        state = self.__dict__
+        if name in state.get("_keys", ()):
+            if name in state or hasattr(type(self), name):
+                object.__setattr__(self, name, value)
+                return
+            if name in self._values:
+                if not isinstance(value, Parameter | Module):
+                    self._values[name] = value
+                    return
+                del self._values[name]
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        """Delete an attribute as torch does: of an entry the key stays, until it is deleted as an entry."""
+        if name in self._values and name not in self.__dict__:
+            del self._values[name]
+        else:
+            super().__delattr__(name)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        own_state = type(self).get_extra_state is not Module.get_extra_state
+        if keep_vars or own_state or self._buffers:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            return
+        with _collector_paused():
+            save_parameters(self._parameters, destination, prefix, Parameter)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # torch takes what stands before the first dot of a key for the name of a child module.
+        suspected: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, suspected, error_msgs)
+        children = tuple(f"{prefix}{name}." for name in self._modules if "." in name)
+        unexpected_keys.extend(
+            key for key in suspected if key[len(prefix) :] not in self._parameters and not key.startswith(children)
+        )
+
+    # -- where an entry lies -------------------------------------------------------------------------------------------
+
+    def _key_to_attr(self, key: str) -> str:
+        if type(key) is not str:
+            # A string enumeration, say: the name is its characters.
+            key = str.__str__(key) if isinstance(key, str) else super()._key_to_attr(key)
+        if not key:
+            raise KeyError('parameter name can\'t be empty string ""')
+        return key
+
+    def _value_elsewhere(self, key: str) -> Any:
+        """Find the value of what is not in ``_parameters`` under exactly this key."""
+        for place in (self._values, self._modules, self._buffers):
+            if key in place:
+                return place[key]
+        if type(key) is not str:
+            return self[self._key_to_attr(key)]
+        # What took the place of a registered Parameter: a parametrization, the tensor of a replica or of a pruned one.
+        if key in self._keys:
+            try:
+                return getattr(self, key)
+            except AttributeError:
+                pass
+        raise MissingEntryError(key)
+
+    def _delete_elsewhere(self, key: str) -> None:
+        key = self._key_to_attr(key)
+        for place in (self._parameters, self._values, self._modules, self._buffers):
+            if key in place:
+                del place[key]
+                return
+        self.__dict__.pop(key, None)
+
+    def _set_parameter(self, key: str, parameter: Parameter) -> None:
+        if key not in self._parameters:
+            if is_parametrized(self, key):
+                raise KeyError(f"attribute '{key}' already exists")
+            self._forget_elsewhere(key)
+        for hook in _torch_module._global_parameter_registration_hooks.values():
+            output = hook(self, key, parameter)
+            if output is not None:
+                parameter = output
+        self._parameters[key] = parameter
+        self._keys[key] = 0
+
+    def _set_other(self, key: str, value: Any) -> None:
+        if isinstance(value, Module):
+            self._forget_elsewhere(key)
+            for hook in _torch_module._global_module_registration_hooks.values():
+                output = hook(self, key, value)
+                if output is not None:
+                    value = output
+            self._modules[key] = value
+        else:
+            registered = (self._parameters, self._modules, self._buffers)
+            place: dict[str, Any] = next((place for place in registered if key in place), self._values)
+            place[key] = value
+        self._keys[key] = 0
+
+    def _forget_elsewhere(self, key: str) -> None:
+        for place in (self._values, self._modules, self._buffers):
+            place.pop(key, None)
+        self._non_persistent_buffers_set.discard(key)
+
+    def _check_replaceable(self, key: str, value: Any) -> None:
+        """Refuse what torch refuses: another kind of value in the place of something registered."""
+        kinds = (
+            (self._parameters, "parameter", "torch.nn.Parameter"),
+            ({} if isinstance(value, Module) else self._modules, "child module", "torch.nn.Module"),
+            (self._buffers, "buffer", "torch.nn.Buffer, torch.Tensor"),
+        )
+        for place, kind, expected in kinds:
+            if value is not None and key in place:
+                raise TypeError(
+                    f"cannot assign '{torch.typename(value)}' as {kind} '{key}' ({expected} or None expected)"
+                )
+
+    def _insert(self, names: list[str], values: list[Any], source: dict[str, Any] | None) -> None:
+        """Insert all, or, if one cannot be taken, none."""
+        others = []
+        unusual, changed = prepare(names, values, Parameter, Tensor)
+        for at in unusual:
+            names[at] = self._key_to_attr(names[at])
+            if isinstance(values[at], Tensor):
+                values[at] = _to_leaf_parameter(names[at], values[at])
+            else:
+                self._check_replaceable(names[at], values[at])
+                others.append(at)
+        hooks = _torch_module._global_parameter_registration_hooks
+        if others or hooks or self._values or self._modules or self._buffers:
+            for name, value in zip(names, values, strict=True):
+                if isinstance(value, Parameter):
+                    self._set_parameter(name, value)
+                else:
+                    self._check_replaceable(name, value)
+                    self._set_other(name, value)
+        else:
+            take_over(self._keys, self._parameters, names, values, None if changed or unusual else source)
+
+    # -- overrides and tracing -----------------------------------------------------------------------------------------
+
+    def _overrides(self, method: str) -> bool:
+        """Whether this object's class has its own ``method``, which must then be called and not gone round."""
+        return getattr(type(self), method) is not getattr(ParameterDict, method)
+
+    def _overriding_getitem(self) -> Callable[[str], Any] | None:
+        return self.__getitem__ if self._overrides("__getitem__") else None
+
+    def _traced_keys(self) -> tuple[str, ...]:
+        """Give the keys to torch.compile: constants, guarded by the dicts that they come from."""
+        for place in (self._parameters, self._values, self._modules):
+            len(place.keys())
+        keys: tuple[str, ...] = self._constant_keys()
+        return keys
+
+    @assume_constant_result  # type: ignore[untyped-decorator]
+    def _constant_keys(self) -> tuple[str, ...]:
+        return tuple(self._keys)
+
+
+class _Shown:
+    """Stands in for a ParameterDict when torch writes the lines of some entries."""
+
+    def __init__(self, entries: list[tuple[str, Any]]) -> None:
+        self._entries = entries
+
+    def items(self) -> list[tuple[str, Any]]:
+        return self._entries
+
+
+def _to_leaf_parameter(key: str, value: Tensor) -> Parameter:
+    parameter = value if isinstance(value, Parameter) else Parameter(value)
+    if parameter.grad_fn:
+        raise ValueError(
+            f"Cannot assign non-leaf Tensor to parameter '{key}'. Model parameters must be created explicitly. "
+            f"To express '{key}' as a function of another Tensor, compute the value in the forward() method."
+        )
+    return parameter
+
+
+def _unzip(parameters: Iterable[Any]) -> tuple[list[Any], list[Any], dict[Any, Any] | None]:
+    """Names and values in the order in which to insert them, and the dict that has just these in this order, if any."""
+    if type(parameters) is ParameterDict:
+        source = parameters._parameters if in_step(parameters._keys, parameters._parameters) else None
+        return list(parameters._keys), list(parameters.values()), source
+    if type(parameters) is OrderedDict:
+        return list(parameters), list(parameters.values()), None
+    if isinstance(parameters, OrderedDict | torch.nn.ParameterDict):
+        return *_columns(parameters.items()), None
+    if not isinstance(parameters, Mapping):
+        return *_columns(parameters), None
+    if type(parameters) is not dict:
+        return *_columns(sorted(parameters.items())), None
+    names = list(parameters)
+    if in_order(names):
+        return names, list(parameters.values()), parameters
+    names.sort()
+    return names, list(map(parameters.__getitem__, names)), None
+
+
+def _columns(pairs: Iterable[Any]) -> tuple[list[Any], list[Any]]:
+    pairs = list(pairs)
+    columns = unzip(pairs)
+    if columns is None:
+        for at, pair in enumerate(pairs):
+            _check_pair(at, pair)
+        columns = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    return columns
+
+
+def _check_pair(at: int, pair: Any) -> None:
+    if not isinstance(pair, Iterable):
+        raise TypeError(f"ParameterDict update sequence element #{at} should be Iterable; is {type(pair).__name__}")
+    if len(pair) != 2:  # type: ignore[arg-type]
+        raise ValueError(f"ParameterDict update sequence element #{at} has length {len(pair)}; 2 is required")  # type: ignore[arg-type]
+
+
+use_native_slots(ParameterDict)

@@ -1,0 +1,15 @@
+//! What pdrs can prove alone: the ordered index of names.
+//!
+//! This crate knows neither Python nor torch and contains no unsafe code, so that it can be tested against a model,
+//! fuzzed and measured by itself. How a key is hashed and compared is a parameter ([`Hashed`], [`Matches`]): the Python
+//! binding keys by shared `str` objects and their cached hash, other users by Rust strings.
+#![forbid(unsafe_code)]
+
+mod error;
+mod index_map;
+mod key;
+mod words;
+
+pub use error::{Error, Result};
+pub use index_map::{IndexMap, Iter, MAX_ENTRIES};
+pub use key::{Hashed, Matches};

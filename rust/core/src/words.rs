@@ -1,0 +1,163 @@
+//! The hash table under an [`IndexMap`](crate::IndexMap): it finds the id of an entry, and never sees a key.
+//!
+//! A word holds 32 bits of hash beside the 32-bit id of an entry; 0 is empty, so a stored hash is never 0. A search
+//! begins at the slot that the low bits of the hash name, its home, and ends at the first empty one.
+
+use std::hint::black_box;
+
+/// Below this many words, empty ones are not worth a sweep.
+const SMALL: usize = 64;
+
+/// Open addressing with linear probing, at most three quarters full; removal leaves no tombstones.
+#[derive(Clone, Default)]
+pub(crate) struct Words {
+    /// The length is a power of two, or 0 before the first insertion.
+    words: Vec<u64>,
+}
+
+fn word(hash: u32, id: u32) -> u64 {
+    u64::from(hash) << 32 | u64::from(id)
+}
+
+fn hash_of(word: u64) -> u32 {
+    (word >> 32) as u32
+}
+
+fn id_of(word: u64) -> u32 {
+    word as u32
+}
+
+/// The number of words for `len` entries: a power of two, at most three quarters full.
+fn words_for(len: usize) -> usize {
+    if len == 0 { 0 } else { (len * 4).div_ceil(3).next_power_of_two().max(8) }
+}
+
+impl Words {
+    pub(crate) fn allocated_bytes(&self) -> usize {
+        self.words.capacity() * size_of::<u64>()
+    }
+
+    /// Makes room for `len` entries in all, at once.
+    pub(crate) fn reserve(&mut self, len: usize) {
+        if words_for(len) > self.words.len() {
+            self.resize(words_for(len));
+        }
+    }
+
+    /// Makes room for `len` entries in all, growing by doubling.
+    pub(crate) fn make_room(&mut self, len: usize) {
+        if len * 4 > self.words.len() * 3 {
+            self.resize((self.words.len() * 2).max(8));
+        }
+    }
+
+    /// Gives memory back if there are many more words than `len` entries need; whether it did.
+    pub(crate) fn shrink(&mut self, len: usize) -> bool {
+        let shrinks = self.words.len() > SMALL && self.words.len() > 16 * len;
+        if shrinks {
+            self.resize(words_for(2 * len));
+        }
+        shrinks
+    }
+
+    /// The slot of the entry with this hash for whose id `is_it` says so, or the empty slot that the search ended at.
+    ///
+    /// There must be words.
+    pub(crate) fn search(&self, hash: u32, is_it: impl Fn(u32) -> bool) -> Result<usize, usize> {
+        let mut slot = self.home(hash);
+        loop {
+            let found = self.words[slot];
+            if found == 0 {
+                return Err(slot);
+            }
+            if hash_of(found) == hash && is_it(id_of(found)) {
+                return Ok(slot);
+            }
+            slot = self.next(slot);
+        }
+    }
+
+    /// The slot of an entry whose hash and id are known.
+    pub(crate) fn slot_of(&self, hash: u32, id: u32) -> usize {
+        self.search(hash, |found| found == id).expect("an entry has no word")
+    }
+
+    /// The id in a slot that is not empty.
+    pub(crate) fn id(&self, slot: usize) -> u32 {
+        id_of(self.words[slot])
+    }
+
+    /// The id in the first slot that a search for `hash` would look into; any number if that is empty.
+    pub(crate) fn first_id(&self, hash: u32) -> u32 {
+        id_of(self.words[self.home(hash)])
+    }
+
+    /// Writes a word into a slot that is empty, or is the entry's own.
+    pub(crate) fn fill(&mut self, slot: usize, hash: u32, id: u32) {
+        self.words[slot] = word(hash, id);
+    }
+
+    /// Empties a slot and moves back the words behind it that may then stand nearer to their homes.
+    pub(crate) fn erase(&mut self, mut empty: usize) {
+        let mask = self.words.len() - 1;
+        let mut slot = empty;
+        loop {
+            slot = (slot + 1) & mask;
+            let moved = self.words[slot];
+            if moved == 0 {
+                break;
+            }
+            let from_home = slot.wrapping_sub(self.home(hash_of(moved))) & mask;
+            if from_home >= slot.wrapping_sub(empty) & mask {
+                self.words[empty] = moved;
+                empty = slot;
+            }
+        }
+        self.words[empty] = 0;
+    }
+
+    /// Gives every entry the id that `renamed` gives for its old one.
+    pub(crate) fn renumber(&mut self, renamed: impl Fn(u32) -> u32) {
+        for one in self.words.iter_mut().filter(|word| **word != 0) {
+            *one = word(hash_of(*one), renamed(id_of(*one)));
+        }
+    }
+
+    /// Brings the homes of a batch into the cache: the loads do not wait for each other, as those of searches would.
+    pub(crate) fn touch(&self, hashes: impl Iterator<Item = u32>) {
+        if !self.words.is_empty() {
+            black_box(hashes.fold(0, |mixed, hash| mixed ^ self.words[self.home(hash)]));
+        }
+    }
+
+    /// Panics unless every word can be found; hands each hash and id to `each`. For tests.
+    pub(crate) fn check(&self, mut each: impl FnMut(u32, u32)) {
+        assert!(self.words.is_empty() || self.words.len().is_power_of_two());
+        let used = self.words.iter().filter(|word| **word != 0).count();
+        assert!(used * 4 <= self.words.len() * 3, "too full");
+        for (slot, &found) in self.words.iter().enumerate().filter(|(_, word)| **word != 0) {
+            let mut probed = self.home(hash_of(found));
+            while probed != slot {
+                assert_ne!(self.words[probed], 0, "an empty slot between a word and its home");
+                probed = self.next(probed);
+            }
+            each(hash_of(found), id_of(found));
+        }
+    }
+
+    fn home(&self, hash: u32) -> usize {
+        hash as usize & (self.words.len() - 1)
+    }
+
+    fn next(&self, slot: usize) -> usize {
+        (slot + 1) & (self.words.len() - 1)
+    }
+
+    fn resize(&mut self, len: usize) {
+        let old = std::mem::replace(&mut self.words, vec![0; len]);
+        for moved in old.into_iter().filter(|word| *word != 0) {
+            let Err(empty) = self.search(hash_of(moved), |_| false) else { continue };
+            self.words[empty] = moved;
+        }
+    }
+}

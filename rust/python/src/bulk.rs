@@ -1,0 +1,250 @@
+//! Sweeps over all entries of a `ParameterDict`, each in one call.
+
+use pyo3::exceptions::PyKeyError;
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyList, PyString, PyTuple, PyType};
+
+use crate::index_map::IndexMap;
+use crate::name::{Name, exact_text, precedes};
+
+/// Readies names and values for `_parameters`, in place. Gives the places of what needs a closer look, and whether
+/// anything else was changed.
+///
+/// A plain tensor becomes a Parameter. Left to the caller are names that are not `str`, and values that are neither
+/// tensors nor Parameters, or that torch might refuse. Names become exact `str`.
+#[pyfunction]
+pub(crate) fn prepare(
+    names: &Bound<'_, PyList>,
+    values: &Bound<'_, PyList>,
+    parameter: &Bound<'_, PyType>,
+    tensor: &Bound<'_, PyType>,
+) -> PyResult<(Vec<usize>, bool)> {
+    let py = names.py();
+    let mut unusual = Vec::new();
+    let mut changed = false;
+    let detach = tensor.getattr(intern!(py, "detach"))?;
+    for (at, (name, value)) in names.iter().zip(values.iter()).enumerate() {
+        let Ok(text) = name.cast_exact::<PyString>() else {
+            if let Some(text) = exact_text(&name)? {
+                names.set_item(at, text)?;
+            }
+            unusual.push(at);
+            continue;
+        };
+        let class = value.get_type();
+        if text.is_empty()? {
+            unusual.push(at);
+        } else if class.is(parameter) {
+            if !value.getattr(intern!(py, "grad_fn"))?.is_none() {
+                unusual.push(at);
+            }
+        } else if class.is(tensor) {
+            match to_parameter(&value, &detach, parameter) {
+                Ok(made) => {
+                    values.set_item(at, made)?;
+                    changed = true;
+                }
+                // Let torch say in its own words why it makes no Parameter of this.
+                Err(_) => unusual.push(at),
+            }
+        } else {
+            unusual.push(at);
+        }
+    }
+    Ok((unusual, changed))
+}
+
+/// `Parameter(value)` for a plain tensor: the same data and version counter, a leaf that requires gradients.
+fn to_parameter<'py>(
+    value: &Bound<'py, PyAny>,
+    detach: &Bound<'py, PyAny>,
+    parameter: &Bound<'py, PyType>,
+) -> PyResult<Bound<'py, PyAny>> {
+    let py = value.py();
+    let made = detach.call1((value,))?;
+    made.setattr(intern!(py, "__class__"), parameter)?;
+    made.setattr(intern!(py, "requires_grad"), true)?;
+    Ok(made)
+}
+
+/// Puts prepared names and values in: into `parameters`, and the names that are new at the end of `index`.
+///
+/// `source` is a dict with just these names and values in this order, if there is one: then torch's dictionary, if it is
+/// still empty, is made as a copy of it, which is several times faster than one insertion after another.
+#[pyfunction]
+#[pyo3(signature = (index, parameters, names, values, source))]
+pub(crate) fn take_over(
+    index: &Bound<'_, IndexMap>,
+    parameters: &Bound<'_, PyDict>,
+    names: &Bound<'_, PyList>,
+    values: &Bound<'_, PyList>,
+    source: Option<&Bound<'_, PyDict>>,
+) -> PyResult<()> {
+    let py = index.py();
+    let mut added = Vec::with_capacity(names.len());
+    for name in names {
+        added.push(Name::new(name.cast_into_exact::<PyString>()?));
+    }
+    match source {
+        Some(source) if parameters.is_empty() => parameters.update(source.as_mapping())?,
+        _ => {
+            for (name, value) in names.iter().zip(values.iter()) {
+                parameters.set_item(name, value)?;
+            }
+        }
+    }
+    index.get().append(py, added).map(drop)
+}
+
+/// The first and the second elements of pairs, or `None` if one of them is not a tuple or list of two.
+#[pyfunction]
+pub(crate) fn unzip<'py>(pairs: &Bound<'py, PyList>) -> PyResult<Option<(Bound<'py, PyList>, Bound<'py, PyList>)>> {
+    let py = pairs.py();
+    let (mut names, mut values) = (Vec::with_capacity(pairs.len()), Vec::with_capacity(pairs.len()));
+    for pair in pairs {
+        let (name, value) = if let Ok(pair) = pair.cast_exact::<PyTuple>() {
+            if pair.len() != 2 {
+                return Ok(None);
+            }
+            (pair.get_item(0)?, pair.get_item(1)?)
+        } else if let Ok(pair) = pair.cast_exact::<PyList>() {
+            if pair.len() != 2 {
+                return Ok(None);
+            }
+            (pair.get_item(0)?, pair.get_item(1)?)
+        } else {
+            return Ok(None);
+        };
+        names.push(name);
+        values.push(value);
+    }
+    Ok(Some((PyList::new(py, names)?, PyList::new(py, values)?)))
+}
+
+/// Whether a list holds only `str`, in order.
+#[pyfunction]
+pub(crate) fn in_order(names: &Bound<'_, PyList>) -> PyResult<bool> {
+    let mut before: Option<Bound<'_, PyString>> = None;
+    for name in names {
+        let Ok(name) = name.cast_into_exact::<PyString>() else {
+            return Ok(false);
+        };
+        if let Some(before) = before
+            && !precedes(&before, &name)?
+        {
+            return Ok(false);
+        }
+        before = Some(name);
+    }
+    Ok(true)
+}
+
+/// Takes the entry of `key` out of `index` and `parameters` and gives its value.
+///
+/// `None`, and nothing is done, if there is none, or if what stands behind it is not in `parameters`.
+#[pyfunction]
+pub(crate) fn pop_entry<'py>(
+    index: &Bound<'py, IndexMap>,
+    parameters: &Bound<'py, PyDict>,
+    key: &Bound<'py, PyAny>,
+) -> PyResult<Option<Bound<'py, PyAny>>> {
+    let Ok(key) = key.cast_exact::<PyString>() else {
+        return Ok(None);
+    };
+    let Some(value) = parameters.get_item(key)? else {
+        return Ok(None);
+    };
+    if !index.get().discard(key) {
+        return Ok(None);
+    }
+    parameters.del_item(key)?;
+    Ok(Some(value))
+}
+
+/// Takes the last (or the first) entry out of `index` and `parameters` and gives its name and value.
+///
+/// `None`, and nothing is done, if there is none, or if what stands behind it is not in `parameters`.
+#[pyfunction]
+pub(crate) fn pop_end<'py>(
+    index: &Bound<'py, IndexMap>,
+    parameters: &Bound<'py, PyDict>,
+    last: bool,
+) -> PyResult<Option<Bound<'py, PyAny>>> {
+    let py = index.py();
+    let Some(name) = index.get().end(py, last) else {
+        return Ok(None);
+    };
+    if last && !parameters.is_empty() {
+        // The last name is nearly always the last key of the dict, which it gives without a look-up.
+        let popped = parameters.call_method0(intern!(py, "popitem"))?;
+        let item = popped.cast::<PyTuple>()?;
+        if item.get_item(0)?.is(&name) && index.get().discard_end(py, &name, last) {
+            return Ok(Some(popped));
+        }
+        parameters.set_item(item.get_item(0)?, item.get_item(1)?)?;
+    }
+    match parameters.get_item(&name)? {
+        Some(value) if index.get().discard_end(py, &name, last) => {
+            parameters.del_item(&name)?;
+            Ok(Some((name, value).into_pyobject(py)?.into_any()))
+        }
+        _ => Ok(None),
+    }
+}
+
+/// Puts the detached tensor of each of `parameters` into a state dict, under its name behind `prefix`.
+///
+/// Those that are None are left out, as torch does.
+#[pyfunction]
+pub(crate) fn save_parameters(
+    parameters: &Bound<'_, PyDict>,
+    destination: &Bound<'_, PyAny>,
+    prefix: &Bound<'_, PyString>,
+    parameter: &Bound<'_, PyType>,
+) -> PyResult<()> {
+    let py = parameters.py();
+    let detach_name = intern!(py, "detach");
+    let detach = parameter.getattr(detach_name)?;
+    let bare = prefix.is_empty()?;
+    for (name, value) in parameters {
+        if value.is_none() {
+            continue;
+        }
+        let exact = value.get_type().is(parameter);
+        let tensor = if exact { detach.call1((value,))? } else { value.call_method0(detach_name)? };
+        if bare {
+            destination.set_item(name, tensor)?;
+        } else {
+            destination.set_item(prefix.add(name)?, tensor)?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether the keys of `parameters` are the names of `index`, in the same order.
+#[pyfunction]
+pub(crate) fn in_step(py: Python<'_>, index: &Bound<'_, IndexMap>, parameters: &Bound<'_, PyDict>) -> bool {
+    let names = index.get().names(py);
+    names.len() == parameters.len()
+        && names.into_iter().zip(parameters.iter()).all(|(name, (key, _))| key.is(name.into_text(py)))
+}
+
+/// Takes all names out of `index`, and what stands behind them out of `parameters`; gives the names that were not there.
+#[pyfunction]
+pub(crate) fn clear_entries<'py>(
+    index: &Bound<'py, IndexMap>,
+    parameters: &Bound<'py, PyDict>,
+) -> PyResult<Vec<Bound<'py, PyString>>> {
+    let py = index.py();
+    let mut elsewhere = Vec::new();
+    for name in index.get().take_names(py) {
+        let name = name.into_text(py);
+        match parameters.del_item(&name) {
+            Ok(()) => {}
+            Err(error) if error.is_instance_of::<PyKeyError>(py) => elsewhere.push(name),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(elsewhere)
+}

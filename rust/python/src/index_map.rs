@@ -1,0 +1,546 @@
+//! `pdrs.IndexMap`: the ordered map from names to row ids, as Python sees it.
+//!
+//! The map lies behind a lock that is held only for pure Rust work: nothing that runs Python code, and nothing that
+//! makes an object that Python's garbage collector tracks, happens while it is held.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard};
+
+use numpy::{PyArray1, PyReadonlyArray1};
+use pdrs_core::IndexMap as Map;
+use pyo3::exceptions::{PyKeyError, PyOverflowError, PyRuntimeError, PyTypeError, PyValueError};
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::sync::{MutexExt, PyOnceLock};
+use pyo3::types::{PyDict, PyList, PyString, PyTuple};
+
+use crate::name::{Name, Query, exact_text, to_text};
+
+/// How many entries `repr` shows at each end of a long map.
+const SHOWN: usize = 5;
+
+/// How many of many missing names an error lists.
+const LISTED: usize = 5;
+
+struct State {
+    map: Map<Name, i64>,
+    /// One more than the largest row that was ever given to a name.
+    next_row: i64,
+}
+
+#[pyclass(frozen, mapping, module = "pdrs")]
+pub(crate) struct IndexMap {
+    state: Mutex<State>,
+    /// The map's generation, to be read without the lock.
+    generation: AtomicU64,
+}
+
+/// The lock, and the duty to publish the generation when it is given back.
+struct Locked<'a> {
+    state: MutexGuard<'a, State>,
+    generation: &'a AtomicU64,
+}
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        self.generation.store(self.state.map.generation(), Ordering::Release);
+    }
+}
+
+impl IndexMap {
+    fn from_state(state: State) -> Self {
+        Self { generation: AtomicU64::new(state.map.generation()), state: Mutex::new(state) }
+    }
+
+    fn read(&self, py: Python<'_>) -> MutexGuard<'_, State> {
+        self.state.lock_py_attached(py).unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    fn write(&self, py: Python<'_>) -> Locked<'_> {
+        Locked { state: self.read(py), generation: &self.generation }
+    }
+
+    /// All names in order.
+    pub(crate) fn names(&self, py: Python<'_>) -> Vec<Name> {
+        self.read(py).map.iter().map(|(name, _)| name.clone_ref(py)).collect()
+    }
+
+    pub(crate) fn len(&self, py: Python<'_>) -> usize {
+        self.read(py).map.len()
+    }
+
+    /// The first or last name.
+    pub(crate) fn end<'py>(&self, py: Python<'py>, last: bool) -> Option<Bound<'py, PyString>> {
+        let state = self.read(py);
+        let (name, _) = if last { state.map.last() } else { state.map.first() }?;
+        Some(name.text(py))
+    }
+
+    /// Removes a name; whether it was there.
+    pub(crate) fn discard(&self, name: &Bound<'_, PyString>) -> bool {
+        let removed = self.write(name.py()).state.map.remove(&Query::from(name));
+        removed.is_some()
+    }
+
+    /// Removes the last or first name if it still is `name`; whether it was.
+    pub(crate) fn discard_end(&self, py: Python<'_>, name: &Bound<'_, PyString>, last: bool) -> bool {
+        let map = &mut self.write(py).state.map;
+        let end = if last { map.last() } else { map.first() };
+        if !end.is_some_and(|(end, _)| end.is(name)) {
+            return false;
+        }
+        if last { map.pop_last() } else { map.pop_first() }.is_some()
+    }
+
+    /// Empties the map and gives the names that it had.
+    pub(crate) fn take_names(&self, py: Python<'_>) -> Vec<Name> {
+        let mut locked = self.write(py);
+        let names = locked.state.map.iter().map(|(name, _)| name.clone_ref(py)).collect();
+        locked.state.map.clear();
+        names
+    }
+
+    /// Adds names that are not there yet, each with the next row.
+    pub(crate) fn append(&self, py: Python<'_>, names: Vec<Name>) -> PyResult<Vec<i64>> {
+        let mut rows = Vec::with_capacity(names.len());
+        let mut locked = self.write(py);
+        let State { map, next_row } = &mut *locked.state;
+        check_rows_left(*next_row, names.len())?;
+        let draw = || {
+            *next_row += 1;
+            *next_row - 1
+        };
+        map.get_or_insert_many(names, draw, |row| rows.push(*row)).map_err(refused)?;
+        Ok(rows)
+    }
+
+    /// Inserts entries whose rows have been checked.
+    fn insert_all(&self, py: Python<'_>, entries: Vec<(Name, i64)>) -> PyResult<()> {
+        let Some(largest) = entries.iter().map(|(_, row)| *row).max() else {
+            return Ok(());
+        };
+        entries.iter().try_for_each(|(_, row)| checked_row(*row).map(drop))?;
+        let mut locked = self.write(py);
+        locked.state.map.insert_many(entries, drop).map_err(refused)?;
+        locked.state.next_row = locked.state.next_row.max(largest.saturating_add(1));
+        Ok(())
+    }
+
+    fn missing(name: Bound<'_, PyString>) -> PyErr {
+        PyKeyError::new_err(name.unbind())
+    }
+
+    /// The entry at or behind `position` (in front of it, if `reversed`) and where to go on.
+    fn step(&self, py: Python<'_>, position: usize, reversed: bool) -> Option<(usize, Name, i64)> {
+        let state = self.read(py);
+        let (found, name, row) =
+            if reversed { state.map.entry_before(position) } else { state.map.entry_at_or_after(position) }?;
+        Some((if reversed { found } else { found + 1 }, name.clone_ref(py), *row))
+    }
+}
+
+fn refused(error: pdrs_core::Error) -> PyErr {
+    PyOverflowError::new_err(error.to_string())
+}
+
+fn check_rows_left(next_row: i64, wanted: usize) -> PyResult<()> {
+    match i64::try_from(wanted).ok().and_then(|wanted| next_row.checked_add(wanted)) {
+        Some(_) => Ok(()),
+        None => Err(PyOverflowError::new_err(format!("no {wanted} rows are left behind row {next_row}"))),
+    }
+}
+
+fn checked_row(row: i64) -> PyResult<i64> {
+    if row < 0 {
+        return Err(PyValueError::new_err(format!("a row must be 0 or more, got {row}")));
+    }
+    Ok(row)
+}
+
+/// The names of a list, tuple, `NumPy` array or other iterable, as exact `str`.
+fn to_names(names: &Bound<'_, PyAny>) -> PyResult<Vec<Name>> {
+    if names.is_instance_of::<PyString>() {
+        return Err(PyTypeError::new_err("names must be an iterable of str, got a single str"));
+    }
+    let mut converted = Vec::with_capacity(names.len().unwrap_or(0));
+    if let Ok(list) = names.cast::<PyList>() {
+        for name in list {
+            converted.push(Name::new(to_text(&name)?));
+        }
+    } else if names.hasattr(intern!(names.py(), "tolist"))? {
+        return to_names(&names.call_method0(intern!(names.py(), "tolist"))?);
+    } else {
+        for name in names.try_iter()? {
+            converted.push(Name::new(to_text(&name?)?));
+        }
+    }
+    Ok(converted)
+}
+
+fn view<'py>(py: Python<'py>, class: &str, index: &Bound<'py, IndexMap>) -> PyResult<Bound<'py, PyAny>> {
+    static VIEWS: PyOnceLock<Py<PyModule>> = PyOnceLock::new();
+    let views = VIEWS.get_or_try_init(py, || PyModule::import(py, "pdrs._views").map(Bound::unbind))?;
+    views.bind(py).getattr(class)?.call1((index,))
+}
+
+#[pymethods]
+impl IndexMap {
+    #[new]
+    #[pyo3(signature = (entries=None))]
+    fn new(entries: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
+        let index = Self::from_state(State { map: Map::new(), next_row: 0 });
+        if let Some(entries) = entries {
+            index.update(entries)?;
+        }
+        Ok(index)
+    }
+
+    #[staticmethod]
+    #[pyo3(signature = (names, rows=None))]
+    fn from_names(names: &Bound<'_, PyAny>, rows: Option<PyReadonlyArray1<'_, i64>>) -> PyResult<Self> {
+        let py = names.py();
+        let index = Self::from_state(State { map: Map::new(), next_row: 0 });
+        let names = to_names(names)?;
+        match rows {
+            None => drop(index.append(py, names)?),
+            Some(rows) => {
+                let rows = rows.as_array();
+                if rows.len() != names.len() {
+                    let (names, rows) = (names.len(), rows.len());
+                    return Err(PyValueError::new_err(format!("got {names} names and {rows} rows")));
+                }
+                index.insert_all(py, names.into_iter().zip(rows.iter().copied()).collect())?;
+            }
+        }
+        Ok(index)
+    }
+
+    fn __len__(&self, py: Python<'_>) -> usize {
+        self.len(py)
+    }
+
+    pub(crate) fn __contains__(&self, name: &Bound<'_, PyAny>) -> PyResult<bool> {
+        if let Ok(text) = name.cast_exact::<PyString>() {
+            return Ok(self.read(name.py()).map.contains(&Query::from(text)));
+        }
+        match exact_text(name)? {
+            Some(text) => Ok(self.read(name.py()).map.contains(&Query::from(&text))),
+            // As in a dict: what cannot be hashed is an error, what can is simply not there.
+            None => name.hash().map(|_| false),
+        }
+    }
+
+    fn __getitem__(&self, name: &Bound<'_, PyAny>) -> PyResult<i64> {
+        let name = to_text(name)?;
+        let row = self.read(name.py()).map.get(&Query::from(&name)).copied();
+        row.ok_or_else(|| Self::missing(name))
+    }
+
+    fn __setitem__(&self, py: Python<'_>, name: &Bound<'_, PyAny>, row: i64) -> PyResult<()> {
+        let name = Name::new(to_text(name)?);
+        let row = checked_row(row)?;
+        let mut locked = self.write(py);
+        locked.state.map.insert(name, row).map_err(refused)?;
+        locked.state.next_row = locked.state.next_row.max(row.saturating_add(1));
+        Ok(())
+    }
+
+    fn __delitem__(&self, name: &Bound<'_, PyAny>) -> PyResult<()> {
+        let name = to_text(name)?;
+        let removed = self.write(name.py()).state.map.remove(&Query::from(&name));
+        removed.map(drop).ok_or_else(|| Self::missing(name))
+    }
+
+    fn __iter__(slf: Bound<'_, Self>) -> NameIterator {
+        NameIterator::new(&slf, false, Yield::Name)
+    }
+
+    fn __reversed__(slf: Bound<'_, Self>) -> NameIterator {
+        NameIterator::new(&slf, true, Yield::Name)
+    }
+
+    /// The iterator behind the views: what it yields is 0 for names, 1 for rows, 2 for both.
+    fn _iterate(slf: Bound<'_, Self>, yields: u8, reversed: bool) -> NameIterator {
+        let yields = match yields {
+            0 => Yield::Name,
+            1 => Yield::Row,
+            _ => Yield::Both,
+        };
+        NameIterator::new(&slf, reversed, yields)
+    }
+
+    fn keys(slf: Bound<'_, Self>) -> PyResult<Bound<'_, PyAny>> {
+        view(slf.py(), "KeysView", &slf)
+    }
+
+    fn values(slf: Bound<'_, Self>) -> PyResult<Bound<'_, PyAny>> {
+        view(slf.py(), "ValuesView", &slf)
+    }
+
+    fn items(slf: Bound<'_, Self>) -> PyResult<Bound<'_, PyAny>> {
+        view(slf.py(), "ItemsView", &slf)
+    }
+
+    #[pyo3(signature = (name, default=None))]
+    fn get<'py>(
+        &self,
+        py: Python<'py>,
+        name: &Bound<'py, PyAny>,
+        default: Option<Bound<'py, PyAny>>,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let name = to_text(name)?;
+        let row = self.read(py).map.get(&Query::from(&name)).copied();
+        Ok(match row {
+            Some(row) => Some(row.into_pyobject(py)?.into_any()),
+            None => default,
+        })
+    }
+
+    #[pyo3(signature = (name, /, *default))]
+    fn pop<'py>(
+        &self,
+        py: Python<'py>,
+        name: &Bound<'py, PyAny>,
+        default: &Bound<'py, PyTuple>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        if default.len() > 1 {
+            return Err(PyTypeError::new_err(format!("pop expected at most 2 arguments, got {}", 1 + default.len())));
+        }
+        let name = to_text(name)?;
+        let removed = self.write(py).state.map.remove(&Query::from(&name));
+        match removed {
+            Some((_, row)) => Ok(row.into_pyobject(py)?.into_any()),
+            None if default.is_empty() => Err(Self::missing(name)),
+            None => default.get_item(0),
+        }
+    }
+
+    #[pyo3(signature = (last=true))]
+    fn popitem<'py>(&self, py: Python<'py>, last: bool) -> PyResult<(Bound<'py, PyString>, i64)> {
+        let popped = {
+            let map = &mut self.write(py).state.map;
+            if last { map.pop_last() } else { map.pop_first() }
+        };
+        let (name, row) = popped.ok_or_else(|| PyKeyError::new_err("popitem(): dictionary is empty"))?;
+        Ok((name.into_text(py), row))
+    }
+
+    #[pyo3(signature = (name, last=true))]
+    fn move_to_end(&self, name: &Bound<'_, PyAny>, last: bool) -> PyResult<()> {
+        let name = to_text(name)?;
+        let moved = {
+            let map = &mut self.write(name.py()).state.map;
+            let query = Query::from(&name);
+            if last { map.move_to_last(&query) } else { map.move_to_first(&query) }
+        };
+        if moved { Ok(()) } else { Err(Self::missing(name)) }
+    }
+
+    fn clear(&self, py: Python<'_>) {
+        let mut locked = self.write(py);
+        locked.state.map.clear();
+        locked.state.next_row = 0;
+    }
+
+    fn update(&self, entries: &Bound<'_, PyAny>) -> PyResult<()> {
+        let py = entries.py();
+        let pairs = if let Ok(index) = entries.cast::<IndexMap>() {
+            let source = index.get().read(py);
+            let pairs = source.map.iter().map(|(name, row)| (name.clone_ref(py), *row));
+            pairs.collect()
+        } else {
+            let items = intern!(py, "items");
+            let iterable = if entries.hasattr(items)? { &entries.call_method0(items)? } else { entries };
+            let mut pairs = Vec::new();
+            for pair in iterable.try_iter()? {
+                let (name, row): (Bound<'_, PyAny>, i64) = pair?.extract()?;
+                pairs.push((Name::new(to_text(&name)?), row));
+            }
+            pairs
+        };
+        self.insert_all(py, pairs)
+    }
+
+    fn extend<'py>(&self, names: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyArray1<i64>>> {
+        let py = names.py();
+        Ok(PyArray1::from_vec(py, self.append(py, to_names(names)?)?))
+    }
+
+    #[pyo3(signature = (names, default=None))]
+    fn lookup<'py>(&self, names: &Bound<'py, PyAny>, default: Option<i64>) -> PyResult<Bound<'py, PyArray1<i64>>> {
+        let py = names.py();
+        let names = to_names(names)?;
+        let mut rows = Vec::with_capacity(names.len());
+        let mut missing = Vec::new();
+        self.read(py).map.get_many(&names, |at, row| match row.copied().or(default) {
+            Some(row) => rows.push(row),
+            None => missing.push(at),
+        });
+        if missing.is_empty() {
+            return Ok(PyArray1::from_vec(py, rows));
+        }
+        let mut listed = Vec::with_capacity(LISTED);
+        for &at in missing.iter().take(LISTED) {
+            listed.push(names[at].text(py).repr()?.to_string());
+        }
+        let more = if missing.len() > LISTED { ", ..." } else { "" };
+        let (count, total, listed) = (missing.len(), names.len(), listed.join(", "));
+        Err(PyKeyError::new_err(format!("{count} of {total} names are not in the IndexMap: {listed}{more}")))
+    }
+
+    fn rows<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<i64>> {
+        let rows = self.read(py).map.iter().map(|(_, row)| *row).collect();
+        PyArray1::from_vec(py, rows)
+    }
+
+    fn copy(&self, py: Python<'_>) -> Self {
+        let state = self.read(py);
+        let map = state.map.map_entries(|name, row| (name.clone_ref(py), *row));
+        Self::from_state(State { map, next_row: state.next_row })
+    }
+
+    fn __copy__(&self, py: Python<'_>) -> Self {
+        self.copy(py)
+    }
+
+    fn __deepcopy__(&self, py: Python<'_>, _memo: &Bound<'_, PyAny>) -> Self {
+        self.copy(py)
+    }
+
+    fn __eq__<'py>(&self, py: Python<'py>, other: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        static MAPPING: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+        let mapping = MAPPING.import(py, "collections.abc", "Mapping")?;
+        if !other.is_instance(mapping)? {
+            return Ok(py.NotImplemented().into_bound(py));
+        }
+        let theirs = if let Ok(other) = other.cast::<IndexMap>() {
+            other.get().to_dict(py)?
+        } else {
+            let theirs = PyDict::new(py);
+            theirs.update(other.cast()?)?;
+            theirs
+        };
+        Ok(self.to_dict(py)?.eq(theirs)?.into_pyobject(py)?.to_owned().into_any())
+    }
+
+    fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
+        let (head, tail, hidden) = {
+            let state = self.read(py);
+            let entry = |(name, row): (&Name, &i64)| (name.clone_ref(py), *row);
+            let head: Vec<_> = state.map.iter().take(2 * SHOWN + 1).map(entry).collect();
+            if head.len() <= 2 * SHOWN {
+                (head, Vec::new(), 0)
+            } else {
+                let mut tail: Vec<_> = state.map.iter().rev().take(SHOWN).map(entry).collect();
+                tail.reverse();
+                (head.into_iter().take(SHOWN).collect(), tail, state.map.len() - 2 * SHOWN)
+            }
+        };
+        let mut shown = Vec::with_capacity(2 * SHOWN + 1);
+        for (at, (name, row)) in head.into_iter().chain(tail).enumerate() {
+            if at == SHOWN && hidden > 0 {
+                shown.push(format!("... {hidden} more ..."));
+            }
+            shown.push(format!("{}: {row}", name.into_text(py).repr()?));
+        }
+        Ok(format!("IndexMap({{{}}})", shown.join(", ")))
+    }
+
+    fn __sizeof__(&self, py: Python<'_>) -> usize {
+        size_of::<Self>() + self.read(py).map.allocated_bytes()
+    }
+
+    /// Pickled as a list of names and an array of rows; unpickled in one bulk call.
+    fn __reduce__<'py>(slf: &Bound<'py, Self>) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyTuple>)> {
+        let py = slf.py();
+        let (names, rows): (Vec<_>, Vec<_>) = {
+            let state = slf.get().read(py);
+            state.map.iter().map(|(name, row)| (name.clone_ref(py), *row)).unzip()
+        };
+        let names = PyList::new(py, names.into_iter().map(|name| name.into_text(py)))?;
+        let arguments = (names, PyArray1::from_vec(py, rows)).into_pyobject(py)?;
+        Ok((slf.get_type().getattr(intern!(py, "from_names"))?, arguments))
+    }
+}
+
+impl IndexMap {
+    fn to_dict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let entries: Vec<_> = self.read(py).map.iter().map(|(name, row)| (name.clone_ref(py), *row)).collect();
+        let dict = PyDict::new(py);
+        for (name, row) in entries {
+            dict.set_item(name.into_text(py), row)?;
+        }
+        Ok(dict)
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Yield {
+    Name,
+    Row,
+    Both,
+}
+
+/// Walks an [`IndexMap`] that must not change meanwhile.
+pub(crate) struct Cursor {
+    index: Py<IndexMap>,
+    generation: u64,
+    reversed: bool,
+    /// Where to go on.
+    position: Mutex<Option<usize>>,
+}
+
+impl Cursor {
+    pub(crate) fn new(index: &Bound<'_, IndexMap>, reversed: bool) -> Self {
+        let state = index.get().read(index.py());
+        let start = if reversed { state.map.positions() } else { 0 };
+        let generation = state.map.generation();
+        drop(state);
+        Self { index: index.clone().unbind(), generation, reversed, position: Mutex::new(Some(start)) }
+    }
+
+    /// The next name and row; `RuntimeError` if names were added, removed or moved since the walk began.
+    pub(crate) fn next(&self, py: Python<'_>) -> PyResult<Option<(Name, i64)>> {
+        let mut position = self.position.lock_py_attached(py).unwrap_or_else(std::sync::PoisonError::into_inner);
+        let Some(start) = *position else {
+            return Ok(None);
+        };
+        let index = self.index.get();
+        if index.generation.load(Ordering::Acquire) != self.generation {
+            return Err(PyRuntimeError::new_err("dictionary changed during iteration"));
+        }
+        let found = index.step(py, start, self.reversed);
+        *position = found.as_ref().map(|(next, _, _)| *next);
+        Ok(found.map(|(_, name, row)| (name, row)))
+    }
+}
+
+#[pyclass(frozen, module = "pdrs._core")]
+pub(crate) struct NameIterator {
+    cursor: Cursor,
+    yields: Yield,
+}
+
+impl NameIterator {
+    fn new(index: &Bound<'_, IndexMap>, reversed: bool, yields: Yield) -> Self {
+        Self { cursor: Cursor::new(index, reversed), yields }
+    }
+}
+
+#[pymethods]
+impl NameIterator {
+    fn __iter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
+        slf
+    }
+
+    fn __next__<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let Some((name, row)) = self.cursor.next(py)? else {
+            return Ok(None);
+        };
+        Ok(Some(match self.yields {
+            Yield::Name => name.into_text(py).into_any(),
+            Yield::Row => row.into_pyobject(py)?.into_any(),
+            Yield::Both => (name.into_text(py), row).into_pyobject(py)?.into_any(),
+        }))
+    }
+}

@@ -1,0 +1,25 @@
+//! The native module `pdrs._core`: registration only.
+
+#![allow(clippy::needless_pass_by_value, reason = "PyO3 asks for owned arguments")]
+
+mod bulk;
+mod entries;
+mod index_map;
+mod name;
+mod slots;
+
+use pyo3::prelude::*;
+
+#[pymodule]
+mod _core {
+    #[pymodule_export]
+    use super::bulk::{
+        clear_entries, in_order, in_step, pop_end, pop_entry, prepare, save_parameters, take_over, unzip,
+    };
+    #[pymodule_export]
+    use super::entries::EntryIterator;
+    #[pymodule_export]
+    use super::index_map::{IndexMap, NameIterator};
+    #[pymodule_export]
+    use super::slots::use_native_slots;
+}

@@ -1,0 +1,138 @@
+//! A Python `str` as a key: its cached hash, and comparison by identity or by bytes.
+//!
+//! Names are exact `str` objects. Hashing and comparing them runs no Python code, so both may happen while a lock is
+//! held, and dropping one runs none either. A `str` subclass may define its own `__hash__` and `__eq__` (a string
+//! enumeration does), so it is first made an exact `str` with the same characters.
+#![allow(unsafe_code)] // The C API's view of a string: its cached hash and its characters in place.
+
+use pdrs_core::{Hashed, Matches};
+use pyo3::exceptions::PyTypeError;
+use pyo3::ffi;
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::types::PyString;
+
+/// A shared, exact `str` whose hash has been computed.
+pub(crate) struct Name(Py<PyString>);
+
+/// A borrowed, exact `str` to look a [`Name`] up by.
+pub(crate) struct Query<'a, 'py>(&'a Bound<'py, PyString>);
+
+impl Name {
+    pub(crate) fn new(text: Bound<'_, PyString>) -> Self {
+        hash(text.as_ptr());
+        Self(text.unbind())
+    }
+
+    pub(crate) fn clone_ref(&self, py: Python<'_>) -> Self {
+        Self(self.0.clone_ref(py))
+    }
+
+    pub(crate) fn is(&self, text: &Bound<'_, PyString>) -> bool {
+        self.0.is(text)
+    }
+
+    pub(crate) fn text<'py>(&self, py: Python<'py>) -> Bound<'py, PyString> {
+        self.0.bind(py).clone()
+    }
+
+    pub(crate) fn into_text(self, py: Python<'_>) -> Bound<'_, PyString> {
+        self.0.into_bound(py)
+    }
+}
+
+impl<'a, 'py> From<&'a Bound<'py, PyString>> for Query<'a, 'py> {
+    fn from(text: &'a Bound<'py, PyString>) -> Self {
+        Self(text)
+    }
+}
+
+impl Hashed for Name {
+    fn hash(&self) -> u32 {
+        hash(self.0.as_ptr())
+    }
+}
+
+impl Hashed for Query<'_, '_> {
+    fn hash(&self) -> u32 {
+        hash(self.0.as_ptr())
+    }
+}
+
+impl Matches<Self> for Name {
+    fn matches(&self, query: &Self) -> bool {
+        same(self.0.as_ptr(), query.0.as_ptr())
+    }
+}
+
+impl Matches<Query<'_, '_>> for Name {
+    fn matches(&self, query: &Query<'_, '_>) -> bool {
+        same(self.0.as_ptr(), query.0.as_ptr())
+    }
+}
+
+/// Whether one string stands in front of another, or is equal to it, in Python's order: that of the code points.
+pub(crate) fn precedes(one: &Bound<'_, PyString>, other: &Bound<'_, PyString>) -> PyResult<bool> {
+    match (latin1(one), latin1(other)) {
+        (Some(one), Some(other)) => Ok(one <= other),
+        _ => one.le(other),
+    }
+}
+
+/// The characters of an exact `str` that needs one byte for each.
+fn latin1<'a>(text: &'a Bound<'_, PyString>) -> Option<&'a [u8]> {
+    let text = text.as_ptr();
+    // SAFETY: `text` is a live `str`, kept alive and unchanged as long as the borrow; the kind says that its length
+    // counts bytes.
+    unsafe {
+        let length = ffi::PyUnicode_GET_LENGTH(text).unsigned_abs();
+        (ffi::PyUnicode_KIND(text) == ffi::PyUnicode_1BYTE_KIND)
+            .then(|| std::slice::from_raw_parts(ffi::PyUnicode_DATA(text).cast(), length))
+    }
+}
+
+/// The object as an exact `str`, or `None` if it is no `str` at all.
+pub(crate) fn exact_text<'py>(object: &Bound<'py, PyAny>) -> PyResult<Option<Bound<'py, PyString>>> {
+    if let Ok(text) = object.cast_exact::<PyString>() {
+        return Ok(Some(text.clone()));
+    }
+    if object.cast::<PyString>().is_err() {
+        return Ok(None);
+    }
+    let py = object.py();
+    let text = py.get_type::<PyString>().call_method1(intern!(py, "__str__"), (object,))?;
+    Ok(Some(text.cast_into_exact::<PyString>()?))
+}
+
+/// The object as an exact `str`; a `TypeError` that says what came instead otherwise.
+pub(crate) fn to_text<'py>(object: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyString>> {
+    match exact_text(object)? {
+        Some(text) => Ok(text),
+        None => Err(PyTypeError::new_err(format!("names must be str, got {}", object.get_type().name()?))),
+    }
+}
+
+fn hash(text: *mut ffi::PyObject) -> u32 {
+    // SAFETY: `text` is an exact `str` kept alive by its `Name` or `Query`. Hashing one runs no Python code, cannot
+    // fail, and after the first time only reads the cached value.
+    let hash = unsafe { ffi::PyObject_Hash(text) };
+    let hash = hash.cast_unsigned();
+    (hash ^ (hash >> 32)) as u32
+}
+
+fn same(one: *mut ffi::PyObject, other: *mut ffi::PyObject) -> bool {
+    if one == other {
+        return true;
+    }
+    // SAFETY: both are exact `str` objects kept alive by their `Name` or `Query`; a `str` never changes, its length
+    // counts characters of `kind` bytes each, and equal strings have the same kind.
+    unsafe {
+        let (length, kind) = (ffi::PyUnicode_GET_LENGTH(one), ffi::PyUnicode_KIND(one));
+        if length != ffi::PyUnicode_GET_LENGTH(other) || kind != ffi::PyUnicode_KIND(other) {
+            return false;
+        }
+        let bytes = length.unsigned_abs() * kind as usize;
+        let characters = |text| std::slice::from_raw_parts(ffi::PyUnicode_DATA(text).cast::<u8>(), bytes);
+        characters(one) == characters(other)
+    }
+}
