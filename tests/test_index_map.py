@@ -40,7 +40,7 @@ OPERATIONS = st.lists(
 
 
 def result_of(call: Any, *arguments: Any) -> Any:
-    """What a call gives, or the error that it raises."""
+    """Return what a call gives, or the error that it raises."""
     try:
         return call(*arguments)
     except KeyError as error:

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping
 from contextlib import contextmanager
 from itertools import islice, repeat
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -89,8 +89,9 @@ class ParameterDict(torch.nn.ParameterDict):
     ['right', 'layer.0.weight']
     """
 
-    _keys: IndexMap  # type: ignore[assignment]  # torch's is a dict, which nobody outside its class uses
-    _values: dict[str, Any]
+    if TYPE_CHECKING:  # Not at run time: torch.jit.script would read these, and know neither type.
+        _keys: IndexMap  # type: ignore[assignment]  # torch's is a dict, which nobody outside its class uses
+        _values: dict[str, Any]
 
     def __init__(self, parameters: Any = None) -> None:
         super().__init__()
