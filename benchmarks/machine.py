@@ -1,0 +1,51 @@
+"""What the figures were measured with: the machine, the versions, the command."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+import numpy
+import torch
+
+import pdrs
+
+
+def describe(command: str) -> dict[str, str]:
+    """Describe this machine and this run; no paths of this host."""
+    return {
+        "CPU": f"{_cpu_model()}, {_cores()} cores",
+        "memory": f"{_memory_bytes() / 2**30:.0f} GiB",
+        "OS": f"{_system()}, {platform.system()} {platform.release()}",
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "pdrs": pdrs.__version__,
+        "command": command,
+    }
+
+
+def _cpu_model() -> str:
+    described = Path("/proc/cpuinfo")
+    if described.exists():
+        for line in described.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _system() -> str:
+    try:
+        return platform.freedesktop_os_release()["PRETTY_NAME"]
+    except OSError:
+        return platform.platform(terse=True)

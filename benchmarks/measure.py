@@ -1,0 +1,238 @@
+"""Timing: what a case is, and how its runs are interleaved, kept apart and checked."""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import re
+import statistics
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from time import perf_counter_ns
+from types import FunctionType
+from typing import Any, Generic, Literal, TypeVar
+
+from tqdm import tqdm
+
+DataT = TypeVar("DataT")
+
+# A run that takes longer has stalled: the process ends with a traceback, even if it hangs in native code.
+STALLED_AFTER_SECONDS = 300
+# From this size on a case may have fewer runs than asked for.
+LARGE_FROM_ENTRIES = 80_000
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is required of the measured container at one size.
+
+    Parameters
+    ----------
+    kind
+        ``"ratio"``: the baseline's cost over ours is at least ``bound``. ``"beyond"``: ours is at most the baseline's
+        and ``bound`` more. ``"total"``: ours is at most ``bound``.
+    baseline
+        The container to compare with.
+    """
+
+    kind: Literal["ratio", "beyond", "total"]
+    baseline: str
+    bound: float
+    entries: int = 1_000_000
+
+    def met(self, baseline: float, ours: float) -> bool:
+        """Whether the medians of both fulfil the requirement."""
+        if self.kind == "ratio":
+            return baseline / ours >= self.bound
+        return ours <= self.bound + (baseline if self.kind == "beyond" else 0)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run, ready to be timed: everything it needs exists, and everything it makes is freed after the clock stops.
+
+    Parameters
+    ----------
+    run
+        What is timed.
+    operations
+        By how many entries or calls the time is divided.
+    holds
+        Whether the result of ``run`` is right.
+    """
+
+    run: Callable[[], Any]
+    operations: int
+    holds: Callable[[Any], bool]
+
+
+@dataclass(frozen=True)
+class Case(Generic[DataT]):
+    """A row of the table.
+
+    Parameters
+    ----------
+    sample
+        Takes a container's name and the data, and returns one figure: nanoseconds or bytes, per entry.
+    subjects
+        The containers to measure, of the suite's; none means all.
+    targets
+        What is required.
+    most_runs
+        The most runs at large sizes, for what takes seconds with a million entries.
+    once
+        Gives the same figure every time (memory).
+    up_to
+        The largest size for a container whose cost per entry grows with the size.
+    extra_sizes
+        Sizes to measure besides those asked for, where they are smaller than the largest of these.
+    note
+        A remark below the table.
+    """
+
+    title: str
+    sample: Callable[[str, DataT], float]
+    subjects: tuple[str, ...] = ()
+    targets: tuple[Target, ...] = ()
+    most_runs: int = 5
+    once: bool = False
+    unit: Literal["ns", "B"] = "ns"
+    up_to: Mapping[str, int] = field(default_factory=dict)
+    extra_sizes: tuple[int, ...] = ()
+    note: str = ""
+
+    def repeats(self, entries: int, wanted: int) -> int:
+        """Return how often to run at this size."""
+        if self.once:
+            return 1
+        return min(wanted, self.most_runs) if entries >= LARGE_FROM_ENTRIES else wanted
+
+
+@dataclass(frozen=True)
+class Suite(Generic[DataT]):
+    """A table: containers side by side, the last of ``subjects`` being ours."""
+
+    name: str
+    title: str
+    subjects: tuple[str, ...]
+    baselines: tuple[str, ...]
+    cases: tuple[Case[DataT], ...]
+    make_data: Callable[[int], DataT]
+    intro: str
+
+    @property
+    def ours(self) -> str:
+        """The container that is compared with the others."""
+        return self.subjects[-1]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The figures of one case, container and size."""
+
+    suite: str
+    case: str
+    subject: str
+    entries: int
+    unit: str
+    runs: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The figure that is reported."""
+        return statistics.median(self.runs)
+
+
+def timed(make_task: Callable[[str, DataT], Task]) -> Callable[[str, DataT], float]:
+    """Make the ``sample`` of a case from a function that prepares a task."""
+
+    def sample(subject: str, data: DataT) -> float:
+        return nanoseconds(make_task(subject, data))
+
+    return sample
+
+
+def nanoseconds(task: Task) -> float:
+    """Run a task once and return nanoseconds per operation; a wrong result raises."""
+    faulthandler.dump_traceback_later(STALLED_AFTER_SECONDS, exit=True)
+    begin = perf_counter_ns()
+    result = task.run()
+    elapsed = perf_counter_ns() - begin
+    faulthandler.cancel_dump_traceback_later()
+    if not task.holds(result):
+        raise ValueError("what was timed gave a wrong result")
+    return elapsed / task.operations
+
+
+def own(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+    """Bind arguments to a copy of a Python function with its own code.
+
+    CPython specialises bytecode for the types that it meets, so containers that share a loop would slow down each
+    other.
+    """
+    assert isinstance(function, FunctionType)
+    copy = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
+    return partial(copy, *arguments)
+
+
+def measure(
+    suite: Suite[DataT], sizes: Sequence[int], repeats: int, pattern: re.Pattern[str]
+) -> Iterator[list[Measurement]]:
+    """Measure the cases whose title matches, size by size; the containers of a case take turns."""
+    cases = [case for case in suite.cases if pattern.search(case.title)]
+    plan = {entries: planned for entries in all_sizes(cases, sizes) if (planned := _planned(cases, entries, sizes))}
+    total = sum(
+        case.repeats(entries, repeats) * len(_subjects(suite, case, entries))
+        for entries, planned in plan.items()
+        for case in planned
+    )
+    with tqdm(total=total, disable=None, unit="run", leave=False) as bar:
+        for entries, planned in plan.items():
+            bar.set_description(f"{suite.title}, {entries:,} entries")
+            data = suite.make_data(entries)
+            for case in planned:
+                bar.set_postfix_str(case.title)
+                yield _measure_case(suite, case, entries, data, case.repeats(entries, repeats), bar)
+            del data
+            gc.collect()
+
+
+def all_sizes(cases: Sequence[Case[Any]], sizes: Sequence[int]) -> list[int]:
+    """Return the sizes asked for and the extra sizes of cases, ascending."""
+    extra = {size for case in cases for size in case.extra_sizes if size < max(sizes)}
+    return sorted(extra.union(sizes))
+
+
+def _planned(cases: Sequence[Case[DataT]], entries: int, sizes: Sequence[int]) -> list[Case[DataT]]:
+    return [case for case in cases if entries in sizes or entries in case.extra_sizes]
+
+
+def _subjects(suite: Suite[Any], case: Case[Any], entries: int) -> list[str]:
+    return [subject for subject in case.subjects or suite.subjects if entries <= case.up_to.get(subject, entries)]
+
+
+def _measure_case(
+    suite: Suite[DataT], case: Case[DataT], entries: int, data: DataT, repeats: int, bar: tqdm[Any]
+) -> list[Measurement]:
+    runs: dict[str, list[float]] = {subject: [] for subject in _subjects(suite, case, entries)}
+    subjects = deque(runs)
+    for _ in range(repeats):
+        for subject in subjects:
+            runs[subject].append(_sample(case, subject, entries, data))
+            bar.update()
+        # Each comes first once: what runs before it may leave it a warm cache.
+        subjects.rotate(-1)
+    return [
+        Measurement(suite.name, case.title, subject, entries, case.unit, tuple(figures))
+        for subject, figures in runs.items()
+    ]
+
+
+def _sample(case: Case[DataT], subject: str, entries: int, data: DataT) -> float:
+    try:
+        # More digits than are real make the stored results long.
+        return float(f"{case.sample(subject, data):.5g}")
+    except Exception as error:
+        raise RuntimeError(f"{case.title} failed for {subject} at {entries:,} entries") from error

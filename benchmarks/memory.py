@@ -1,0 +1,143 @@
+"""Bytes that a container takes: counted by the C allocator, in a process of its own.
+
+``python benchmarks/memory.py WHAT ENTRIES`` prints bytes per entry. Every object is on the C heap there
+(``PYTHONMALLOC=malloc``), and the allocator is asked before and after (``mallinfo2`` of glibc), so that what is counted
+is what was handed out: Python's objects and Rust's alike, whether or not their pages were touched.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import subprocess
+import sys
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_SECONDS = 300
+
+
+class _MallInfo(ctypes.Structure):
+    _fields_ = (
+        ("arena", ctypes.c_size_t),
+        ("ordblks", ctypes.c_size_t),
+        ("smblks", ctypes.c_size_t),
+        ("hblks", ctypes.c_size_t),
+        ("hblkhd", ctypes.c_size_t),
+        ("usmblks", ctypes.c_size_t),
+        ("fsmblks", ctypes.c_size_t),
+        ("uordblks", ctypes.c_size_t),
+        ("fordblks", ctypes.c_size_t),
+        ("keepcost", ctypes.c_size_t),
+    )
+
+
+def bytes_per_entry(what: str, entries: int) -> float:
+    """Measure in a fresh process.
+
+    Parameters
+    ----------
+    what
+        A key of ``MEASURES``.
+    """
+    finished = subprocess.run(
+        [sys.executable, str(Path(__file__).resolve()), what, str(entries)],
+        env={**os.environ, "PYTHONMALLOC": "malloc"},
+        stdout=subprocess.PIPE,
+        timeout=TIMEOUT_SECONDS,
+        check=True,
+        text=True,
+    )
+    return float(finished.stdout)
+
+
+def allocated() -> int:
+    """Return the bytes that are handed out at the moment."""
+    libc = ctypes.CDLL(None)
+    try:
+        mallinfo2 = libc.mallinfo2
+    except AttributeError:
+        raise NotImplementedError("counting bytes needs mallinfo2, which glibc has from 2.33 on") from None
+    mallinfo2.restype = _MallInfo
+    info = mallinfo2()
+    # In the heaps of all threads, and in mappings of their own.
+    return int(info.uordblks) + int(info.hblkhd)
+
+
+def names_of(entries: int) -> list[str]:
+    """Make names of 14 characters, in sorted order."""
+    return [f"entity_{at:07d}" for at in range(entries)]
+
+
+def _parameter_dict(make: Callable[[Any], Any], entries: int) -> int:
+    """Count what a container of existing names and Parameters takes."""
+    import torch
+
+    data = torch.zeros(16)
+    source = OrderedDict((name, torch.nn.Parameter(data)) for name in names_of(entries))
+    make(OrderedDict(warm=torch.nn.Parameter(data)))
+    gc.collect()
+    before = allocated()
+    container = make(source)
+    gc.collect()
+    taken = allocated() - before
+    assert len(container) == entries
+    return taken
+
+
+def _map(make: Callable[[list[str]], Any], entries: int) -> int:
+    """Count what a map takes with all that only it keeps alive: its names, its rows."""
+    make(names_of(2))
+    gc.collect()
+    before = allocated()
+    names = names_of(entries)
+    container = make(names)
+    del names
+    gc.collect()
+    taken = allocated() - before
+    assert len(container) == entries
+    return taken
+
+
+def _torch_parameter_dict(source: Any) -> Any:
+    import torch
+
+    return torch.nn.ParameterDict(source)
+
+
+def _pdrs_parameter_dict(source: Any) -> Any:
+    import pdrs
+
+    return pdrs.ParameterDict(source)
+
+
+def _index_map(names: list[str]) -> Any:
+    import pdrs
+
+    return pdrs.IndexMap.from_names(names)
+
+
+MEASURES: dict[str, Callable[[int], int]] = {
+    "parameter_dict/dict": lambda entries: _parameter_dict(dict, entries),
+    "parameter_dict/torch": lambda entries: _parameter_dict(_torch_parameter_dict, entries),
+    "parameter_dict/pdrs": lambda entries: _parameter_dict(_pdrs_parameter_dict, entries),
+    "index_map/dict": lambda entries: _map(lambda names: dict(zip(names, range(entries), strict=False)), entries),
+    "index_map/OrderedDict": lambda entries: _map(
+        lambda names: OrderedDict(zip(names, range(entries), strict=False)), entries
+    ),
+    "index_map/IndexMap": lambda entries: _map(_index_map, entries),
+}
+
+
+def main() -> None:
+    """Measure what the command line asks for."""
+    what, entries = sys.argv[1], int(sys.argv[2])
+    gc.disable()
+    print(MEASURES[what](entries) / entries)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""Tables in Markdown, for the terminal and for files, and the short one in the README."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from measure import Case, Measurement, Suite, Target, all_sizes
+
+README_BEGIN = "<!-- benchmark:begin -->"
+README_END = "<!-- benchmark:end -->"
+# The cost an entry may grow this much from the smallest size to the largest.
+GROWTH_AT_MOST = 2
+TIMES = "\N{MULTIPLICATION SIGN}"
+NONE = "\N{EN DASH}"
+
+
+@dataclass(frozen=True)
+class Results:
+    """All figures of a run, and what they were measured with."""
+
+    machine: dict[str, str]
+    sizes: tuple[int, ...]
+    measurements: tuple[Measurement, ...]
+
+    def median(self, suite: Suite[Any], case: Case[Any], subject: str, entries: int) -> float | None:
+        """Return the median of a cell of the table, or None if it was not measured."""
+        found = self._find(suite, case, subject, entries)
+        return None if found is None else found.median
+
+    def runs(self, suite: Suite[Any], case: Case[Any], entries: int) -> int:
+        """Return how often a case ran."""
+        found = self._find(suite, case, suite.ours, entries)
+        return 0 if found is None else len(found.runs)
+
+    def has(self, suite: Suite[Any]) -> bool:
+        """Tell whether anything of a suite was measured."""
+        return any(each.suite == suite.name for each in self.measurements)
+
+    def _find(self, suite: Suite[Any], case: Case[Any], subject: str, entries: int) -> Measurement | None:
+        wanted = (suite.name, case.title, subject, entries)
+        for each in self.measurements:
+            if (each.suite, each.case, each.subject, each.entries) == wanted:
+                return each
+        return None
+
+    def save(self, path: Path) -> None:
+        """Write everything as JSON, a measurement a line."""
+        lines = [json.dumps({**asdict(each), "median": each.median}) for each in self.measurements]
+        machine = json.dumps(self.machine, indent=2, ensure_ascii=False)
+        body = ",\n".join(lines)
+        text = f'{{"machine": {machine},\n"sizes": {list(self.sizes)},\n"measurements": [\n{body}\n]}}\n'
+        path.write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        """Read what ``save`` wrote."""
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        measurements = []
+        for each in stored["measurements"]:
+            del each["median"]
+            measurements.append(Measurement(**{**each, "runs": tuple(each["runs"])}))
+        return cls(stored["machine"], tuple(stored["sizes"]), tuple(measurements))
+
+
+def report(results: Results, suite: Suite[Any]) -> str:
+    """Write the whole report of a suite."""
+    sizes = results.sizes
+    sections = [
+        f"# {suite.title}",
+        f"{suite.intro} Figures are medians, in nanoseconds per entry or call (of memory, bytes per entry); the"
+        " containers took turns in one process, with the garbage collector off, and what they made was freed after the"
+        " clock had stopped.",
+        _machine_list(results.machine),
+        f"Growth is the cost per entry at {sizes[-1]:,} entries over that at {sizes[0]:,}. A dict's own growth shows"
+        " what memory costs that no longer fits into the caches."
+        if len(sizes) > 1
+        else "",
+        *(_section(results, suite, entries) for entries in reversed(all_sizes(suite.cases, sizes))),
+        _notes(suite),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def write_readme(path: Path, block: str) -> bool:
+    """Replace what stands between the two markers; without both of them, nothing changes."""
+    if not path.exists():
+        return False
+    text = path.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(README_BEGIN)
+    _, end, after = rest.partition(README_END)
+    if not (begin and end):
+        return False
+    path.write_text(f"{before}{begin}\n{block}\n{end}{after}", encoding="utf-8")
+    return True
+
+
+def readme_block(results: Results, suite: Suite[Any]) -> str:
+    """Write the short table: at the largest size, or at the largest that was not too slow for the baseline."""
+    entries = results.sizes[-1]
+    baseline = suite.baselines[0]
+    rows = []
+    for case in suite.cases:
+        if not case.targets:
+            continue
+        size = min(entries, case.up_to.get(baseline, entries))
+        theirs, ours = (results.median(suite, case, each, size) for each in (baseline, suite.ours))
+        if theirs is None or ours is None:
+            raise ValueError(f"{case.title} was not measured at {size:,} entries")
+        title = case.title if size == entries else f"{case.title} ({size:,} entries)"
+        rows.append([title, _with_unit(theirs, case), _with_unit(ours, case), f"{figure(theirs / ours)}{TIMES}"])
+    machine = results.machine
+    head = (
+        f"{entries:,} entries, per entry or call: medians, garbage collector off. {machine['CPU']},"
+        f" {machine['memory']}, {machine['OS']}; Python {machine['Python']}, torch {machine['torch']}."
+        f" Measured with `{machine['command']}`."
+    )
+    return f"{head}\n\n" + table(["", baseline, suite.ours, f"{baseline} / {suite.ours}"], rows)
+
+
+def verdicts(results: Results, suite: Suite[Any]) -> list[tuple[Case[Any], Target, bool]]:
+    """Judge all requirements for which both figures were measured."""
+    judged = []
+    for case in suite.cases:
+        for target in case.targets:
+            theirs = results.median(suite, case, target.baseline, target.entries)
+            ours = results.median(suite, case, suite.ours, target.entries)
+            if theirs is not None and ours is not None:
+                judged.append((case, target, target.met(theirs, ours)))
+    return judged
+
+
+def summary(results: Results, suite: Suite[Any]) -> str:
+    """Say how many requirements are met, and which are not."""
+    judged = verdicts(results, suite)
+    missed = [f"{case.title} against {target.baseline}" for case, target, met in judged if not met]
+    text = f"{suite.title}: {len(judged) - len(missed)} of {len(judged)} required figures are met"
+    return f"{text}; not: {', '.join(missed)}" if missed else text
+
+
+def figure(value: float | None) -> str:
+    """Write a number with three significant digits."""
+    if value is None:
+        return NONE
+    rounded = float(f"{value:.3g}")
+    if rounded >= 100:
+        return f"{rounded:,.0f}"
+    return f"{rounded:#.3g}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Write a Markdown table whose columns are as wide as their cells."""
+    cells = [list(head), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = [
+        " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+        for row in [cells[0], rule, *cells[1:]]
+    ]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def _machine_list(machine: dict[str, str]) -> str:
+    return "\n".join(
+        f"- {key}: `{value}`" if key == "command" else f"- {key}: {value}" for key, value in machine.items()
+    )
+
+
+def _section(results: Results, suite: Suite[Any], entries: int) -> str:
+    rows = [row for case in suite.cases if (row := _row(results, suite, case, entries))]
+    if not rows:
+        return ""
+    return f"## {entries:,} entries\n\n" + table(_head(suite, _grows(results, suite, entries)), rows)
+
+
+def _head(suite: Suite[Any], grows: bool) -> list[str]:
+    head = ["", *suite.subjects]
+    for baseline in suite.baselines:
+        head += [f"{baseline} / {suite.ours}", "at least", "met"]
+    head.append("runs")
+    if grows:
+        head += [*(f"growth {subject}" for subject in suite.subjects), f"≤ {GROWTH_AT_MOST}"]
+    return head
+
+
+def _row(results: Results, suite: Suite[Any], case: Case[Any], entries: int) -> list[str]:
+    medians = {subject: results.median(suite, case, subject, entries) for subject in suite.subjects}
+    ours = medians[suite.ours]
+    if ours is None:
+        return []
+    row = [case.title, *(NONE if each is None else _with_unit(each, case) for each in medians.values())]
+    for baseline in suite.baselines:
+        theirs = medians[baseline]
+        row.append(NONE if theirs is None else figure(theirs / ours))
+        target = next((each for each in case.targets if (each.baseline, each.entries) == (baseline, entries)), None)
+        row += ["", ""] if target is None or theirs is None else [_bound(target), _yes(target.met(theirs, ours))]
+    row.append(str(results.runs(suite, case, entries)))
+    if _grows(results, suite, entries):
+        row += _growth_cells(results, suite, case, entries)
+    return row
+
+
+def _grows(results: Results, suite: Suite[Any], entries: int) -> bool:
+    sizes = results.sizes
+    return len(sizes) > 1 and entries == sizes[-1]
+
+
+def _growth_cells(results: Results, suite: Suite[Any], case: Case[Any], entries: int) -> list[str]:
+    smallest = results.sizes[0]
+    cells, ours = [], None
+    for subject in suite.subjects:
+        small, large = (results.median(suite, case, subject, size) for size in (smallest, entries))
+        ours = None if small is None or large is None else large / small
+        cells.append(figure(ours))
+    return [*cells, NONE if ours is None else _yes(ours <= GROWTH_AT_MOST)]
+
+
+def _bound(target: Target) -> str:
+    bound = f"{target.bound:g}"
+    if target.kind == "beyond":
+        return f"≤ {target.baseline} + {bound} B"
+    return f"≤ {bound} B" if target.kind == "total" else bound
+
+
+def _with_unit(value: float, case: Case[Any]) -> str:
+    return f"{figure(value)} {case.unit}"
+
+
+def _yes(met: bool) -> str:
+    return "yes" if met else "**no**"
+
+
+def _notes(suite: Suite[Any]) -> str:
+    notes = [f"- {case.title}: {case.note}" for case in suite.cases if case.note]
+    return "\n".join(["## Notes", "", *notes])

@@ -1,0 +1,124 @@
+"""Measure pdrs beside torch, dict and OrderedDict, and write tables, a picture and the README's short table.
+
+``python benchmarks/run.py`` takes some minutes. Only a run of everything at the usual sizes replaces what is in
+``benchmarks/results`` and in the README; any other run prints its tables, and writes them if told where.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import cases_index_map
+import cases_parameter_dict
+import plot
+from machine import describe
+from measure import Measurement, Suite, measure
+from report import Results, readme_block, report, summary, verdicts, write_readme
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+README = HERE.parent / "README.md"
+SUITES: tuple[Suite[Any], ...] = (cases_parameter_dict.SUITE, cases_index_map.SUITE)
+SIZES = (10_000, 100_000, 1_000_000)
+QUICK_SIZES = (1_000,)
+REPEATS = 5
+
+
+def main(arguments: list[str]) -> None:
+    """Do what the command line asks for."""
+    options = _parse(arguments)
+    if options.report:
+        _publish(Results.load(RESULTS / "results.json"))
+        return
+    results = _measure(options)
+    complete = options.sizes == SIZES and not options.only
+    for suite in SUITES:
+        if results.has(suite):
+            print(report(results, suite))
+            if verdicts(results, suite):
+                print(summary(results, suite), end="\n\n")
+    if options.output:
+        _write(results, options.output)
+    elif complete:
+        _publish(results)
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=_sizes, default=SIZES, help="numbers of entries, with commas between")
+    parser.add_argument(
+        "--repeats", type=_positive, default=REPEATS, help="the most runs of each case (default: %(default)s)"
+    )
+    parser.add_argument("--quick", action="store_true", help="one run at 1,000 entries, to see that everything works")
+    parser.add_argument("--only", metavar="PATTERN", default="", help="only cases whose title matches, as a regex")
+    parser.add_argument("--output", metavar="FOLDER", type=Path, help="write tables and figures there instead")
+    parser.add_argument("--report", action="store_true", help="measure nothing; write the last results out again")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.sizes, options.repeats = QUICK_SIZES, 1
+    return options
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(sorted({_positive(part) for part in text.split(",")}))
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
+
+
+def _measure(options: argparse.Namespace) -> Results:
+    pattern = re.compile(options.only, re.IGNORECASE)
+    measured: list[Measurement] = []
+    # The collector would run at any time, in whosever turn it was.
+    gc.disable()
+    for suite in SUITES:
+        for of_case in measure(suite, options.sizes, options.repeats, pattern):
+            measured += of_case
+    if not measured:
+        raise SystemExit(f"no case matches {options.only!r}")
+    return Results(describe(_command(options)), options.sizes, tuple(measured))
+
+
+def _command(options: argparse.Namespace) -> str:
+    """Give the command that measures the same again."""
+    words = ["python benchmarks/run.py"]
+    if options.quick:
+        words.append("--quick")
+    else:
+        if options.sizes != SIZES:
+            words.append(f"--sizes {','.join(map(str, options.sizes))}")
+        if options.repeats != REPEATS:
+            words.append(f"--repeats {options.repeats}")
+    if options.only:
+        words.append(f"--only {shlex.quote(options.only)}")
+    return " ".join(words)
+
+
+def _write(results: Results, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    results.save(folder / "results.json")
+    for suite in SUITES:
+        if results.has(suite):
+            (folder / f"{suite.name}.md").write_text(report(results, suite), encoding="utf-8")
+    suite = cases_parameter_dict.SUITE
+    if results.has(suite):
+        plot.draw(results, suite, folder / f"{suite.name}.png")
+
+
+def _publish(results: Results) -> None:
+    _write(results, RESULTS)
+    if not write_readme(README, readme_block(results, cases_parameter_dict.SUITE)):
+        print(f"{README.name} has no place for the short table")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
