@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping
 from contextlib import contextmanager
 from itertools import islice, repeat
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,13 +19,15 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from pdrs._core import (
     IndexMap,
+    can_take_over,
     clear_entries,
-    in_order,
     in_step,
+    insert_all,
     pop_end,
     pop_entry,
     prepare,
     save_parameters,
+    set_entry,
     take_over,
     unzip,
     use_native_slots,
@@ -38,6 +40,18 @@ __all__ = ["ParameterDict"]
 # A repr longer than this shows its two ends only.
 _REPR_WHOLE = 100
 _REPR_END = 10
+
+
+class _Kind(NamedTuple):
+    """What may be registered with a Module under a name, in torch's words."""
+
+    name: str
+    expected: str
+
+
+_PARAMETER = _Kind("parameter", "torch.nn.Parameter")
+_MODULE = _Kind("child module", "torch.nn.Module")
+_BUFFER = _Kind("buffer", "torch.nn.Buffer, torch.Tensor")
 
 
 class MissingEntryError(KeyError, AttributeError):
@@ -134,12 +148,14 @@ class ParameterDict(torch.nn.ParameterDict):
         ValueError
             If ``value`` is a Parameter that is the result of a differentiable operation.
         """
+        # What asks for a closer look is what torch lets others do to Modules: hooks, parametrizations, other kinds.
+        usual = not (_torch_module._global_parameter_registration_hooks or self._modules or self._values)
+        if usual and not self._buffers and set_entry(self._keys, self._parameters, key, value, Parameter):
+            return
         key = self._key_to_attr(key)
         if isinstance(value, Tensor):
-            self._set_parameter(key, _to_leaf_parameter(key, value))
-        else:
-            self._check_replaceable(key, value)
-            self._set_other(key, value)
+            value = _to_leaf_parameter(key, value)
+        self._place(key, self._accepted(key, value, self._kind_of(key)))
 
     def __delitem__(self, key: str) -> None:
         """Remove ``key``; the order of the others stays. Raises KeyError if it is not there. **O(1)**."""
@@ -151,7 +167,7 @@ class ParameterDict(torch.nn.ParameterDict):
 
     def __contains__(self, key: object) -> bool:
         """Whether ``key`` is the key of an entry. **O(1)**."""
-        # Direct instances answer `in` natively, by the same look-up: see `use_native_slots` below.
+        # Direct instances answer `in` and `len` natively, in the same way: see `use_native_slots` below.
         if _tracing():
             return key in self._traced_keys()
         return key in self._keys
@@ -161,7 +177,7 @@ class ParameterDict(torch.nn.ParameterDict):
 
         The order of the others stays. Raises KeyError (and AttributeError) if ``key`` is not there.
         """
-        if len(default) > 1:
+        if default and len(default) > 1:
             raise TypeError(f"pop expected at most 2 arguments, got {1 + len(default)}")
         if type(self) is ParameterDict:
             value = pop_entry(self._keys, self._parameters, key)
@@ -254,13 +270,16 @@ class ParameterDict(torch.nn.ParameterDict):
                 "ParametersDict.update should be called with an iterable of key/value pairs, but got "
                 f"{type(parameters).__name__}"
             )
-        names, values, source = _unzip(parameters)
         if self._overrides("__setitem__"):
-            for name, value in zip(names, values, strict=True):
+            for name, value in zip(*_columns(parameters), strict=True):
                 self[name] = value
             return
         with _collector_paused():
-            self._insert(names, values, source)
+            source = _as_dict(parameters)
+            if source is not None and self._is_usual_for(source):
+                take_over(self._keys, self._parameters, source)
+            else:
+                self._insert(*_columns(parameters))
 
     def clear(self) -> None:
         """Remove all entries. **O(n)**."""
@@ -381,25 +400,42 @@ class ParameterDict(torch.nn.ParameterDict):
                 return
         self.__dict__.pop(key, None)
 
-    def _set_parameter(self, key: str, parameter: Parameter) -> None:
-        if key not in self._parameters:
-            if is_parametrized(self, key):
-                raise KeyError(f"attribute '{key}' already exists")
-            self._forget_elsewhere(key)
-        for hook in _torch_module._global_parameter_registration_hooks.values():
-            output = hook(self, key, parameter)
-            if output is not None:
-                parameter = output
-        self._parameters[key] = parameter
-        self._keys[key] = 0
+    def _kind_of(self, key: str) -> _Kind | None:
+        """Give the kind of what is registered under ``key``, which torch lets be replaced by some kinds only."""
+        if key in self._parameters:
+            return _PARAMETER
+        if key in self._modules:
+            return _MODULE
+        return _BUFFER if key in self._buffers else None
 
-    def _set_other(self, key: str, value: Any) -> None:
-        if isinstance(value, Module):
-            self._forget_elsewhere(key)
-            for hook in _torch_module._global_module_registration_hooks.values():
-                output = hook(self, key, value)
-                if output is not None:
-                    value = output
+    def _accepted(self, key: str, value: Any, held: _Kind | None) -> Any:
+        """Give what is to be placed, or refuse it where something of the kind ``held`` is; nothing has changed yet."""
+        hooks: Iterable[Callable[..., Any]] = ()
+        if isinstance(value, Parameter):
+            if held is not _PARAMETER and is_parametrized(self, key):
+                raise KeyError(f"attribute '{key}' already exists")
+            hooks = _torch_module._global_parameter_registration_hooks.values()
+        else:
+            if isinstance(value, Module):
+                hooks = _torch_module._global_module_registration_hooks.values()
+            if held and value is not None and not (held is _MODULE and isinstance(value, Module)):
+                raise TypeError(
+                    f"cannot assign '{torch.typename(value)}' as {held.name} '{key}' ({held.expected} or None expected)"
+                )
+        for hook in hooks:
+            output = hook(self, key, value)
+            if output is not None:
+                value = output
+        return value
+
+    def _place(self, key: str, value: Any) -> None:
+        """Set what has been accepted; this cannot fail half-way."""
+        if isinstance(value, Parameter):
+            if key not in self._parameters:
+                self._forget_elsewhere(key)
+            self._parameters[key] = value
+        elif isinstance(value, Module):
+            self._forget_elsewhere(key, self._modules)
             self._modules[key] = value
         else:
             registered = (self._parameters, self._modules, self._buffers)
@@ -407,45 +443,44 @@ class ParameterDict(torch.nn.ParameterDict):
             place[key] = value
         self._keys[key] = 0
 
-    def _forget_elsewhere(self, key: str) -> None:
+    def _forget_elsewhere(self, key: str, but: Mapping[str, Any] | None = None) -> None:
         for place in (self._values, self._modules, self._buffers):
-            place.pop(key, None)
+            if place is not but:
+                place.pop(key, None)
         self._non_persistent_buffers_set.discard(key)
 
-    def _check_replaceable(self, key: str, value: Any) -> None:
-        """Refuse what torch refuses: another kind of value in the place of something registered."""
-        kinds = (
-            (self._parameters, "parameter", "torch.nn.Parameter"),
-            ({} if isinstance(value, Module) else self._modules, "child module", "torch.nn.Module"),
-            (self._buffers, "buffer", "torch.nn.Buffer, torch.Tensor"),
-        )
-        for place, kind, expected in kinds:
-            if value is not None and key in place:
-                raise TypeError(
-                    f"cannot assign '{torch.typename(value)}' as {kind} '{key}' ({expected} or None expected)"
-                )
+    def _is_usual_for(self, names: Iterable[str]) -> bool:
+        """Whether Parameters of these names may go into ``_parameters`` with no regard to what is elsewhere."""
+        if _torch_module._global_parameter_registration_hooks or is_parametrized(self):
+            return False
+        elsewhere = (self._values, self._modules, self._buffers)
+        return all(not place or place.keys().isdisjoint(names) for place in elsewhere)
 
-    def _insert(self, names: list[str], values: list[Any], source: dict[str, Any] | None) -> None:
+    def _insert(self, names: list[str], values: list[Any]) -> None:
         """Insert all, or, if one cannot be taken, none."""
-        others = []
-        unusual, changed = prepare(names, values, Parameter, Tensor)
-        for at in unusual:
+        only_parameters = True
+        for at in prepare(names, values, Parameter, Tensor):
             names[at] = self._key_to_attr(names[at])
             if isinstance(values[at], Tensor):
                 values[at] = _to_leaf_parameter(names[at], values[at])
             else:
-                self._check_replaceable(names[at], values[at])
-                others.append(at)
-        hooks = _torch_module._global_parameter_registration_hooks
-        if others or hooks or self._values or self._modules or self._buffers:
-            for name, value in zip(names, values, strict=True):
-                if isinstance(value, Parameter):
-                    self._set_parameter(name, value)
-                else:
-                    self._check_replaceable(name, value)
-                    self._set_other(name, value)
+                only_parameters = False
+        if only_parameters and self._is_usual_for(names):
+            insert_all(self._keys, self._parameters, names, values)
         else:
-            take_over(self._keys, self._parameters, names, values, None if changed or unusual else source)
+            self._insert_one_by_one(names, values)
+
+    def _insert_one_by_one(self, names: list[str], values: list[Any]) -> None:
+        kinds: dict[str, _Kind | None] = {}  # of what earlier pairs will have put there
+        for at, name in enumerate(names):
+            held = kinds[name] if name in kinds else self._kind_of(name)
+            values[at] = self._accepted(name, values[at], held)
+            made = (
+                _PARAMETER if isinstance(values[at], Parameter) else _MODULE if isinstance(values[at], Module) else held
+            )
+            kinds[name] = made
+        for name, value in zip(names, values, strict=True):
+            self._place(name, value)
 
     # -- overrides and tracing -----------------------------------------------------------------------------------------
 
@@ -488,28 +523,27 @@ def _to_leaf_parameter(key: str, value: Tensor) -> Parameter:
     return parameter
 
 
-def _unzip(parameters: Iterable[Any]) -> tuple[list[Any], list[Any], dict[Any, Any] | None]:
-    """Names and values in the order in which to insert them, and the dict that has just these in this order, if any."""
-    if type(parameters) is ParameterDict:
-        source = parameters._parameters if in_step(parameters._keys, parameters._parameters) else None
-        return list(parameters._keys), list(parameters.values()), source
-    if type(parameters) is OrderedDict:
-        return list(parameters), list(parameters.values()), None
+def _as_dict(parameters: Any) -> dict[str, Any] | None:
+    """Give a dict that has the entries in the order in which to insert them, if there is one of leaves and ``str``."""
+    if type(parameters) is dict:
+        return parameters if can_take_over(parameters, Parameter, True) else None
+    if type(parameters) is ParameterDict and in_step(parameters._keys, parameters._parameters):
+        return parameters._parameters if can_take_over(parameters._parameters, Parameter, False) else None
+    return None
+
+
+def _columns(parameters: Iterable[Any]) -> tuple[list[Any], list[Any]]:
+    """Give names and values in the order in which to insert them."""
+    if type(parameters) is ParameterDict or type(parameters) is OrderedDict:
+        return list(parameters), list(parameters.values())
+    if type(parameters) is dict:
+        names = sorted(parameters)
+        return names, list(map(parameters.__getitem__, names))
     if isinstance(parameters, OrderedDict | torch.nn.ParameterDict):
-        return *_columns(parameters.items()), None
-    if not isinstance(parameters, Mapping):
-        return *_columns(parameters), None
-    if type(parameters) is not dict:
-        return *_columns(sorted(parameters.items())), None
-    names = list(parameters)
-    if in_order(names):
-        return names, list(parameters.values()), parameters
-    names.sort()
-    return names, list(map(parameters.__getitem__, names)), None
-
-
-def _columns(pairs: Iterable[Any]) -> tuple[list[Any], list[Any]]:
-    pairs = list(pairs)
+        parameters = parameters.items()
+    elif isinstance(parameters, Mapping):
+        parameters = sorted(parameters.items())
+    pairs = list(parameters)
     columns = unzip(pairs)
     if columns is None:
         for at, pair in enumerate(pairs):

@@ -8,8 +8,7 @@ use pyo3::types::{PyDict, PyList, PyString, PyTuple, PyType};
 use crate::index_map::IndexMap;
 use crate::name::{Name, exact_text, precedes};
 
-/// Readies names and values for `_parameters`, in place. Gives the places of what needs a closer look, and whether
-/// anything else was changed.
+/// Readies names and values for `_parameters`, in place. Gives the places of what needs a closer look.
 ///
 /// A plain tensor becomes a Parameter. Left to the caller are names that are not `str`, and values that are neither
 /// tensors nor Parameters, or that torch might refuse. Names become exact `str`.
@@ -19,10 +18,9 @@ pub(crate) fn prepare(
     values: &Bound<'_, PyList>,
     parameter: &Bound<'_, PyType>,
     tensor: &Bound<'_, PyType>,
-) -> PyResult<(Vec<usize>, bool)> {
+) -> PyResult<Vec<usize>> {
     let py = names.py();
     let mut unusual = Vec::new();
-    let mut changed = false;
     let detach = tensor.getattr(intern!(py, "detach"))?;
     for (at, (name, value)) in names.iter().zip(values.iter()).enumerate() {
         let Ok(text) = name.cast_exact::<PyString>() else {
@@ -32,27 +30,26 @@ pub(crate) fn prepare(
             unusual.push(at);
             continue;
         };
-        let class = value.get_type();
-        if text.is_empty()? {
-            unusual.push(at);
-        } else if class.is(parameter) {
-            if !value.getattr(intern!(py, "grad_fn"))?.is_none() {
-                unusual.push(at);
-            }
-        } else if class.is(tensor) {
-            match to_parameter(&value, &detach, parameter) {
-                Ok(made) => {
-                    values.set_item(at, made)?;
-                    changed = true;
-                }
-                // Let torch say in its own words why it makes no Parameter of this.
-                Err(_) => unusual.push(at),
-            }
+        if is_usual(text, &value, parameter)? {
+            continue;
+        }
+        if !text.is_empty()? && value.get_type().is(tensor)
+            // Let torch say in its own words why it makes no Parameter of a tensor.
+            && let Ok(made) = to_parameter(&value, &detach, parameter)
+        {
+            values.set_item(at, made)?;
         } else {
             unusual.push(at);
         }
     }
-    Ok((unusual, changed))
+    Ok(unusual)
+}
+
+/// Whether an entry needs no closer look: its name is not empty, its value a leaf that is exactly a `Parameter`.
+fn is_usual(name: &Bound<'_, PyString>, value: &Bound<'_, PyAny>, parameter: &Bound<'_, PyType>) -> PyResult<bool> {
+    Ok(value.get_type().is(parameter)
+        && value.getattr(intern!(value.py(), "grad_fn"))?.is_none()
+        && !name.is_empty()?)
 }
 
 /// `Parameter(value)` for a plain tensor: the same data and version counter, a leaf that requires gradients.
@@ -68,33 +65,86 @@ fn to_parameter<'py>(
     Ok(made)
 }
 
-/// Puts prepared names and values in: into `parameters`, and the names that are new at the end of `index`.
+/// Sets one entry if nothing about it is unusual: an exact, non-empty `str`, and a leaf that is exactly a `Parameter`.
 ///
-/// `source` is a dict with just these names and values in this order, if there is one: then torch's dictionary, if it is
-/// still empty, is made as a copy of it, which is several times faster than one insertion after another.
+/// `false`, and nothing is done, otherwise.
 #[pyfunction]
-#[pyo3(signature = (index, parameters, names, values, source))]
+pub(crate) fn set_entry(
+    index: &Bound<'_, IndexMap>,
+    parameters: &Bound<'_, PyDict>,
+    key: &Bound<'_, PyAny>,
+    value: &Bound<'_, PyAny>,
+    parameter: &Bound<'_, PyType>,
+) -> PyResult<bool> {
+    let py = index.py();
+    let Ok(name) = key.cast_exact::<PyString>() else {
+        return Ok(false);
+    };
+    if !is_usual(name, value, parameter)? {
+        return Ok(false);
+    }
+    index.get().put(py, Name::new(name.clone()))?;
+    parameters.set_item(name, value)?;
+    Ok(true)
+}
+
+/// Whether all entries of a dict are usual, as for [`set_entry`]; if `sorted`, the names must ascend, too.
+#[pyfunction]
+pub(crate) fn can_take_over(source: &Bound<'_, PyDict>, parameter: &Bound<'_, PyType>, sorted: bool) -> PyResult<bool> {
+    let mut before: Option<Bound<'_, PyString>> = None;
+    for (name, value) in source {
+        let Ok(name) = name.cast_into_exact::<PyString>() else {
+            return Ok(false);
+        };
+        if !is_usual(&name, &value, parameter)? {
+            return Ok(false);
+        }
+        if sorted {
+            if let Some(before) = &before
+                && !precedes(before, &name)?
+            {
+                return Ok(false);
+            }
+            before = Some(name);
+        }
+    }
+    Ok(true)
+}
+
+/// Copies all entries of a dict into `parameters`, and the names that are new to the end of `index`.
+///
+/// Into an empty dict Python copies another as a whole, which is several times faster than an insertion an entry.
+#[pyfunction]
 pub(crate) fn take_over(
+    index: &Bound<'_, IndexMap>,
+    parameters: &Bound<'_, PyDict>,
+    source: &Bound<'_, PyDict>,
+) -> PyResult<()> {
+    let mut names = Vec::with_capacity(source.len());
+    for (name, _) in source {
+        names.push(Name::new(name.cast_into_exact::<PyString>()?));
+    }
+    index.get().append(index.py(), names)?;
+    parameters.update(source.as_mapping())
+}
+
+/// Puts prepared names and values in: into `parameters`, and the names that are new at the end of `index`.
+#[pyfunction]
+pub(crate) fn insert_all(
     index: &Bound<'_, IndexMap>,
     parameters: &Bound<'_, PyDict>,
     names: &Bound<'_, PyList>,
     values: &Bound<'_, PyList>,
-    source: Option<&Bound<'_, PyDict>>,
 ) -> PyResult<()> {
-    let py = index.py();
     let mut added = Vec::with_capacity(names.len());
     for name in names {
         added.push(Name::new(name.cast_into_exact::<PyString>()?));
     }
-    match source {
-        Some(source) if parameters.is_empty() => parameters.update(source.as_mapping())?,
-        _ => {
-            for (name, value) in names.iter().zip(values.iter()) {
-                parameters.set_item(name, value)?;
-            }
-        }
+    index.get().append(index.py(), added)?;
+    for (name, value) in names.iter().zip(values.iter()) {
+        parameters.set_item(name, value)?;
     }
-    index.get().append(py, added).map(drop)
+    Ok(())
 }
 
 /// The first and the second elements of pairs, or `None` if one of them is not a tuple or list of two.
@@ -122,27 +172,9 @@ pub(crate) fn unzip<'py>(pairs: &Bound<'py, PyList>) -> PyResult<Option<(Bound<'
     Ok(Some((PyList::new(py, names)?, PyList::new(py, values)?)))
 }
 
-/// Whether a list holds only `str`, in order.
-#[pyfunction]
-pub(crate) fn in_order(names: &Bound<'_, PyList>) -> PyResult<bool> {
-    let mut before: Option<Bound<'_, PyString>> = None;
-    for name in names {
-        let Ok(name) = name.cast_into_exact::<PyString>() else {
-            return Ok(false);
-        };
-        if let Some(before) = before
-            && !precedes(&before, &name)?
-        {
-            return Ok(false);
-        }
-        before = Some(name);
-    }
-    Ok(true)
-}
-
 /// Takes the entry of `key` out of `index` and `parameters` and gives its value.
 ///
-/// `None`, and nothing is done, if there is none, or if what stands behind it is not in `parameters`.
+/// `None`, and nothing is done, if there is none, or if what stands behind it is None or not in `parameters`.
 #[pyfunction]
 pub(crate) fn pop_entry<'py>(
     index: &Bound<'py, IndexMap>,
@@ -152,7 +184,7 @@ pub(crate) fn pop_entry<'py>(
     let Ok(key) = key.cast_exact::<PyString>() else {
         return Ok(None);
     };
-    let Some(value) = parameters.get_item(key)? else {
+    let Some(value) = parameters.get_item(key)?.filter(|value| !value.is_none()) else {
         return Ok(None);
     };
     if !index.get().discard(key) {

@@ -100,6 +100,12 @@ impl IndexMap {
         names
     }
 
+    /// Adds a name that is not there yet, with row 0; one that is there stays as it is.
+    pub(crate) fn put(&self, py: Python<'_>, name: Name) -> PyResult<()> {
+        self.write(py).state.map.get_or_insert_with(name, || 0).map_err(refused)?;
+        Ok(())
+    }
+
     /// Adds names that are not there yet, each with the next row.
     pub(crate) fn append(&self, py: Python<'_>, names: Vec<Name>) -> PyResult<Vec<i64>> {
         let mut rows = Vec::with_capacity(names.len());

@@ -14,7 +14,8 @@ use pyo3::prelude::*;
 mod _core {
     #[pymodule_export]
     use super::bulk::{
-        clear_entries, in_order, in_step, pop_end, pop_entry, prepare, save_parameters, take_over, unzip,
+        can_take_over, clear_entries, in_step, insert_all, pop_end, pop_entry, prepare, save_parameters, set_entry,
+        take_over, unzip,
     };
     #[pymodule_export]
     use super::entries::EntryIterator;

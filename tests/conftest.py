@@ -1,0 +1,14 @@
+"""What several test modules share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import pdrs
+
+
+@pytest.fixture(params=[torch.nn.ParameterDict, pdrs.ParameterDict], ids=["torch", "pdrs"])
+def kind(request: pytest.FixtureRequest) -> type[torch.nn.ParameterDict]:
+    """Give the class under test: torch's own, and ours, which must do the same."""
+    return request.param
