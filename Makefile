@@ -50,5 +50,5 @@ $(VENV)/installed: pyproject.toml | tools
 	touch $@
 
 $(VENV)/built: $(VENV)/installed $(RUST) pyproject.toml | tools
-	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/maturin develop --release --quiet
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) PIP_QUIET=1 $(BIN)/maturin develop --release --quiet
 	touch $@

@@ -23,9 +23,9 @@ COLOURS = {"torch": "#d1495b", "pdrs": "#00798c", "dict": "#8d99ae"}
 LABELS = {"torch": "torch.nn.ParameterDict", "pdrs": "pdrs.ParameterDict", "dict": "dict"}
 # Of the labels at the ends of the lines: offset in points, alignment.
 PLACES = {
-    "torch": ((-10, 4), "right", "bottom"),
+    "torch": ((0, 8), "center", "bottom"),
     "dict": ((9, -3), "left", "top"),
-    "pdrs": ((4, -12), "right", "top"),
+    "pdrs": ((4, -24), "right", "top"),
 }
 DRAIN = "drain from the front"
 
