@@ -292,6 +292,8 @@ class ParameterDict(torch.nn.ParameterDict):
 
     def copy(self) -> ParameterDict:
         """Return a new ParameterDict of the same keys and the very same values. **O(n)**."""
+        if self._overrides("items"):
+            return ParameterDict([(key, self[key]) for key in self._keys])
         return ParameterDict(self)
 
     def fromkeys(self, keys: Iterable[str], default: Any = None) -> ParameterDict:
