@@ -158,6 +158,8 @@ class IndexMap:
         """Return the rows of all names in order: int64 of shape ``[n]``. **O(n)**."""
     def copy(self) -> IndexMap:
         """Return another map with the same names and rows in the same order. **O(n)**, no name is hashed."""
+    @property
+    def _fingerprint(self) -> str: ...
     def _iterate(self, yields: int, reversed: bool) -> Iterator[Any]: ...
 
 @final

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, KeysView, Mapping
 from contextlib import contextmanager
 from itertools import islice, repeat
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -384,10 +384,13 @@ class ParameterDict(torch.nn.ParameterDict):
         for place in (self._values, self._modules, self._buffers):
             if key in place:
                 return place[key]
-        if type(key) is not str:
+        keys: Container[str] = self._keys
+        if _tracing():
+            keys = self._traced_keys()
+        elif type(key) is not str:
             return self[self._key_to_attr(key)]
         # What took the place of a registered Parameter: a parametrization, the tensor of a replica or of a pruned one.
-        if key in self._keys:
+        if key in keys:
             try:
                 return getattr(self, key)
             except AttributeError:
@@ -494,14 +497,13 @@ class ParameterDict(torch.nn.ParameterDict):
         return self.__getitem__ if self._overrides("__getitem__") else None
 
     def _traced_keys(self) -> tuple[str, ...]:
-        """Give the keys to torch.compile: constants, guarded by the dicts that they come from."""
-        for place in (self._parameters, self._values, self._modules):
-            len(place.keys())
-        keys: tuple[str, ...] = self._constant_keys()
+        """Give the keys to torch.compile: constants, guarded by the fingerprint of the index."""
+        keys: tuple[str, ...] = self._constant_keys(self._keys._fingerprint)
         return keys
 
     @assume_constant_result  # type: ignore[untyped-decorator]
-    def _constant_keys(self) -> tuple[str, ...]:
+    def _constant_keys(self, fingerprint: str) -> tuple[str, ...]:
+        # torch.compile guards what a call that it takes for constant is given.
         return tuple(self._keys)
 
 

@@ -3,6 +3,7 @@
 //! The map lies behind a lock that is held only for pure Rust work: nothing that runs Python code, and nothing that
 //! makes an object that Python's garbage collector tracks, happens while it is held.
 
+use std::hash::{DefaultHasher, Hasher};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
@@ -33,6 +34,8 @@ pub(crate) struct IndexMap {
     state: Mutex<State>,
     /// The map's generation, to be read without the lock.
     generation: AtomicU64,
+    /// The fingerprint of the names, and the generation that it was computed for. Locked before `state`.
+    fingerprint: Mutex<Option<(u64, u64)>>,
 }
 
 /// The lock, and the duty to publish the generation when it is given back.
@@ -49,7 +52,11 @@ impl Drop for Locked<'_> {
 
 impl IndexMap {
     fn from_state(state: State) -> Self {
-        Self { generation: AtomicU64::new(state.map.generation()), state: Mutex::new(state) }
+        Self {
+            generation: AtomicU64::new(state.map.generation()),
+            fingerprint: Mutex::new(None),
+            state: Mutex::new(state),
+        }
     }
 
     fn read(&self, py: Python<'_>) -> MutexGuard<'_, State> {
@@ -263,6 +270,27 @@ impl IndexMap {
 
     fn __reversed__(slf: Bound<'_, Self>) -> NameIterator {
         NameIterator::new(&slf, true, Yield::Name)
+    }
+
+    /// The same for the same names in the same order, and different for others. **O(1)** until names change, then
+    /// **O(n)** once.
+    ///
+    /// A `str`, because torch.compile guards one by its value, and would take an `int` that changes for one that varies.
+    #[getter]
+    fn _fingerprint(&self, py: Python<'_>) -> String {
+        let mut known = self.fingerprint.lock_py_attached(py).unwrap_or_else(std::sync::PoisonError::into_inner);
+        let state = self.read(py);
+        let generation = state.map.generation();
+        let fingerprint = match *known {
+            Some((then, fingerprint)) if then == generation => fingerprint,
+            _ => {
+                let mut hasher = DefaultHasher::new();
+                state.map.iter().for_each(|(name, _)| hasher.write_u64(name.full_hash()));
+                hasher.finish()
+            }
+        };
+        *known = Some((generation, fingerprint));
+        format!("{fingerprint:016x}")
     }
 
     /// The iterator behind the views: what it yields is 0 for names, 1 for rows, 2 for both.

@@ -28,6 +28,10 @@ impl Name {
         Self(self.0.clone_ref(py))
     }
 
+    pub(crate) fn full_hash(&self) -> u64 {
+        full_hash(self.0.as_ptr())
+    }
+
     pub(crate) fn is(&self, text: &Bound<'_, PyString>) -> bool {
         self.0.is(text)
     }
@@ -113,11 +117,15 @@ pub(crate) fn to_text<'py>(object: &Bound<'py, PyAny>) -> PyResult<Bound<'py, Py
 }
 
 fn hash(text: *mut ffi::PyObject) -> u32 {
+    let hash = full_hash(text);
+    (hash ^ (hash >> 32)) as u32
+}
+
+fn full_hash(text: *mut ffi::PyObject) -> u64 {
     // SAFETY: `text` is an exact `str` kept alive by its `Name` or `Query`. Hashing one runs no Python code, cannot
     // fail, and after the first time only reads the cached value.
     let hash = unsafe { ffi::PyObject_Hash(text) };
-    let hash = hash.cast_unsigned();
-    (hash ^ (hash >> 32)) as u32
+    hash.cast_unsigned() as u64
 }
 
 fn same(one: *mut ffi::PyObject, other: *mut ffi::PyObject) -> bool {
