@@ -67,6 +67,10 @@ def test_setting_an_attribute_to_none_keeps_the_name(kind: Kind) -> None:
     assert list(pd.state_dict()) == ["right"]
     pd["left"] = torch.ones(3)
     assert names(pd.named_parameters()) == ["right", "left"]
+    pd.left = pd.right = None
+    assert pd.pop("right") is None
+    assert pd.popitem() == ("left", None)
+    assert pd._parameters == {}
 
 
 def test_a_parameter_set_as_an_attribute_lies_beside_the_entries(kind: Kind) -> None:
