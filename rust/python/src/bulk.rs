@@ -239,7 +239,9 @@ pub(crate) fn save_parameters(
     let detach_name = intern!(py, "detach");
     let detach = parameter.getattr(detach_name)?;
     let bare = prefix.is_empty()?;
-    for (name, value) in parameters {
+    // Taken together first: what a `detach` of a subclass runs, or another thread meanwhile, may change the dict.
+    let all: Vec<_> = parameters.iter().collect();
+    for (name, value) in all {
         if value.is_none() {
             continue;
         }
