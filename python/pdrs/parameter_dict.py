@@ -149,8 +149,10 @@ class ParameterDict(torch.nn.ParameterDict):
             If ``value`` is a Parameter that is the result of a differentiable operation.
         """
         # What asks for a closer look is what torch lets others do to Modules: hooks, parametrizations, other kinds.
-        usual = not (_torch_module._global_parameter_registration_hooks or self._modules or self._values)
-        if usual and not self._buffers and set_entry(self._keys, self._parameters, key, value, Parameter):
+        usual = not (
+            _torch_module._global_parameter_registration_hooks or self._modules or self._values or self._buffers
+        )
+        if usual and not _tracing() and set_entry(self._keys, self._parameters, key, value, Parameter):
             return
         key = self._key_to_attr(key)
         if isinstance(value, Tensor):
