@@ -13,6 +13,15 @@ pub enum Error {
         /// The largest number that it can hold.
         limit: usize,
     },
+    /// A slab would have more bytes than an `i64` can count.
+    TooLarge,
+    /// A slab cannot be cut into blocks of this size.
+    BlockSize {
+        /// The size that was asked for.
+        got: u64,
+        /// What it has to be a positive multiple of.
+        multiple_of: u64,
+    },
 }
 
 /// The result of an operation that may be refused.
@@ -23,6 +32,10 @@ impl fmt::Display for Error {
         match self {
             Self::Full { wanted, limit } => {
                 write!(f, "an IndexMap holds at most {limit} names, and {wanted} were asked for")
+            }
+            Self::TooLarge => write!(f, "all tensors together have more than {} bytes", i64::MAX),
+            Self::BlockSize { got, multiple_of } => {
+                write!(f, "the size of a block must be a positive multiple of {multiple_of} bytes, got {got}")
             }
         }
     }

@@ -1,4 +1,4 @@
-//! What pdrs can prove alone: the ordered index of names.
+//! What pdrs can prove alone: the ordered index of names, and the places of many regions in one slab.
 //!
 //! This crate knows neither Python nor torch and contains no unsafe code, so that it can be tested against a model,
 //! fuzzed and measured by itself. How a key is hashed and compared is a parameter ([`Hashed`], [`Matches`]): the Python
@@ -8,6 +8,7 @@
 mod error;
 mod index_map;
 mod key;
+pub mod staging;
 mod words;
 
 pub use error::{Error, Result};

@@ -1,0 +1,105 @@
+//! Where many regions of memory lie in one slab, and how a slab is cut into blocks: arithmetic only.
+//!
+//! A *slab* is one stretch of bytes that holds many regions, one after another, with gaps only for alignment
+//! ([`lay_out`]). It may be too large to be carried at once, so that it is cut into *blocks* ([`cut`]); a block holds
+//! regions, or a part of a large one, as they lie in the slab. Regions so large that carrying them by way of a block
+//! costs more than it saves are left to go by themselves.
+//!
+//! ```text
+//!     regions   aaaa bb ccccccccccccccc dddddddddddddddddddddddddddddddd e
+//!     slab      |aaaa|bb··|ccccccccccccccc·|dddddddddddddddddddddddddddddddd|e|
+//!     blocks    [- staged --][-- staged --] [----------- direct -----------] [] staged
+//! ```
+
+use std::ops::Range;
+
+use crate::error::{Error, Result};
+
+/// Every region begins at a multiple of this many bytes: GPUs load 16 bytes at once, and only from such addresses.
+pub const LEAST_ALIGNMENT: u64 = 16;
+
+/// No region is aligned to more bytes than these: a cache line, the widest vector register of a CPU, and what torch's
+/// own CPU allocator aligns to.
+pub const MOST_ALIGNMENT: u64 = 64;
+
+/// A stretch of a slab that is carried at once.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Block {
+    /// The bytes of the slab, from the first byte of a region, or of its rest, to the last of one, or of its part.
+    pub bytes: Range<u64>,
+    /// The regions that lie in these bytes, at least in part. Empty ones at the edges may be left out.
+    pub regions: Range<usize>,
+    /// Whether this is one whole region that goes by itself, not by way of a block.
+    pub direct: bool,
+}
+
+/// To what a region of `size` bytes is aligned: small regions lie close together, yet none crosses more cache lines
+/// than it must.
+#[must_use]
+pub fn alignment(size: u64) -> u64 {
+    size.min(MOST_ALIGNMENT).next_power_of_two().max(LEAST_ALIGNMENT)
+}
+
+/// Lays regions of these sizes out in a slab, in order. Gives where each begins, and where the last one ends.
+///
+/// Regions of no size have a place, too, but take none. Computes in **O(n)** time.
+///
+/// # Errors
+///
+/// [`Error::TooLarge`] if the slab would be larger than an `i64` can tell: torch counts in those.
+pub fn lay_out(sizes: impl IntoIterator<Item = u64>) -> Result<(Vec<u64>, u64)> {
+    let sizes = sizes.into_iter();
+    let mut offsets = Vec::with_capacity(sizes.size_hint().0);
+    let mut end = 0_u64;
+    for size in sizes {
+        let offset = end.checked_next_multiple_of(alignment(size)).ok_or(Error::TooLarge)?;
+        end = offset.checked_add(size).filter(|end| i64::try_from(*end).is_ok()).ok_or(Error::TooLarge)?;
+        offsets.push(offset);
+    }
+    Ok((offsets, end))
+}
+
+/// Cuts a slab into blocks of at most `block_size` bytes, in order.
+///
+/// `regions` are the places of its regions, ascending and apart. Those of at least `direct_from` bytes become blocks by
+/// themselves whatever their size. Every byte of a region is in exactly one block. A block begins at a multiple of
+/// [`LEAST_ALIGNMENT`] if all regions do. Computes in **O(n + blocks)** time.
+///
+/// # Errors
+///
+/// [`Error::BlockSize`] if `block_size` is no positive multiple of [`MOST_ALIGNMENT`]: an element might be cut in two.
+pub fn cut(regions: impl IntoIterator<Item = Range<u64>>, block_size: u64, direct_from: u64) -> Result<Vec<Block>> {
+    if block_size == 0 || !block_size.is_multiple_of(MOST_ALIGNMENT) {
+        return Err(Error::BlockSize { got: block_size, multiple_of: MOST_ALIGNMENT });
+    }
+    let mut blocks = Vec::new();
+    let mut open: Option<Block> = None;
+    for (number, region) in regions.into_iter().enumerate() {
+        if region.is_empty() {
+            continue;
+        }
+        debug_assert!(open.as_ref().is_none_or(|block| block.bytes.end <= region.start), "regions overlap");
+        if region.end - region.start >= direct_from {
+            blocks.extend(open.take());
+            blocks.push(Block { bytes: region, regions: number..number + 1, direct: true });
+            continue;
+        }
+        let mut from = region.start;
+        while from < region.end {
+            let block = match &mut open {
+                // A gap may reach beyond the end of the block; then the region begins the next one.
+                Some(block) if from - block.bytes.start < block_size => block,
+                _ => {
+                    blocks.extend(open.take());
+                    open.insert(Block { bytes: from..from, regions: number..number, direct: false })
+                }
+            };
+            let to = region.end.min(block.bytes.start.saturating_add(block_size));
+            block.bytes.end = to;
+            block.regions.end = number + 1;
+            from = to;
+        }
+    }
+    blocks.extend(open);
+    Ok(blocks)
+}
