@@ -3,10 +3,14 @@
 #![allow(clippy::needless_pass_by_value, reason = "PyO3 asks for owned arguments")]
 
 mod bulk;
+mod copy;
 mod entries;
+mod group;
 mod index_map;
 mod name;
 mod slots;
+mod stable_abi;
+mod tensor;
 
 use pyo3::prelude::*;
 
@@ -19,6 +23,8 @@ mod _core {
     };
     #[pymodule_export]
     use super::entries::EntryIterator;
+    #[pymodule_export]
+    use super::group::{TensorGroup, group_tensors, slab_views};
     #[pymodule_export]
     use super::index_map::{IndexMap, NameIterator};
     #[pymodule_export]

@@ -1,0 +1,157 @@
+//! torch's stable C ABI: views that share the storage of a slab, and Parameters, made without a detour through Python.
+//!
+//! The functions are looked up by name in the `libtorch_cpu` that is already loaded; where one of them is missing
+//! (torch before 2.14) there is no [`StableAbi`], and callers take another way.
+#![allow(unsafe_code)] // C functions of torch.
+
+use std::ffi::{CStr, c_char, c_void};
+use std::ptr;
+
+use pyo3::exceptions::PyRuntimeError;
+use pyo3::ffi;
+use pyo3::prelude::*;
+use pyo3::types::PyType;
+
+type TensorHandle = *mut c_void;
+
+pub(crate) struct StableAbi {
+    from_python: unsafe extern "C" fn(*mut ffi::PyObject, *mut TensorHandle) -> i32,
+    to_python: unsafe extern "C" fn(TensorHandle, *mut ffi::PyTypeObject, *mut *mut ffi::PyObject) -> i32,
+    view: unsafe extern "C" fn(TensorHandle, i64, *const i64, *const i64, i64, *mut TensorHandle) -> i32,
+    set_requires_grad: unsafe extern "C" fn(TensorHandle, bool) -> i32,
+    delete: unsafe extern "C" fn(TensorHandle) -> i32,
+    last_error: unsafe extern "C" fn() -> *const c_char,
+}
+
+/// A reference of ours to a tensor.
+pub(crate) struct Handle {
+    tensor: TensorHandle,
+    delete: unsafe extern "C" fn(TensorHandle) -> i32,
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        // SAFETY: the handle came from torch as a new reference and is given up once, here.
+        unsafe {
+            (self.delete)(self.tensor);
+        }
+    }
+}
+
+impl StableAbi {
+    /// Looks the functions up, if this torch has all of them.
+    pub(crate) fn find(torch: &Bound<'_, PyModule>) -> PyResult<Option<Self>> {
+        let Some(library) = Library::of(torch)? else {
+            return Ok(None);
+        };
+        // SAFETY: these are the names and the signatures in torch/csrc/stable/c/shim.h and
+        // torch/csrc/inductor/aoti_torch/c/shim.h, which torch promises to keep. A Python object, a type object and a
+        // tensor handle are opaque pointers there.
+        unsafe {
+            let find = || -> Option<Self> {
+                Some(Self {
+                    from_python: std::mem::transmute::<*mut c_void, _>(library.symbol(c"torch_tensor_from_pyobject")?),
+                    to_python: std::mem::transmute::<*mut c_void, _>(library.symbol(c"torch_tensor_to_pyobject")?),
+                    view: std::mem::transmute::<*mut c_void, _>(library.symbol(c"aoti_torch__reinterpret_tensor")?),
+                    set_requires_grad: std::mem::transmute::<*mut c_void, _>(
+                        library.symbol(c"torch_set_requires_grad")?,
+                    ),
+                    delete: std::mem::transmute::<*mut c_void, _>(library.symbol(c"aoti_torch_delete_tensor_object")?),
+                    last_error: std::mem::transmute::<*mut c_void, _>(
+                        library.symbol(c"torch_exception_get_what_without_backtrace")?,
+                    ),
+                })
+            };
+            Ok(find())
+        }
+    }
+
+    /// A handle to a tensor.
+    pub(crate) fn handle(&self, tensor: &Bound<'_, PyAny>) -> PyResult<Handle> {
+        let mut handle = ptr::null_mut();
+        // SAFETY: `tensor` is a live torch.Tensor, and the GIL is held; torch gives a new reference, or not 0.
+        let status = unsafe { (self.from_python)(tensor.as_ptr(), &raw mut handle) };
+        self.own(status, handle)
+    }
+
+    /// Another tensor over the storage of `slab`, `offset` elements after its first. torch checks that it fits.
+    pub(crate) fn view(&self, slab: &Handle, offset: i64, shape: &[i64], strides: &[i64]) -> PyResult<Handle> {
+        let ndim = shape.len().min(strides.len());
+        let mut handle = ptr::null_mut();
+        // SAFETY: `slab` is a live handle; shape and strides are `ndim` numbers each, which torch copies.
+        let status =
+            unsafe { (self.view)(slab.tensor, ndim as i64, shape.as_ptr(), strides.as_ptr(), offset, &raw mut handle) };
+        self.own(status, handle)
+    }
+
+    pub(crate) fn set_requires_grad(&self, tensor: &Handle, requires_grad: bool) -> PyResult<()> {
+        // SAFETY: `tensor` is a live handle.
+        let status = unsafe { (self.set_requires_grad)(tensor.tensor, requires_grad) };
+        if status == 0 { Ok(()) } else { Err(self.error()) }
+    }
+
+    /// The Python object of a tensor that has none yet, of a class that adds nothing to Tensor.
+    pub(crate) fn to_python<'py>(
+        &self,
+        py: Python<'py>,
+        tensor: &Handle,
+        class: Option<&Bound<'py, PyType>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let class = class.map_or(ptr::null_mut(), |class| class.as_ptr().cast());
+        let mut made = ptr::null_mut();
+        // SAFETY: `tensor` is a live handle and `class` a live subclass of Tensor, or null for Tensor itself; the GIL is
+        // held. torch gives a new reference, or not 0.
+        unsafe {
+            if (self.to_python)(tensor.tensor, class, &raw mut made) != 0 || made.is_null() {
+                return Err(PyErr::take(py).unwrap_or_else(|| self.error()));
+            }
+            Ok(Bound::from_owned_ptr(py, made))
+        }
+    }
+
+    fn own(&self, status: i32, tensor: TensorHandle) -> PyResult<Handle> {
+        if status == 0 { Ok(Handle { tensor, delete: self.delete }) } else { Err(self.error()) }
+    }
+
+    fn error(&self) -> PyErr {
+        // SAFETY: torch keeps the message of this thread's last error until the next one; it is copied at once.
+        let message = unsafe { (self.last_error)().as_ref().map(|text| CStr::from_ptr(text).to_string_lossy()) };
+        PyRuntimeError::new_err(message.map_or("torch failed".to_owned(), std::borrow::Cow::into_owned))
+    }
+}
+
+/// A library that torch has loaded.
+struct Library(#[cfg_attr(not(unix), expect(dead_code, reason = "never made there"))] *mut c_void);
+
+impl Library {
+    #[cfg(unix)]
+    fn of(torch: &Bound<'_, PyModule>) -> PyResult<Option<Self>> {
+        use std::os::unix::ffi::OsStringExt;
+        let file: std::path::PathBuf = torch.getattr("__file__")?.extract()?;
+        let name = format!("libtorch_cpu{}", std::env::consts::DLL_SUFFIX);
+        let path = file.with_file_name("lib").join(name).into_os_string().into_vec();
+        let Ok(path) = std::ffi::CString::new(path) else {
+            return Ok(None);
+        };
+        // SAFETY: the path is a C string. The library is not loaded anew, so none of its code runs.
+        let library = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_LAZY | libc::RTLD_NOLOAD) };
+        Ok((!library.is_null()).then_some(Self(library)))
+    }
+
+    #[cfg(not(unix))]
+    fn of(_torch: &Bound<'_, PyModule>) -> PyResult<Option<Self>> {
+        Ok(None)
+    }
+
+    #[cfg(unix)]
+    fn symbol(&self, name: &CStr) -> Option<*mut c_void> {
+        // SAFETY: the library stays loaded, for nobody closes it; the name is a C string.
+        let symbol = unsafe { libc::dlsym(self.0, name.as_ptr()) };
+        (!symbol.is_null()).then_some(symbol)
+    }
+
+    #[cfg(not(unix))]
+    fn symbol(&self, _name: &CStr) -> Option<*mut c_void> {
+        None
+    }
+}
