@@ -9,6 +9,7 @@ mod error;
 mod index_map;
 mod key;
 pub mod staging;
+pub mod strides;
 mod words;
 
 pub use error::{Error, Result};

@@ -106,6 +106,6 @@ fn a_block_size_that_might_cut_an_element_is_refused() {
 #[test]
 fn a_slab_at_the_end_of_the_numbers_is_cut() {
     let end = i64::MAX.cast_unsigned();
-    let blocks = cut([end - 100..end], u64::MAX - 63, u64::MAX).unwrap();
+    let blocks = cut(std::iter::once(end - 100..end), u64::MAX - 63, u64::MAX).unwrap();
     assert_eq!(blocks.len(), 1);
 }

@@ -14,11 +14,14 @@ use std::ops::Range;
 use std::ptr;
 
 use pdrs_core::staging::MOST_ALIGNMENT;
+use pdrs_core::strides::{self, Loop, for_each_row, is_contiguous, may_fold};
 use pyo3::exceptions::PyValueError;
+use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
-use crate::tensor::{Dtype, Torch, is_contiguous};
+use crate::dlpack::Dtype;
+use crate::tensor::Torch;
 
 /// How many regions are looked at ahead, so that their cache misses overlap.
 const BATCH: usize = 32;
@@ -29,24 +32,15 @@ const BYTES_PER_THREAD: u64 = 8 << 20;
 /// Regions smaller than this on average are copied by one thread: reading where they lie takes most of the time.
 const SHARED_FROM: u64 = 4096;
 
-/// A region and its place in the slab.
+/// A region and its place in the slab. There are millions of these: they are kept small.
 struct Region {
     pointer: usize,
     /// In bytes, as everything here.
     offset: u64,
     bytes: u64,
-    /// From the first byte to the last: more than `bytes` if strided, less if elements share memory.
-    extent: u64,
     /// Where its loops begin, and how many there are; none if its bytes are neighbours.
-    first_loop: usize,
-    loops: usize,
-}
-
-/// One dimension of a strided region.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Loop {
-    count: u64,
-    step: u64,
+    first_loop: u32,
+    loops: u32,
 }
 
 /// Regions in the order of their places in a slab.
@@ -54,12 +48,11 @@ pub(crate) struct Regions {
     /// What the memory belongs to.
     tensors: Py<PyTuple>,
     itemsize: u64,
-    regions: Vec<Region>,
+    list: Vec<Region>,
     loops: Vec<Loop>,
-    /// From the lowest address to the highest.
-    span: Range<usize>,
-    /// The first region in which two elements share memory.
-    first_folded: Option<usize>,
+    /// The lowest address, and the one behind the highest.
+    lowest: usize,
+    end: usize,
 }
 
 /// The memory of a contiguous tensor on the CPU.
@@ -98,6 +91,40 @@ impl<'a, 'py> Block<'a, 'py> {
     }
 }
 
+/// A part of a slab, and the block that holds it or shall hold it.
+pub(crate) struct Part<'a, 'py> {
+    regions: &'a Regions,
+    block: Block<'a, 'py>,
+    start: u64,
+}
+
+impl Part<'_, '_> {
+    /// The regions that reach into this part.
+    pub(crate) fn touched(&self) -> Range<usize> {
+        self.regions.within(self.start..self.start + self.block.bytes())
+    }
+
+    /// How many threads are worth their start.
+    pub(crate) fn useful_threads(&self) -> usize {
+        self.regions.useful_threads(self.block.bytes())
+    }
+
+    /// Copies the regions into the block; gaps between them become zeros.
+    pub(crate) fn gather(&self, py: Python<'_>, threads: usize) {
+        let (regions, memory, start) = (self.regions, self.block.memory, self.start);
+        // SAFETY: the tensors that `regions` keeps own the regions, and the tensor in the block owns the block, which
+        // shares memory with none of them (`Regions::part`) and holds whole elements, as all tensors do.
+        py.detach(|| unsafe { regions.copy(Direction::Gather, memory, start, threads) });
+    }
+
+    /// Copies the block into the regions. If these share memory, `threads` has to be 1.
+    pub(crate) fn scatter(&self, py: Python<'_>, threads: usize) {
+        let (regions, memory, start) = (self.regions, self.block.memory, self.start);
+        // SAFETY: as in `gather`.
+        py.detach(|| unsafe { regions.copy(Direction::Scatter, memory, start, threads) });
+    }
+}
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Direction {
     Gather,
@@ -109,10 +136,10 @@ impl Regions {
         Self {
             tensors: tensors.clone().unbind(),
             itemsize,
-            regions: Vec::with_capacity(capacity),
+            list: Vec::with_capacity(capacity),
             loops: Vec::new(),
-            span: usize::MAX..0,
-            first_folded: None,
+            lowest: usize::MAX,
+            end: 0,
         }
     }
 
@@ -120,132 +147,143 @@ impl Regions {
         self.tensors.bind(py)
     }
 
+    pub(crate) fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.tensors)
+    }
+
     pub(crate) fn itemsize(&self) -> u64 {
         self.itemsize
     }
 
+    /// Adds a region whose elements are neighbours. Its place in the slab is given later, by [`Self::place`].
+    pub(crate) fn push(&mut self, pointer: usize, numel: u64) {
+        self.list.push(Region { pointer, offset: 0, bytes: numel * self.itemsize, first_loop: 0, loops: 0 });
+        self.cover(self.list.len() - 1);
+    }
+
+    /// Makes the last region a strided one, of this shape and these strides in elements.
+    ///
+    /// Its elements are put into the slab in C order of `order`, the dimensions from the outermost to the innermost.
+    pub(crate) fn stride_last(&mut self, shape: &[i64], strides: &[i64], order: &[usize]) {
+        let loops = strides::loops(shape, strides, order, self.itemsize);
+        if let Some(last) = self.list.last_mut()
+            && !loops.is_empty()
+        {
+            (last.first_loop, last.loops) = (self.loops.len() as u32, loops.len() as u32);
+            self.loops.extend(loops);
+            self.cover(self.list.len() - 1);
+        }
+    }
+
+    fn cover(&mut self, at: usize) {
+        let region = &self.list[at];
+        if region.bytes > 0 {
+            self.lowest = self.lowest.min(region.pointer);
+            self.end = self.end.max(self.end_of(region));
+        }
+    }
+
+    fn loops_of(&self, region: &Region) -> &[Loop] {
+        &self.loops[region.first_loop as usize..(region.first_loop + region.loops) as usize]
+    }
+
+    /// The address behind the last byte.
+    fn end_of(&self, region: &Region) -> usize {
+        let bytes = if region.loops == 0 {
+            region.bytes
+        } else {
+            self.loops_of(region).iter().map(|each| (each.count - 1) * each.step).sum::<u64>() + self.itemsize
+        };
+        region.pointer + bytes as usize
+    }
+
+    /// The address of the first byte, and of the one behind the last; equal for an empty region.
+    pub(crate) fn addresses(&self, at: usize) -> Range<usize> {
+        let region = &self.list[at];
+        region.pointer..self.end_of(region)
+    }
+
+    /// Drops the regions at these places, which are ascending.
+    pub(crate) fn remove(&mut self, places: impl IntoIterator<Item = usize>) {
+        let mut places = places.into_iter().peekable();
+        let mut at = 0;
+        self.list.retain(|_| {
+            at += 1;
+            places.next_if_eq(&(at - 1)).is_none()
+        });
+    }
+
+    /// The sizes of all regions, in bytes.
+    pub(crate) fn sizes(&self) -> impl Iterator<Item = u64> {
+        self.list.iter().map(|region| region.bytes)
+    }
+
+    /// Gives all regions their places in the slab: ascending and apart.
+    pub(crate) fn place(&mut self, offsets: impl IntoIterator<Item = u64>) {
+        let mut end = 0;
+        for (region, offset) in self.list.iter_mut().zip(offsets) {
+            debug_assert!(offset >= end, "places in a slab are apart");
+            region.offset = offset;
+            end = offset + region.bytes;
+        }
+    }
+
     /// The places in the slab.
     pub(crate) fn places(&self) -> impl Iterator<Item = Range<u64>> {
-        self.regions.iter().map(|region| region.offset..region.offset + region.bytes)
+        self.list.iter().map(|region| region.offset..region.offset + region.bytes)
     }
 
     /// The number of the element of the slab at which a region begins.
     pub(crate) fn first_element(&self, at: usize) -> u64 {
-        self.regions[at].offset / self.itemsize
+        self.list[at].offset / self.itemsize
     }
 
     /// The regions that reach into these bytes of the slab.
     pub(crate) fn within(&self, bytes: Range<u64>) -> Range<usize> {
-        let first = self.regions.partition_point(|region| region.offset + region.bytes <= bytes.start);
-        first..first + self.regions[first..].partition_point(|region| region.offset < bytes.end)
+        let first = self.list.partition_point(|region| region.offset + region.bytes <= bytes.start);
+        first..first + self.list[first..].partition_point(|region| region.offset < bytes.end)
     }
 
     /// The address at which the slab begins, if all regions already lie as they would in one, and a region there.
     pub(crate) fn base(&self) -> Option<(usize, usize)> {
-        let first = self.regions.iter().position(|region| region.bytes > 0)?;
-        let base = self.regions[first].pointer.checked_sub(self.regions[first].offset as usize)?;
+        let first = self.list.iter().position(|region| region.bytes > 0)?;
+        let base = self.list[first].pointer.checked_sub(self.list[first].offset as usize)?;
         let in_place = |region: &Region| {
             region.bytes == 0 || (region.loops == 0 && region.pointer == base.wrapping_add(region.offset as usize))
         };
-        self.regions.iter().all(in_place).then_some((base, first))
+        self.list.iter().all(in_place).then_some((base, first))
     }
 
     /// The first region in which two elements share memory, which cannot be scattered to.
     pub(crate) fn first_folded(&self) -> Option<usize> {
-        self.first_folded
-    }
-
-    /// Adds a region whose elements are neighbours, behind all others.
-    pub(crate) fn push_run(&mut self, pointer: usize, offset: u64, bytes: u64) {
-        self.add(Region { pointer, offset, bytes, extent: bytes, first_loop: 0, loops: 0 });
-    }
-
-    /// Adds a region of this shape and these strides, in elements, behind all others.
-    ///
-    /// Its elements are put into the slab in C order of `order`, the dimensions from the outermost to the innermost.
-    pub(crate) fn push(&mut self, pointer: usize, offset: u64, shape: &[i64], strides: &[i64], order: &[usize]) {
-        let first_loop = self.loops.len();
-        let mut bytes = self.itemsize;
-        for &dim in order {
-            let (count, step) = (shape[dim].cast_unsigned(), strides[dim].cast_unsigned() * self.itemsize);
-            bytes *= count;
-            if count == 1 {
-                continue;
-            }
-            match self.loops[first_loop..].last_mut() {
-                // The outer dimension goes on where the inner one ends: both are one.
-                Some(outer) if outer.step == count.wrapping_mul(step) => {
-                    *outer = Loop { count: outer.count * count, step };
-                }
-                _ => self.loops.push(Loop { count, step }),
-            }
-        }
-        let loops = &self.loops[first_loop..];
-        if bytes == 0 || loops.is_empty() || matches!(loops, [only] if only.step == self.itemsize) {
-            self.loops.truncate(first_loop);
-            return self.push_run(pointer, offset, bytes);
-        }
-        if self.first_folded.is_none() && may_fold(loops, self.itemsize) {
-            self.first_folded = Some(self.regions.len());
-        }
-        let extent = loops.iter().map(|each| (each.count - 1) * each.step).sum::<u64>() + self.itemsize;
-        let loops = loops.len();
-        self.add(Region { pointer, offset, bytes, extent, first_loop, loops });
-    }
-
-    fn add(&mut self, region: Region) {
-        debug_assert!(
-            self.regions.last().is_none_or(|last| last.offset + last.bytes <= region.offset),
-            "places in a slab are apart"
-        );
-        if region.bytes > 0 {
-            self.span.start = self.span.start.min(region.pointer);
-            self.span.end = self.span.end.max(region.pointer + region.extent as usize);
-        }
-        self.regions.push(region);
-    }
-
-    /// A region that shares memory with a block.
-    pub(crate) fn first_under(&self, block: &Block<'_, '_>) -> Option<usize> {
-        let block = block.memory;
-        let end = block.pointer + block.bytes as usize;
-        if block.bytes == 0 || self.span.start >= end || self.span.end <= block.pointer {
+        if self.loops.is_empty() {
             return None;
         }
-        self.regions.iter().position(|region| {
-            region.bytes > 0 && region.pointer < end && region.pointer + region.extent as usize > block.pointer
-        })
+        self.list.iter().position(|region| region.loops > 0 && may_fold(self.loops_of(region), self.itemsize))
     }
 
-    /// Copies the part of the slab that begins at byte `start` and is as long as `block` into it.
+    /// The part of the slab that begins at byte `start` and is as long as a block.
     ///
-    /// Gaps between the regions become zeros. At most `threads` threads take part.
-    pub(crate) fn gather(&self, py: Python<'_>, block: &Block<'_, '_>, start: u64, threads: usize) {
-        self.check(block, start);
-        let memory = block.memory;
-        // SAFETY: the tensors, kept by `self`, own the regions, and the tensor in `block` owns the block, which shares
-        // memory with none of them and begins and ends between elements.
-        py.detach(|| unsafe { self.copy(Direction::Gather, memory, start, threads) });
-    }
-
-    /// Copies `block` into the regions that lie in the part of the slab that begins at byte `start`.
+    /// # Errors
     ///
-    /// Regions that share memory are to be written by one thread.
-    pub(crate) fn scatter(&self, py: Python<'_>, block: &Block<'_, '_>, start: u64, threads: usize) {
-        self.check(block, start);
-        let memory = block.memory;
-        // SAFETY: as in `gather`.
-        py.detach(|| unsafe { self.copy(Direction::Scatter, memory, start, threads) });
-    }
-
-    fn check(&self, block: &Block<'_, '_>, start: u64) {
-        assert!(start.is_multiple_of(self.itemsize) && block.bytes().is_multiple_of(self.itemsize));
-        assert!(self.first_under(block).is_none(), "a block must not share memory with the regions");
+    /// Gives a region that shares memory with the block.
+    pub(crate) fn part<'a, 'py>(&'a self, block: Block<'a, 'py>, start: u64) -> Result<Part<'a, 'py>, usize> {
+        let Stretch { pointer, bytes } = block.memory;
+        let end = pointer + bytes as usize;
+        if bytes > 0 && self.lowest < end && self.end > pointer {
+            let shares = |region: &Region| region.bytes > 0 && region.pointer < end && self.end_of(region) > pointer;
+            if let Some(at) = self.list.iter().position(shares) {
+                return Err(at);
+            }
+        }
+        debug_assert!(start.is_multiple_of(self.itemsize) && bytes.is_multiple_of(self.itemsize));
+        Ok(Part { regions: self, block, start })
     }
 
     /// How many threads are worth their start.
-    pub(crate) fn useful_threads(&self, bytes: u64) -> usize {
-        let average = self.places().last().map_or(0, |last| last.end) / self.regions.len().max(1) as u64;
+    fn useful_threads(&self, bytes: u64) -> usize {
+        let length = self.list.last().map_or(0, |last| last.offset + last.bytes);
+        let average = length / self.list.len().max(1) as u64;
         if average < SHARED_FROM { 1 } else { (bytes / BYTES_PER_THREAD).max(1) as usize }
     }
 
@@ -283,7 +321,7 @@ impl Regions {
     unsafe fn copy_part(&self, direction: Direction, block: Stretch, start: u64) {
         let end = start + block.bytes;
         let mut filled = start;
-        for batch in self.regions[self.within(start..end)].chunks(BATCH) {
+        for batch in self.list[self.within(start..end)].chunks(BATCH) {
             touch(batch);
             for region in batch.iter().filter(|region| region.bytes > 0) {
                 let from = region.offset.max(start);
@@ -315,7 +353,7 @@ impl Regions {
             // SAFETY: the caller gives bytes inside the region, and as many in the block.
             return unsafe { copy_bytes(direction, region, block, (bytes.end - bytes.start) as usize) };
         }
-        let loops = &self.loops[region.first_loop..region.first_loop + region.loops];
+        let loops = self.loops_of(region);
         let step = loops[loops.len() - 1].step;
         let elements = bytes.start / self.itemsize..bytes.end / self.itemsize;
         for_each_row(loops, elements, |offset, count| {
@@ -365,84 +403,4 @@ fn touch(batch: &[Region]) {
         sum ^ unsafe { ptr::read_volatile(region.pointer as *const u8) }
     });
     black_box(sum);
-}
-
-/// Calls `each` for every row of the innermost loop, or part of one, that the elements in C order lie in.
-///
-/// It gets the distance of its first element from that of the region, in bytes, and the number of elements.
-fn for_each_row(loops: &[Loop], elements: Range<u64>, mut each: impl FnMut(u64, u64)) {
-    let Some((inner, outer)) = loops.split_last() else {
-        return;
-    };
-    let (mut left, mut row) = (elements.end - elements.start, elements.start / inner.count);
-    let mut column = elements.start % inner.count;
-    let mut index = vec![0; outer.len()];
-    for (index, each) in index.iter_mut().zip(outer).rev() {
-        *index = row % each.count;
-        row /= each.count;
-    }
-    while left > 0 {
-        let count = left.min(inner.count - column);
-        let offset: u64 = index.iter().zip(outer).map(|(index, each)| index * each.step).sum();
-        each(offset + column * inner.step, count);
-        left -= count;
-        column = 0;
-        for (index, each) in index.iter_mut().zip(outer).rev() {
-            *index += 1;
-            if *index < each.count {
-                break;
-            }
-            *index = 0;
-        }
-    }
-}
-
-/// Whether two elements may share memory: false only if each loop steps over all that the smaller ones reach.
-fn may_fold(loops: &[Loop], itemsize: u64) -> bool {
-    let mut sorted = loops.to_vec();
-    sorted.sort_unstable_by_key(|each| each.step);
-    let mut reach = itemsize;
-    for each in sorted {
-        if each.step < reach {
-            return true;
-        }
-        reach += (each.count - 1) * each.step;
-    }
-    false
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Rows in C order of a 3-dimensional region, from any element to any other.
-    #[test]
-    fn any_part_of_a_strided_region_is_the_same_part_of_its_elements_in_order() {
-        let loops = [Loop { count: 3, step: 7 }, Loop { count: 2, step: 100 }, Loop { count: 4, step: 1000 }];
-        let mut all = Vec::new();
-        for (a, b, c) in (0..3).flat_map(|a| (0..2).flat_map(move |b| (0..4).map(move |c| (a, b, c)))) {
-            all.push(a * 7 + b * 100 + c * 1000);
-        }
-        for start in 0..=all.len() {
-            for end in start..=all.len() {
-                let mut seen = Vec::new();
-                for_each_row(&loops, start as u64..end as u64, |offset, count| {
-                    seen.extend((0..count).map(|at| offset + at * 1000));
-                });
-                assert_eq!(seen, all[start..end]);
-            }
-        }
-    }
-
-    #[test]
-    fn loops_that_step_on_each_other_are_seen() {
-        let looped =
-            |loops: &[(u64, u64)]| -> Vec<Loop> { loops.iter().map(|&(count, step)| Loop { count, step }).collect() };
-        assert!(may_fold(&looped(&[(3, 0)]), 4));
-        assert!(may_fold(&looped(&[(3, 4), (3, 4)]), 4));
-        assert!(may_fold(&looped(&[(2, 4), (3, 4)]), 4));
-        assert!(!may_fold(&looped(&[(3, 8), (2, 4)]), 4));
-        assert!(!may_fold(&looped(&[(2, 4), (3, 8)]), 4));
-        assert!(!may_fold(&looped(&[(5, 12)]), 4));
-    }
 }

@@ -2,34 +2,27 @@
 
 use numpy::PyArray1;
 use pdrs_core::staging;
+use pdrs_core::strides::{is_contiguous, is_dense, make_dense, order_of};
 use pyo3::exceptions::{PyIndexError, PyTypeError, PyValueError};
+use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyTuple};
 
-use crate::copy::{Block, Regions};
-use crate::tensor::{Device, Door, Dtype, Found, Slab, Torch, extent, is_contiguous};
+use crate::copy::{Block, Part, Regions};
+use crate::dlpack::{Device, Dtype};
+use crate::slab::{Door, Slab, flat};
+use crate::tensor::{Found, Torch, prefetch};
 
 /// How many tensors are looked at ahead, so that their cache misses overlap.
 const BATCH: usize = 32;
 
-/// A tensor of the list.
+/// A tensor of the list. There are millions of these: they are kept small.
 struct Entry {
-    index: usize,
-    pointer: usize,
-    numel: u64,
+    index: u32,
+    ndim: u32,
     /// Where shape and strides begin in `dims`.
     dims: usize,
-    ndim: usize,
-}
-
-/// Entries of one dtype and device, while the list is read.
-struct Gathered {
-    device: Device,
-    dtype: Dtype,
-    itemsize: u64,
-    entries: Vec<Entry>,
-    dims: Vec<i64>,
 }
 
 /// Tensors of one dtype and device, and the place of each in one slab.
@@ -44,216 +37,164 @@ pub(crate) struct TensorGroup {
     entries: Vec<Entry>,
     dims: Vec<i64>,
     /// Entries that are the tensor of an earlier one: their index, and the region.
-    repeated: Vec<(usize, usize)>,
+    repeated: Vec<(u32, usize)>,
     overlapping: bool,
 }
+
+/// The groups, and for each tensor that is in none its index and why.
+type Grouped = (Vec<TensorGroup>, Vec<(usize, String)>);
 
 /// Puts tensors into groups of one dtype and device, and lays each group out in a slab.
 #[pyfunction]
 #[pyo3(signature = (tensors, *, keep_strides = true, narrowest = None))]
-pub(crate) fn group_tensors<'py>(
-    tensors: &Bound<'py, PyList>,
+pub(crate) fn group_tensors(
+    tensors: &Bound<'_, PyList>,
     keep_strides: bool,
     narrowest: Option<u64>,
-) -> PyResult<(Vec<TensorGroup>, Vec<(usize, String)>)> {
+) -> PyResult<Grouped> {
     let narrowest = narrowest.unwrap_or(16);
     if !matches!(narrowest, 1 | 2 | 4 | 8 | 16) {
         return Err(PyValueError::new_err(format!("narrowest must be 1, 2, 4, 8 or 16 bytes, got {narrowest}")));
     }
+    if u32::try_from(tensors.len()).is_err() {
+        return Err(PyValueError::new_err(format!("expected at most {} tensors, got {}", u32::MAX, tensors.len())));
+    }
     let py = tensors.py();
     let torch = Torch::get(py)?;
     let tensors = tensors.to_tuple();
-    let mut groups: Vec<Gathered> = Vec::new();
+    let mut groups: Vec<TensorGroup> = Vec::new();
     let mut unusual = Vec::new();
     let mut dims = Vec::new();
     let mut current = 0;
     for begin in (0..tensors.len()).step_by(BATCH) {
         let batch = begin..tensors.len().min(begin + BATCH);
         for index in batch.clone() {
-            std::hint::black_box(torch.is_plain(&*tensors.get_borrowed_item(index)?));
+            prefetch(&*tensors.get_borrowed_item(index)?);
         }
         for index in batch {
             dims.clear();
-            let tensor = tensors.get_borrowed_item(index)?;
-            match torch.find(&tensor, &mut dims) {
-                Ok(Ok(found)) => add(&mut groups, &mut current, index, &found, &dims),
-                Ok(Err(why)) => unusual.push((index, why.to_string())),
-                Err(error) => {
-                    let message = format!("tensors[{index}]: {}", error.value(py));
-                    return Err(PyTypeError::new_err(message));
+            let found = torch
+                .find(&*tensors.get_borrowed_item(index)?, &mut dims)
+                .map_err(|error| PyTypeError::new_err(format!("tensors[{index}]: {}", error.value(py))))?;
+            let found = match found {
+                Ok(found) => found,
+                Err(why) => {
+                    unusual.push((index, why.to_string()));
+                    continue;
                 }
+            };
+            let fits = |group: &TensorGroup| group.device == found.device && group.dtype == found.dtype;
+            if !groups.get(current).is_some_and(fits) {
+                current = groups.iter().position(fits).unwrap_or(groups.len());
             }
+            if current == groups.len() {
+                // Nearly always all tensors are of one group.
+                let capacity = if current == 0 { tensors.len() } else { 0 };
+                groups.push(TensorGroup::new(&tensors, &found, capacity));
+            }
+            groups[current].add(index as u32, &found, &mut dims, keep_strides);
         }
     }
-    let groups =
-        groups.into_iter().map(|group| group.lay_out(&tensors, keep_strides, narrowest)).collect::<PyResult<_>>()?;
+    for group in &mut groups {
+        group.take_repeated(py)?;
+        group.lay_out(narrowest)?;
+    }
     Ok((groups, unusual))
 }
 
-fn add(groups: &mut Vec<Gathered>, current: &mut usize, index: usize, found: &Found, dims: &[i64]) {
-    let fits = |group: &Gathered| group.device == found.device && group.dtype == found.dtype;
-    if !groups.get(*current).is_some_and(fits) {
-        *current = groups.iter().position(fits).unwrap_or_else(|| {
-            groups.push(Gathered {
-                device: found.device,
-                dtype: found.dtype,
-                itemsize: found.itemsize,
-                entries: Vec::new(),
-                dims: Vec::new(),
-            });
-            groups.len() - 1
-        });
-    }
-    let group = &mut groups[*current];
-    let entry = Entry { index, pointer: found.pointer, numel: found.numel, dims: group.dims.len(), ndim: found.ndim };
-    group.entries.push(entry);
-    group.dims.extend_from_slice(dims);
-}
-
-impl Gathered {
-    fn lay_out(mut self, tensors: &Bound<'_, PyTuple>, keep_strides: bool, narrowest: u64) -> PyResult<TensorGroup> {
-        let (overlapping, repeated) = self.take_repeated(tensors)?;
-        let narrow = narrowest.min(self.itemsize);
-        let sizes = self.entries.iter().map(|entry| entry.numel.saturating_mul(narrow));
-        let (offsets, end) = staging::lay_out(sizes).map_err(|error| PyValueError::new_err(error.to_string()))?;
-        let mut regions = Regions::new(tensors, self.itemsize, self.entries.len());
-        let scale = self.itemsize / narrow;
-        if (end / narrow).checked_mul(16).is_none() {
-            return Err(PyValueError::new_err(pdrs_core::Error::TooLarge.to_string()));
+impl TensorGroup {
+    fn new(tensors: &Bound<'_, PyTuple>, found: &Found, capacity: usize) -> Self {
+        Self {
+            device: found.device,
+            dtype: found.dtype,
+            length: 0,
+            regions: Regions::new(tensors, found.itemsize, capacity),
+            entries: Vec::with_capacity(capacity),
+            dims: Vec::with_capacity(2 * capacity),
+            repeated: Vec::new(),
+            overlapping: false,
         }
-        for (entry, offset) in self.entries.iter().zip(offsets) {
-            let offset = offset * scale;
-            let (shape, strides) = self.dims[entry.dims..entry.dims + 2 * entry.ndim].split_at_mut(entry.ndim);
-            if is_contiguous(shape, strides) {
-                regions.push_run(entry.pointer, offset, entry.numel * self.itemsize);
-                continue;
-            }
-            let order = if keep_strides { order_of(shape, strides) } else { (0..entry.ndim).collect() };
-            regions.push(entry.pointer, offset, shape, strides, &order);
+    }
+
+    /// Adds a tensor; `dims` are its shape and its strides.
+    fn add(&mut self, index: u32, found: &Found, dims: &mut [i64], keep_strides: bool) {
+        self.regions.push(found.pointer, found.numel);
+        let (shape, strides) = dims.split_at_mut(found.ndim);
+        if !is_contiguous(shape, strides) {
+            let order = if keep_strides { order_of(shape, strides) } else { (0..found.ndim).collect() };
+            self.regions.stride_last(shape, strides, &order);
             if !(keep_strides && is_dense(shape, strides, &order)) {
                 make_dense(shape, strides, &order);
             }
         }
-        Ok(TensorGroup {
-            device: self.device,
-            dtype: self.dtype,
-            length: end / narrow,
-            regions,
-            entries: self.entries,
-            dims: self.dims,
-            repeated,
-            overlapping,
-        })
+        self.entries.push(Entry { index, ndim: found.ndim as u32, dims: self.dims.len() });
+        self.dims.extend_from_slice(dims);
     }
 
-    fn shape_and_strides(&self, entry: &Entry) -> (&[i64], &[i64]) {
-        self.dims[entry.dims..entry.dims + 2 * entry.ndim].split_at(entry.ndim)
-    }
-
-    /// From the first byte to behind the last.
-    fn end(&self, entry: &Entry) -> usize {
-        let (shape, strides) = self.shape_and_strides(entry);
-        entry.pointer.saturating_add((extent(shape, strides).unwrap_or(entry.numel) * self.itemsize) as usize)
-    }
-
-    /// Takes out what is listed again; tells whether other entries share memory, and which those were.
-    fn take_repeated(&mut self, tensors: &Bound<'_, PyTuple>) -> PyResult<(bool, Vec<(usize, usize)>)> {
-        // Nearly always the tensors were made in order, and lie in order.
+    /// Takes out what is listed again, and notes whether other entries share memory.
+    fn take_repeated(&mut self, py: Python<'_>) -> PyResult<()> {
+        // Often the tensors were made in order, and lie in order.
         let mut end = 0;
-        let in_order = self.entries.iter().all(|entry| {
-            let apart = entry.pointer >= end && entry.numel > 0;
-            end = self.end(entry);
+        let in_order = (0..self.entries.len()).all(|at| {
+            let addresses = self.regions.addresses(at);
+            let apart = addresses.start >= end && !addresses.is_empty();
+            end = addresses.end;
             apart
         });
         if in_order {
-            return Ok((false, Vec::new()));
+            return Ok(());
         }
+        let tensors = self.regions.tensors(py);
         let mut order = Vec::with_capacity(self.entries.len());
         for (at, entry) in self.entries.iter().enumerate() {
-            order.push((entry.pointer, tensors.get_borrowed_item(entry.index)?.as_ptr() as usize, at));
+            let object = tensors.get_borrowed_item(entry.index as usize)?.as_ptr() as usize;
+            order.push((self.regions.addresses(at).start, object, at));
         }
         order.sort_unstable();
-        let (mut overlapping, mut end) = (false, 0);
         // For each entry that is listed again: the entry that it repeats.
         let mut again = Vec::new();
-        let mut before: Option<(usize, usize, usize)> = None;
-        for &(pointer, object, at) in &order {
+        let mut before: Option<(usize, usize)> = None;
+        let mut end = 0;
+        for (_, object, at) in order {
             match before {
-                Some((_, same, first)) if same == object => again.push((at, first)),
+                Some((same, first)) if same == object => again.push((at, first)),
                 _ => {
-                    let entry = &self.entries[at];
-                    if entry.numel > 0 {
-                        overlapping |= pointer < end;
-                        end = end.max(self.end(entry));
+                    let addresses = self.regions.addresses(at);
+                    if !addresses.is_empty() {
+                        self.overlapping |= addresses.start < end;
+                        end = end.max(addresses.end);
                     }
-                    before = Some((pointer, object, at));
+                    before = Some((object, at));
                 }
             }
         }
-        if again.is_empty() {
-            return Ok((overlapping, Vec::new()));
-        }
         again.sort_unstable();
-        let mut taken = again.iter().map(|(at, _)| *at).peekable();
-        let mut region = 0;
-        // Where each entry's region is among those that stay.
-        let regions: Vec<usize> = (0..self.entries.len())
-            .map(|at| {
-                let here = region;
-                if taken.next_if_eq(&at).is_none() {
-                    region += 1;
-                }
-                here
-            })
-            .collect();
-        let repeated = again.iter().map(|&(at, first)| (self.entries[at].index, regions[first])).collect();
+        for &(at, first) in &again {
+            let gone_before = again.partition_point(|(gone, _)| *gone < first);
+            self.repeated.push((self.entries[at].index, first - gone_before));
+        }
         let mut gone = again.iter().map(|(at, _)| *at).peekable();
         let mut at = 0;
         self.entries.retain(|_| {
-            let stays = gone.next_if_eq(&at).is_none();
             at += 1;
-            stays
+            gone.next_if_eq(&(at - 1)).is_none()
         });
-        Ok((overlapping, repeated))
+        self.regions.remove(again.iter().map(|(at, _)| *at));
+        Ok(())
     }
-}
 
-/// The dimensions from the outermost to the innermost, as torch orders them when it preserves the memory format.
-fn order_of(shape: &[i64], strides: &[i64]) -> Vec<usize> {
-    // An insertion sort from the innermost on, in which a stride of 0 compares with nothing and so does not move.
-    let mut inner_first: Vec<usize> = (0..shape.len()).rev().collect();
-    for start in 1..inner_first.len() {
-        let mut at = start;
-        for before in (0..start).rev() {
-            let (one, other) = (inner_first[before], inner_first[at]);
-            if strides[one] == 0 || strides[other] == 0 {
-                continue;
-            }
-            if strides[one] > strides[other] || (strides[one] == strides[other] && shape[one] > shape[other]) {
-                inner_first.swap(before, at);
-                at = before;
-            } else if strides[one] < strides[other] {
-                break;
-            }
+    /// Gives every entry its place in the slab, which stays aligned when each element is made as narrow as this.
+    fn lay_out(&mut self, narrowest: u64) -> PyResult<()> {
+        let scale = self.regions.itemsize() / narrowest.min(self.regions.itemsize());
+        let (offsets, end) = staging::lay_out(self.regions.sizes().map(|bytes| bytes / scale))
+            .map_err(|error| PyValueError::new_err(error.to_string()))?;
+        // Not even with the widest elements may a slab be larger than torch can count.
+        self.length = end * scale / self.regions.itemsize();
+        if end.checked_mul(16).is_none_or(|bytes| i64::try_from(bytes).is_err()) {
+            return Err(PyValueError::new_err(pdrs_core::Error::TooLarge.to_string()));
         }
-    }
-    inner_first.reverse();
-    inner_first
-}
-
-/// Whether the elements fill a stretch of memory.
-fn is_dense(shape: &[i64], strides: &[i64], order: &[usize]) -> bool {
-    let shape: Vec<_> = order.iter().map(|dim| shape[*dim]).collect();
-    let strides: Vec<_> = order.iter().map(|dim| strides[*dim]).collect();
-    is_contiguous(&shape, &strides)
-}
-
-/// Sets the strides to those of elements that fill a stretch of memory in this order.
-fn make_dense(shape: &[i64], strides: &mut [i64], order: &[usize]) {
-    let mut stride = 1;
-    for dim in order.iter().rev() {
-        strides[*dim] = stride;
-        stride *= shape[*dim].max(1);
+        self.regions.place(offsets.into_iter().map(|offset| offset * scale));
+        Ok(())
     }
 }
 
@@ -307,7 +248,7 @@ impl TensorGroup {
 
     #[getter]
     fn indices<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<i64>> {
-        PyArray1::from_vec(py, self.by_index(|index, _| index as i64))
+        PyArray1::from_vec(py, self.by_index(|index, _| i64::from(index)))
     }
 
     #[getter]
@@ -344,12 +285,13 @@ impl TensorGroup {
     fn gather(&self, out: &Bound<'_, PyAny>, start: u64) -> PyResult<()> {
         let py = out.py();
         let torch = Torch::get(py)?;
-        let block = self.block(torch, out, start)?;
+        let part = self.part(torch, out, start)?;
         if torch.requires_grad(out)? {
             return Err(PyValueError::new_err("expected a block that does not require gradients"));
         }
+        let threads = threads(torch, py, part.useful_threads())?;
         torch.increment_version(&PyList::new(py, [out])?)?;
-        self.regions.gather(py, &block, start * self.regions.itemsize(), self.threads(torch, py, &block)?);
+        part.gather(py, threads);
         Ok(())
     }
 
@@ -357,19 +299,17 @@ impl TensorGroup {
     fn scatter(&self, block: &Bound<'_, PyAny>, start: u64) -> PyResult<()> {
         let py = block.py();
         let torch = Torch::get(py)?;
-        let block = self.block(torch, block, start)?;
+        let part = self.part(torch, block, start)?;
         if let Some(at) = self.regions.first_folded() {
             return Err(PyValueError::new_err(format!(
                 "tensors[{}] cannot be written: several of its elements share memory",
                 self.entries[at].index
             )));
         }
-        let start = start * self.regions.itemsize();
-        let written = self.regions.within(start..start + block.bytes());
-        let written = written.map(|at| self.tensor(py, at)).collect::<PyResult<Vec<_>>>()?;
+        let threads = if self.overlapping { 1 } else { threads(torch, py, part.useful_threads())? };
+        let written = part.touched().map(|at| self.tensor(py, at)).collect::<PyResult<Vec<_>>>()?;
         torch.increment_version(&PyList::new(py, written)?)?;
-        let threads = if self.overlapping { 1 } else { self.threads(torch, py, &block)? };
-        self.regions.scatter(py, &block, start, threads);
+        part.scatter(py, threads);
         Ok(())
     }
 
@@ -378,6 +318,9 @@ impl TensorGroup {
         let py = slab.py();
         let torch = Torch::get(py)?;
         let slab = self.slab_of(torch, slab, door)?;
+        if !self.entries.is_empty() && !torch.can_hold(&self.tensor(py, 0)?, &self.view(&slab, 0)?)? {
+            return Err(PyValueError::new_err("tensors of this device cannot become tensors of the slab's device"));
+        }
         let trainable = slab.found.dtype.is_differentiable();
         for (at, entry) in self.entries.iter().enumerate() {
             if let Err(why) = torch.check_rebindable(&self.tensor(py, at)?, trainable)? {
@@ -426,31 +369,36 @@ impl TensorGroup {
         let blocks = staging::cut(self.regions.places(), block_bytes, direct_bytes.unwrap_or(u64::MAX))
             .map_err(|error| PyValueError::new_err(error.to_string()))?;
         let elements = |bytes: u64| bytes / self.regions.itemsize();
-        let whole = |block: &staging::Block| block.direct.then(|| self.entries[block.regions.start].index);
+        let whole = |block: &staging::Block| block.direct.then(|| self.entries[block.regions.start].index as usize);
         Ok(blocks.iter().map(|block| (elements(block.bytes.start), elements(block.bytes.end), whole(block))).collect())
     }
 
     fn slab<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
         let torch = Torch::get(py)?;
         match self.regions.base() {
-            Some((base, first)) => torch.flat(&self.tensor(py, first)?, base, self.dtype, self.device, self.length),
+            Some((base, first)) => flat(torch, &self.tensor(py, first)?, base, self.dtype, self.device, self.length),
             None => Ok(None),
         }
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        self.regions.traverse(&visit)
     }
 }
 
 impl TensorGroup {
     fn tensor<'py>(&self, py: Python<'py>, at: usize) -> PyResult<Bound<'py, PyAny>> {
         let entry = self.entries.get(at).ok_or_else(|| PyIndexError::new_err("the group is empty"))?;
-        self.regions.tensors(py).get_item(entry.index)
+        self.regions.tensors(py).get_item(entry.index as usize)
     }
 
     fn shape_and_strides(&self, entry: &Entry) -> (&[i64], &[i64]) {
-        self.dims[entry.dims..entry.dims + 2 * entry.ndim].split_at(entry.ndim)
+        let ndim = entry.ndim as usize;
+        self.dims[entry.dims..entry.dims + 2 * ndim].split_at(ndim)
     }
 
     /// What `give` says of each entry, in the order of the list; it gets the index and the region.
-    fn by_index<T>(&self, give: impl Fn(usize, usize) -> T) -> Vec<T> {
+    fn by_index<T>(&self, give: impl Fn(u32, usize) -> T) -> Vec<T> {
         let mut repeated = self.repeated.iter().peekable();
         let mut all = Vec::with_capacity(self.__len__());
         for (at, entry) in self.entries.iter().enumerate() {
@@ -479,37 +427,33 @@ impl TensorGroup {
         Ok(slab)
     }
 
-    /// The memory of a tensor that holds a part of the slab.
-    fn block<'a, 'py>(&self, torch: &Torch, tensor: &'a Bound<'py, PyAny>, start: u64) -> PyResult<Block<'a, 'py>> {
-        let block = Block::new(torch, tensor, self.dtype)?;
+    /// The part of the slab that a tensor holds, or shall hold.
+    fn part<'a, 'py>(&'a self, torch: &Torch, tensor: &'a Bound<'py, PyAny>, start: u64) -> PyResult<Part<'a, 'py>> {
         if !self.device.is_cpu() {
             return Err(PyValueError::new_err("only tensors on the CPU can be gathered and scattered"));
         }
-        let numel = block.bytes() / self.regions.itemsize();
+        let block = Block::new(torch, tensor, self.dtype)?;
+        let itemsize = self.regions.itemsize();
+        let numel = block.bytes() / itemsize;
         if start.checked_add(numel).is_none_or(|end| end > self.length) {
             return Err(PyValueError::new_err(format!(
                 "a block of {numel} elements at element {start} reaches beyond the {} of the slab",
                 self.length
             )));
         }
-        if let Some(at) = self.regions.first_under(&block) {
-            return Err(PyValueError::new_err(format!(
-                "the block shares memory with tensors[{}]",
-                self.entries[at].index
-            )));
-        }
-        Ok(block)
+        self.regions.part(block, start * itemsize).map_err(|at| {
+            PyValueError::new_err(format!("the block shares memory with tensors[{}]", self.entries[at].index))
+        })
     }
+}
 
-    /// How many threads shall copy: no more than torch may use.
-    fn threads(&self, torch: &Torch, py: Python<'_>, block: &Block<'_, '_>) -> PyResult<usize> {
-        let useful = self.regions.useful_threads(block.bytes());
-        if useful == 1 {
-            return Ok(1);
-        }
-        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        Ok(useful.min(cores).min(torch.num_threads(py)?))
+/// How many threads shall copy, of those that would be useful: no more than torch may use.
+fn threads(torch: &Torch, py: Python<'_>, useful: usize) -> PyResult<usize> {
+    if useful == 1 {
+        return Ok(1);
     }
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    Ok(useful.min(cores).min(torch.num_threads(py)?))
 }
 
 /// Python's cyclic garbage collector, stopped; it goes on as before when this is dropped.

@@ -4,10 +4,12 @@
 
 mod bulk;
 mod copy;
+mod dlpack;
 mod entries;
 mod group;
 mod index_map;
 mod name;
+mod slab;
 mod slots;
 mod stable_abi;
 mod tensor;

@@ -5,6 +5,7 @@
 #![allow(unsafe_code)] // C functions of torch.
 
 use std::ffi::{CStr, c_char, c_void};
+use std::mem::transmute;
 use std::ptr;
 
 use pyo3::exceptions::PyRuntimeError;
@@ -14,19 +15,26 @@ use pyo3::types::PyType;
 
 type TensorHandle = *mut c_void;
 
+type FromPython = unsafe extern "C" fn(*mut ffi::PyObject, *mut TensorHandle) -> i32;
+type ToPython = unsafe extern "C" fn(TensorHandle, *mut ffi::PyTypeObject, *mut *mut ffi::PyObject) -> i32;
+type View = unsafe extern "C" fn(TensorHandle, i64, *const i64, *const i64, i64, *mut TensorHandle) -> i32;
+type SetRequiresGrad = unsafe extern "C" fn(TensorHandle, bool) -> i32;
+type Delete = unsafe extern "C" fn(TensorHandle) -> i32;
+type LastError = unsafe extern "C" fn() -> *const c_char;
+
 pub(crate) struct StableAbi {
-    from_python: unsafe extern "C" fn(*mut ffi::PyObject, *mut TensorHandle) -> i32,
-    to_python: unsafe extern "C" fn(TensorHandle, *mut ffi::PyTypeObject, *mut *mut ffi::PyObject) -> i32,
-    view: unsafe extern "C" fn(TensorHandle, i64, *const i64, *const i64, i64, *mut TensorHandle) -> i32,
-    set_requires_grad: unsafe extern "C" fn(TensorHandle, bool) -> i32,
-    delete: unsafe extern "C" fn(TensorHandle) -> i32,
-    last_error: unsafe extern "C" fn() -> *const c_char,
+    from_python: FromPython,
+    to_python: ToPython,
+    view: View,
+    set_requires_grad: SetRequiresGrad,
+    delete: Delete,
+    last_error: LastError,
 }
 
 /// A reference of ours to a tensor.
 pub(crate) struct Handle {
     tensor: TensorHandle,
-    delete: unsafe extern "C" fn(TensorHandle) -> i32,
+    delete: Delete,
 }
 
 impl Drop for Handle {
@@ -47,23 +55,21 @@ impl StableAbi {
         // SAFETY: these are the names and the signatures in torch/csrc/stable/c/shim.h and
         // torch/csrc/inductor/aoti_torch/c/shim.h, which torch promises to keep. A Python object, a type object and a
         // tensor handle are opaque pointers there.
-        unsafe {
-            let find = || -> Option<Self> {
-                Some(Self {
-                    from_python: std::mem::transmute::<*mut c_void, _>(library.symbol(c"torch_tensor_from_pyobject")?),
-                    to_python: std::mem::transmute::<*mut c_void, _>(library.symbol(c"torch_tensor_to_pyobject")?),
-                    view: std::mem::transmute::<*mut c_void, _>(library.symbol(c"aoti_torch__reinterpret_tensor")?),
-                    set_requires_grad: std::mem::transmute::<*mut c_void, _>(
-                        library.symbol(c"torch_set_requires_grad")?,
-                    ),
-                    delete: std::mem::transmute::<*mut c_void, _>(library.symbol(c"aoti_torch_delete_tensor_object")?),
-                    last_error: std::mem::transmute::<*mut c_void, _>(
-                        library.symbol(c"torch_exception_get_what_without_backtrace")?,
-                    ),
-                })
-            };
-            Ok(find())
-        }
+        let found = || unsafe {
+            Some(Self {
+                from_python: transmute::<*mut c_void, FromPython>(library.symbol(c"torch_tensor_from_pyobject")?),
+                to_python: transmute::<*mut c_void, ToPython>(library.symbol(c"torch_tensor_to_pyobject")?),
+                view: transmute::<*mut c_void, View>(library.symbol(c"aoti_torch__reinterpret_tensor")?),
+                set_requires_grad: transmute::<*mut c_void, SetRequiresGrad>(
+                    library.symbol(c"torch_set_requires_grad")?,
+                ),
+                delete: transmute::<*mut c_void, Delete>(library.symbol(c"aoti_torch_delete_tensor_object")?),
+                last_error: transmute::<*mut c_void, LastError>(
+                    library.symbol(c"torch_exception_get_what_without_backtrace")?,
+                ),
+            })
+        };
+        Ok(found())
     }
 
     /// A handle to a tensor.
@@ -76,11 +82,12 @@ impl StableAbi {
 
     /// Another tensor over the storage of `slab`, `offset` elements after its first. torch checks that it fits.
     pub(crate) fn view(&self, slab: &Handle, offset: i64, shape: &[i64], strides: &[i64]) -> PyResult<Handle> {
-        let ndim = shape.len().min(strides.len());
+        let ndim = shape.len().min(strides.len()) as u32;
         let mut handle = ptr::null_mut();
         // SAFETY: `slab` is a live handle; shape and strides are `ndim` numbers each, which torch copies.
-        let status =
-            unsafe { (self.view)(slab.tensor, ndim as i64, shape.as_ptr(), strides.as_ptr(), offset, &raw mut handle) };
+        let status = unsafe {
+            (self.view)(slab.tensor, i64::from(ndim), shape.as_ptr(), strides.as_ptr(), offset, &raw mut handle)
+        };
         self.own(status, handle)
     }
 

@@ -1,19 +1,6 @@
-//! The border to torch: where a tensor's values lie, and tensors that are views of a slab.
+//! The border to torch: where a tensor's values lie, and what else is asked of tensors by the million.
 //!
-//! torch offers C functions to other libraries in two places, and both are reached without compiling or linking against
-//! torch:
-//!
-//! * the *exchange API* of `DLPack`, a table of functions behind `torch.Tensor.__dlpack_c_exchange_api__`, from torch
-//!   2.10 on. It tells where a tensor lies, and makes tensors out of memory that somebody else owns. Such a view has a
-//!   storage of its own: `torch.save` and `deepcopy` of one view copy its bytes and not the slab, but `record_stream`
-//!   does nothing to the slab.
-//! * the *stable C ABI*, functions of `libtorch_cpu`, from torch 2.14 on as far as it is used here. A view made by it
-//!   shares the storage of the slab: what `record_stream` and device memory need.
-//!
-//! So the views of a slab on the CPU are made by the first ([`Door::Dlpack`]), and those on other devices by the second
-//! ([`Door::StableAbi`]) or, where torch does not have it, by `as_strided` ([`Door::AsStrided`]), which takes three
-//! times as long.
-//!
+//! Where a tensor lies is asked of torch's `DLPack` exchange API (`dlpack.rs`), which neither copies nor counts references.
 //! What the exchange API does not tell has been found by experiment (torch 2.15) and is looked at here. It drops the
 //! conjugate and negative bits; reports int1 to int7 and uint1 to uint7 as 8 bits; gives null for a tensor that
 //! has lost its memory, a functionalized or a zero tensor, as for an empty one; and exports tensors that require
@@ -21,111 +8,18 @@
 //! Subclasses of Tensor are never asked: what they hold may be anything.
 #![allow(unsafe_code)] // C structs and functions of torch; every pointer that crosses the border does so here.
 
-use std::collections::BTreeMap;
-use std::ffi::{c_int, c_void};
 use std::ptr;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
+use pdrs_core::strides::is_contiguous;
+use pyo3::exceptions::{PyRuntimeError, PyTypeError};
 use pyo3::ffi;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyBool, PyCapsule, PyList, PyTuple, PyType};
+use pyo3::types::{PyBool, PyList, PyType};
 
-use crate::stable_abi::{Handle, StableAbi};
-
-/// The major version of `DLPack` whose structs are written down here; another one may have other structs.
-const MAJOR: u32 = 1;
-const MINOR: u32 = 3;
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Version {
-    major: u32,
-    minor: u32,
-}
-
-/// A device as `DLPack` numbers it.
-#[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Device {
-    kind: i32,
-    index: i32,
-}
-
-/// The type of an element as `DLPack` numbers it.
-#[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Dtype {
-    code: u8,
-    bits: u8,
-    lanes: u16,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct DlTensor {
-    data: *mut c_void,
-    device: Device,
-    ndim: i32,
-    dtype: Dtype,
-    shape: *mut i64,
-    strides: *mut i64,
-    byte_offset: u64,
-}
-
-#[repr(C)]
-struct ManagedTensor {
-    version: Version,
-    context: *mut c_void,
-    deleter: Option<unsafe extern "C" fn(*mut ManagedTensor)>,
-    flags: u64,
-    tensor: DlTensor,
-}
-
-/// Gives an owning reference to the memory of a tensor.
-type Export = unsafe extern "C" fn(*mut ffi::PyObject, *mut *mut ManagedTensor) -> c_int;
-/// Makes a tensor, and takes the reference.
-type Import = unsafe extern "C" fn(*mut ManagedTensor, *mut *mut ffi::PyObject) -> c_int;
-/// Tells where a tensor lies.
-type Describe = unsafe extern "C" fn(*mut ffi::PyObject, *mut DlTensor) -> c_int;
-
-#[repr(C)]
-struct ExchangeApi {
-    version: Version,
-    previous: *const ExchangeApi,
-    allocate: *const c_void,
-    export: Export,
-    import: Import,
-    describe: Option<Describe>,
-    current_stream: *const c_void,
-}
-
-impl Device {
-    /// Whether the CPU may read and write there: ordinary and page-locked memory.
-    pub(crate) fn is_cpu(self) -> bool {
-        // kDLCPU, kDLCUDAHost, kDLROCMHost
-        matches!(self.kind, 1 | 3 | 11)
-    }
-}
-
-impl Dtype {
-    /// The bytes of one element: 1, 2, 4, 8 or 16; `None` for anything else.
-    fn itemsize(self) -> Option<u64> {
-        let bits = u64::from(self.bits) * u64::from(self.lanes);
-        matches!(bits, 8 | 16 | 32 | 64 | 128).then_some(bits / 8)
-    }
-
-    fn is_complex(self) -> bool {
-        self.code == 5
-    }
-
-    /// Whether torch can take gradients with respect to such elements.
-    pub(crate) fn is_differentiable(self) -> bool {
-        !matches!(self.code, 0 | 1 | 6)
-    }
-}
+use crate::dlpack::{Describe, Device, DlTensor, Dtype, Export, Import, exchange_api, unsupported};
+use crate::stable_abi::StableAbi;
 
 /// Where the values of a tensor lie. Its shape and its strides are kept apart, in a list for many tensors.
 #[derive(Clone, Copy)]
@@ -202,10 +96,10 @@ impl Attribute {
 
 /// What of torch is used here, looked up once.
 pub(crate) struct Torch {
-    export: Export,
-    import: Import,
+    pub(crate) export: Export,
+    pub(crate) import: Import,
     describe: Describe,
-    stable_abi: Option<StableAbi>,
+    pub(crate) stable_abi: Option<StableAbi>,
     pub(crate) module: Py<PyModule>,
     tensor: Py<PyType>,
     pub(crate) parameter: Py<PyType>,
@@ -272,7 +166,14 @@ impl Torch {
         self.increment_version.bind(tensors.py()).call1((tensors,)).map(drop)
     }
 
-    /// Why torch would refuse [`Self::set_data`], if it would.
+    /// Whether torch lets a tensor take the data of such another one, which does not depend on values or shapes.
+    pub(crate) fn can_hold(&self, tensor: &Bound<'_, PyAny>, data: &Bound<'_, PyAny>) -> PyResult<bool> {
+        let py = tensor.py();
+        let compatible = intern!(py, "_has_compatible_shallow_copy_type");
+        self.module.bind(py).call_method1(compatible, (tensor, data))?.is_truthy()
+    }
+
+    /// Why torch would refuse [`Self::set_data`] of compatible data, if it would.
     pub(crate) fn check_rebindable(
         &self,
         tensor: &Bound<'_, PyAny>,
@@ -391,389 +292,38 @@ impl Torch {
     }
 }
 
-/// Whether elements in C order are neighbours in memory.
-pub(crate) fn is_contiguous(shape: &[i64], strides: &[i64]) -> bool {
-    let mut expected = 1;
-    for (size, stride) in shape.iter().zip(strides).rev() {
-        if *size == 0 {
-            return true;
+/// Begins to load what [`Torch::find`] will read of a tensor.
+///
+/// Its Python object is read, which is a cache miss if it is not in the cache, but misses of several objects overlap.
+/// What it points to is only hinted at: with tensors in random order that makes `find` two to three times as fast.
+pub(crate) fn prefetch(object: &Bound<'_, PyAny>) {
+    const WORDS: usize = 4;
+    let object = object.as_ptr();
+    // SAFETY: `object` is a live Python object of at least so many bytes; any words of it may be read.
+    let words = unsafe {
+        if (*ffi::Py_TYPE(object)).tp_basicsize < size_of::<[usize; WORDS]>().cast_signed() {
+            return;
         }
-        if *size != 1 && *stride != expected {
-            return false;
-        }
-        expected *= size;
+        ptr::read_volatile(object.cast::<[usize; WORDS]>())
+    };
+    // Behind the two words of every Python object lies the address of the tensor in C++; in older torch, a flag first.
+    // Should this be wrong, then nothing is gained, but nothing is lost.
+    let address = if words[2] > usize::from(u8::MAX) { words[2] } else { words[3] };
+    for line in 0..3 {
+        hint(address.wrapping_add(64 * line));
     }
-    true
 }
+
+#[cfg(target_arch = "x86_64")]
+fn hint(address: usize) {
+    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+    // SAFETY: a prefetch is a hint; it never faults, whatever the address.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(address as *const i8) };
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn hint(_address: usize) {}
 
 fn dtype_name(tensor: &Bound<'_, PyAny>) -> PyResult<String> {
     Ok(tensor.getattr(intern!(tensor.py(), "dtype"))?.to_string())
-}
-
-fn exchange_api(module: &Bound<'_, PyModule>, tensor: &Bound<'_, PyType>) -> PyResult<&'static ExchangeApi> {
-    let capsule = tensor
-        .getattr("__dlpack_c_exchange_api__")
-        .ok()
-        .and_then(|capsule| capsule.cast_into::<PyCapsule>().ok())
-        .ok_or_else(|| unsupported(module, "has no __dlpack_c_exchange_api__"))?;
-    let pointer = capsule.pointer_checked(Some(c"dlpack_exchange_api"))?;
-    let mut api: *const ExchangeApi = pointer.as_ptr().cast();
-    // SAFETY: a capsule of this name holds a table that lives as long as the process. The version and the link to the
-    // table of an older version lie at the same place in every version; the rest is read only if the version is ours.
-    unsafe {
-        while let Some(table) = api.as_ref() {
-            if table.version.major == MAJOR {
-                return Ok(table);
-            }
-            api = table.previous;
-        }
-    }
-    Err(unsupported(module, "has another major version of DLPack than 1"))
-}
-
-fn unsupported(module: &Bound<'_, PyModule>, why: &str) -> PyErr {
-    let version = module.getattr("__version__").map(|version| version.to_string()).unwrap_or_default();
-    PyRuntimeError::new_err(format!("pdrs reads tensors as torch 2.10 to 2.15 offer it, but torch {version} {why}"))
-}
-
-/// How the views of a slab are made.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Door {
-    /// A storage of its own over the memory of the slab, which it keeps alive.
-    Dlpack,
-    /// The storage of the slab.
-    StableAbi,
-    /// The storage of the slab, by `Tensor.as_strided`.
-    AsStrided,
-}
-
-impl Door {
-    pub(crate) fn parse(name: &str) -> PyResult<Self> {
-        match name {
-            "dlpack" => Ok(Self::Dlpack),
-            "stable_abi" => Ok(Self::StableAbi),
-            "as_strided" => Ok(Self::AsStrided),
-            _ => Err(PyValueError::new_err(format!("expected 'dlpack', 'stable_abi' or 'as_strided', got {name:?}"))),
-        }
-    }
-}
-
-/// A contiguous tensor of which views are made.
-pub(crate) struct Slab<'py> {
-    torch: &'static Torch,
-    tensor: Bound<'py, PyAny>,
-    pub(crate) found: Found,
-    maker: Maker,
-}
-
-enum Maker {
-    Dlpack(Arc<Memory>),
-    StableAbi(&'static StableAbi, Handle),
-    AsStrided { offset: i64 },
-}
-
-/// The memory of a slab, kept by a `DLPack` tensor of torch's, which may be let go on any thread.
-pub(crate) struct Memory {
-    owner: *mut ManagedTensor,
-    pub(crate) pointer: usize,
-    pub(crate) bytes: u64,
-    device: Device,
-    dtype: Dtype,
-}
-
-// SAFETY: the owner is only ever handed to its own deleter, once, and DLPack lets that happen on any thread. The rest
-// are numbers.
-unsafe impl Send for Memory {}
-// SAFETY: as above; nothing can be changed through a shared reference.
-unsafe impl Sync for Memory {}
-
-impl Drop for Memory {
-    fn drop(&mut self) {
-        // SAFETY: `owner` came from torch's export and was ours; nobody reads it after this. A deleter may be missing.
-        unsafe {
-            if let Some(deleter) = (*self.owner).deleter {
-                deleter(self.owner);
-            }
-        }
-    }
-}
-
-/// A view of a slab on its way to torch: first the struct that torch sees, then what it points to or keeps alive.
-#[repr(C)]
-struct Lent {
-    managed: ManagedTensor,
-    /// Shape and strides of up to two dimensions, as most tensors have; others are in `more`.
-    few: [i64; 4],
-    more: Option<Box<[i64]>>,
-    memory: Arc<Memory>,
-}
-
-unsafe extern "C" fn give_back(managed: *mut ManagedTensor) {
-    // SAFETY: torch calls this once, with the pointer that `Box::into_raw` gave, whose struct begins with `managed`.
-    // Dropping it frees memory, and may call torch's deleter of the slab, which may run on any thread, as this may.
-    drop(unsafe { Box::from_raw(managed.cast::<Lent>()) });
-}
-
-impl<'py> Slab<'py> {
-    /// Takes a contiguous tensor as a slab. Whoever holds it besides must not resize it or its storage.
-    ///
-    /// # Errors
-    ///
-    /// A `TypeError` or `ValueError` that says what was expected. A `RuntimeError` in inference mode, because views made
-    /// there would be inference tensors for ever.
-    pub(crate) fn new(torch: &'static Torch, tensor: &Bound<'py, PyAny>, door: Option<Door>) -> PyResult<Self> {
-        let py = tensor.py();
-        let mut dims = Vec::new();
-        let found = torch
-            .find(tensor, &mut dims)?
-            .map_err(|unusual| PyValueError::new_err(format!("expected a plain tensor as slab, but it {unusual}")))?;
-        let (shape, strides) = dims.split_at(found.ndim);
-        if !is_contiguous(shape, strides) {
-            return Err(PyValueError::new_err(format!("expected a contiguous slab, got strides {strides:?}")));
-        }
-        if torch.requires_grad(tensor)? {
-            return Err(PyValueError::new_err("expected a slab that does not require gradients"));
-        }
-        if torch.module.bind(py).call_method0(intern!(py, "is_inference_mode_enabled"))?.is_truthy()? {
-            return Err(PyRuntimeError::new_err(
-                "views made in inference mode could never be trained; use torch.inference_mode(False) around this",
-            ));
-        }
-        if tensor.call_method0(intern!(py, "is_inference"))?.is_truthy()? {
-            return Err(PyValueError::new_err("expected a slab that was not made in inference mode"));
-        }
-        let door = door.unwrap_or(match &torch.stable_abi {
-            _ if found.device.is_cpu() => Door::Dlpack,
-            Some(_) => Door::StableAbi,
-            None => Door::AsStrided,
-        });
-        let maker = match (door, &torch.stable_abi) {
-            (Door::Dlpack, _) => Maker::Dlpack(Memory::of(torch, tensor, &found)?),
-            (Door::StableAbi, Some(abi)) => Maker::StableAbi(abi, abi.handle(tensor)?),
-            (Door::StableAbi, None) => return Err(PyRuntimeError::new_err("torch has this stable C ABI from 2.14 on")),
-            (Door::AsStrided, _) => {
-                Maker::AsStrided { offset: tensor.call_method0(intern!(py, "storage_offset"))?.extract()? }
-            }
-        };
-        Ok(Self { torch, tensor: tensor.clone(), found, maker })
-    }
-
-    /// Remembers the memory, so that [`Torch::flat`] knows it again.
-    pub(crate) fn remember(&self) {
-        if let Maker::Dlpack(memory) = &self.maker {
-            let mut memories = MEMORIES.lock().unwrap_or_else(PoisonError::into_inner);
-            if memories.by_address.len() >= memories.sweep_at {
-                memories.by_address.retain(|_, memory| memory.strong_count() > 0);
-                memories.sweep_at = 64.max(2 * memories.by_address.len());
-            }
-            memories.by_address.insert(memory.pointer, Arc::downgrade(memory));
-        }
-    }
-
-    /// A tensor of these elements of the slab; a plain Tensor without gradients.
-    pub(crate) fn view(&self, offset: u64, shape: &[i64], strides: &[i64]) -> PyResult<Bound<'py, PyAny>> {
-        self.check(offset, shape, strides)?;
-        let py = self.tensor.py();
-        match &self.maker {
-            Maker::Dlpack(memory) => memory.view(self.torch, py, offset * self.found.itemsize, shape, strides),
-            Maker::StableAbi(abi, slab) => {
-                let view = abi.view(slab, offset.cast_signed(), shape, strides)?;
-                abi.to_python(py, &view, None)
-            }
-            Maker::AsStrided { offset: start } => {
-                let (shape, strides) = (PyTuple::new(py, shape)?, PyTuple::new(py, strides)?);
-                let offset = start + offset.cast_signed();
-                let view = self.tensor.call_method1(intern!(py, "as_strided"), (shape, strides, offset))?;
-                // Without this it would be a view in autograd's eyes, too, of a base that nobody knows.
-                view.call_method0(intern!(py, "detach"))
-            }
-        }
-    }
-
-    /// A Parameter of these elements of the slab.
-    pub(crate) fn parameter(
-        &self,
-        offset: u64,
-        shape: &[i64],
-        strides: &[i64],
-        requires_grad: bool,
-    ) -> PyResult<Bound<'py, PyAny>> {
-        let class = self.torch.parameter.bind(self.tensor.py());
-        if let Maker::StableAbi(abi, slab) = &self.maker {
-            self.check(offset, shape, strides)?;
-            let view = abi.view(slab, offset.cast_signed(), shape, strides)?;
-            abi.set_requires_grad(&view, requires_grad)?;
-            return abi.to_python(self.tensor.py(), &view, Some(class));
-        }
-        let view = self.view(offset, shape, strides)?;
-        view.setattr(intern!(view.py(), "__class__"), class)?;
-        if requires_grad {
-            self.torch.require_grad(&view)?;
-        }
-        Ok(view)
-    }
-
-    /// Refuses a view that would reach beyond the slab.
-    fn check(&self, offset: u64, shape: &[i64], strides: &[i64]) -> PyResult<()> {
-        let end = extent(shape, strides).and_then(|extent| offset.checked_add(extent));
-        if shape.len() == strides.len() && end.is_some_and(|end| end <= self.found.numel) {
-            return Ok(());
-        }
-        Err(PyValueError::new_err(format!(
-            "a view of shape {shape:?} and strides {strides:?} at element {offset} reaches beyond the slab of {} elements",
-            self.found.numel
-        )))
-    }
-}
-
-/// How many elements lie from the first of a tensor to the last; `None` if a stride is negative or the sum too large.
-pub(crate) fn extent(shape: &[i64], strides: &[i64]) -> Option<u64> {
-    if shape.contains(&0) {
-        return Some(0);
-    }
-    let mut last = 0_u64;
-    for (size, stride) in shape.iter().zip(strides) {
-        let steps = u64::try_from(size - 1).ok()?;
-        last = last.checked_add(steps.checked_mul(u64::try_from(*stride).ok()?)?)?;
-    }
-    last.checked_add(1).filter(|extent| i64::try_from(*extent).is_ok())
-}
-
-impl Memory {
-    /// The memory of a contiguous tensor, which stays alive with it.
-    fn of(torch: &Torch, tensor: &Bound<'_, PyAny>, found: &Found) -> PyResult<Arc<Self>> {
-        let py = tensor.py();
-        // Another tensor of the same storage: who holds the slab may point it elsewhere by `slab.data = ...`.
-        let alias = tensor.call_method0(intern!(py, "detach"))?;
-        let mut owner = ptr::null_mut();
-        // SAFETY: `alias` is a live torch.Tensor; torch fills in an owning pointer or raises.
-        if unsafe { (torch.export)(alias.as_ptr(), &raw mut owner) } != 0 {
-            return Err(PyErr::fetch(py));
-        }
-        Ok(Arc::new(Self {
-            owner,
-            pointer: found.pointer,
-            bytes: found.numel * found.itemsize,
-            device: found.device,
-            dtype: found.dtype,
-        }))
-    }
-
-    /// A tensor over a part of the memory that the caller has checked to lie inside.
-    fn view<'py>(
-        self: &Arc<Self>,
-        torch: &Torch,
-        py: Python<'py>,
-        offset: u64,
-        shape: &[i64],
-        strides: &[i64],
-    ) -> PyResult<Bound<'py, PyAny>> {
-        let ndim = shape.len();
-        let mut lent = Box::new(Lent {
-            managed: ManagedTensor {
-                version: Version { major: MAJOR, minor: MINOR },
-                context: ptr::null_mut(),
-                deleter: Some(give_back),
-                flags: 0,
-                tensor: DlTensor {
-                    data: (self.pointer + offset as usize) as *mut c_void,
-                    device: self.device,
-                    ndim: ndim as i32,
-                    dtype: self.dtype,
-                    shape: ptr::null_mut(),
-                    strides: ptr::null_mut(),
-                    byte_offset: 0,
-                },
-            },
-            few: [0; 4],
-            more: (ndim > 2).then(|| [shape, strides].concat().into_boxed_slice()),
-            memory: Arc::clone(self),
-        });
-        if ndim <= 2 {
-            lent.few[..ndim].copy_from_slice(shape);
-            lent.few[2..2 + ndim].copy_from_slice(strides);
-        }
-        let lent = Box::into_raw(lent);
-        let mut made = ptr::null_mut();
-        // SAFETY: the shape and the strides that `managed` points to are in the same box, which lives until torch calls
-        // `give_back`; so does the memory that `data` points into, which `memory` keeps. torch gives a new reference or
-        // raises; then the box is leaked, for whether torch has let it go cannot be told.
-        unsafe {
-            let (shape, strides) = match &mut (*lent).more {
-                Some(dims) => (dims.as_mut_ptr(), dims.as_mut_ptr().add(ndim)),
-                None => ((&raw mut (*lent).few).cast(), (&raw mut (*lent).few).cast::<i64>().add(2)),
-            };
-            (*lent).managed.tensor.shape = shape;
-            (*lent).managed.tensor.strides = strides;
-            if (torch.import)(lent.cast(), &raw mut made) != 0 {
-                return Err(PyErr::fetch(py));
-            }
-            Ok(Bound::from_owned_ptr(py, made))
-        }
-    }
-}
-
-/// The memory of slabs whose views were made by `DLPack`, by address, as long as there are views.
-///
-/// What lies between the first and the last address of a memory that is alive belongs to it: nothing else can be
-/// allocated there. Only threads that hold the GIL take the lock, so none holds it when a process forks; views that die
-/// on other threads only count themselves down.
-static MEMORIES: Mutex<Memories> = Mutex::new(Memories { by_address: BTreeMap::new(), sweep_at: 64 });
-
-struct Memories {
-    by_address: BTreeMap<usize, Weak<Memory>>,
-    /// The number of entries at which the dead ones are swept out.
-    sweep_at: usize,
-}
-
-impl Memory {
-    /// The memory that an address lies in, if it is the memory of a slab.
-    fn around(address: usize) -> Option<Arc<Self>> {
-        let memories = MEMORIES.lock().unwrap_or_else(PoisonError::into_inner);
-        let memory = memories.by_address.range(..=address).next_back().and_then(|(_, memory)| memory.upgrade());
-        // Should this be the last reference by now, then Python code may run when it goes.
-        drop(memories);
-        memory.filter(|memory| ((address - memory.pointer) as u64) < memory.bytes)
-    }
-}
-
-impl Torch {
-    /// A flat tensor of `length` elements from address `base` on, if they all lie in one allocation.
-    ///
-    /// Addresses alone cannot tell, for two allocations may be neighbours. So the allocation is looked for: it is the
-    /// memory of a slab that has views, or the storage of `tensor`, which lies at `base` or soon after.
-    pub(crate) fn flat<'py>(
-        &self,
-        tensor: &Bound<'py, PyAny>,
-        base: usize,
-        dtype: Dtype,
-        device: Device,
-        length: u64,
-    ) -> PyResult<Option<Bound<'py, PyAny>>> {
-        let py = tensor.py();
-        let Some(bytes) = dtype.itemsize().and_then(|itemsize| itemsize.checked_mul(length)) else {
-            return Ok(None);
-        };
-        let inside = |pointer: usize, size: u64| {
-            base.checked_sub(pointer).map(|start| start as u64).filter(|start| start + bytes <= size)
-        };
-        if let Some(memory) = Memory::around(base)
-            && let Some(start) = inside(memory.pointer, memory.bytes)
-            && memory.dtype == dtype
-            && memory.device == device
-        {
-            return memory.view(self, py, start, &[length.cast_signed()], &[1]).map(Some);
-        }
-        let storage = tensor.call_method0(intern!(py, "untyped_storage"))?;
-        let pointer = storage.call_method0(intern!(py, "data_ptr"))?.extract()?;
-        let size = storage.call_method0(intern!(py, "nbytes"))?.extract()?;
-        let itemsize = bytes / length.max(1);
-        match inside(pointer, size) {
-            Some(start) if itemsize > 0 && start.is_multiple_of(itemsize) => {
-                let alias = tensor.call_method0(intern!(py, "detach"))?;
-                alias.call_method1(intern!(py, "as_strided"), ((length,), (1,), start / itemsize)).map(Some)
-            }
-            _ => Ok(None),
-        }
-    }
 }

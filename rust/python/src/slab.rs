@@ -1,0 +1,359 @@
+//! Slabs and the tensors that are views of them.
+//!
+//! A view can be made in three ways, which differ in what it shares with the slab:
+//!
+//! | door | storage | `torch.save` of one view writes | `record_stream` |
+//! | --- | --- | --- | --- |
+//! | [`Door::Dlpack`] | its own, over memory of the slab that it keeps alive | its own bytes | does nothing |
+//! | [`Door::StableAbi`] (torch 2.14 and later) | that of the slab | the slab | works |
+//! | [`Door::AsStrided`] (three times slower) | that of the slab | the slab | works |
+//!
+//! So views on the CPU come through the first, and those on other devices, whose memory needs `record_stream`, through
+//! the second or, where torch does not have it, the third. Each view has a version counter of its own.
+#![allow(unsafe_code)] // Lends memory to torch, and takes it back.
+
+use std::collections::BTreeMap;
+use std::ffi::c_void;
+use std::ptr;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use pdrs_core::strides::{extent, is_contiguous};
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::types::PyTuple;
+
+use crate::dlpack::{Device, DlTensor, Dtype, MAJOR, MINOR, ManagedTensor, Version};
+use crate::stable_abi::{Handle, StableAbi};
+use crate::tensor::{Found, Torch};
+
+/// How the views of a slab are made.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Door {
+    /// A storage of its own over the memory of the slab, which it keeps alive.
+    Dlpack,
+    /// The storage of the slab.
+    StableAbi,
+    /// The storage of the slab, by `Tensor.as_strided`.
+    AsStrided,
+}
+
+impl Door {
+    pub(crate) fn parse(name: &str) -> PyResult<Self> {
+        match name {
+            "dlpack" => Ok(Self::Dlpack),
+            "stable_abi" => Ok(Self::StableAbi),
+            "as_strided" => Ok(Self::AsStrided),
+            _ => Err(PyValueError::new_err(format!("expected 'dlpack', 'stable_abi' or 'as_strided', got {name:?}"))),
+        }
+    }
+}
+
+/// A contiguous tensor of which views are made.
+pub(crate) struct Slab<'py> {
+    torch: &'static Torch,
+    tensor: Bound<'py, PyAny>,
+    pub(crate) found: Found,
+    maker: Maker,
+}
+
+enum Maker {
+    Dlpack(Arc<Memory>),
+    StableAbi(&'static StableAbi, Handle),
+    AsStrided { offset: i64 },
+}
+
+/// The memory of a slab, kept by a `DLPack` tensor of torch's, which may be let go on any thread.
+pub(crate) struct Memory {
+    owner: *mut ManagedTensor,
+    pub(crate) pointer: usize,
+    pub(crate) bytes: u64,
+    device: Device,
+    dtype: Dtype,
+}
+
+// SAFETY: the owner is only ever handed to its own deleter, once, and DLPack lets that happen on any thread. The rest
+// are numbers.
+unsafe impl Send for Memory {}
+// SAFETY: as above; nothing can be changed through a shared reference.
+unsafe impl Sync for Memory {}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: `owner` came from torch's export and was ours; nobody reads it after this. A deleter may be missing.
+        unsafe {
+            if let Some(deleter) = (*self.owner).deleter {
+                deleter(self.owner);
+            }
+        }
+    }
+}
+
+/// A view of a slab on its way to torch: first the struct that torch sees, then what it points to or keeps alive.
+#[repr(C)]
+struct Lent {
+    managed: ManagedTensor,
+    /// Shape and strides of up to two dimensions, as most tensors have; others are in `more`.
+    few: [i64; 4],
+    more: Option<Box<[i64]>>,
+    memory: Arc<Memory>,
+}
+
+unsafe extern "C" fn give_back(managed: *mut ManagedTensor) {
+    // SAFETY: torch calls this once, with the pointer that `Box::into_raw` gave, whose struct begins with `managed`.
+    // Dropping it frees memory, and may call torch's deleter of the slab, which may run on any thread, as this may.
+    drop(unsafe { Box::from_raw(managed.cast::<Lent>()) });
+}
+
+impl<'py> Slab<'py> {
+    /// Takes a contiguous tensor as a slab. Whoever holds it besides must not resize it or its storage.
+    ///
+    /// # Errors
+    ///
+    /// A `TypeError` or `ValueError` that says what was expected. A `RuntimeError` in inference mode, because views made
+    /// there would be inference tensors for ever.
+    pub(crate) fn new(torch: &'static Torch, tensor: &Bound<'py, PyAny>, door: Option<Door>) -> PyResult<Self> {
+        let py = tensor.py();
+        let mut dims = Vec::new();
+        let found = torch
+            .find(tensor, &mut dims)?
+            .map_err(|unusual| PyValueError::new_err(format!("expected a plain tensor as slab, but it {unusual}")))?;
+        let (shape, strides) = dims.split_at(found.ndim);
+        if !is_contiguous(shape, strides) {
+            return Err(PyValueError::new_err(format!("expected a contiguous slab, got strides {strides:?}")));
+        }
+        if torch.requires_grad(tensor)? {
+            return Err(PyValueError::new_err("expected a slab that does not require gradients"));
+        }
+        if torch.module.bind(py).call_method0(intern!(py, "is_inference_mode_enabled"))?.is_truthy()? {
+            return Err(PyRuntimeError::new_err(
+                "views made in inference mode could never be trained; use torch.inference_mode(False) around this",
+            ));
+        }
+        if tensor.call_method0(intern!(py, "is_inference"))?.is_truthy()? {
+            return Err(PyValueError::new_err("expected a slab that was not made in inference mode"));
+        }
+        let door = door.unwrap_or(match &torch.stable_abi {
+            _ if found.device.is_cpu() => Door::Dlpack,
+            Some(_) => Door::StableAbi,
+            None => Door::AsStrided,
+        });
+        let maker = match (door, &torch.stable_abi) {
+            (Door::Dlpack, _) => Maker::Dlpack(Memory::of(torch, tensor, &found)?),
+            (Door::StableAbi, Some(abi)) => Maker::StableAbi(abi, abi.handle(tensor)?),
+            (Door::StableAbi, None) => {
+                return Err(PyRuntimeError::new_err(
+                    "torch has the functions of its stable C ABI that this needs from 2.14 on",
+                ));
+            }
+            (Door::AsStrided, _) => {
+                Maker::AsStrided { offset: tensor.call_method0(intern!(py, "storage_offset"))?.extract()? }
+            }
+        };
+        Ok(Self { torch, tensor: tensor.clone(), found, maker })
+    }
+
+    /// Remembers the memory, so that [`flat`] knows it again.
+    pub(crate) fn remember(&self) {
+        if let Maker::Dlpack(memory) = &self.maker {
+            let mut memories = MEMORIES.lock().unwrap_or_else(PoisonError::into_inner);
+            if memories.by_address.len() >= memories.sweep_at {
+                memories.by_address.retain(|_, memory| memory.strong_count() > 0);
+                memories.sweep_at = 64.max(2 * memories.by_address.len());
+            }
+            memories.by_address.insert(memory.pointer, Arc::downgrade(memory));
+        }
+    }
+
+    /// A tensor of these elements of the slab; a plain Tensor without gradients.
+    pub(crate) fn view(&self, offset: u64, shape: &[i64], strides: &[i64]) -> PyResult<Bound<'py, PyAny>> {
+        self.check(offset, shape, strides)?;
+        let py = self.tensor.py();
+        match &self.maker {
+            Maker::Dlpack(memory) => memory.view(self.torch, py, offset * self.found.itemsize, shape, strides),
+            Maker::StableAbi(abi, slab) => {
+                let view = abi.view(slab, offset.cast_signed(), shape, strides)?;
+                abi.to_python(py, &view, None)
+            }
+            Maker::AsStrided { offset: start } => {
+                let (shape, strides) = (PyTuple::new(py, shape)?, PyTuple::new(py, strides)?);
+                let offset = start + offset.cast_signed();
+                let view = self.tensor.call_method1(intern!(py, "as_strided"), (shape, strides, offset))?;
+                // Without this it would be a view in autograd's eyes, too, of a base that nobody knows.
+                view.call_method0(intern!(py, "detach"))
+            }
+        }
+    }
+
+    /// A Parameter of these elements of the slab.
+    pub(crate) fn parameter(
+        &self,
+        offset: u64,
+        shape: &[i64],
+        strides: &[i64],
+        requires_grad: bool,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let class = self.torch.parameter.bind(self.tensor.py());
+        if let Maker::StableAbi(abi, slab) = &self.maker {
+            self.check(offset, shape, strides)?;
+            let view = abi.view(slab, offset.cast_signed(), shape, strides)?;
+            abi.set_requires_grad(&view, requires_grad)?;
+            return abi.to_python(self.tensor.py(), &view, Some(class));
+        }
+        let view = self.view(offset, shape, strides)?;
+        view.setattr(intern!(view.py(), "__class__"), class)?;
+        if requires_grad {
+            self.torch.require_grad(&view)?;
+        }
+        Ok(view)
+    }
+
+    /// Refuses a view that would reach beyond the slab.
+    fn check(&self, offset: u64, shape: &[i64], strides: &[i64]) -> PyResult<()> {
+        let end = extent(shape, strides).and_then(|extent| offset.checked_add(extent));
+        if shape.len() == strides.len() && end.is_some_and(|end| end <= self.found.numel) {
+            return Ok(());
+        }
+        Err(PyValueError::new_err(format!(
+            "a view of shape {shape:?} and strides {strides:?} at element {offset} reaches beyond the slab of {} elements",
+            self.found.numel
+        )))
+    }
+}
+
+impl Memory {
+    /// The memory of a contiguous tensor, which stays alive with it.
+    fn of(torch: &Torch, tensor: &Bound<'_, PyAny>, found: &Found) -> PyResult<Arc<Self>> {
+        let py = tensor.py();
+        // Another tensor of the same storage: who holds the slab may point it elsewhere by `slab.data = ...`.
+        let alias = tensor.call_method0(intern!(py, "detach"))?;
+        let mut owner = ptr::null_mut();
+        // SAFETY: `alias` is a live torch.Tensor; torch fills in an owning pointer or raises.
+        if unsafe { (torch.export)(alias.as_ptr(), &raw mut owner) } != 0 {
+            return Err(PyErr::fetch(py));
+        }
+        Ok(Arc::new(Self {
+            owner,
+            pointer: found.pointer,
+            bytes: found.numel * found.itemsize,
+            device: found.device,
+            dtype: found.dtype,
+        }))
+    }
+
+    /// A tensor over a part of the memory that the caller has checked to lie inside.
+    fn view<'py>(
+        self: &Arc<Self>,
+        torch: &Torch,
+        py: Python<'py>,
+        offset: u64,
+        shape: &[i64],
+        strides: &[i64],
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let ndim = shape.len();
+        let mut lent = Box::new(Lent {
+            managed: ManagedTensor {
+                version: Version { major: MAJOR, minor: MINOR },
+                context: ptr::null_mut(),
+                deleter: Some(give_back),
+                flags: 0,
+                tensor: DlTensor {
+                    data: (self.pointer + offset as usize) as *mut c_void,
+                    device: self.device,
+                    ndim: i32::try_from(ndim)?,
+                    dtype: self.dtype,
+                    shape: ptr::null_mut(),
+                    strides: ptr::null_mut(),
+                    byte_offset: 0,
+                },
+            },
+            few: [0; 4],
+            more: (ndim > 2).then(|| [shape, strides].concat().into_boxed_slice()),
+            memory: Arc::clone(self),
+        });
+        if ndim <= 2 {
+            lent.few[..ndim].copy_from_slice(shape);
+            lent.few[2..2 + ndim].copy_from_slice(strides);
+        }
+        let lent = Box::into_raw(lent);
+        let mut made = ptr::null_mut();
+        // SAFETY: the shape and the strides that `managed` points to are in the same box, which lives until torch calls
+        // `give_back`; so does the memory that `data` points into, which `memory` keeps. torch gives a new reference or
+        // raises; then the box is leaked, for whether torch has let it go cannot be told.
+        unsafe {
+            let (shape, strides) = match &mut (*lent).more {
+                Some(dims) => (dims.as_mut_ptr(), dims.as_mut_ptr().add(ndim)),
+                None => ((&raw mut (*lent).few).cast(), (&raw mut (*lent).few).cast::<i64>().add(2)),
+            };
+            (*lent).managed.tensor.shape = shape;
+            (*lent).managed.tensor.strides = strides;
+            if (torch.import)(lent.cast(), &raw mut made) != 0 {
+                return Err(PyErr::fetch(py));
+            }
+            Ok(Bound::from_owned_ptr(py, made))
+        }
+    }
+}
+
+/// The memory of slabs whose views were made by `DLPack`, by address, as long as there are views.
+///
+/// What lies between the first and the last address of a memory that is alive belongs to it: nothing else can be
+/// allocated there. Only threads that hold the GIL take the lock, so none holds it when a process forks; views that die
+/// on other threads only count themselves down.
+static MEMORIES: Mutex<Memories> = Mutex::new(Memories { by_address: BTreeMap::new(), sweep_at: 64 });
+
+struct Memories {
+    by_address: BTreeMap<usize, Weak<Memory>>,
+    /// The number of entries at which the dead ones are swept out.
+    sweep_at: usize,
+}
+
+impl Memory {
+    /// The memory that an address lies in, if it is the memory of a slab.
+    fn around(address: usize) -> Option<Arc<Self>> {
+        let memories = MEMORIES.lock().unwrap_or_else(PoisonError::into_inner);
+        let memory = memories.by_address.range(..=address).next_back().and_then(|(_, memory)| memory.upgrade());
+        // Should this be the last reference by now, then Python code may run when it goes.
+        drop(memories);
+        memory.filter(|memory| ((address - memory.pointer) as u64) < memory.bytes)
+    }
+}
+
+/// A flat tensor of `length` elements from address `base` on, if they all lie in one allocation.
+///
+/// Addresses alone cannot tell, for two allocations may be neighbours. So the allocation is looked for: it is the
+/// memory of a slab that has views, or the storage of `tensor`, which lies at `base` or soon after.
+pub(crate) fn flat<'py>(
+    torch: &Torch,
+    tensor: &Bound<'py, PyAny>,
+    base: usize,
+    dtype: Dtype,
+    device: Device,
+    length: u64,
+) -> PyResult<Option<Bound<'py, PyAny>>> {
+    let py = tensor.py();
+    let Some(bytes) = dtype.itemsize().and_then(|itemsize| itemsize.checked_mul(length)) else {
+        return Ok(None);
+    };
+    let inside = |pointer: usize, size: u64| {
+        base.checked_sub(pointer).map(|start| start as u64).filter(|start| start + bytes <= size)
+    };
+    if let Some(memory) = Memory::around(base)
+        && let Some(start) = inside(memory.pointer, memory.bytes)
+        && memory.dtype == dtype
+        && memory.device == device
+    {
+        return memory.view(torch, py, start, &[length.cast_signed()], &[1]).map(Some);
+    }
+    let storage = tensor.call_method0(intern!(py, "untyped_storage"))?;
+    let pointer = storage.call_method0(intern!(py, "data_ptr"))?.extract()?;
+    let size = storage.call_method0(intern!(py, "nbytes"))?.extract()?;
+    let itemsize = bytes / length.max(1);
+    match inside(pointer, size) {
+        Some(start) if itemsize > 0 && start.is_multiple_of(itemsize) => {
+            let alias = tensor.call_method0(intern!(py, "detach"))?;
+            alias.call_method1(intern!(py, "as_strided"), ((length,), (1,), start / itemsize)).map(Some)
+        }
+        _ => Ok(None),
+    }
+}
