@@ -1,4 +1,4 @@
-"""What several test modules share."""
+"""What all tests share; those marked ``cuda`` run on a GPU or under the fake CUDA runtime (see fake_cuda/README.md)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import pdrs
+
+pytest_plugins = ["fake_cuda.plugin"]
 
 
 @pytest.fixture(params=[torch.nn.ParameterDict, pdrs.ParameterDict], ids=["torch", "pdrs"])
