@@ -1,7 +1,7 @@
 """Builds the fake CUDA runtime for the torch of this Python: ``libcudart.so.13`` and ``libcuda.so.1``.
 
-The C code is compiled against the CUDA headers of torch's own wheels, so that every signature is checked. Functions that
-the real libraries have and nobody wrote become stubs that fail and note their name. What was built is kept in
+The C code is compiled against the CUDA headers of torch's own wheels, so that every signature is checked. Functions
+that the real libraries have and nobody wrote become stubs that fail and note their name. What was built is kept in
 ``target/fake_cuda/`` and built again when the sources, the wheels or the flags change.
 """
 
@@ -130,8 +130,10 @@ def _compile(compiler: str, names: str, wheels: Path, folder: Path) -> None:
     stubs = _write_stubs(folder / "stubs.c", exported - written)
     _run(compiler, *FLAGS, *objects, stubs, "-o", folder / RUNTIME, *link)
 
-    lazy = _torch() / "lib" / "libcaffe2_nvrtc.so"  # torch's user of the driver library.
-    asked = {name for name in _symbols(names, "-D", lazy, "--undefined-only") if re.match(r"cu[A-Z]", name)}
+    # By the names of the header torch looks functions up; libcaffe2_nvrtc is linked to versioned ones, as cuLinkCreate_v2.
+    header = (wheels / "include" / "cuda.h").read_text()
+    linked = _symbols(names, "-D", _torch() / "lib" / "libcaffe2_nvrtc.so", "--undefined-only")
+    asked = {name for name in linked if re.match(r"cu[A-Z]", name)} | set(re.findall(r"CUDAAPI (cu[A-Z]\w+)\(", header))
     driver = SOURCES / "driver.c"
     written = set(re.findall(r"^EXPORT \w+ (\w+)\(", driver.read_text(), re.MULTILINE))
     stubs = _write_stubs(folder / "driver_stubs.c", asked - written)

@@ -1,7 +1,7 @@
 """What a test sets and reads while it runs under the fake CUDA runtime.
 
-The functions talk to the library that is preloaded into this process. They are what ``src/control.c`` offers, with types;
-the ``fake_cuda`` fixture hands out one :class:`Control` and resets it after each test.
+The functions talk to the library that is preloaded into this process. They are what ``src/control.c`` offers, with
+types; the ``fake_cuda`` fixture hands out one :class:`Control`, as new for each test.
 """
 
 import ctypes
@@ -73,7 +73,7 @@ def inside() -> bool:
 
 
 class Control:
-    """The switches and counters of the runtime in this process."""
+    """The switches and counters of the runtime in this process; `library` is the runtime itself."""
 
     def __init__(self) -> None:
         library = ctypes.CDLL(os.environ["FAKE_CUDA_RUNTIME"])
@@ -87,17 +87,17 @@ class Control:
         library.fake_cuda_fail.argtypes = [ctypes.c_char_p, ctypes.c_uint64, ctypes.c_char_p, ctypes.c_int]
         library.fake_cuda_hold_stream.argtypes = [ctypes.c_void_p, ctypes.c_int]
         library.fake_cuda_trace.argtypes = [ctypes.c_char_p]
-        self._library = library
+        self.library = library
 
     def reset(self) -> None:
         """Wait for all work, drop holds and failures, zero the counters, and set the switches back."""
-        self._library.fake_cuda_reset()
+        self.library.fake_cuda_reset()
 
     @property
     def counters(self) -> Counters:
         """What was asked of the runtime since the last reset."""
         raw = _Counters()
-        self._library.fake_cuda_counters(ctypes.byref(raw))
+        self.library.fake_cuda_counters(ctypes.byref(raw))
         copies = {
             kind: Copies(*(getattr(count, name) for name, _ in _CopyCount._fields_))
             for kind, count in zip(KINDS, raw.copies, strict=True)
@@ -110,35 +110,39 @@ class Control:
         Variants of a function count under the one that does the work: ``cudaMallocHost`` under ``cudaHostAlloc``,
         ``cudaEventRecord`` under ``cudaEventRecordWithFlags``.
         """
-        return self._library.fake_cuda_calls(function.encode())
+        return self.library.fake_cuda_calls(function.encode())
 
     @property
     def pending(self) -> int:
         """How many pieces of work are queued or running: copies, sets, events, callbacks."""
-        return self._library.fake_cuda_pending()
+        return self.library.fake_cuda_pending()
 
     @property
     def unsupported(self) -> list[str]:
         """Functions and kernels (by their mangled names) that were called and do not exist here."""
         text = ctypes.create_string_buffer(1 << 16)
-        self._library.fake_cuda_unsupported(text, len(text))
+        self.library.fake_cuda_unsupported(text, len(text))
         return text.value.decode().splitlines()
 
     def set_latency(self, microseconds: int) -> None:
         """Let every copy and set sleep that long before it moves bytes."""
-        self._library.fake_cuda_set_latency(microseconds)
+        self.library.fake_cuda_set_latency(microseconds)
 
     def set_schedule(self, schedule: str) -> None:
         """Choose when queued work runs: ``"eager"``, at once, or ``"on_demand"``, when somebody waits for it."""
-        self._library.fake_cuda_set_on_demand({"eager": 0, "on_demand": 1}[schedule])
+        self.library.fake_cuda_set_on_demand({"eager": 0, "on_demand": 1}[schedule])
 
     def set_memory(self, size: int) -> None:
         """Let each device hold that many bytes."""
-        self._library.fake_cuda_set_memory(size)
+        self.library.fake_cuda_set_memory(size)
+
+    def set_hold_timeout(self, milliseconds: int) -> None:
+        """Let the host wait that long for held work before the wait fails with cudaErrorLaunchTimeout."""
+        self.library.fake_cuda_set_hold_timeout(milliseconds)
 
     def trace_to(self, path: str | None) -> None:
         """Append a line to a file for each allocation, copy and failure; None ends that."""
-        self._library.fake_cuda_trace(None if path is None else path.encode())
+        self.library.fake_cuda_trace(None if path is None else path.encode())
 
     def fail(self, what: str, *, nth: int = 1, error: str = "cudaErrorIllegalAddress", late: bool = False) -> None:
         """Let one call to come fail.
@@ -156,7 +160,7 @@ class Control:
             For copies: the call succeeds, the copy moves nothing, and every call that waits for the device or uses
             it afterwards fails, as after an illegal access on a GPU.
         """
-        if not self._library.fake_cuda_fail(what.encode(), nth, error.encode(), late):
+        if not self.library.fake_cuda_fail(what.encode(), nth, error.encode(), late):
             raise ValueError(
                 f"cannot let call {nth} of {what!r} fail with {error!r}: unknown error or too many failures"
             )
@@ -165,24 +169,30 @@ class Control:
     def hold(self, kinds: Iterable[str] = KINDS) -> Iterator[None]:
         """Let no copy of these kinds start inside the block, except those that :meth:`step` lets pass.
 
-        A host thread that waits for a held copy gets cudaErrorLaunchTimeout after FAKE_CUDA_HOLD_TIMEOUT_MS.
+        A host thread that waits for a held copy gets cudaErrorLaunchTimeout (see :meth:`set_hold_timeout`).
         """
-        self._library.fake_cuda_hold(sum(1 << KINDS.index(kind) for kind in kinds))
+        self.library.fake_cuda_hold(sum(1 << KINDS.index(kind) for kind in kinds))
         try:
             yield
         finally:
-            self._library.fake_cuda_release()
+            self.library.fake_cuda_release()
 
     def step(self, copies: int = 1) -> None:
         """Let that many held copies pass."""
-        self._library.fake_cuda_step(copies)
+        self.library.fake_cuda_step(copies)
 
     @contextmanager
     def hold_stream(self, stream: Any) -> Iterator[None]:
         """Let no work of a ``torch.cuda.Stream`` start inside the block."""
-        if not self._library.fake_cuda_hold_stream(stream.cuda_stream, 1):
-            raise ValueError(f"{stream} is no stream of the fake runtime")
+        self._hold_stream(stream, 1)
         try:
             yield
         finally:
-            self._library.fake_cuda_hold_stream(stream.cuda_stream, 0)
+            self._hold_stream(stream, 0)
+
+    def _hold_stream(self, stream: Any, hold: int) -> None:
+        import torch
+
+        with torch.cuda.device(stream.device):  # Default streams of all devices have the same handle.
+            if not self.library.fake_cuda_hold_stream(stream.cuda_stream, hold):
+                raise ValueError(f"{stream} is no stream of the fake runtime")

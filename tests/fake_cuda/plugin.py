@@ -1,8 +1,8 @@
 """The pytest side of the fake CUDA runtime: ``@pytest.mark.cuda`` and the ``fake_cuda`` fixture.
 
-A test marked ``cuda`` runs as it is on a machine with a GPU. Elsewhere it runs in a second pytest process under the fake
-runtime, which sends back its reports, so that it is selected, counted and shown like any other test. All tests with
-the same marker arguments share one such process, since starting torch takes seconds. When a test kills the process it
+A test marked ``cuda`` runs as it is on a machine with a GPU. Elsewhere it runs in a second pytest process under the
+fake runtime, which sends back its reports, so that it is selected, counted and shown like any other test. All tests
+with the same marker arguments share one such process, since starting torch takes seconds. When a test kills the process it
 is reported as failed with what the process printed, and the rest go on in a new one.
 
 The ``fake_cuda`` fixture is the :class:`~fake_cuda.control.Control` of the runtime; a test that takes it needs the fake
@@ -34,8 +34,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Explain the marker to pytest."""
     config.addinivalue_line(
         "markers",
-        "cuda(devices=1, memory_mb=None, variables=None): needs CUDA: a GPU, or else the fake runtime in a process that "
-        "is started with these switches",
+        "cuda(devices=1, memory_mb=None, variables=None): needs CUDA: a GPU, or else the fake runtime in a process "
+        "that is started with these switches",
     )
     config.stash[_reports] = {}
 

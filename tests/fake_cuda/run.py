@@ -70,17 +70,19 @@ def run_python(*arguments: str, timeout: float = 120, **switches: object) -> sub
 
 def main() -> None:
     """Replace this process by the program."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=__doc__.split("``")[1])
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--memory-mb", type=int)
     parser.add_argument("--latency-us", type=int)
     parser.add_argument("--schedule", choices=["eager", "on_demand"])
     parser.add_argument("--fail", metavar="WHAT:NTH:ERROR[:late]")
     parser.add_argument("--trace", metavar="FILE")
-    parser.add_argument("program", nargs=argparse.REMAINDER, help="a Python file, -c CODE or -m MODULE, with arguments")
-    options = vars(parser.parse_args())
-    program = options.pop("program")
-    os.execve(sys.executable, [sys.executable, *program], environment(**options))
+    words = sys.argv[1:]
+    switches = 0  # Each takes two words; the first word that is none starts the program.
+    while switches < len(words) and words[switches].startswith("--"):
+        switches += 2
+    options = vars(parser.parse_args(words[:switches]))
+    os.execve(sys.executable, [sys.executable, *words[switches:]], environment(**options))
 
 
 if __name__ == "__main__":

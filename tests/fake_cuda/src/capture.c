@@ -54,14 +54,16 @@ void drop_capture(Capture *capture) {
     free(capture);
 }
 
-bool may_call_now(void) {
-    if (mode_of_thread == cudaStreamCaptureModeRelaxed) return true;
+cudaError_t refuse_in_capture(void) {
+    if (mode_of_thread == cudaStreamCaptureModeRelaxed) return cudaSuccess;
+    bool refused = false;
     for (size_t i = 0; i < running_count; i++) {
         bool mine = pthread_equal(running[i]->thread, pthread_self());
-        if (running[i]->mode == cudaStreamCaptureModeGlobal && mode_of_thread == cudaStreamCaptureModeGlobal) return false;
-        if (running[i]->mode != cudaStreamCaptureModeRelaxed && mine) return false;
+        bool everyones = running[i]->mode == cudaStreamCaptureModeGlobal && mode_of_thread == cudaStreamCaptureModeGlobal;
+        if (!everyones && !(mine && running[i]->mode != cudaStreamCaptureModeRelaxed)) continue;
+        running[i]->spoiled = refused = true;
     }
-    return true;
+    return refused ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
 }
 
 void spoil_capture(Stream *stream) {

@@ -81,7 +81,7 @@ __attribute__((constructor)) static void start(void) {
     pthread_cond_init(&progress, &monotonic);
     pthread_condattr_destroy(&monotonic);
     settings.devices = (int)number("FAKE_CUDA_DEVICES", 1, MAX_DEVICES);
-    settings.memory = (size_t)number("FAKE_CUDA_MEMORY_MB", 8192, 1 << 20) << 20;
+    settings.memory = (size_t)number("FAKE_CUDA_MEMORY_MB", 8192, 1 << 15) << 20;
     settings.addresses = settings.memory * ADDRESSES_PER_BYTE;
     settings.latency_us = (unsigned)number("FAKE_CUDA_LATENCY_US", 0, 60000000);
     settings.peer_access = number("FAKE_CUDA_PEER_ACCESS", 0, 1);
@@ -93,6 +93,7 @@ __attribute__((constructor)) static void start(void) {
     if (getenv("FAKE_CUDA_TRACE")) fake_cuda_trace(getenv("FAKE_CUDA_TRACE"));
     pthread_atfork(NULL, NULL, in_child);
     initial = settings;
+    make_arenas();
 }
 
 /* ---- for the other files ----------------------------------------------------------------------------------------- */
@@ -225,6 +226,12 @@ EXPORT void fake_cuda_set_on_demand(int on_demand) {
     unlock_world();
 }
 
+EXPORT void fake_cuda_set_hold_timeout(unsigned milliseconds) {
+    lock_world();
+    settings.hold_timeout_ms = milliseconds;
+    unlock_world();
+}
+
 EXPORT void fake_cuda_set_memory(size_t bytes) {
     lock_world();
     settings.memory = bytes;
@@ -297,6 +304,7 @@ EXPORT void fake_cuda_reset(void) {
     settings.latency_us = initial.latency_us;
     settings.on_demand = initial.on_demand;
     settings.memory = initial.memory;
+    settings.hold_timeout_ms = initial.hold_timeout_ms;
     wake_streams();
     await_all_devices();
     rule_count = 0;
@@ -305,6 +313,7 @@ EXPORT void fake_cuda_reset(void) {
     memset(calls, 0, sizeof calls);
     counters = (Counters){0};
     unlock_world();
+    cudaGetLastError(); /* of this thread */
 }
 
 EXPORT void fake_cuda_trace(const char *path) {

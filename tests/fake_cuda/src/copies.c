@@ -104,7 +104,7 @@ static cudaError_t copy(void *target, const void *source, Rows rows, enum cudaMe
     if (error == cudaSuccess && !direction_fits(direction, on_device(from), on_device(to)))
         /* page-locked memory is mapped: CUDA takes it as device memory too, but no program here means that */
         error = cudaErrorInvalidValue;
-    if (error == cudaSuccess && blocking && !may_call_now()) error = cudaErrorStreamCaptureUnsupported;
+    if (error == cudaSuccess && blocking) error = refuse_in_capture();
     if (error == cudaSuccess) error = injected("copy", &late);
     if (error != cudaSuccess && !late) goto out;
     op.late_error = error;

@@ -1,7 +1,6 @@
 /* libcuda.so.1: torch's lazy loader wants the driver library to be there. The few functions that answer, answer as the
  * runtime would; all others are stubs that the builder adds (see stubs.c in the build folder). */
 #include <stddef.h>
-#include <string.h>
 
 #define EXPORT __attribute__((visibility("default")))
 enum { CUDA_SUCCESS = 0 };
@@ -10,6 +9,8 @@ int cuInit(unsigned flags);
 int cuDriverGetVersion(int *version);
 int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active);
 int cuGetErrorString(int error, const char **text);
+int cuLogsRegisterCallback(void *function, void *argument, void **handle);
+int cuLogsUnregisterCallback(void *handle);
 int cudaDriverGetVersion(int *version); /* libcudart.so, which is preloaded */
 
 EXPORT int cuInit(unsigned flags) {
@@ -28,5 +29,16 @@ EXPORT int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) 
 
 EXPORT int cuGetErrorString(int error, const char **text) {
     *text = error ? "error of the fake CUDA driver" : "no error";
+    return CUDA_SUCCESS;
+}
+
+EXPORT int cuLogsRegisterCallback(void *function, void *argument, void **handle) { /* there are no logs to send */
+    (void)function, (void)argument;
+    *handle = NULL;
+    return CUDA_SUCCESS;
+}
+
+EXPORT int cuLogsUnregisterCallback(void *handle) {
+    (void)handle;
     return CUDA_SUCCESS;
 }

@@ -1,13 +1,8 @@
-/* Driver functions by name: torch asks the runtime for them when it starts. Those that driver.c has are handed out;
- * the others become a function that says "not supported", since torch insists on getting an address for each. */
+/* Driver functions by name: torch asks the runtime for them when it starts. All are in libcuda.so.1 (see driver.c), most
+ * of them as stubs. */
 #include <dlfcn.h>
 
 #include "runtime.h"
-
-static int not_supported(void) {
-    note_unsupported("a driver function");
-    return cudaErrorNotSupported;
-}
 
 cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **function, unsigned version,
                                              unsigned long long flags, enum cudaDriverEntryPointQueryResult *status) {
@@ -15,9 +10,7 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **function, 
     (void)version, (void)flags;
     void *driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
     *function = driver ? dlsym(driver, name) : NULL;
-    trace("driver function %s: %s", name, *function ? "here" : "not supported");
-    if (!*function) *function = (void *)not_supported;
-    if (status) *status = cudaDriverEntryPointSuccess;
+    if (!*function) note_unsupported("a driver function that cuda.h does not declare");
+    if (status) *status = *function ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
     return cudaSuccess;
 }
-

@@ -86,11 +86,10 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event, unsigned
 cudaError_t cudaEventQuery(cudaEvent_t event) {
     ENTER();
     lock_world();
-    cudaError_t error = !event                          ? cudaErrorInvalidResourceHandle
-                        : event->captured               ? cudaErrorCapturedEvent
-                        : !may_call_now()               ? cudaErrorStreamCaptureUnsupported
-                        : poll_ticket(event->latest) ? cudaSuccess
-                                                        : cudaErrorNotReady;
+    cudaError_t error = !event            ? cudaErrorInvalidResourceHandle
+                        : event->captured ? cudaErrorCapturedEvent
+                                          : refuse_in_capture();
+    if (error == cudaSuccess && !poll_ticket(event->latest)) error = cudaErrorNotReady;
     unlock_world();
     return fail(error);
 }

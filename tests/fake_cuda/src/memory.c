@@ -21,18 +21,18 @@ enum { NEW = 0xA5, FREED = 0xDD };
 #define QUARANTINE_SLOTS 4096
 
 typedef struct Arena {
-    uintptr_t start, shadow; /* 0: not made yet. Never change afterwards, so workers read them without the lock. */
-    size_t size, next;
-    size_t used;
+    uintptr_t start, shadow; /* the two mappings; never change, so workers read them without the world */
+    size_t size;
+    size_t next; /* what was handed out */
+    size_t used; /* what counts against the device's memory */
 } Arena;
 
 struct CUmemPoolHandle_st {
-    int device;
     uint64_t used, used_high, release_threshold;
 };
 
 static Arena arenas[MAX_DEVICES];
-static struct CUmemPoolHandle_st pools[MAX_DEVICES];
+static struct CUmemPoolHandle_st pools[MAX_DEVICES]; /* the default pools of the devices */
 static void *blocks; /* all live blocks: a tree by address (see tsearch) */
 
 static struct Freed {
@@ -95,7 +95,7 @@ char *reach(const void *pointer) {
     uintptr_t at = (uintptr_t)pointer;
     for (int device = 0; device < settings.devices; device++) {
         const Arena *arena = &arenas[device];
-        if (arena->start && at >= arena->start && at - arena->start < arena->size)
+        if (at >= arena->start && at - arena->start < arena->size)
             return (char *)(arena->shadow + (at - arena->start));
     }
     return (char *)at;
@@ -103,25 +103,28 @@ char *reach(const void *pointer) {
 
 /* ---- device memory ----------------------------------------------------------------------------------------------- */
 
-static bool make_arena(Arena *arena) {
-    if (arena->start) return true;
-    arena->size = settings.addresses;
-    int file = memfd_create("fake_cuda_device", MFD_CLOEXEC);
-    if (file < 0) return false;
-    void *start = MAP_FAILED, *shadow = MAP_FAILED;
-    if (!ftruncate(file, (off_t)arena->size)) {
-        start = mmap(NULL, arena->size, PROT_NONE, MAP_SHARED | MAP_NORESERVE, file, 0);
-        shadow = mmap(NULL, arena->size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, file, 0);
+static void *map(int file, size_t bytes, int access) {
+    void *memory = mmap(NULL, bytes, access, MAP_SHARED | MAP_NORESERVE, file, 0);
+    if (memory == MAP_FAILED) {
+        perror("fake CUDA runtime: cannot lay out the memory of a device");
+        exit(2);
     }
-    close(file);
-    if (start == MAP_FAILED || shadow == MAP_FAILED) {
-        if (start != MAP_FAILED) munmap(start, arena->size);
-        if (shadow != MAP_FAILED) munmap(shadow, arena->size);
-        return false;
+    return memory;
+}
+
+void make_arenas(void) {
+    for (int device = 0; device < settings.devices; device++) {
+        Arena *arena = &arenas[device];
+        arena->size = settings.addresses;
+        int file = memfd_create("fake_cuda_device", MFD_CLOEXEC);
+        if (file < 0 || ftruncate(file, (off_t)arena->size)) {
+            perror("fake CUDA runtime: cannot make the memory of a device");
+            exit(2);
+        }
+        arena->start = (uintptr_t)map(file, arena->size, PROT_NONE);
+        arena->shadow = (uintptr_t)map(file, arena->size, PROT_READ | PROT_WRITE);
+        close(file);
     }
-    arena->start = (uintptr_t)start;
-    arena->shadow = (uintptr_t)shadow;
-    return true;
 }
 
 cudaError_t allocate_device(int device, size_t bytes, bool from_pool, void **pointer) {
@@ -131,7 +134,7 @@ cudaError_t allocate_device(int device, size_t bytes, bool from_pool, void **poi
     *pointer = NULL;
     if (!bytes) return cudaSuccess;
     if (bytes > settings.memory || arena->used + counted > settings.memory) return cudaErrorMemoryAllocation;
-    if (!make_arena(arena) || arena->size - arena->next < pages) return cudaErrorMemoryAllocation;
+    if (arena->size - arena->next < pages) return cudaErrorMemoryAllocation;
     uintptr_t start = arena->start + arena->next;
     Block *block = add_block((Block){
         .start = start, .end = start + bytes, .kind = DEVICE_MEMORY, .device = device, .from_pool = from_pool});
@@ -185,7 +188,8 @@ cudaError_t cudaMalloc(void **pointer, size_t bytes) {
     cudaError_t error = injected_allocation("allocation");
     if (error != cudaSuccess) return fail(error);
     lock_world();
-    error = may_call_now() ? allocate_device(current_device(), bytes, false, pointer) : cudaErrorStreamCaptureUnsupported;
+    error = refuse_in_capture();
+    if (error == cudaSuccess) error = allocate_device(current_device(), bytes, false, pointer);
     unlock_world();
     trace("malloc %zu bytes on device %d: %s", bytes, current_device(), cudaGetErrorName(error));
     return fail(error);
@@ -196,7 +200,7 @@ cudaError_t cudaFree(void *pointer) {
     ENTER();
     if (!pointer) return cudaSuccess;
     lock_world();
-    cudaError_t error = may_call_now() ? cudaSuccess : cudaErrorStreamCaptureUnsupported;
+    cudaError_t error = refuse_in_capture();
     Block *block = block_starting_at(pointer, DEVICE_MEMORY);
     if (error == cudaSuccess && !block) error = cudaErrorInvalidValue;
     if (error == cudaSuccess) error = await_device(block->device);
@@ -318,19 +322,19 @@ cudaError_t cudaHostAlloc(void **pointer, size_t bytes, unsigned flags) {
     memset(memory, NEW, bytes);
     lock_world();
     uintptr_t start = (uintptr_t)memory;
-    Block *block = may_call_now() ? add_block((Block){.start = start,
-                                                      .end = start + bytes,
-                                                      .kind = PINNED_MEMORY,
-                                                      .device = current_device(),
-                                                      .flags = flags})
-                                  : NULL;
-    error = block ? cudaSuccess : may_call_now() ? cudaErrorMemoryAllocation : cudaErrorStreamCaptureUnsupported;
-    if (block) {
+    error = refuse_in_capture();
+    if (error == cudaSuccess && !add_block((Block){.start = start,
+                                                   .end = start + bytes,
+                                                   .kind = PINNED_MEMORY,
+                                                   .device = current_device(),
+                                                   .flags = flags}))
+        error = cudaErrorMemoryAllocation;
+    if (error == cudaSuccess) {
         counters.host_allocations++;
         counters.host_allocated_bytes += bytes;
     }
     unlock_world();
-    if (!block) munmap(memory, pages);
+    if (error != cudaSuccess) munmap(memory, pages);
     else *pointer = memory;
     trace("host alloc %zu bytes: %s", bytes, cudaGetErrorName(error));
     return fail(error);
@@ -342,13 +346,14 @@ cudaError_t cudaMallocHost(void **pointer, size_t bytes) { return cudaHostAlloc(
  * that CUDA need not report: it is counted as a hazard, then waited for. */
 static cudaError_t forget_host(void *pointer, BlockKind kind, cudaError_t unknown, size_t *bytes) {
     Block *block = block_starting_at(pointer, kind);
-    if (!may_call_now()) return cudaErrorStreamCaptureUnsupported;
+    cudaError_t error = refuse_in_capture();
+    if (error != cudaSuccess) return error;
     if (!block) return unknown;
     if (block->pending) {
         counters.hazards++;
         trace("HAZARD: host memory %p is given back while %u copies of it are pending", pointer, block->pending);
     }
-    cudaError_t error = await_all_devices();
+    error = await_all_devices();
     if (error != cudaSuccess) return error;
     block = block_starting_at(pointer, kind); /* the world was let go of while waiting */
     if (!block) return unknown;
@@ -377,7 +382,7 @@ cudaError_t cudaHostRegister(void *pointer, size_t bytes, unsigned flags) {
     bool late;
     lock_world();
     cudaError_t error = injected("host registration", &late);
-    if (error == cudaSuccess && !may_call_now()) error = cudaErrorStreamCaptureUnsupported;
+    if (error == cudaSuccess) error = refuse_in_capture();
     if (error == cudaSuccess && block_at(pointer, bytes, NULL)) error = cudaErrorHostMemoryAlreadyRegistered;
     if (error == cudaSuccess) {
         Block *block = add_block((Block){.start = start,

@@ -28,13 +28,13 @@
 typedef struct Settings {
     /* never change after the start, so they are read without the world */
     int devices;
-    bool peer_access;         /* what cudaDeviceCanAccessPeer answers */
-    unsigned hold_timeout_ms; /* how long a host thread waits for held work before it gives up */
-    size_t addresses;         /* bytes of addresses a device */
+    bool peer_access; /* what cudaDeviceCanAccessPeer answers */
+    size_t addresses; /* bytes of addresses a device */
     /* change under the world */
-    size_t memory;       /* bytes a device */
-    unsigned latency_us; /* sleep before each copy and set */
-    bool on_demand;      /* stream work runs only when somebody waits for it */
+    size_t memory;            /* bytes a device */
+    unsigned latency_us;      /* sleep before each copy and set */
+    bool on_demand;           /* stream work runs only when somebody waits for it */
+    unsigned hold_timeout_ms; /* how long a host thread waits for held work before it gives up */
 } Settings;
 
 extern Settings settings;
@@ -108,6 +108,7 @@ typedef struct Block {
     bool from_pool;     /* cudaMallocAsync */
 } Block;
 
+void make_arenas(void); /* once, before any thread starts */
 cudaError_t allocate_device(int device, size_t bytes, bool from_pool, void **pointer);
 void release_device(Block *block);
 /* The block that [start, start + bytes) touches. NULL: none. `*inside` is false when the range leaves it. */
@@ -193,7 +194,8 @@ cudaError_t resolve_blocks(Op *op); /* finds op->blocks again; for work that is 
 
 /* ---- capture.c --------------------------------------------------------------------------------------------------- */
 
-bool may_call_now(void); /* false: this call is forbidden while somebody captures (cudaErrorStreamCaptureUnsupported) */
+/* For calls that CUDA forbids while somebody captures: the error to return then, and the capture is spoilt. */
+cudaError_t refuse_in_capture(void);
 void spoil_capture(Stream *stream);
 cudaError_t capture_op(Stream *stream, Op op);
 cudaError_t join_capture(Stream *stream, struct Capture *capture);

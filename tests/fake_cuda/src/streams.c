@@ -60,13 +60,17 @@ static struct timespec in_milliseconds(unsigned milliseconds) {
 cudaError_t await(Ticket *ticket) {
     if (!ticket) return cudaSuccess;
     keep_ticket(ticket);
-    struct timespec deadline = in_milliseconds(settings.hold_timeout_ms);
+    struct timespec deadline = {0};
     cudaError_t error = cudaSuccess;
     while (!ticket->done && error == cudaSuccess) {
         demand(ticket);
-        if (!anything_held()) pthread_cond_wait(&progress, &world);
-        else if (pthread_cond_timedwait(&progress, &world, &deadline) == ETIMEDOUT && anything_held() && !ticket->done)
-            error = cudaErrorLaunchTimeout;
+        if (!anything_held()) {
+            pthread_cond_wait(&progress, &world);
+            continue;
+        }
+        if (!deadline.tv_sec) deadline = in_milliseconds(settings.hold_timeout_ms);
+        bool late = pthread_cond_timedwait(&progress, &world, &deadline) == ETIMEDOUT;
+        if (late && anything_held() && !ticket->done) error = cudaErrorLaunchTimeout;
     }
     if (error == cudaSuccess) error = device_error(ticket->device);
     drop_ticket(ticket);
@@ -290,10 +294,11 @@ cudaError_t cudaStreamDestroy(cudaStream_t handle) {
     ENTER();
     lock_world();
     Stream *stream = handle ? stream_of(handle) : NULL;
-    cudaError_t error = stream && stream != default_streams[stream->device][0] &&
-                                stream != default_streams[stream->device][PER_THREAD] && !stream->closing
-                            ? cudaSuccess
-                            : cudaErrorInvalidResourceHandle;
+    cudaError_t error = cudaSuccess;
+    if (!stream || stream->closing || stream == default_streams[stream->device][0] ||
+        stream == default_streams[stream->device][PER_THREAD])
+        error = cudaErrorInvalidResourceHandle;
+    else if (stream->capture) error = cudaErrorStreamCaptureUnsupported;
     if (error == cudaSuccess) {
         stream->closing = true;
         if (stream->started) pthread_cond_signal(&stream->work);
@@ -365,18 +370,20 @@ cudaError_t cudaStreamQuery(cudaStream_t handle) {
 cudaError_t cudaDeviceSynchronize(void) {
     ENTER();
     lock_world();
-    cudaError_t error = may_call_now() ? await_device(current_device()) : cudaErrorStreamCaptureUnsupported;
+    cudaError_t error = refuse_in_capture();
+    if (error == cudaSuccess) error = await_device(current_device());
     unlock_world();
     return fail(error);
 }
 
-static cudaError_t queue_call(cudaStream_t handle, cudaHostFn_t call, void *argument) {
+static cudaError_t queue_call(cudaStream_t handle, cudaHostFn_t call, void *argument, bool may_be_captured) {
+    Op op = {.kind = OP_CALL, .copy_kind = -1, .call = call, .argument = argument};
+    Ticket *ticket;
     lock_world();
     Stream *stream = stream_of(handle);
-    Ticket *ticket;
-    cudaError_t error = stream ? submit(stream, (Op){.kind = OP_CALL, .copy_kind = -1, .call = call, .argument = argument},
-                                        &ticket)
-                               : cudaErrorInvalidResourceHandle;
+    cudaError_t error = !stream                               ? cudaErrorInvalidResourceHandle
+                        : stream->capture && !may_be_captured ? cudaErrorStreamCaptureUnsupported
+                                                              : submit(stream, op, &ticket);
     if (error == cudaSuccess) counters.host_functions++;
     unlock_world();
     return error;
@@ -384,7 +391,7 @@ static cudaError_t queue_call(cudaStream_t handle, cudaHostFn_t call, void *argu
 
 cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t call, void *argument) {
     ENTER();
-    return fail(call ? queue_call(stream, call, argument) : cudaErrorInvalidValue);
+    return fail(call ? queue_call(stream, call, argument, true) : cudaErrorInvalidValue);
 }
 
 typedef struct Callback {
@@ -405,7 +412,7 @@ cudaError_t cudaStreamAddCallback(cudaStream_t stream, cudaStreamCallback_t call
     Callback *callback = malloc(sizeof *callback);
     if (!callback) abort();
     *callback = (Callback){stream, call, argument};
-    cudaError_t error = queue_call(stream, run_callback, callback);
+    cudaError_t error = queue_call(stream, run_callback, callback, false);
     if (error != cudaSuccess) free(callback);
     return fail(error);
 }
