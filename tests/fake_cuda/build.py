@@ -67,6 +67,15 @@ def _torch() -> Path:
     return Path(spec.origin).parent
 
 
+def build_stress(folder: Path, *flags: str) -> Path:
+    """Compile ``stress.c`` and the runtime into one program, with these flags more, and return it."""
+    compiler = _tool(os.environ.get("CC", "cc"))
+    sources = [SOURCES.parent / "stress.c", *_runtime_sources()]
+    program = folder / "stress"
+    _run(compiler, *FLAGS, *flags, *_includes(cuda_wheels()), *sources, "-o", program, "-lpthread", "-ldl")
+    return program
+
+
 @functools.cache
 def cuda_wheels() -> Path:
     """Return the folder with the ``include`` and ``lib`` of the CUDA that torch brought.
@@ -117,10 +126,16 @@ def _symbols(*command: str | Path) -> set[str]:
     return {line.split()[-1].split("@")[0] for line in lines if line.split()[-2] in "TU"}
 
 
+def _includes(wheels: Path) -> list[str | Path]:
+    return ["-isystem", SOURCES / "include", "-isystem", wheels / "include"]
+
+
+def _runtime_sources() -> list[Path]:
+    return sorted(path for path in SOURCES.glob("*.c") if path.name != "driver.c")
+
+
 def _compile(compiler: str, names: str, wheels: Path, folder: Path) -> None:
-    include = ["-isystem", SOURCES / "include", "-isystem", wheels / "include"]
-    sources = sorted(path for path in SOURCES.glob("*.c") if path.name != "driver.c")
-    _run(compiler, *FLAGS, *include, "-c", *sources, cwd=folder)
+    _run(compiler, *FLAGS, *_includes(wheels), "-c", *_runtime_sources(), cwd=folder)
     objects = sorted(folder.glob("*.o"))
     script = folder / "versions.map"  # torch asks for the functions by this version.
     script.write_text(f"{RUNTIME} {{ global: *; }};\n")
@@ -130,7 +145,7 @@ def _compile(compiler: str, names: str, wheels: Path, folder: Path) -> None:
     stubs = _write_stubs(folder / "stubs.c", exported - written)
     _run(compiler, *FLAGS, *objects, stubs, "-o", folder / RUNTIME, *link)
 
-    # By the names of the header torch looks functions up; libcaffe2_nvrtc is linked to versioned ones, as cuLinkCreate_v2.
+    # torch looks functions up by the names of the header; its libcaffe2_nvrtc is linked to versioned names besides.
     header = (wheels / "include" / "cuda.h").read_text()
     linked = _symbols(names, "-D", _torch() / "lib" / "libcaffe2_nvrtc.so", "--undefined-only")
     asked = {name for name in linked if re.match(r"cu[A-Z]", name)} | set(re.findall(r"CUDAAPI (cu[A-Z]\w+)\(", header))

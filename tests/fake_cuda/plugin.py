@@ -2,8 +2,8 @@
 
 A test marked ``cuda`` runs as it is on a machine with a GPU. Elsewhere it runs in a second pytest process under the
 fake runtime, which sends back its reports, so that it is selected, counted and shown like any other test. All tests
-with the same marker arguments share one such process, since starting torch takes seconds. When a test kills the process it
-is reported as failed with what the process printed, and the rest go on in a new one.
+with the same marker arguments share one such process, since starting torch takes seconds. When a test kills the process
+it is reported as failed with what the process printed, and the rest go on in a new one.
 
 The ``fake_cuda`` fixture is the :class:`~fake_cuda.control.Control` of the runtime; a test that takes it needs the fake
 runtime's switches and is skipped on a GPU.
@@ -130,21 +130,25 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
 def _run_all(config: pytest.Config, items: list[pytest.Item], switches: dict[str, object]) -> None:
     reports = config.stash[_reports]
     while items:
+        known = len(reports)
         output = _run_once(config, items, switches)
+        if len(reports) == known:  # No test began: nothing would be better in another process.
+            for item in items:
+                reports[item.nodeid] = [
+                    _failed(item, f"the process under the fake CUDA runtime ran no test:\n{output}")
+                ]
+            return
         left = [item for item in items if not _is_complete(reports.get(item.nodeid, []))]
         if left:
             died = left[0]
-            report = pytest.TestReport(
-                died.nodeid,
-                died.location,
-                {name: 1 for name in died.keywords},
-                "failed",
-                f"the process under the fake CUDA runtime ended in this test:\n{output}",
-                "call",
-            )
-            reports[died.nodeid] = [*reports.get(died.nodeid, []), report]
+            report = _failed(died, f"the process under the fake CUDA runtime ended in this test:\n{output}")
+            reports.setdefault(died.nodeid, []).append(report)
             left = left[1:]
         items = left
+
+
+def _failed(item: pytest.Item, text: str) -> pytest.TestReport:
+    return pytest.TestReport(item.nodeid, item.location, dict.fromkeys(item.keywords, 1), "failed", text, "call")
 
 
 def _is_complete(reports: list[pytest.TestReport]) -> bool:
@@ -158,14 +162,18 @@ def _run_once(config: pytest.Config, items: list[pytest.Item], switches: dict[st
         names.write_text("\n".join(item.nodeid for item in items))
         written.touch()
         command = [sys.executable, "-m", "pytest", f"@{names}", f"--rootdir={config.rootpath}", "--quiet"]
-        command += ["-p", "no:cacheprovider", "-o", f"timeout={SECONDS_A_TEST}", "-o", "timeout_method=thread"]
+        command += ["-p", "fake_cuda.plugin", "-p", "no:cacheprovider"]
+        command += ["-o", f"timeout={SECONDS_A_TEST}", "-o", "timeout_method=thread"]
         if config.inipath is not None:
             command += ["-c", str(config.inipath)]
+        paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = run.environment(**switches)
+        environment |= {REPORTS: str(written), "PYTHONPATH": os.pathsep.join(paths)}
         try:
             done = subprocess.run(
                 command,
                 cwd=config.rootpath,
-                env={**run.environment(**switches), REPORTS: str(written)},
+                env=environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -178,6 +186,8 @@ def _run_once(config: pytest.Config, items: list[pytest.Item], switches: dict[st
         reports = config.stash[_reports]
         for line in written.read_text().splitlines():
             report = config.hook.pytest_report_from_serializable(config=config, data=json.loads(line))
+            if isinstance(report.longrepr, list):  # JSON made it of a tuple: where and why a test was skipped.
+                report.longrepr = tuple(report.longrepr)
             reports.setdefault(report.nodeid, []).append(report)
     return output
 
