@@ -148,14 +148,14 @@ def test_copy_to_pageable_memory_is_done_when_it_returns(fake_cuda):
 
 
 def test_latency_makes_copies_late(fake_cuda):
-    target = torch.zeros(SIZE).pin_memory()
-    source = torch.ones(SIZE).cuda()
-    torch.cuda.synchronize()
-    fake_cuda.set_latency(300_000)
-    target.copy_(source, non_blocking=True)
-    assert torch.equal(target, torch.zeros(SIZE))
-    torch.cuda.synchronize()
-    assert torch.equal(target, torch.ones(SIZE))
+    source = torch.ones(SIZE).pin_memory()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    fake_cuda.set_latency(20_000)
+    start.record()
+    source.to("cuda", non_blocking=True)
+    end.record()
+    end.synchronize()
+    assert start.elapsed_time(end) >= 20  # A sleep is never shorter.
 
 
 def test_held_copies_pass_one_by_one(fake_cuda):
