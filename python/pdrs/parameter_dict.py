@@ -325,14 +325,21 @@ class ParameterDict(torch.nn.ParameterDict):
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute as torch does, but never mistake an attribute of the module for an entry of that name."""
+        """Set an attribute as torch does, but never mistake an attribute of the module for an entry of that name.
+
+        A Parameter of the name of an entry becomes the value of the entry, whatever else has that name.
+        """
         state = self.__dict__
         if name in state.get("_keys", ()):
+            if isinstance(value, Parameter):
+                # Here, and not in torch's method, which refuses dots: `load_state_dict(assign=True)` sets attributes.
+                self._set_parameter(name, _to_leaf_parameter(name, value))
+                return
             if name in state or hasattr(type(self), name):
                 object.__setattr__(self, name, value)
                 return
             if name in self._values:
-                if not isinstance(value, Parameter | Module):
+                if not isinstance(value, Module):
                     self._values[name] = value
                     return
                 del self._values[name]
@@ -340,7 +347,9 @@ class ParameterDict(torch.nn.ParameterDict):
 
     def __delattr__(self, name: str) -> None:
         """Delete an attribute as torch does: of an entry the key stays, until it is deleted as an entry."""
-        if name in self._values and name not in self.__dict__:
+        if name in self.__dict__ or (name in self._keys and hasattr(type(self), name)):
+            object.__delattr__(self, name)
+        elif name in self._values:
             del self._values[name]
         else:
             super().__delattr__(name)
