@@ -517,3 +517,21 @@ def test_the_interpreter_ends_quietly_with_live_dictionaries() -> None:
         time.sleep(0.05)
         """
     )
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="CPython to 3.12 has subinterpreters under this name")
+def test_a_subinterpreter_is_refused_in_one_line() -> None:
+    run(
+        """
+        import sys, _xxsubinterpreters
+        program = f"import sys; sys.path[:] = {sys.path}" + '''
+        message = "nothing was raised"
+        try:
+            import pdrs
+        except ImportError as error:
+            message = str(error)
+        assert "main interpreter only" in message, message
+        '''
+        _xxsubinterpreters.run_string(_xxsubinterpreters.create(), program)
+        """
+    )

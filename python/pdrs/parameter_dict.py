@@ -333,7 +333,8 @@ class ParameterDict(torch.nn.ParameterDict):
         if name in state.get("_keys", ()):
             if isinstance(value, Parameter):
                 # Here, and not in torch's method, which refuses dots: `load_state_dict(assign=True)` sets attributes.
-                self._set_parameter(name, _to_leaf_parameter(name, value))
+                value = _to_leaf_parameter(name, value)
+                self._place(name, self._accepted(name, value, self._kind_of(name)))
                 return
             if name in state or hasattr(type(self), name):
                 object.__setattr__(self, name, value)
