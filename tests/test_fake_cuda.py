@@ -193,6 +193,7 @@ def test_stream_that_does_not_wait_for_another_reads_old_bytes(fake_cuda):
     with torch.cuda.stream(side):
         target.copy_(source, non_blocking=True)
     assert not torch.equal(target.cpu(), source)
+    assert len(fake_cuda.take_races()) == 1
 
 
 def test_stream_that_waits_for_another_reads_new_bytes(fake_cuda):
@@ -253,6 +254,97 @@ def test_default_stream_of_one_device_does_not_wait_for_the_other_device(fake_cu
     assert torch.equal(late.cpu(), source)
 
 
+# ---- races (each test also fails when it ends with one) --------------------------------------------------------------
+
+
+def two_streams() -> tuple[torch.cuda.Stream, torch.cuda.Stream, torch.Tensor, torch.Tensor]:
+    """Give two streams, a pinned tensor, and device memory that both streams may use."""
+    source, target = torch.ones(SIZE).pin_memory(), torch.empty(SIZE, device="cuda")
+    torch.cuda.synchronize()
+    return torch.cuda.Stream(), torch.cuda.Stream(), source, target
+
+
+def test_race_is_reported_also_when_the_bytes_are_right_by_luck(fake_cuda):
+    first, second, source, target = two_streams()
+    with torch.cuda.stream(first):
+        target.copy_(source, non_blocking=True)
+    while fake_cuda.pending:  # The bytes are there, but the program has not asked.
+        pass
+    with torch.cuda.stream(second):
+        assert torch.equal(target.cpu(), source)
+    (race,) = fake_cuda.take_races()
+    assert re.fullmatch(r"stream \d+ writes \(H2D\) and stream \d+ reads \(D2H\) .* device memory: neither waits", race)
+    assert fake_cuda.counters.races == 0
+
+
+@pytest.mark.parametrize("order", ["wait_stream", "stream synchronize", "device synchronize", "query", "done event"])
+def test_every_way_to_wait_is_an_order(fake_cuda, order):
+    first, second, source, target = two_streams()
+    with torch.cuda.stream(first):
+        target.copy_(source, non_blocking=True)
+    event = first.record_event()
+    if order == "wait_stream":
+        second.wait_stream(first)
+    elif order == "stream synchronize":
+        first.synchronize()
+    elif order == "device synchronize":
+        torch.cuda.synchronize()
+    elif order == "query":
+        while not event.query():
+            pass
+    else:
+        while fake_cuda.pending:
+            pass
+        second.wait_event(event)
+    with torch.cuda.stream(second):
+        assert torch.equal(target.cpu(), source)
+    assert fake_cuda.take_races() == []
+
+
+def test_waiting_for_what_came_before_the_write_is_no_order(fake_cuda):
+    first, second, source, target = two_streams()
+    event = first.record_event()
+    with torch.cuda.stream(first):
+        target.copy_(source, non_blocking=True)
+    second.wait_event(event)
+    with torch.cuda.stream(second):
+        target.clone()
+    assert len(fake_cuda.take_races()) == 1
+
+
+def test_order_goes_over_a_third_stream(fake_cuda):
+    first, second, source, target = two_streams()
+    with torch.cuda.stream(first):
+        target.copy_(source, non_blocking=True)
+    third = torch.cuda.Stream("cuda:1")
+    third.wait_stream(first)
+    second.wait_stream(third)
+    with torch.cuda.stream(second):
+        target.copy_(source, non_blocking=True)
+    assert fake_cuda.take_races() == []
+
+
+def test_reads_and_other_bytes_do_not_race(fake_cuda):
+    first, second, source, target = two_streams()
+    for stream, part in ((first, slice(0, 500)), (second, slice(500, None))):
+        with torch.cuda.stream(stream):
+            target[part].copy_(source[part], non_blocking=True)
+    torch.cuda.synchronize()
+    for stream in (first, second):
+        with torch.cuda.stream(stream):
+            target.clone()
+    assert fake_cuda.take_races() == []
+
+
+def test_pinned_memory_that_two_streams_write_is_a_race(fake_cuda):
+    first, second, result, source = two_streams()
+    for stream in (first, second):
+        with torch.cuda.stream(stream):
+            result.copy_(source, non_blocking=True)
+    (race,) = fake_cuda.take_races()
+    assert "pinned memory" in race
+
+
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
@@ -291,6 +383,7 @@ def reuse(fake_cuda, *, record_stream: bool) -> torch.Tensor:
 
 def test_missing_record_stream_shows_as_wrong_bytes(fake_cuda):
     assert torch.equal(reuse(fake_cuda, record_stream=False), torch.full((SIZE,), 2.0))
+    assert len(fake_cuda.take_races()) == 1
 
 
 def test_record_stream_keeps_the_block(fake_cuda):

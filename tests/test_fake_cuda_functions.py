@@ -82,7 +82,7 @@ def test_blocking_streams_wait_for_the_default_stream_and_others_do_not(fake_cud
     fake_cuda.library.fake_cuda_hold_stream(None, 1)
     call("cudaMemsetAsync", target, 7, c_size_t(SIZE), None)
     call("cudaMemcpyAsync", at(result), target, c_size_t(SIZE), D2H, blocking)
-    call("cudaMemcpyAsync", at(pinned(0)), target, c_size_t(SIZE), D2H, free)
+    call("cudaMemsetAsync", device_bytes(), 7, c_size_t(SIZE), free)
     call("cudaStreamSynchronize", free)
     call("cudaStreamQuery", blocking, error=NOT_READY)
     fake_cuda.library.fake_cuda_hold_stream(None, 0)
@@ -194,6 +194,17 @@ def test_stream_ordered_memory_is_given_back_when_the_stream_gets_there(fake_cud
     call("cudaMemGetInfo", byref(free), byref(total))
     assert free.value == total.value
     call("cudaStreamDestroy", handle)
+
+
+def test_stream_ordered_memory_that_another_stream_still_uses_is_a_race(fake_cuda, call):
+    first, second, pointer = stream(call, NON_BLOCKING), stream(call, NON_BLOCKING), c_void_p()
+    call("cudaMallocAsync", byref(pointer), c_size_t(SIZE), first)
+    call("cudaStreamSynchronize", first)
+    call("cudaMemsetAsync", pointer, 1, c_size_t(SIZE), second)
+    call("cudaFreeAsync", pointer, first)
+    assert "(free)" in fake_cuda.take_races()[0]
+    call("cudaStreamDestroy", first)
+    call("cudaStreamDestroy", second)
 
 
 def test_freed_memory_cannot_be_copied_from(call):

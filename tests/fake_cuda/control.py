@@ -6,7 +6,7 @@ types; the ``fake_cuda`` fixture hands out one :class:`Control`, as new for each
 
 import ctypes
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +30,7 @@ _COUNTS = (
     "host_registrations",
     "host_registered_bytes",
     "hazards",
+    "races",
 )
 
 
@@ -51,7 +52,8 @@ class Copies:
 class Counters:
     """What was asked of the runtime since the last reset. `copies` has an entry for each of :data:`KINDS`.
 
-    `hazards` counts host memory that was given back (freed, unregistered) while a copy of it was still pending.
+    `hazards` counts host memory that was given back (freed, unregistered) while a copy of it was still pending; `races`
+    counts work of two streams that touches the same bytes, at least one writing, with nothing that orders them.
     """
 
     copies: dict[str, Copies]
@@ -65,6 +67,7 @@ class Counters:
     host_registrations: int
     host_registered_bytes: int
     hazards: int
+    races: int
 
 
 def inside() -> bool:
@@ -82,6 +85,7 @@ class Control:
         library.fake_cuda_pending.restype = ctypes.c_uint64
         library.fake_cuda_unsupported.restype = ctypes.c_size_t
         library.fake_cuda_unsupported.argtypes = [ctypes.c_char_p, ctypes.c_size_t]
+        library.fake_cuda_races.argtypes = [ctypes.c_char_p, ctypes.c_size_t]
         library.fake_cuda_set_memory.argtypes = [ctypes.c_size_t]
         library.fake_cuda_step.argtypes = [ctypes.c_uint64]
         library.fake_cuda_fail.argtypes = [ctypes.c_char_p, ctypes.c_uint64, ctypes.c_char_p, ctypes.c_int]
@@ -120,8 +124,21 @@ class Control:
     @property
     def unsupported(self) -> list[str]:
         """Functions and kernels (by their mangled names) that were called and do not exist here."""
+        return self._lines(self.library.fake_cuda_unsupported)
+
+    def take_races(self) -> list[str]:
+        """Return a line for each race since the last reset or call, the first 16 of them, and forget them.
+
+        A test that ends with races left fails, so a test that wants a race takes it.
+        """
+        lines = self._lines(self.library.fake_cuda_races)
+        self.library.fake_cuda_forget_races()
+        return lines
+
+    @staticmethod
+    def _lines(function: Callable[[ctypes.Array[ctypes.c_char], int], object]) -> list[str]:
         text = ctypes.create_string_buffer(1 << 16)
-        self.library.fake_cuda_unsupported(text, len(text))
+        function(text, len(text))
         return text.value.decode().splitlines()
 
     def set_latency(self, microseconds: int) -> None:

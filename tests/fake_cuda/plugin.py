@@ -50,7 +50,7 @@ def fake_cuda() -> control.Control:
 
 @pytest.fixture(autouse=True)
 def _as_new() -> Iterator[None]:
-    """Leave nothing of a test to the next one in the same process: no work, failures, counts, cached memory."""
+    """Fail a test whose streams raced, and leave nothing of it to the next one: no work, failures, counts, memory."""
     if not control.inside():
         yield
         return
@@ -59,12 +59,15 @@ def _as_new() -> Iterator[None]:
     runtime = control.Control()
     runtime.reset()
     yield
+    races = runtime.take_races()
     gc.collect()
     runtime.reset()
     if torch.cuda.is_initialized():
         for device in range(torch.cuda.device_count()):
             torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
+    if races:
+        pytest.fail("\n".join(["streams raced in this test:", *races]), pytrace=False)
 
 
 # ---- in the first process: send the tests away -----------------------------------------------------------------------

@@ -9,7 +9,8 @@
 
 enum { THREADS = 4, ROUNDS = 60, STREAMS = 3, BYTES = 5000 };
 
-void fake_cuda_set_on_demand(int on_demand); /* of control.c */
+void fake_cuda_set_on_demand(int on_demand); /* control.c */
+size_t fake_cuda_races(char *text, size_t room); /* races.c */
 
 #define CHECK(call)                                                                                  \
     do {                                                                                             \
@@ -118,6 +119,11 @@ int main(void) {
     CHECK(cudaEventCreate(&shared));
     for (long i = 0; i < THREADS; i++) pthread_create(&threads[i], NULL, run, (void *)i);
     for (int i = 0; i < THREADS; i++) pthread_join(threads[i], NULL);
+    char text[4096];
+    if (fake_cuda_races(text, sizeof text)) {
+        fprintf(stderr, "%s", text);
+        return 1;
+    }
     size_t available, total;
     for (int device = 0; device < 2; device++) {
         CHECK(cudaSetDevice(device));

@@ -313,6 +313,7 @@ EXPORT void fake_cuda_reset(void) {
     memset(calls, 0, sizeof calls);
     counters = (Counters){0};
     unlock_world();
+    fake_cuda_forget_races();
     cudaGetLastError(); /* of this thread */
 }
 

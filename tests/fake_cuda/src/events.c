@@ -73,11 +73,11 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event, unsigned
     } else if (error == cudaSuccess && event->latest && stream->capture) {
         spoil_capture(stream);
         error = cudaErrorStreamCaptureIsolation;
-    } else if (error == cudaSuccess && event->latest && !event->latest->done) {
+    } else if (error == cudaSuccess && event->latest) {
         Op op = {.kind = OP_MARK, .copy_kind = -1};
         Ticket *ticket;
-        add_wait(&op, event->latest);
-        error = submit(stream, op, &ticket);
+        add_wait(stream, &op, event->latest);
+        if (op.wait_count) error = submit(stream, op, &ticket);
     }
     unlock_world();
     return fail(error);

@@ -77,10 +77,15 @@ static Block *add_block(Block values) {
     return block;
 }
 
+static void free_block(Block *block) {
+    free(block->touches);
+    free(block);
+}
+
 static void drop_block(Block *block) {
     tdelete(block, &blocks, by_address);
     block->gone = true;
-    if (!block->pending) free(block);
+    if (!block->pending) free_block(block);
 }
 
 void hold_block(Block *block) {
@@ -88,7 +93,7 @@ void hold_block(Block *block) {
 }
 
 void unhold_block(Block *block) {
-    if (block && --block->pending == 0 && block->gone) free(block);
+    if (block && --block->pending == 0 && block->gone) free_block(block);
 }
 
 char *reach(const void *pointer) {

@@ -19,6 +19,8 @@
 
 #include <cuda_runtime_api.h>
 
+struct Op;
+
 #define EXPORT __attribute__((visibility("default")))
 #define MAX_DEVICES 16
 #define PAGE ((size_t)4096)
@@ -59,6 +61,7 @@ typedef struct Counters {
     uint64_t host_allocations, host_allocated_bytes;
     uint64_t host_registrations, host_registered_bytes;
     uint64_t hazards; /* host memory given back while a copy of it was pending */
+    uint64_t races;   /* see races.c */
 } Counters;
 
 extern Counters counters;
@@ -93,6 +96,26 @@ int current_device(void);
 bool is_device(int device);
 cudaError_t error_of_name(const char *name); /* cudaErrorUnknown when there is none */
 
+/* ---- races.c ----------------------------------------------------------------------------------------------------- */
+
+typedef struct Clock { /* for each stream's number, up to which of its work all is surely done before */
+    uint64_t *at;
+    size_t size;
+} Clock;
+
+typedef struct Touch { /* some work read or wrote these bytes */
+    uintptr_t start, end;
+    unsigned stream;
+    uint64_t position;
+    bool writes;
+    const char *name;
+} Touch;
+
+void join_clock(Clock *clock, const Clock *other);
+EXPORT void fake_cuda_forget_races(void);
+void host_knows(const Clock *clock); /* the host has seen that all this is done */
+void note_work(struct CUstream_st *stream, const struct Op *op); /* just before it is queued */
+
 /* ---- memory.c ---------------------------------------------------------------------------------------------------- */
 
 typedef enum { DEVICE_MEMORY, PINNED_MEMORY, REGISTERED_MEMORY } BlockKind;
@@ -106,6 +129,8 @@ typedef struct Block {
     bool gone;          /* freed: the struct lives until nothing is pending */
     bool free_queued;   /* cudaFreeAsync was called */
     bool from_pool;     /* cudaMallocAsync */
+    Touch *touches;     /* see races.c */
+    size_t touch_count, touch_room;
 } Block;
 
 void make_arenas(void); /* once, before any thread starts */
@@ -128,6 +153,7 @@ typedef struct Ticket {
     uint64_t position; /* in its stream */
     unsigned queries;    /* how often it was asked for in vain */
     struct timespec when;
+    Clock clock; /* of its stream, when it was queued */
 } Ticket;
 
 typedef enum { OP_COPY, OP_SET, OP_CALL, OP_RELEASE, OP_MARK } OpKind;
@@ -165,12 +191,14 @@ struct CUstream_st {
     uint64_t queued;       /* position of the work queued last */
     uint64_t demanded;     /* on_demand: work up to here may run */
     struct Capture *capture;
+    Clock clock;
     pthread_cond_t work;
     struct CUstream_st *next;
 };
 
 Stream *stream_of(cudaStream_t handle); /* NULL: not a stream */
-void add_wait(Op *op, Ticket *ticket);
+/* Lets the stream's next work, `op`, wait for the ticket; NULL is fine. */
+void add_wait(Stream *stream, Op *op, Ticket *ticket);
 /* Queues the work, or records it when the stream is being captured (then `*ticket` is NULL). Takes over op's
  * `staged` and `waits`, also when it fails. The ticket is borrowed from the stream. */
 cudaError_t submit(Stream *stream, Op op, Ticket **ticket);

@@ -32,7 +32,9 @@ Ticket *keep_ticket(Ticket *ticket) {
 }
 
 void drop_ticket(Ticket *ticket) {
-    if (ticket && --ticket->references == 0) free(ticket);
+    if (!ticket || --ticket->references) return;
+    free(ticket->clock.at);
+    free(ticket);
 }
 
 void demand(Ticket *ticket) {
@@ -42,7 +44,11 @@ void demand(Ticket *ticket) {
 }
 
 bool poll_ticket(Ticket *ticket) {
-    if (!ticket || ticket->done) return true;
+    if (!ticket) return true;
+    if (ticket->done) {
+        host_knows(&ticket->clock);
+        return true;
+    }
     if (++ticket->queries >= QUERIES_THAT_DEMAND) demand(ticket);
     return false;
 }
@@ -72,6 +78,7 @@ cudaError_t await(Ticket *ticket) {
         bool late = pthread_cond_timedwait(&progress, &world, &deadline) == ETIMEDOUT;
         if (late && anything_held() && !ticket->done) error = cudaErrorLaunchTimeout;
     }
+    if (ticket->done) host_knows(&ticket->clock);
     if (error == cudaSuccess) error = device_error(ticket->device);
     drop_ticket(ticket);
     return error;
@@ -81,7 +88,7 @@ static cudaError_t await_streams(int device) {
     size_t count = 0, room = 0;
     Ticket **tickets = NULL;
     for (Stream *s = streams; s; s = s->next) {
-        if ((device >= 0 && s->device != device) || !s->last || s->last->done) continue;
+        if ((device >= 0 && s->device != device) || !s->last) continue;
         if (count == room) {
             room = room ? 2 * room : 16;
             tickets = realloc(tickets, room * sizeof *tickets);
@@ -144,6 +151,7 @@ static void forget_stream(Stream *stream) {
             break;
         }
     drop_ticket(stream->last);
+    free(stream->clock.at);
     pthread_cond_destroy(&stream->work);
     stream->magic = 0;
     free(stream);
@@ -178,8 +186,10 @@ static void *work(void *argument) {
 
 /* ---- queueing ---------------------------------------------------------------------------------------------------- */
 
-void add_wait(Op *op, Ticket *ticket) {
-    if (!ticket || ticket->done) return;
+void add_wait(Stream *stream, Op *op, Ticket *ticket) {
+    if (!ticket) return;
+    join_clock(&stream->clock, &ticket->clock); /* an order in any case, also when there is nothing to wait for */
+    if (ticket->done) return;
     op->waits = realloc(op->waits, (op->wait_count + 1) * sizeof *op->waits);
     if (!op->waits) abort();
     op->waits[op->wait_count++] = keep_ticket(ticket);
@@ -206,17 +216,19 @@ cudaError_t submit(Stream *stream, Op op, Ticket **ticket) {
                     discard(&op);
                     return cudaErrorStreamCaptureImplicit;
                 }
-                add_wait(&op, s->last);
+                add_wait(stream, &op, s->last);
             }
     } else if (!(stream->flags & cudaStreamNonBlocking)) {
         Stream *legacy = default_streams[stream->device][0];
-        if (legacy) add_wait(&op, legacy->last);
+        if (legacy) add_wait(stream, &op, legacy->last);
     }
     Op *queued = malloc(sizeof *queued);
     Ticket *made = malloc(sizeof *made);
     if (!queued || !made) abort();
     *made = (Ticket){.references = 2, /* the op's and the stream's */
                       .stream = stream, .device = stream->device, .position = ++stream->queued};
+    note_work(stream, &op);
+    join_clock(&made->clock, &stream->clock);
     *queued = op;
     queued->ticket = made;
     queued->next = NULL;
