@@ -428,6 +428,8 @@ def test_late_copy_failure_breaks_the_device_until_the_reset(fake_cuda):
     for _ in range(2):
         with pytest.raises(RuntimeError, match="an illegal memory access"):
             torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match="an illegal memory access"):
+        source.to("cuda", non_blocking=True)
     fake_cuda.reset()
     assert torch.equal(source.cuda().cpu(), source)
 

@@ -224,6 +224,16 @@ def test_event_that_was_never_recorded_is_done_but_has_no_time(call):
     call("cudaEventDestroy", event)
 
 
+def test_event_of_one_device_cannot_be_recorded_on_the_other(call):
+    event = c_void_p()
+    call("cudaEventCreateWithFlags", byref(event), 0)
+    call("cudaSetDevice", 1)
+    call("cudaEventRecord", event, None, error=400)  # cudaErrorInvalidResourceHandle
+    call("cudaSetDevice", 0)
+    call("cudaEventRecord", event, None)
+    call("cudaEventDestroy", event)
+
+
 @pytest.mark.cuda(variables={"PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync"})
 def test_torch_works_with_stream_ordered_memory(fake_cuda):
     assert torch.cuda.get_allocator_backend() == "cudaMallocAsync"

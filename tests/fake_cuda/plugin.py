@@ -96,6 +96,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             run.build()
         except CannotBuildError as error:
             reason = f"no GPU, and no fake one: {error}"
+        except RuntimeError as error:
+            raise pytest.UsageError(f"the fake CUDA runtime does not compile: {error}") from error
     for item in marked:
         wanted = item.get_closest_marker("cuda").kwargs.get("devices", 1)
         if gpus and wanted > gpus:
