@@ -41,8 +41,8 @@ def build() -> Path:
     """
     if sys.platform != "linux":
         raise CannotBuildError("the fake CUDA runtime is for Linux only")
-    compiler, names = _tool(os.environ.get("CC", "cc")), _tool("nm")
     wheels = cuda_wheels()
+    compiler, names = _tool(os.environ.get("CC", "cc")), _tool("nm")
     folder = CACHE / _key(compiler, wheels)
     if folder.is_dir():
         return folder

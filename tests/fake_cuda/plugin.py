@@ -28,6 +28,7 @@ REPORTS = "FAKE_CUDA_REPORTS"
 """Names the file into which the second process writes its reports, one JSON object a line."""
 SECONDS_A_TEST = 60
 _reports = pytest.StashKey[dict[str, list[pytest.TestReport]]]()
+_sent_away = pytest.StashKey[bool]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -108,9 +109,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.stash[_sent_away] = True
 
 
-_sent_away = pytest.StashKey[bool]()
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     """Report a test that ran under the fake runtime; run it and its like first if need be."""
@@ -124,6 +122,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
             for other in item.session.items
             if other.stash.get(_sent_away, False) and other.get_closest_marker("cuda").kwargs == marker.kwargs
         ]
+        if item.config.pluginmanager.hasplugin("timeout"):  # Its limit is for one test, not for all of them.
+            item.ihook.pytest_timeout_cancel_timer(item=item)
         _run_all(item.config, alike, marker.kwargs)
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     for report in reports[item.nodeid]:

@@ -225,8 +225,10 @@ cudaError_t submit(Stream *stream, Op op, Ticket **ticket) {
     Op *queued = malloc(sizeof *queued);
     Ticket *made = malloc(sizeof *made);
     if (!queued || !made) abort();
-    *made = (Ticket){.references = 2, /* the op's and the stream's */
-                      .stream = stream, .device = stream->device, .position = ++stream->queued};
+    *made = (Ticket){.references = 2 /* the op's and the stream's */,
+                     .stream = stream,
+                     .device = stream->device,
+                     .position = ++stream->queued};
     note_work(stream, &op);
     join_clock(&made->clock, &stream->clock);
     *queued = op;
