@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from pdrs._core import IndexMap
 from pdrs.parameter_dict import ParameterDict
+from pdrs.transfer import set_staging, to
 
-__all__ = ["IndexMap", "ParameterDict"]
+__all__ = ["IndexMap", "ParameterDict", "set_staging", "to"]
 __version__ = version("pdrs")

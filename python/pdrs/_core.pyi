@@ -4,6 +4,7 @@ from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Va
 from typing import Any, Literal, TypeVar, final, overload
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Module, Parameter
@@ -12,8 +13,11 @@ __all__ = [
     "EntryIterator",
     "IndexMap",
     "NameIterator",
+    "TensorGroup",
     "can_take_over",
     "clear_entries",
+    "collect_parameters",
+    "group_tensors",
     "in_step",
     "insert_all",
     "pop_end",
@@ -21,12 +25,14 @@ __all__ = [
     "prepare",
     "save_parameters",
     "set_entry",
+    "slab_views",
     "take_over",
     "unzip",
     "use_native_slots",
 ]
 
 _T = TypeVar("_T")
+_Door = Literal["dlpack", "stable_abi", "as_strided"]
 
 @final
 class IndexMap:
@@ -180,8 +186,200 @@ class EntryIterator(Iterator[Any]):
     def __iter__(self) -> EntryIterator: ...
     def __next__(self) -> Any: ...
 
+@final
+class TensorGroup:
+    """Tensors of one dtype and device, and the place of each in one *slab*: a contiguous tensor that holds them all.
+
+    Made by ``group_tensors``. It knows where the tensors lay when it was made, and keeps them alive, but not their
+    memory: it must be used before anybody moves one (by ``tensor.data = ...``, ``resize_``, ``set_``), also on another
+    thread. Positions and lengths count elements of the slab, so they hold for a slab of any dtype. *n* is the number of
+    tensors; every method takes **O(n)** time at most.
+
+    Attributes
+    ----------
+    indices
+        int64 of shape ``[n]``: which tensors of the list these are, ascending.
+    offsets
+        int64 of shape ``[n]``: at which element of the slab each begins. A tensor that is listed twice has one place.
+        Each place begins at a multiple of 16 to 64 bytes, so that none lies on more cache lines than it must.
+    length
+        The number of elements of the slab: those of the tensors, and gaps for alignment.
+    nbytes
+        The bytes of the tensors, without gaps.
+    dtype, device
+        Of the tensors.
+    overlapping
+        Whether different tensors share memory. They get places of their own.
+
+    Examples
+    --------
+    ``[p.to(torch.float64) for p in parameters]`` in place, for a million of them:
+
+    >>> import torch
+    >>> from pdrs._core import group_tensors
+    >>> parameters = [torch.nn.Parameter(torch.full((2, 3), float(n))) for n in range(4)]
+    >>> groups, unusual = group_tensors(parameters)
+    >>> for group in groups:
+    ...     slab = group.slab()
+    ...     if slab is None:
+    ...         slab = torch.empty(group.length, dtype=group.dtype)
+    ...         group.gather(slab)
+    ...     group.rebind(slab.to(torch.float64))
+    >>> unusual, parameters[3].dtype, parameters[3][0].tolist()
+    ([], torch.float64, [3.0, 3.0, 3.0])
+
+    """
+
+    @property
+    def indices(self) -> NDArray[np.int64]: ...
+    @property
+    def offsets(self) -> NDArray[np.int64]: ...
+    @property
+    def length(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def overlapping(self) -> bool: ...
+    def __len__(self) -> int: ...
+    def gather(self, out: Tensor, start: int = 0) -> None:
+        """Copy a part of the slab together: from element ``start`` on, as much as ``out`` holds.
+
+        The GIL is released meanwhile. Large work is shared by as many threads as torch may use. Gaps become zeros.
+
+        Parameters
+        ----------
+        out
+            A contiguous tensor on the CPU, of the group's dtype, that shares no memory with the tensors.
+        start
+            Where the part begins.
+
+        Raises
+        ------
+        TypeError
+            If ``out`` is no tensor.
+        ValueError
+            If it is not as described, or reaches beyond the slab. Nothing has been changed.
+        """
+    def scatter(self, block: Tensor, start: int = 0) -> None:
+        """Copy a part of the slab back into the tensors: what ``gather`` does, the other way round.
+
+        The tensors change behind autograd's back, as under ``torch.no_grad()``; their versions are counted up, so that
+        a backward pass that needs the old values raises. Tensors that overlap are written one after another.
+
+        Raises
+        ------
+        TypeError
+            If ``block`` is no tensor.
+        ValueError
+            As for ``gather``, and if a tensor is expanded: several of its elements share memory. Nothing has been
+            changed.
+        """
+    def rebind(self, slab: Tensor, *, door: _Door | None = None) -> None:
+        """Make each tensor's data its place in ``slab``, as ``tensor.data = view`` does.
+
+        The tensors stay the same objects. What torch might refuse is looked at before the first tensor is changed.
+
+        Parameters
+        ----------
+        slab
+            A contiguous tensor of any dtype and device with ``length`` elements or more. It is kept alive by the
+            tensors; it must not be resized.
+        door
+            How views are made; by default ``"dlpack"`` on the CPU: each has a storage of its own over the memory of the
+            slab, so that ``torch.save`` of one writes its own bytes only. Elsewhere ``"stable_abi"`` (torch 2.14 and
+            later) or ``"as_strided"``: the storage is the slab's, so that ``record_stream`` works.
+
+        Raises
+        ------
+        TypeError
+            If ``slab`` is no tensor.
+        ValueError
+            If it is not as described or requires gradients, or if a tensor cannot become a view of it: it was made in
+            inference mode, or requires gradients that the dtype of the slab cannot have.
+        RuntimeError
+            In inference mode: views made there could never be trained.
+        """
+    def views(self, slab: Tensor, *, detached: bool = False, door: _Door | None = None) -> list[Tensor]:
+        """Return new tensors that are views of ``slab``: of the classes and with the ``requires_grad`` of the old ones.
+
+        Parameters
+        ----------
+        slab, door
+            As for ``rebind``. If its dtype cannot have gradients, none of the new tensors requires them.
+        detached
+            Whether to make plain tensors that do not require gradients, whatever the old ones are.
+
+        Returns
+        -------
+        list
+            The new tensors, in the order of ``indices``. What was one tensor before is one tensor again.
+        """
+    def blocks(self, block_bytes: int, direct_bytes: int | None = None) -> list[tuple[int, int, int | None]]:
+        """Cut the slab into blocks that are carried one at a time.
+
+        Parameters
+        ----------
+        block_bytes
+            The size of a block: a multiple of 64.
+        direct_bytes
+            Tensors of this size or more go by themselves. None do by default.
+
+        Returns
+        -------
+        list
+            ``(start, stop, index)``, ascending: the elements of the slab in the block, and ``None``; or those of one
+            large tensor, and its index in the list. Every element of every tensor is in one block. Gaps at the edges
+            are in none.
+        """
+    def slab(self) -> Tensor | None:
+        """Return the slab as a flat tensor that shares its memory, if the tensors already lie in one.
+
+        They must lie in one allocation, each in its place. Writing to the result is not seen by the tensors' version
+        counters.
+        """
+
 def can_take_over(source: dict[Any, Any], parameter: type[Parameter], sorted: bool) -> bool: ...
 def clear_entries(index: IndexMap, parameters: dict[str, Any]) -> list[str]: ...
+def collect_parameters(parameters: dict[str, Any], found: list[Any], gradients: list[Any]) -> None: ...
+def group_tensors(
+    tensors: list[Any], *, keep_strides: bool = True, narrowest: int | None = None
+) -> tuple[list[TensorGroup], list[tuple[int, str]]]:
+    """Put tensors into groups of one dtype and device, and give each its place in the slab of its group.
+
+    Parameters
+    ----------
+    tensors
+        Tensors or Parameters, each any number of times.
+    keep_strides
+        Whether elements get the order in memory that ``tensor.to`` gives them: that of the tensor, without gaps.
+        Otherwise they lie in C order, as ``torch.nn.utils.parameters_to_vector`` gives them.
+    narrowest
+        The size in bytes of the narrowest elements that a slab with these places will have, if they are narrower than
+        the tensors' own: the places stay aligned for those.
+
+    Returns
+    -------
+    groups
+        In the order of their first tensors.
+    unusual
+        ``(index, why)`` of each tensor that must be left to torch: of a subclass, without plain memory (sparse,
+        quantized, meta, fake, inside a function transform), a conjugate or negative view, or of a dtype that DLPack
+        does not know.
+
+    Raises
+    ------
+    TypeError
+        If something in the list is no tensor.
+    RuntimeError
+        If this torch does not offer what is needed.
+
+    Cost: **O(n)**, about a fifth of what ``torch.cat`` takes for small tensors.
+    """
+
 def in_step(index: IndexMap, parameters: dict[str, Any]) -> bool: ...
 def insert_all(index: IndexMap, parameters: dict[str, Any], names: list[str], values: list[Any]) -> None: ...
 def pop_end(index: IndexMap, parameters: dict[str, Any], last: bool) -> tuple[str, Any] | None: ...
@@ -193,6 +391,33 @@ def save_parameters(
 def set_entry(
     index: IndexMap, parameters: dict[str, Any], key: object, value: object, parameter: type[Parameter]
 ) -> bool: ...
+def slab_views(
+    slab: Tensor,
+    offsets: NDArray[np.int64] | list[int],
+    shapes: list[Any],
+    *,
+    requires_grad: bool | None = None,
+    door: _Door | None = None,
+) -> list[Tensor]:
+    """Return new tensors that are contiguous views of ``slab``.
+
+    Parameters
+    ----------
+    slab, door
+        As for ``TensorGroup.rebind``.
+    offsets
+        At which element of the slab each begins.
+    shapes
+        A tuple, list or ``torch.Size`` for each.
+    requires_grad
+        Makes Parameters, which require gradients or do not; without it, plain tensors.
+
+    Raises
+    ------
+    ValueError
+        If a view would reach beyond the slab, or the slab is not as described.
+    """
+
 def take_over(index: IndexMap, parameters: dict[str, Any], source: dict[str, Any]) -> None: ...
 def unzip(pairs: list[Any]) -> tuple[list[Any], list[Any]] | None: ...
 def use_native_slots(class_: type[Module]) -> None: ...

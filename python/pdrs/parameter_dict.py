@@ -17,6 +17,7 @@ from torch.nn import Module, Parameter
 from torch.nn.modules import module as _torch_module
 from torch.nn.utils.parametrize import is_parametrized
 
+from pdrs import transfer
 from pdrs._core import (
     IndexMap,
     can_take_over,
@@ -354,6 +355,25 @@ class ParameterDict(torch.nn.ParameterDict):
             del self._values[name]
         else:
             super().__delattr__(name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ParameterDict:
+        """Move or convert everything: at once where ``fn`` is one of torch's own, which ``to`` and the like pass."""
+        if not transfer.apply(self, fn, recurse):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def pin_memory(self) -> ParameterDict:
+        """Put all entries that lie on the CPU into page-locked memory, of just the size that they take. **O(n)**.
+
+        Copies from there to a CUDA device need no staging. The Parameters stay the same objects.
+
+        Raises
+        ------
+        RuntimeError
+            If there is no CUDA device, or it cannot lock so much; then nothing has changed.
+        """
+        transfer.pin_memory(self)
+        return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         own_state = type(self).get_extra_state is not Module.get_extra_state

@@ -23,8 +23,8 @@ mod _core {
 
     #[pymodule_export]
     use super::bulk::{
-        can_take_over, clear_entries, in_step, insert_all, pop_end, pop_entry, prepare, save_parameters, set_entry,
-        take_over, unzip,
+        can_take_over, clear_entries, collect_parameters, in_step, insert_all, pop_end, pop_entry, prepare,
+        save_parameters, set_entry, take_over, unzip,
     };
     #[pymodule_export]
     use super::entries::EntryIterator;
