@@ -281,7 +281,8 @@ class TensorGroup:
     def rebind(self, slab: Tensor, *, door: _Door | None = None) -> None:
         """Make each tensor's data its place in ``slab``, as ``tensor.data = view`` does.
 
-        The tensors stay the same objects. What torch might refuse is looked at before the first tensor is changed.
+        The tensors stay the same objects. Everything that torch might refuse is looked at before the first tensor is
+        changed. After this the tensors lie elsewhere, and the group is of no more use.
 
         Parameters
         ----------
@@ -299,7 +300,7 @@ class TensorGroup:
             If ``slab`` is no tensor.
         ValueError
             If it is not as described or requires gradients, or if a tensor cannot become a view of it: it was made in
-            inference mode, or requires gradients that the dtype of the slab cannot have.
+            inference mode, or requires gradients that the dtype of the slab cannot have. If this has been done before.
         RuntimeError
             In inference mode: views made there could never be trained.
         """

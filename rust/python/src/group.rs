@@ -1,6 +1,8 @@
 //! Tensors of one dtype and device, and the places that they have, or shall have, in one slab.
 
-use numpy::PyArray1;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use numpy::{PyArray1, PyArrayLike1};
 use pdrs_core::staging;
 use pdrs_core::strides::{is_contiguous, is_dense, make_dense, order_of};
 use pyo3::exceptions::{PyIndexError, PyTypeError, PyValueError};
@@ -39,6 +41,8 @@ pub(crate) struct TensorGroup {
     /// Entries that are the tensor of an earlier one: their index, and the region.
     repeated: Vec<(u32, usize)>,
     overlapping: bool,
+    /// Whether the tensors have been made views of a slab, so that the regions are theirs no more.
+    moved: AtomicBool,
 }
 
 /// The groups, and for each tensor that is in none its index and why.
@@ -113,6 +117,7 @@ impl TensorGroup {
             dims: Vec::with_capacity(2 * capacity),
             repeated: Vec::new(),
             overlapping: false,
+            moved: AtomicBool::new(false),
         }
     }
 
@@ -203,13 +208,14 @@ impl TensorGroup {
 #[pyo3(signature = (slab, offsets, shapes, *, requires_grad = None, door = None))]
 pub(crate) fn slab_views<'py>(
     slab: &Bound<'py, PyAny>,
-    offsets: Vec<i64>,
+    offsets: PyArrayLike1<'py, i64>,
     shapes: &Bound<'py, PyList>,
     requires_grad: Option<bool>,
     door: Option<&str>,
 ) -> PyResult<Bound<'py, PyList>> {
     let py = slab.py();
     let torch = Torch::get(py)?;
+    let offsets = offsets.as_array();
     if offsets.len() != shapes.len() {
         return Err(PyValueError::new_err(format!(
             "expected as many offsets as shapes, got {} and {}",
@@ -224,8 +230,8 @@ pub(crate) fn slab_views<'py>(
     let _paused = Paused::new(py)?;
     let mut made = Vec::with_capacity(shapes.len());
     let mut strides = Vec::new();
-    for (offset, shape) in offsets.into_iter().zip(shapes) {
-        let offset = u64::try_from(offset)
+    for (offset, shape) in offsets.iter().zip(shapes) {
+        let offset = u64::try_from(*offset)
             .map_err(|_| PyValueError::new_err(format!("expected offsets of 0 or more, got {offset}")))?;
         let shape: Vec<i64> = shape.extract()?;
         strides.clear();
@@ -317,6 +323,7 @@ impl TensorGroup {
     fn rebind(&self, slab: &Bound<'_, PyAny>, door: Option<&str>) -> PyResult<()> {
         let py = slab.py();
         let torch = Torch::get(py)?;
+        self.check_in_place()?;
         let slab = self.slab_of(torch, slab, door)?;
         if !self.entries.is_empty() && !torch.can_hold(&self.tensor(py, 0)?, &self.view(&slab, 0)?)? {
             return Err(PyValueError::new_err("tensors of this device cannot become tensors of the slab's device"));
@@ -328,6 +335,7 @@ impl TensorGroup {
             }
         }
         let _paused = Paused::new(py)?;
+        self.moved.store(true, Ordering::Relaxed);
         for at in 0..self.entries.len() {
             torch.set_data(&self.tensor(py, at)?, &self.view(&slab, at)?)?;
         }
@@ -375,6 +383,7 @@ impl TensorGroup {
 
     fn slab<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
         let torch = Torch::get(py)?;
+        self.check_in_place()?;
         match self.regions.base() {
             Some((base, first)) => flat(torch, &self.tensor(py, first)?, base, self.dtype, self.device, self.length),
             None => Ok(None),
@@ -427,8 +436,16 @@ impl TensorGroup {
         Ok(slab)
     }
 
+    fn check_in_place(&self) -> PyResult<()> {
+        if self.moved.load(Ordering::Relaxed) {
+            return Err(PyValueError::new_err("the tensors have moved since they were grouped; group them again"));
+        }
+        Ok(())
+    }
+
     /// The part of the slab that a tensor holds, or shall hold.
     fn part<'a, 'py>(&'a self, torch: &Torch, tensor: &'a Bound<'py, PyAny>, start: u64) -> PyResult<Part<'a, 'py>> {
+        self.check_in_place()?;
         if !self.device.is_cpu() {
             return Err(PyValueError::new_err("only tensors on the CPU can be gathered and scattered"));
         }
