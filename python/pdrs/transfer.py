@@ -12,15 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from types import CodeType, FunctionType
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
 
 from pdrs import _staging
-from pdrs._core import TensorGroup, collect_parameters, group_tensors
+from pdrs._core import TensorGroup, collect_parameters, group_tensors, kinds_of_parameters
 from pdrs._pinned import pinned_empty
 from pdrs._staging import set_staging
 
@@ -29,8 +30,9 @@ __all__ = ["set_staging", "to"]
 ModuleT = TypeVar("ModuleT", bound=Module)
 _Function = Callable[[Tensor], Tensor]
 
-# How much is converted at a time on the CPU: what was gathered is still in the cache when it is read again.
-_CHUNK_BYTES = 1 << 18
+# How many elements are converted at a time on the CPU: what was gathered is still in the cache when it is read again,
+# and torch does not share so few among threads, which would cost more than it saves.
+_PIECE = 1 << 15
 
 
 def _inner_functions(*methods: str) -> dict[CodeType, str]:
@@ -71,6 +73,16 @@ class Move:
         """How views of the slab are made: those in shared memory must share its storage, to be sent as one."""
         return "as_strided" if self.method == "share_memory" else None
 
+    @property
+    def anew(self) -> bool:
+        """Whether tensors may need new memory though they have the right dtype and device."""
+        return self.method in ("to_empty", "share_memory", "pin_memory")
+
+    def keeps(self, tensor: Tensor) -> bool:
+        """Whether a tensor has the dtype and device that it is to get."""
+        kind = (tensor.dtype, tensor.device)
+        return type(tensor) in (Tensor, Parameter) and tensor.layout == torch.strided and self.target(*kind) == kind
+
     def target(self, dtype: torch.dtype, device: torch.device) -> tuple[torch.dtype, torch.device]:
         """Return where a tensor of this dtype and device goes: the function is asked, with an empty one."""
         probe = torch.empty(0, dtype=dtype, device=device)
@@ -79,7 +91,7 @@ class Move:
 
     def narrowest(self) -> int | None:
         """Return the size of the elements that all floating point tensors get, or None if they keep theirs."""
-        if self.method in ("to_empty", "share_memory", "pin_memory"):
+        if self.anew:
             return None
         single, double = (self.target(dtype, torch.device("cpu"))[0] for dtype in (torch.float32, torch.float64))
         return single.itemsize if single == double else None
@@ -213,6 +225,8 @@ class _Prepared:
 
 def _move(modules: list[Module], move: Move) -> None:
     """Move the parameters, gradients and buffers of some modules: all, or, if there is an error, none."""
+    if _is_nothing(modules, move):
+        return
     parameters: list[Tensor] = []
     gradients: list[Tensor] = []
     for module in modules:
@@ -233,6 +247,21 @@ def _move(modules: list[Module], move: Move) -> None:
             for index, view in zip(group.indices, views, strict=True):
                 module, name = places[index]
                 module._buffers[name] = view
+
+
+def _is_nothing(modules: list[Module], move: Move) -> bool:
+    """Whether everything is where it is to go already: one look at each Parameter, which stops where it can."""
+    if move.anew:
+        return False
+    for module in modules:
+        tensors = [*islice(module._parameters.values(), 1), *module._buffers.values()]
+        if not all(each is None or move.keeps(each) for each in tensors):
+            return False
+    for module in modules:
+        kinds = kinds_of_parameters(module._parameters)
+        if kinds is None or not all(map(move.keeps, kinds)):
+            return False
+    return True
 
 
 def _prepare(tensors: list[Any], move: Move) -> _Prepared:
@@ -300,10 +329,9 @@ def _convert(group: TensorGroup, slab: Tensor) -> None:
     if source is not None:
         slab.copy_(source)
         return
-    step = max(1, _CHUNK_BYTES // group.dtype.itemsize)
-    piece = torch.empty(min(step, group.length), dtype=group.dtype, device="cpu")
-    for start in range(0, group.length, step):
-        part = piece[: min(step, group.length - start)]
+    piece = torch.empty(min(_PIECE, group.length), dtype=group.dtype, device="cpu")
+    for start in range(0, group.length, _PIECE):
+        part = piece[: group.length - start]
         group.gather(part, start)
         slab[start : start + len(part)].copy_(part)
 
@@ -332,7 +360,7 @@ def _is_there(group: TensorGroup, tensors: list[Tensor], move: Move) -> bool:
         return group.device.type == "cuda" or all(tensors[index].is_shared() for index in group.indices)
     if move.method == "pin_memory":
         return group.device.type != "cpu" or all(tensors[index].is_pinned() for index in group.indices)
-    return move.method != "to_empty" and (group.dtype, group.device) == move.target(group.dtype, group.device)
+    return not move.anew and (group.dtype, group.device) == move.target(group.dtype, group.device)
 
 
 def _leave_to_torch(modules: list[Module], left: set[int], buffers: list[tuple[Module, str]], move: Move) -> None:

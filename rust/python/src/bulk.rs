@@ -256,28 +256,6 @@ pub(crate) fn save_parameters(
     Ok(())
 }
 
-/// Adds the Parameters of a module, and their gradients, to the ends of two lists; those that are None are left out.
-#[pyfunction]
-pub(crate) fn collect_parameters(
-    parameters: &Bound<'_, PyDict>,
-    found: &Bound<'_, PyList>,
-    gradients: &Bound<'_, PyList>,
-) -> PyResult<()> {
-    let grad = intern!(parameters.py(), "grad");
-    // A copy, because what a `grad` property runs might change the dict.
-    for (_, value) in parameters.copy()? {
-        if value.is_none() {
-            continue;
-        }
-        let gradient = value.getattr(grad)?;
-        if !gradient.is_none() {
-            gradients.append(gradient)?;
-        }
-        found.append(value)?;
-    }
-    Ok(())
-}
-
 /// Whether the keys of `parameters` are the names of `index`, in the same order.
 #[pyfunction]
 pub(crate) fn in_step(py: Python<'_>, index: &Bound<'_, IndexMap>, parameters: &Bound<'_, PyDict>) -> bool {

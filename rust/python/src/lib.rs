@@ -13,6 +13,7 @@ mod name;
 mod slab;
 mod slots;
 mod stable_abi;
+mod sweep;
 mod tensor;
 
 use pyo3::prelude::*;
@@ -23,8 +24,8 @@ mod _core {
 
     #[pymodule_export]
     use super::bulk::{
-        can_take_over, clear_entries, collect_parameters, in_step, insert_all, pop_end, pop_entry, prepare,
-        save_parameters, set_entry, take_over, unzip,
+        can_take_over, clear_entries, in_step, insert_all, pop_end, pop_entry, prepare, save_parameters, set_entry,
+        take_over, unzip,
     };
     #[pymodule_export]
     use super::entries::EntryIterator;
@@ -34,6 +35,8 @@ mod _core {
     use super::index_map::{IndexMap, NameIterator};
     #[pymodule_export]
     use super::slots::use_native_slots;
+    #[pymodule_export]
+    use super::sweep::{collect_parameters, kinds_of_parameters};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -106,6 +106,7 @@ pub(crate) struct Torch {
     int8: Py<PyAny>,
     uint8: Py<PyAny>,
     data: Attribute,
+    grad: Attribute,
     requires_grad: Attribute,
     version: Attribute,
     increment_version: Py<PyAny>,
@@ -133,6 +134,7 @@ impl Torch {
             int8: module.getattr("int8")?.unbind(),
             uint8: module.getattr("uint8")?.unbind(),
             data: Attribute::new(&tensor, "data")?,
+            grad: Attribute::new(&tensor, "grad")?,
             requires_grad: Attribute::new(&tensor, "requires_grad")?,
             version: Attribute::new(&tensor, "_version")?,
             increment_version: py.import("torch.autograd.graph")?.getattr("increment_version")?.unbind(),
@@ -151,6 +153,11 @@ impl Torch {
 
     pub(crate) fn is_parameter(&self, object: &Bound<'_, PyAny>) -> bool {
         object.get_type().is(&self.parameter)
+    }
+
+    /// `tensor.grad` of a plain tensor, without looking the attribute up.
+    pub(crate) fn gradient<'py>(&self, tensor: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        self.grad.get(tensor)
     }
 
     pub(crate) fn requires_grad(&self, tensor: &Bound<'_, PyAny>) -> PyResult<bool> {
