@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import cases_copy
 import cases_index_map
 import cases_parameter_dict
 import plot
@@ -24,7 +25,7 @@ from report import Results, readme_block, report, summary, verdicts, write_readm
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 README = HERE.parent / "README.md"
-SUITES: tuple[Suite[Any], ...] = (cases_parameter_dict.SUITE, cases_index_map.SUITE)
+SUITES: tuple[Suite[Any], ...] = (cases_parameter_dict.SUITE, cases_index_map.SUITE, cases_copy.SUITE)
 SIZES = (10_000, 100_000, 1_000_000)
 QUICK_SIZES = (1_000,)
 REPEATS = 5

@@ -36,6 +36,7 @@ pub struct Block {
 /// To what a region of `size` bytes is aligned: small regions lie close together, yet none crosses more cache lines
 /// than it must.
 #[must_use]
+#[inline]
 pub fn alignment(size: u64) -> u64 {
     size.min(MOST_ALIGNMENT).next_power_of_two().max(LEAST_ALIGNMENT)
 }
@@ -52,7 +53,9 @@ pub fn lay_out(sizes: impl IntoIterator<Item = u64>) -> Result<(Vec<u64>, u64)> 
     let mut offsets = Vec::with_capacity(sizes.size_hint().0);
     let mut end = 0_u64;
     for size in sizes {
-        let offset = end.checked_next_multiple_of(alignment(size)).ok_or(Error::TooLarge)?;
+        // The alignment is a power of two.
+        let mask = alignment(size) - 1;
+        let offset = end.checked_add(mask).ok_or(Error::TooLarge)? & !mask;
         end = offset.checked_add(size).filter(|end| i64::try_from(*end).is_ok()).ok_or(Error::TooLarge)?;
         offsets.push(offset);
     }

@@ -16,6 +16,7 @@ pub struct Loop {
 
 /// Whether elements in C order are neighbours in memory.
 #[must_use]
+#[inline]
 pub fn is_contiguous(shape: &[i64], strides: &[i64]) -> bool {
     if shape.contains(&0) {
         return true;

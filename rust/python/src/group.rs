@@ -1,5 +1,6 @@
 //! Tensors of one dtype and device, and the places that they have, or shall have, in one slab.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use numpy::{PyArray1, PyArrayLike1};
@@ -70,12 +71,11 @@ pub(crate) fn group_tensors(
     let mut unusual = Vec::new();
     let mut dims = Vec::new();
     let mut current = 0;
+    let batch_from = |begin: usize| begin.min(tensors.len())..tensors.len().min(begin + BATCH);
+    prefetch_all(&tensors, batch_from(0))?;
     for begin in (0..tensors.len()).step_by(BATCH) {
-        let batch = begin..tensors.len().min(begin + BATCH);
-        for index in batch.clone() {
-            prefetch(&*tensors.get_borrowed_item(index)?);
-        }
-        for index in batch {
+        prefetch_all(&tensors, batch_from(begin + BATCH))?;
+        for index in batch_from(begin) {
             dims.clear();
             let found = torch
                 .find(&*tensors.get_borrowed_item(index)?, &mut dims)
@@ -104,6 +104,13 @@ pub(crate) fn group_tensors(
         group.lay_out(narrowest)?;
     }
     Ok((groups, unusual))
+}
+
+fn prefetch_all(tensors: &Bound<'_, PyTuple>, batch: Range<usize>) -> PyResult<()> {
+    for index in batch {
+        prefetch(&*tensors.get_borrowed_item(index)?);
+    }
+    Ok(())
 }
 
 impl TensorGroup {
@@ -136,43 +143,69 @@ impl TensorGroup {
         self.dims.extend_from_slice(dims);
     }
 
+    /// Whether it is easily seen that no two tensors share memory, and none is empty.
+    ///
+    /// What was made in order lies in order, in a few long stretches of memory; so it is looked whether stretches of
+    /// ascending addresses are apart.
+    fn are_apart(&self) -> bool {
+        let mut stretches: Vec<Range<usize>> = Vec::new();
+        for at in 0..self.entries.len() {
+            let addresses = self.regions.addresses(at);
+            if addresses.is_empty() {
+                return false;
+            }
+            match stretches.last_mut() {
+                Some(last) if addresses.start >= last.end => last.end = addresses.end,
+                _ => stretches.push(addresses),
+            }
+            if stretches.len() > 1 + self.entries.len() / 16 {
+                return false;
+            }
+        }
+        stretches.sort_unstable_by_key(|stretch| stretch.start);
+        stretches.windows(2).all(|pair| pair[0].end <= pair[1].start)
+    }
+
     /// Takes out what is listed again, and notes whether other entries share memory.
     fn take_repeated(&mut self, py: Python<'_>) -> PyResult<()> {
-        // Often the tensors were made in order, and lie in order.
-        let mut end = 0;
-        let in_order = (0..self.entries.len()).all(|at| {
-            let addresses = self.regions.addresses(at);
-            let apart = addresses.start >= end && !addresses.is_empty();
-            end = addresses.end;
-            apart
-        });
-        if in_order {
+        if self.are_apart() {
             return Ok(());
         }
         let tensors = self.regions.tensors(py);
-        let mut order = Vec::with_capacity(self.entries.len());
-        for (at, entry) in self.entries.iter().enumerate() {
-            let object = tensors.get_borrowed_item(entry.index as usize)?.as_ptr() as usize;
-            order.push((self.regions.addresses(at).start, object, at));
-        }
-        order.sort_unstable();
+        let object = |at: usize| -> PyResult<usize> {
+            Ok(tensors.get_borrowed_item(self.entries[at].index as usize)?.as_ptr() as usize)
+        };
+        // A stable sort makes use of stretches that are in order already.
+        let mut order: Vec<_> =
+            (0..self.entries.len()).map(|at| (self.regions.addresses(at).start, at as u32)).collect();
+        order.sort_by_key(|(address, _)| *address);
         // For each entry that is listed again: the entry that it repeats.
         let mut again = Vec::new();
-        let mut before: Option<(usize, usize)> = None;
+        let mut overlapping = false;
         let mut end = 0;
-        for (_, object, at) in order {
-            match before {
-                Some((same, first)) if same == object => again.push((at, first)),
-                _ => {
-                    let addresses = self.regions.addresses(at);
-                    if !addresses.is_empty() {
-                        self.overlapping |= addresses.start < end;
-                        end = end.max(addresses.end);
-                    }
-                    before = Some((object, at));
-                }
+        let mut note = |addresses: Range<usize>| {
+            if !addresses.is_empty() {
+                overlapping |= addresses.start < end;
+                end = end.max(addresses.end);
+            }
+        };
+        for same_address in order.chunk_by(|one, other| one.0 == other.0) {
+            if let [(_, only)] = same_address {
+                note(self.regions.addresses(*only as usize));
+                continue;
+            }
+            let mut objects = Vec::with_capacity(same_address.len());
+            for &(_, at) in same_address {
+                objects.push((object(at as usize)?, at as usize));
+            }
+            objects.sort_unstable();
+            for same_object in objects.chunk_by(|one, other| one.0 == other.0) {
+                let first = same_object[0].1;
+                again.extend(same_object[1..].iter().map(|(_, at)| (*at, first)));
+                note(self.regions.addresses(first));
             }
         }
+        self.overlapping = overlapping;
         again.sort_unstable();
         for &(at, first) in &again {
             let gone_before = again.partition_point(|(gone, _)| *gone < first);
