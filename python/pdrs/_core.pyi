@@ -24,6 +24,7 @@ __all__ = [
     "pop_end",
     "pop_entry",
     "prepare",
+    "rebind_all",
     "save_parameters",
     "set_entry",
     "slab_views",
@@ -388,6 +389,15 @@ def kinds_of_parameters(parameters: dict[str, Any]) -> list[Tensor] | None: ...
 def pop_end(index: IndexMap, parameters: dict[str, Any], last: bool) -> tuple[str, Any] | None: ...
 def pop_entry(index: IndexMap, parameters: dict[str, Any], key: str) -> Any | None: ...
 def prepare(names: list[Any], values: list[Any], parameter: type[Parameter], tensor: type[Tensor]) -> list[int]: ...
+def rebind_all(groups: list[TensorGroup], slabs: list[Tensor], *, door: _Door | None = None) -> None:
+    """Do ``group.rebind(slab)`` for several groups: for all, or, if one is refused, for none.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As ``rebind``. Nothing has been changed.
+    """
+
 def save_parameters(
     parameters: dict[str, Any], destination: dict[str, Any], prefix: str, parameter: type[Parameter]
 ) -> None: ...

@@ -7,6 +7,7 @@ is mapped here, and registered with CUDA until it is freed.
 from __future__ import annotations
 
 import mmap
+import os
 
 import torch
 from torch import Tensor
@@ -31,19 +32,24 @@ class _Registered(mmap.mmap):
     """Anonymous memory that is page-locked until it is freed: the tensor over it keeps it alive."""
 
     _address: int | None = None
+    _process: int
 
     def __new__(cls, nbytes: int) -> _Registered:
-        self = super().__new__(cls, -1, nbytes)
+        # Private to this process: by default a forked child would write into its parent's Parameters.
+        self = super().__new__(cls, -1, nbytes, access=mmap.ACCESS_COPY)
         address = torch.frombuffer(self, dtype=torch.uint8, count=1).data_ptr()
         code = torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)  # type: ignore[no-untyped-call]
         if int(code) != 0:
             raise RuntimeError(f"expected CUDA to page-lock {nbytes:,} bytes, got {code}")
-        self._address = address
+        self._address, self._process = address, os.getpid()
         return self
 
     def __del__(self) -> None:
-        if self._address is not None:
-            # A copy that is under way may still read or write it.
-            for device in range(torch.cuda.device_count()):
+        # A forked child has the memory, but not the registration.
+        if self._address is None or self._process != os.getpid():
+            return
+        # A copy that is under way may still read or write it.
+        for device in range(torch.cuda.device_count()):
+            if torch._C._cuda_hasPrimaryContext(device):  # To wait for a device that is not in use would set it up.
                 torch.cuda.synchronize(device)
-            torch.cuda.cudart().cudaHostUnregister(self._address)  # type: ignore[no-untyped-call]
+        torch.cuda.cudart().cudaHostUnregister(self._address)  # type: ignore[no-untyped-call]

@@ -7,17 +7,22 @@ gathered into a block of page-locked memory, which the device fetches on a side 
     side stream              | copy 0   | copy 1   | copy 2               | copy 3 | ...
     current stream  work ...                                                       | waits, then work ...
 
-Three guards keep that right, and a test removes each to see that it is needed: an *event* a block says when it may be
-filled again; the side stream *waits* for the current one before it touches the device's memory, and the current one for
-the side stream before it goes on; and `record_stream` tells torch's allocator that the side stream uses the memory, so
-that it is not handed out again too early, whatever becomes of the tensor.
+Three guards keep that right; tests/test_transfer_guards.py deletes each line of them to see that it is needed:
+
+- An *event* a block says when it may be filled, or read, again. Without it the device fetches what belongs to a later
+  block, or the host reads what has not come yet.
+- The side stream *waits* for the current one before it touches the device's memory, in which queued work may still be
+  busy, and the current one for the side stream before it goes on.
+- `record_stream` tells torch's allocator of a reader that it does not know, so that memory that was allocated on one
+  stream, and is read on another, is not handed out again too early. What is *written* needs none: it was allocated on
+  the current stream, which has waited for the side stream before anybody can free it.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -30,8 +35,10 @@ if TYPE_CHECKING:
 
 __all__ = ["download", "download_later", "refuse_capture", "set_staging", "upload"]
 
-# Offsets in a slab are multiples of this many bytes, and so are the edges of blocks.
+# Offsets in a slab are multiples of this many bytes at most, and so are the edges of blocks.
 _ALIGNMENT = 64
+# A block holds so many of the narrowest elements (1 byte) even when they are widened to the widest (16 bytes).
+_LEAST_BLOCK_BYTES = _ALIGNMENT * 16
 _DEFAULT_BLOCK_BYTES = 8 << 20
 _DEFAULT_BLOCKS = 3
 
@@ -41,11 +48,18 @@ class _Block:
     """Page-locked memory, and the event behind the last copy that used it."""
 
     memory: Tensor
-    event: torch.cuda.Event
+    event: torch.cuda.Event | None = None
 
     def wait(self) -> None:
         """Wait until the last copy has read, or written, the memory."""
-        self.event.synchronize()
+        if self.event is not None:
+            self.event.synchronize()
+
+    def mark(self) -> None:
+        """Note that what the current stream has been given so far uses the memory."""
+        # A new one: an event belongs to the device on which it is first recorded, a block to none.
+        self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self.event.record()
 
     def part(self, length: int, dtype: torch.dtype) -> Tensor:
         """Return the beginning of the memory as a flat tensor."""
@@ -60,10 +74,13 @@ class _StagingBlocks:
     """
 
     def __init__(self, block_bytes: int = _DEFAULT_BLOCK_BYTES, count: int = _DEFAULT_BLOCKS) -> None:
-        if block_bytes < _ALIGNMENT or block_bytes % _ALIGNMENT:
-            raise ValueError(f"block_bytes must be a multiple of {_ALIGNMENT} from {_ALIGNMENT} on, got {block_bytes}")
+        if block_bytes < _LEAST_BLOCK_BYTES or block_bytes % _ALIGNMENT:
+            raise ValueError(
+                f"expected block_bytes to be a multiple of {_ALIGNMENT}, {_LEAST_BLOCK_BYTES} or more, "
+                f"got {block_bytes}"
+            )
         if count < 1:
-            raise ValueError(f"blocks must be 1 or more, got {count}")
+            raise ValueError(f"expected blocks to be 1 or more, got {count}")
         self.block_bytes = block_bytes
         self.count = count
         self._idle: list[_Block] = []
@@ -72,17 +89,15 @@ class _StagingBlocks:
     @contextmanager
     def borrow(self, nbytes: int) -> Iterator[list[_Block]]:
         """Lend as many blocks as a transfer of so many bytes can use."""
-        wanted = max(1, min(self.count, -(-nbytes // self.block_bytes)))
+        wanted = min(self.count, -(-nbytes // self.block_bytes))
         with self._lock:
             blocks = [self._idle.pop() for _ in range(min(wanted, len(self._idle)))]
-        try:
-            while len(blocks) < wanted:
-                memory = torch.empty(self.block_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
-                blocks.append(_Block(memory, torch.cuda.Event()))  # type: ignore[no-untyped-call]
-            yield blocks
-        finally:
-            with self._lock:
-                self._idle += blocks[: max(0, self.count - len(self._idle))]
+        while len(blocks) < wanted:
+            blocks.append(_Block(torch.empty(self.block_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)))
+        yield blocks
+        # Not after an error: there may be a copy that no event tells of. torch frees such memory when it is over.
+        with self._lock:
+            self._idle += blocks[: max(0, self.count - len(self._idle))]
 
 
 _staging = _StagingBlocks()
@@ -96,7 +111,8 @@ def set_staging(*, block_bytes: int = _DEFAULT_BLOCK_BYTES, blocks: int = _DEFAU
     Parameters
     ----------
     block_bytes
-        The size of a block in bytes: a multiple of 64, best a power of two, because torch rounds up to one.
+        The size of a block in bytes: a multiple of 64 from 1024 on, best a power of two, because torch rounds up to
+        one.
     blocks
         How many blocks take turns in a transfer: with one, gathering and copying do not overlap.
 
@@ -114,14 +130,6 @@ def set_staging(*, block_bytes: int = _DEFAULT_BLOCK_BYTES, blocks: int = _DEFAU
     """
     global _staging
     _staging = _StagingBlocks(block_bytes, blocks)
-
-
-def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the stream that carries the copies from and to a device, one for all threads."""
-    with _side_streams_lock:
-        if device not in _side_streams:
-            _side_streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        return _side_streams[device]
 
 
 def refuse_capture() -> None:
@@ -145,19 +153,15 @@ def upload(group: TensorGroup, slab: Tensor, *, wait: bool) -> None:
     wait
         Whether to return only when the data is there. In any case the tensors may change or die after the return.
     """
-    current, side = torch.cuda.current_stream(slab.device), side_stream(slab.device)
     staging = _staging
-    last = None
-    side.wait_stream(current)
-    slab.record_stream(side)
     source = group.slab() if wait and slab.dtype == group.dtype else None
     if source is not None and source.is_pinned():
-        with torch.cuda.stream(side):
-            slab.copy_(source[: len(slab)], non_blocking=True)
-        current.wait_stream(side)
+        with _side_stream(slab.device) as side, torch.cuda.stream(side):
+            slab.copy_(source, non_blocking=True)
         side.synchronize()
         return
-    with staging.borrow(group.length * slab.dtype.itemsize) as blocks:
+    last = None
+    with staging.borrow(slab.nbytes) as blocks, _side_stream(slab.device) as side:
         for turn, (start, stop) in enumerate(_cuts(group, staging.block_bytes, slab.dtype)):
             last = blocks[turn % len(blocks)]
             last.wait()
@@ -165,74 +169,42 @@ def upload(group: TensorGroup, slab: Tensor, *, wait: bool) -> None:
             _gather(group, part, start)
             with torch.cuda.stream(side):
                 slab[start:stop].copy_(part, non_blocking=True)
-                last.event.record()
-        current.wait_stream(side)
-        if wait and last is not None:
-            last.wait()
+                last.mark()
+    if wait and last is not None:
+        last.wait()
 
 
-def download(group: TensorGroup, source: Tensor, slab: Tensor) -> None:
-    """Copy a slab on a device into one on the host; dtypes are converted on the host. Returns finished data.
+def download(group: TensorGroup, source: Tensor | list[Tensor], slab: Tensor) -> None:
+    """Copy tensors from a device into a slab on the host; dtypes are converted there. Returns finished data.
 
     Parameters
     ----------
     group
-        Tensors that lie in ``source``.
-    source, slab
-        Flat, on a CUDA device and on the CPU.
+        Tensors on a CUDA device.
+    source
+        The slab that they lie in. Or a list of them all, if they lie here and there: contiguous ones. Then each takes a
+        copy of its own, but a whole block of them is waited for at once.
+    slab
+        Flat, on the CPU.
     """
-    current, side = torch.cuda.current_stream(source.device), side_stream(source.device)
     staging = _staging
+    # Copies under way: the block, what of it they fill, and where that goes.
     under_way: deque[tuple[_Block, Tensor, Tensor]] = deque()
-    side.wait_stream(current)
-    with staging.borrow(group.length * source.dtype.itemsize) as blocks:
-        for turn, (start, stop) in enumerate(_cuts(group, staging.block_bytes, source.dtype)):
+    cuts = _cuts(group, staging.block_bytes, group.dtype)
+    device = source.device if isinstance(source, Tensor) else source[0].device
+    with staging.borrow(group.length * group.dtype.itemsize) as blocks, _side_stream(device) as side:
+        for turn, (start, stop, pieces) in enumerate(_pieces(group, source, cuts)):
             if len(under_way) == len(blocks):
                 _land(under_way)
             block = blocks[turn % len(blocks)]
-            # What another transfer left under way in this block.
+            # Another transfer may have left it to a copy that is still under way.
             block.wait()
-            part = block.part(stop - start, source.dtype)
+            part = block.part(stop - start, group.dtype)
             with torch.cuda.stream(side):
-                part.copy_(source[start:stop], non_blocking=True)
-                block.event.record()
+                for at, piece in pieces:
+                    part[at - start : at - start + len(piece)].copy_(piece, non_blocking=True)
+                block.mark()
             under_way.append((block, part, slab[start:stop]))
-        while under_way:
-            _land(under_way)
-
-
-def download_loose(tensors: list[Tensor], offsets: list[int], slab: Tensor) -> None:
-    """Copy contiguous tensors on a device, wherever they lie there, to their places in a slab on the host.
-
-    It queues a copy for each, but waits only for a block of them. Returns finished data.
-    """
-    device, dtype = tensors[0].device, tensors[0].dtype
-    current, side = torch.cuda.current_stream(device), side_stream(device)
-    staging = _staging
-    room = staging.block_bytes // dtype.itemsize
-    under_way: deque[tuple[_Block, Tensor, Tensor]] = deque()
-    side.wait_stream(current)
-    with staging.borrow(len(slab) * dtype.itemsize) as blocks:
-        turn, at = 0, 0
-        while at < len(tensors):
-            if len(under_way) == len(blocks):
-                _land(under_way)
-            block, start, stop = blocks[turn % len(blocks)], offsets[at], offsets[at]
-            block.wait()
-            with torch.cuda.stream(side):
-                while at < len(tensors) and offsets[at] + tensors[at].numel() <= start + room:
-                    flat = tensors[at].detach().view(-1)
-                    stop = offsets[at] + len(flat)
-                    block.part(room, dtype)[offsets[at] - start : stop - start].copy_(flat, non_blocking=True)
-                    at += 1
-                block.event.record()
-            under_way.append((block, block.part(stop - start, dtype), slab[start:stop]))
-            turn += 1
-            if at < len(tensors) and tensors[at].numel() > room:
-                # Larger than a block: the driver cuts it better than we could.
-                flat = tensors[at].detach().view(-1)
-                slab[offsets[at] : offsets[at] + len(flat)].copy_(flat)
-                at += 1
         while under_way:
             _land(under_way)
 
@@ -242,12 +214,27 @@ def download_later(source: Tensor, slab: Tensor) -> None:
 
     The source may change or die after the return; the copy is complete once its current stream has been waited for.
     """
-    current, side = torch.cuda.current_stream(source.device), side_stream(source.device)
-    side.wait_stream(current)
-    source.record_stream(side)
-    with torch.cuda.stream(side):
+    with _side_stream(source.device) as side, torch.cuda.stream(side):
+        source.record_stream(side)
         slab.copy_(source, non_blocking=True)
-    current.wait_stream(side)
+
+
+@contextmanager
+def _side_stream(device: torch.device) -> Iterator[torch.cuda.Stream]:
+    """Give the stream that carries copies from and to a device, between what its current stream does before and after.
+
+    All threads share it: copies of one direction gain nothing from a second stream.
+    """
+    with _side_streams_lock:
+        if device not in _side_streams:
+            _side_streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        side = _side_streams[device]
+    current = torch.cuda.current_stream(device)
+    side.wait_stream(current)
+    try:
+        yield side
+    finally:
+        current.wait_stream(side)
 
 
 def _land(under_way: deque[tuple[_Block, Tensor, Tensor]]) -> None:
@@ -260,8 +247,29 @@ def _land(under_way: deque[tuple[_Block, Tensor, Tensor]]) -> None:
 def _cuts(group: TensorGroup, block_bytes: int, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
     """Cut a slab of some dtype into parts that fit into a block, as ranges of elements."""
     nbytes = block_bytes * group.dtype.itemsize // max(dtype.itemsize, group.dtype.itemsize)
-    for start, stop, _ in group.blocks(max(_ALIGNMENT, nbytes - nbytes % _ALIGNMENT)):
+    for start, stop, _ in group.blocks(nbytes - nbytes % _ALIGNMENT):
         yield start, stop
+
+
+def _pieces(
+    group: TensorGroup, source: Tensor | list[Tensor], cuts: Iterable[tuple[int, int]]
+) -> Iterator[tuple[int, int, list[tuple[int, Tensor]]]]:
+    """Give for each cut what it consists of: flat tensors, and at which element of the slab each begins."""
+    if isinstance(source, Tensor):
+        yield from ((start, stop, [(start, source[start:stop])]) for start, stop in cuts)
+        return
+    # By place, for a tensor that is listed twice has one.
+    tensors = {offset: tensor for offset, tensor in zip(group.offsets.tolist(), source, strict=True) if tensor.numel()}
+    waiting = deque((offset, tensor.detach().view(-1)) for offset, tensor in tensors.items())
+    for start, stop in cuts:
+        pieces = []
+        while waiting and waiting[0][0] < stop:
+            at, tensor = waiting.popleft()
+            fits = stop - at
+            pieces.append((at, tensor[:fits]))
+            if len(tensor) > fits:
+                waiting.appendleft((stop, tensor[fits:]))
+        yield start, stop, pieces
 
 
 def _gather(group: TensorGroup, part: Tensor, start: int) -> None:

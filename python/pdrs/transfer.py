@@ -11,17 +11,23 @@ tensor, is left to torch, with torch's own result.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from types import CodeType, FunctionType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Module, Parameter
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pdrs import _staging
-from pdrs._core import TensorGroup, collect_parameters, group_tensors, kinds_of_parameters
+from pdrs._core import TensorGroup, collect_parameters, group_tensors, kinds_of_parameters, rebind_all
 from pdrs._pinned import pinned_empty
 from pdrs._staging import set_staging
 
@@ -67,6 +73,11 @@ class Move:
     function: _Function
     method: str
     non_blocking: bool = False
+
+    @property
+    def in_place(self) -> bool:
+        """Whether buffers stay the same objects, as Parameters do; so does what is already as it shall be."""
+        return self.method in ("share_memory", "pin_memory")
 
     @property
     def door(self) -> Literal["as_strided"] | None:
@@ -115,6 +126,12 @@ def _unusual_times() -> bool:
         or torch.__future__.get_overwrite_module_params_on_conversion()
         or torch.is_inference_mode_enabled()
         or torch._C._len_torch_dispatch_stack() > 0
+        or any(
+            type(mode) is not DeviceContext
+            for mode in _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+        )
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
         or torch.compiler.is_compiling()
     )
 
@@ -124,10 +141,10 @@ def apply(module: Module, function: _Function, recurse: bool) -> bool:
     move = recognise(function)
     if move is None:
         return False
-    if recurse:
-        for child in module.children():
-            child._apply(function)  # type: ignore[no-untyped-call]
-    _move([module], move)
+    usual, others = _walk(module) if recurse else ([module], [])
+    _move(usual, move)
+    for other in others:
+        other._apply(function)  # type: ignore[no-untyped-call]
     return True
 
 
@@ -137,7 +154,8 @@ def to(module: ModuleT, *args: Any, **kwargs: Any) -> ModuleT:
     Parameters
     ----------
     module
-        Any module. Submodules that override ``_apply`` (recurrent ones do) are moved by it.
+        Any module. One with a ``to`` of its own is moved by that; submodules with an ``_apply`` of their own (recurrent
+        ones have it) are moved by that, after the rest.
     *args, **kwargs
         Those of :meth:`torch.nn.Module.to`: ``device``, ``dtype``, ``tensor``, ``non_blocking``, ``memory_format``.
 
@@ -168,17 +186,13 @@ def to(module: ModuleT, *args: Any, **kwargs: Any) -> ModuleT:
     >>> pdrs.to(model, torch.float64)[0].weight.dtype
     torch.float64
     """
+    if type(module).to is not Module.to:
+        return module.to(*args, **kwargs)
     asked = _Asked()
     Module.to(asked, *args, **kwargs)
-    move = recognise(asked.function)
-    if move is None:
-        module._apply(asked.function)  # type: ignore[no-untyped-call]
+    if _is_usual(module) and apply(module, asked.function, recurse=True):
         return module
-    usual, others = _walk(module)
-    for other in others:
-        other._apply(asked.function)  # type: ignore[no-untyped-call]
-    _move(usual, move)
-    return module
+    return module._apply(asked.function)  # type: ignore[no-untyped-call,no-any-return]
 
 
 def pin_memory(module: Module) -> None:
@@ -198,21 +212,42 @@ class _Asked(Module):
         return self
 
 
-def _walk(module: Module) -> tuple[list[Module], list[Module]]:
-    """Return the modules that ``Module._apply`` would handle itself, and those that have an ``_apply`` of their own."""
+def _is_usual(module: Module) -> bool:
+    """Whether ``Module._apply`` itself moves what a module holds. TorchScript's modules hold it elsewhere."""
     from pdrs.parameter_dict import ParameterDict
 
+    own = type(module)._apply not in (Module._apply, ParameterDict._apply) or "_apply" in vars(module)
+    return not own and isinstance(module._parameters, dict)
+
+
+def _walk(module: Module) -> tuple[list[Module], list[Module]]:
+    """Return a module and those inside that are moved with it, in order, and those that move themselves."""
     usual: dict[Module, None] = {}
     others: dict[Module, None] = {}
     waiting = [module]
     while waiting:
         one = waiting.pop()
-        if type(one)._apply not in (Module._apply, ParameterDict._apply):
+        if one is not module and not _is_usual(one):
             others[one] = None
         elif one not in usual:
             usual[one] = None
             waiting += reversed(list(one.children()))
     return list(usual), list(others)
+
+
+class _Place(NamedTuple):
+    """Where a buffer is registered."""
+
+    module: Module
+    name: str
+
+    def get(self) -> Tensor:
+        buffer = self.module._buffers[self.name]
+        assert buffer is not None
+        return buffer
+
+    def set(self, buffer: Tensor) -> None:
+        self.module._buffers[self.name] = buffer
 
 
 @dataclass
@@ -231,22 +266,39 @@ def _move(modules: list[Module], move: Move) -> None:
     gradients: list[Tensor] = []
     for module in modules:
         collect_parameters(module._parameters, parameters, gradients)
-    places = [(module, name) for module in modules for name, buffer in module._buffers.items() if buffer is not None]
-    kept = [*parameters, *gradients] if gradients else parameters
-    buffers = [module._buffers[name] for module, name in places]
+    places, odd_places = _buffer_places(modules, parameters)
     with torch.no_grad():
-        of_kept = _prepare(kept, move)
-        of_buffers = _prepare(buffers, move)
-        if of_kept.left or of_buffers.left:
-            left = {id(kept[index]) for index in of_kept.left}
-            _leave_to_torch(modules, left, [places[index] for index in of_buffers.left], move)
-        for group, slab in of_kept.slabs:
-            group.rebind(slab, door=move.door)
-        for group, slab in of_buffers.slabs:
-            views = group.views(slab, detached=True, door=move.door)
-            for index, view in zip(group.indices, views, strict=True):
-                module, name = places[index]
-                module._buffers[name] = view
+        # Gradients get slabs of their own, whose memory goes when the gradients are set to None.
+        of_parameters = _prepare(parameters, move)
+        of_gradients = _prepare(gradients, move)
+        of_buffers = _prepare([place.get() for place in places], move)
+        slabs = of_parameters.slabs + of_gradients.slabs
+        new_buffers: list[tuple[_Place, Tensor]] = []
+        if move.in_place:
+            slabs += of_buffers.slabs
+        else:
+            for group, slab in of_buffers.slabs:
+                views = group.views(slab, detached=True)
+                new_buffers += zip((places[index] for index in group.indices), views, strict=True)
+    left = {id(parameters[index]) for index in of_parameters.left} | {
+        id(gradients[index]) for index in of_gradients.left
+    }
+    odd_places += [places[index] for index in of_buffers.left]
+    undo: list[Callable[[], None]] = []
+    try:
+        if left or odd_places:
+            _leave_to_torch(modules, left, odd_places, move, undo)
+        try:
+            rebind_all([group for group, _ in slabs], [slab for _, slab in slabs], door=move.door)
+        except ValueError:
+            # A tensor from inference mode is among them, of which torch has its own mind.
+            _leave_to_torch(modules, {id(one) for one in parameters + gradients}, [], move, undo)
+    except BaseException:
+        for put_back in reversed(undo):
+            put_back()
+        raise
+    for place, buffer in new_buffers:
+        place.set(buffer)
 
 
 def _is_nothing(modules: list[Module], move: Move) -> bool:
@@ -264,22 +316,70 @@ def _is_nothing(modules: list[Module], move: Move) -> bool:
     return True
 
 
-def _prepare(tensors: list[Any], move: Move) -> _Prepared:
+def _buffer_places(modules: list[Module], parameters: list[Tensor]) -> tuple[list[_Place], list[_Place]]:
+    """Return where buffers are, and where those are that are Parameters or require gradients."""
+    usual: list[_Place] = []
+    odd: list[_Place] = []
+    for module in modules:
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                is_odd = isinstance(buffer, Parameter) or buffer.requires_grad
+                (odd if is_odd else usual).append(_Place(module, name))
+    if odd:
+        # What is a Parameter of the modules besides is moved as such, and stays the same object.
+        moved = set(map(id, parameters))
+        odd = [place for place in odd if id(place.get()) not in moved]
+    return usual, odd
+
+
+def _prepare(tensors: list[Tensor], move: Move) -> _Prepared:
     """Fill slabs with what the tensors will be; the tensors stay as they are."""
     prepared = _Prepared()
     if not tensors:
         return prepared
     groups, unusual = group_tensors(tensors, narrowest=move.narrowest())
-    prepared.left += [index for index, _ in unusual]
+    if move.method != "pin_memory":
+        prepared.left += [index for index, _ in unusual]
     for group in groups:
-        if _is_there(group, tensors, move):
-            continue
-        slab = _moved(group, tensors, move)
-        if slab is None:
-            prepared.left += group.indices.tolist()
-        else:
-            prepared.slabs.append((group, slab))
+        if move.in_place:
+            prepared.slabs += _prepare_in_place(group, tensors, move, prepared.left)
+        elif not _is_there(group, move):
+            slab = _moved(group, tensors, move)
+            if slab is None:
+                prepared.left += group.indices.tolist()
+            else:
+                prepared.slabs.append((group, slab))
     return prepared
+
+
+def _prepare_in_place(
+    group: TensorGroup, tensors: list[Tensor], move: Move, left: list[int]
+) -> list[tuple[TensorGroup, Tensor]]:
+    """Fill a slab with those tensors of a group that are not yet shared or page-locked."""
+    if group.device.type == "cuda":
+        return []  # It is shared by nature, and not for the CPU to lock.
+    if move.method == "pin_memory":
+        waiting = [index for index in group.indices.tolist() if not tensors[index].is_pinned()]
+    else:
+        waiting = [index for index in group.indices.tolist() if not tensors[index].is_shared()]
+        # torch shares whole storages. Another tensor of the storage, wherever it is, must go on seeing the same memory.
+        left += [index for index in waiting if not _owns_storage(tensors[index])]
+        waiting = [index for index in waiting if _owns_storage(tensors[index])]
+    if not waiting:
+        return []
+    (group,), _ = group_tensors([tensors[index] for index in waiting])
+    if move.method == "pin_memory":
+        slab = pinned_empty(group.length, group.dtype)
+    else:
+        slab = _allocate(group, group.dtype, group.device).share_memory_()  # type: ignore[no-untyped-call]
+    group.gather(slab)
+    return [(group, slab)]
+
+
+def _owns_storage(tensor: Tensor) -> bool:
+    """Whether a tensor is the only one of its storage."""
+    # The other user is the Python object that is asked for.
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) == 2
 
 
 def _moved(group: TensorGroup, tensors: list[Tensor], move: Move) -> Tensor | None:
@@ -290,10 +390,8 @@ def _moved(group: TensorGroup, tensors: list[Tensor], move: Move) -> Tensor | No
     match move.method, group.device.type, device.type:
         case "to_empty", _, "cpu" | "cuda":
             return _allocate(group, dtype, device)
-        case method, "cpu", "cpu":
-            slab = pinned_empty(group.length, dtype) if method == "pin_memory" else _allocate(group, dtype, device)
-            if method == "share_memory":
-                slab.share_memory_()  # type: ignore[no-untyped-call]
+        case _, "cpu", "cpu":
+            slab = _allocate(group, dtype, device)
             _convert(group, slab)
             return slab
         case _, "cpu", "cuda":
@@ -306,13 +404,25 @@ def _moved(group: TensorGroup, tensors: list[Tensor], move: Move) -> Tensor | No
             return _downloaded(group, tensors, dtype, move)
         case _, "cuda", "cuda":
             source = group.slab()
-            return None if source is None else source.to(device, dtype, move.non_blocking)
+            if source is None:
+                return None
+            # Its memory may have been allocated on another stream, and goes there when nobody needs it any more.
+            source.record_stream(torch.cuda.current_stream(source.device))
+            with _explained(group, dtype, device):
+                return source.to(device, dtype, move.non_blocking)
     return None
 
 
 def _allocate(group: TensorGroup, dtype: torch.dtype, device: torch.device, pinned: bool = False) -> Tensor:
-    try:
+    with _explained(group, dtype, device):
         return torch.empty(group.length, dtype=dtype, device=device, pin_memory=pinned)
+
+
+@contextmanager
+def _explained(group: TensorGroup, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Say how much memory was wanted, and for what, if there is too little."""
+    try:
+        yield
     except torch.OutOfMemoryError as error:
         raise torch.OutOfMemoryError(
             f"expected room for {group.length * dtype.itemsize:,} bytes on {device}, where {len(group):,} tensors were "
@@ -337,64 +447,66 @@ def _convert(group: TensorGroup, slab: Tensor) -> None:
 
 
 def _downloaded(group: TensorGroup, tensors: list[Tensor], dtype: torch.dtype, move: Move) -> Tensor | None:
-    cpu = torch.device("cpu")
     source = group.slab()
-    if source is None:
-        loose = [tensors[index] for index in group.indices]
-        if not all(tensor.is_contiguous() for tensor in loose):
-            return None
-        slab = _allocate(group, dtype, cpu)
-        _staging.download_loose(loose, group.offsets.tolist(), slab)
-    elif move.non_blocking and dtype == group.dtype:
-        slab = _allocate(group, dtype, cpu, pinned=True)
+    loose = [tensors[index] for index in group.indices] if source is None else []
+    if not all(tensor.is_contiguous() for tensor in loose):
+        return None
+    later = move.non_blocking and source is not None and dtype == group.dtype
+    slab = _allocate(group, dtype, torch.device("cpu"), pinned=later)
+    if later and source is not None:
         _staging.download_later(source, slab)
     else:
-        slab = _allocate(group, dtype, cpu)
-        _staging.download(group, source, slab)
+        _staging.download(group, loose if source is None else source, slab)
     return slab
 
 
-def _is_there(group: TensorGroup, tensors: list[Tensor], move: Move) -> bool:
-    """Whether a group of tensors has what it is to get already."""
-    if move.method == "share_memory":
-        return group.device.type == "cuda" or all(tensors[index].is_shared() for index in group.indices)
-    if move.method == "pin_memory":
-        return group.device.type != "cpu" or all(tensors[index].is_pinned() for index in group.indices)
-    return not move.anew and (group.dtype, group.device) == move.target(group.dtype, group.device)
+def _is_there(group: TensorGroup, move: Move) -> bool:
+    """Whether a group of tensors has the dtype and the device that it is to get already."""
+    return move.method != "to_empty" and (group.dtype, group.device) == move.target(group.dtype, group.device)
 
 
-def _leave_to_torch(modules: list[Module], left: set[int], buffers: list[tuple[Module, str]], move: Move) -> None:
-    """Let torch move some Parameters and gradients (by their ids) and buffers; on an error those are put back."""
-    rests: list[tuple[Module, Module]] = []
+def _leave_to_torch(
+    modules: list[Module], left: set[int], places: list[_Place], move: Move, undo: list[Callable[[], None]]
+) -> None:
+    """Let torch move some Parameters and gradients (by their ids) and buffers; note how to put them back."""
     for module in modules:
+        parameters = {name: each for name, each in module._parameters.items() if each is not None and id(each) in left}
+        buffers = {place.name: place.get() for place in places if place.module is module}
         rest = Module()
         # Past `Module.__setattr__`: an entry may be called "_buffers".
-        parameters = {name: each for name, each in module._parameters.items() if id(each) in left}
-        own_buffers = {name: module._buffers[name] for owner, name in buffers if owner is module}
-        rest.__dict__.update(_parameters=parameters, _buffers=own_buffers)
-        if parameters or own_buffers:
-            rests.append((module, rest))
-    undo: list[tuple[Tensor, Tensor]] = []
-    try:
-        for _, rest in rests:
-            for parameter in rest.__dict__["_parameters"].values():
-                if parameter is not None:
-                    undo += [(each, each.data) for each in (parameter, parameter.grad) if each is not None]
-            rest._apply(move.function)  # type: ignore[no-untyped-call]
-        for gradient in _gradients(modules, left):
-            undo.append((gradient, gradient.data))
-            gradient.data = move.function(gradient)
-    except BaseException:
-        for tensor, data in undo:
-            tensor.data = data
-        raise
-    for module, rest in rests:
-        module._parameters.update(rest.__dict__["_parameters"])
-        module._buffers.update(rest.__dict__["_buffers"])
+        rest.__dict__.update(_parameters=dict(parameters), _buffers=dict(buffers))
+        undo += [_put_back(parameter) for parameter in parameters.values()]
+        rest._apply(move.function)  # type: ignore[no-untyped-call]
+        undo += [partial(module._parameters.update, parameters), partial(module._buffers.update, buffers)]
+        module._parameters.update(rest._parameters)
+        module._buffers.update(rest._buffers)
+    with torch.no_grad():
+        for module in modules:
+            for parameter in module._parameters.values():
+                if parameter is not None and parameter.grad is not None and id(parameter.grad) in left:
+                    undo.append(_put_back(parameter))
+                    parameter.grad.data = move.function(parameter.grad)
 
 
-def _gradients(modules: list[Module], among: set[int]) -> Iterator[Tensor]:
-    for module in modules:
-        for parameter in module._parameters.values():
-            if parameter is not None and id(parameter.grad) in among:
-                yield parameter.grad  # type: ignore[misc]  # the id of None is not among them
+def _put_back(parameter: Tensor) -> Callable[[], None]:
+    """Return what gives a Parameter and its gradient the data back that they have now."""
+    gradient = parameter.grad
+    data, gradient_data = parameter.data, None if gradient is None else gradient.data
+
+    def put_back() -> None:
+        parameter.grad = None
+        _set_data(parameter, data)
+        if gradient is not None and gradient_data is not None:
+            _set_data(gradient, gradient_data)
+            parameter.grad = gradient
+
+    return put_back
+
+
+def _set_data(tensor: Tensor, data: Tensor) -> None:
+    if isinstance(data, FakeTensor) or is_traceable_wrapper_subclass(data):  # type: ignore[unreachable]
+        # As torch's `_apply` does: these hold more than `tensor.data = ...` replaces.
+        like = Parameter(data, tensor.requires_grad) if isinstance(tensor, Parameter) else data
+        torch.utils.swap_tensors(tensor, like)  # type: ignore[no-untyped-call]
+    else:
+        tensor.data = data

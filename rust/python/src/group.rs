@@ -236,6 +236,29 @@ impl TensorGroup {
     }
 }
 
+/// Makes the tensors of each group views of its slab, after all groups have been checked.
+#[pyfunction]
+#[pyo3(signature = (groups, slabs, *, door = None))]
+pub(crate) fn rebind_all(
+    py: Python<'_>,
+    groups: Vec<Bound<'_, TensorGroup>>,
+    slabs: Vec<Bound<'_, PyAny>>,
+    door: Option<&str>,
+) -> PyResult<()> {
+    let torch = Torch::get(py)?;
+    if groups.len() != slabs.len() {
+        return Err(PyValueError::new_err(format!(
+            "expected as many slabs as groups, got {} and {}",
+            slabs.len(),
+            groups.len()
+        )));
+    }
+    let pairs = groups.iter().zip(&slabs);
+    let slabs = pairs.map(|(group, slab)| group.get().checked_slab(torch, slab, door)).collect::<PyResult<Vec<_>>>()?;
+    let _paused = Paused::new(py)?;
+    groups.iter().zip(&slabs).try_for_each(|(group, slab)| group.get().set_data(torch, slab))
+}
+
 /// Makes new tensors that are views of a slab.
 #[pyfunction]
 #[pyo3(signature = (slab, offsets, shapes, *, requires_grad = None, door = None))]
@@ -354,26 +377,10 @@ impl TensorGroup {
 
     #[pyo3(signature = (slab, *, door = None))]
     fn rebind(&self, slab: &Bound<'_, PyAny>, door: Option<&str>) -> PyResult<()> {
-        let py = slab.py();
-        let torch = Torch::get(py)?;
-        self.check_in_place()?;
-        let slab = self.slab_of(torch, slab, door)?;
-        if !self.entries.is_empty() && !torch.can_hold(&self.tensor(py, 0)?, &self.view(&slab, 0)?)? {
-            return Err(PyValueError::new_err("tensors of this device cannot become tensors of the slab's device"));
-        }
-        let trainable = slab.found.dtype.is_differentiable();
-        for (at, entry) in self.entries.iter().enumerate() {
-            if let Err(why) = torch.check_rebindable(&self.tensor(py, at)?, trainable)? {
-                return Err(PyValueError::new_err(format!("tensors[{}] {why}", entry.index)));
-            }
-        }
-        let _paused = Paused::new(py)?;
-        self.moved.store(true, Ordering::Relaxed);
-        for at in 0..self.entries.len() {
-            torch.set_data(&self.tensor(py, at)?, &self.view(&slab, at)?)?;
-        }
-        slab.remember();
-        Ok(())
+        let torch = Torch::get(slab.py())?;
+        let slab = self.checked_slab(torch, slab, door)?;
+        let _paused = Paused::new(slab.py())?;
+        self.set_data(torch, &slab)
     }
 
     #[pyo3(signature = (slab, *, detached = false, door = None))]
@@ -473,6 +480,47 @@ impl TensorGroup {
         if self.moved.load(Ordering::Relaxed) {
             return Err(PyValueError::new_err("the tensors have moved since they were grouped; group them again"));
         }
+        Ok(())
+    }
+
+    /// Brings a tensor that is needed soon into the cache.
+    fn fetch_ahead(&self, py: Python<'_>, at: usize) -> PyResult<()> {
+        if at + BATCH < self.entries.len() {
+            prefetch(&self.tensor(py, at + BATCH)?);
+        }
+        Ok(())
+    }
+
+    /// A slab whose views every tensor can become: what torch might refuse is looked at here.
+    fn checked_slab<'py>(
+        &self,
+        torch: &'static Torch,
+        slab: &Bound<'py, PyAny>,
+        door: Option<&str>,
+    ) -> PyResult<Slab<'py>> {
+        let py = slab.py();
+        self.check_in_place()?;
+        let slab = self.slab_of(torch, slab, door)?;
+        if !self.entries.is_empty() && !torch.can_hold(&self.tensor(py, 0)?, &self.view(&slab, 0)?)? {
+            return Err(PyValueError::new_err("tensors of this device cannot become tensors of the slab's device"));
+        }
+        let trainable = slab.found.dtype.is_differentiable();
+        for (at, entry) in self.entries.iter().enumerate() {
+            self.fetch_ahead(py, at)?;
+            if let Err(why) = torch.check_rebindable(&self.tensor(py, at)?, trainable)? {
+                return Err(PyValueError::new_err(format!("tensors[{}] {why}", entry.index)));
+            }
+        }
+        Ok(slab)
+    }
+
+    fn set_data(&self, torch: &Torch, slab: &Slab<'_>) -> PyResult<()> {
+        self.moved.store(true, Ordering::Relaxed);
+        for at in 0..self.entries.len() {
+            self.fetch_ahead(slab.py(), at)?;
+            torch.set_data(&self.tensor(slab.py(), at)?, &self.view(slab, at)?)?;
+        }
+        slab.remember();
         Ok(())
     }
 

@@ -30,7 +30,7 @@ mod _core {
     #[pymodule_export]
     use super::entries::EntryIterator;
     #[pymodule_export]
-    use super::group::{TensorGroup, group_tensors, slab_views};
+    use super::group::{TensorGroup, group_tensors, rebind_all, slab_views};
     #[pymodule_export]
     use super::index_map::{IndexMap, NameIterator};
     #[pymodule_export]

@@ -153,6 +153,10 @@ impl<'py> Slab<'py> {
         Ok(Self { torch, tensor: tensor.clone(), found, maker })
     }
 
+    pub(crate) fn py(&self) -> Python<'py> {
+        self.tensor.py()
+    }
+
     /// Remembers the memory, so that [`flat`] knows it again.
     pub(crate) fn remember(&self) {
         if let Maker::Dlpack(memory) = &self.maker {
