@@ -333,4 +333,5 @@ SUITE = Suite(
     make_data=Data,
     intro=f"`pdrs.ParameterDict` beside `torch.nn.ParameterDict`, and a plain `dict` as the floor. "
     f"Entries are Parameters of {FLOATS} float32; names have 14 characters.",
+    readme_marker="benchmark",
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy
@@ -12,19 +13,33 @@ import torch
 
 import pdrs
 
+# What the tests' stand-in for a GPU calls itself: it is there to be right, and says nothing about time.
+FAKE_GPU = "Fake CUDA device"
+
 
 def describe(command: str) -> dict[str, str]:
     """Describe this machine and this run; no paths of this host."""
+    name = gpu()
     return {
         "CPU": f"{_cpu_model()}, {_cores()} cores",
+        **({} if name is None else {"GPU": name}),
         "memory": f"{_memory_bytes() / 2**30:.0f} GiB",
         "OS": f"{_system()}, {platform.system()} {platform.release()}",
         "Python": platform.python_version(),
         "torch": torch.__version__,
+        "tensordict": version("tensordict"),
         "numpy": numpy.__version__,
         "pdrs": pdrs.__version__,
         "command": command,
     }
+
+
+def gpu() -> str | None:
+    """Return the name of the GPU, or None if there is no real one."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return None if name == FAKE_GPU else name
 
 
 def _cpu_model() -> str:

@@ -85,9 +85,13 @@ class Case(Generic[DataT]):
     once
         Gives the same figure every time (memory).
     up_to
-        The largest size for a container whose cost per entry grows with the size.
+        The largest size for a container that would take too long at larger ones.
     extra_sizes
         Sizes to measure besides those asked for, where they are smaller than the largest of these.
+    only_sizes
+        Sizes to measure instead of those asked for, of a case with data of its own.
+    needs
+        Whether this machine has what the case needs.
     note
         A remark below the table.
     """
@@ -101,6 +105,8 @@ class Case(Generic[DataT]):
     unit: Literal["ns", "B"] = "ns"
     up_to: Mapping[str, int] = field(default_factory=dict)
     extra_sizes: tuple[int, ...] = ()
+    only_sizes: tuple[int, ...] = ()
+    needs: Callable[[], bool] = lambda: True
     note: str = ""
 
     def repeats(self, entries: int, wanted: int) -> int:
@@ -109,10 +115,25 @@ class Case(Generic[DataT]):
             return 1
         return min(wanted, self.most_runs) if entries >= LARGE_FROM_ENTRIES else wanted
 
+    def largest(self, entries: int, subject: str) -> int:
+        """Return the largest size, up to ``entries`` if it is not the case's own, that is measured of a container."""
+        return self.only_sizes[-1] if self.only_sizes else min(entries, self.up_to.get(subject, entries))
+
+    def is_planned(self, entries: int, sizes: Sequence[int]) -> bool:
+        """Whether to measure at a size, of those asked for or not."""
+        planned = self.only_sizes or (*sizes, *self.extra_sizes)
+        return entries in planned and self.needs()
+
 
 @dataclass(frozen=True)
 class Suite(Generic[DataT]):
-    """A table: containers side by side, the last of ``subjects`` being ours."""
+    """A table: containers side by side, the last of ``subjects`` being ours.
+
+    Parameters
+    ----------
+    readme_marker
+        What marks the place of the short table in the README; none for a suite that has no place there.
+    """
 
     name: str
     title: str
@@ -121,6 +142,7 @@ class Suite(Generic[DataT]):
     cases: tuple[Case[DataT], ...]
     make_data: Callable[[int], DataT]
     intro: str
+    readme_marker: str = ""
 
     @property
     def ours(self) -> str:
@@ -182,7 +204,11 @@ def measure(
 ) -> Iterator[list[Measurement]]:
     """Measure the cases whose title matches, size by size; the containers of a case take turns."""
     cases = [case for case in suite.cases if pattern.search(case.title)]
-    plan = {entries: planned for entries in all_sizes(cases, sizes) if (planned := _planned(cases, entries, sizes))}
+    plan = {
+        entries: planned
+        for entries in all_sizes(cases, sizes)
+        if (planned := [case for case in cases if case.is_planned(entries, sizes)])
+    }
     total = sum(
         case.repeats(entries, repeats) * len(_subjects(suite, case, entries))
         for entries, planned in plan.items()
@@ -200,13 +226,10 @@ def measure(
 
 
 def all_sizes(cases: Sequence[Case[Any]], sizes: Sequence[int]) -> list[int]:
-    """Return the sizes asked for and the extra sizes of cases, ascending."""
+    """Return the sizes asked for and those of cases, ascending."""
     extra = {size for case in cases for size in case.extra_sizes if size < max(sizes)}
-    return sorted(extra.union(sizes))
-
-
-def _planned(cases: Sequence[Case[DataT]], entries: int, sizes: Sequence[int]) -> list[Case[DataT]]:
-    return [case for case in cases if entries in sizes or entries in case.extra_sizes]
+    own_sizes = {size for case in cases for size in case.only_sizes}
+    return sorted(extra | own_sizes | set(sizes))
 
 
 def _subjects(suite: Suite[Any], case: Case[Any], entries: int) -> list[str]:

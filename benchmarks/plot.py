@@ -1,7 +1,8 @@
-"""The picture of the results: every operation at the largest size, and draining from the front at all sizes."""
+"""The pictures of the results: every operation at the largest size, and one of them at all sizes."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,34 +13,93 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter
 
+import cases_transfer
 from report import TIMES, Results, figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from measure import Case, Suite
+    from measure import Suite
 
-COLOURS = {"torch": "#d1495b", "pdrs": "#00798c", "dict": "#8d99ae"}
-LABELS = {"torch": "torch.nn.ParameterDict", "pdrs": "pdrs.ParameterDict", "dict": "dict"}
-# Of the labels at the ends of the lines: offset in points, alignment.
-PLACES = {
-    "torch": ((0, 8), "center", "bottom"),
-    "dict": ((9, -3), "left", "top"),
-    "pdrs": ((4, -24), "right", "top"),
-}
+COLOURS = {"torch": "#d1495b", "pdrs": "#00798c", "dict": "#8d99ae", "tensordict": "#8d99ae"}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One container's cost of one case at all sizes.
+
+    Parameters
+    ----------
+    label
+        What stands at its last point, above the cost there.
+    offset, across, along
+        Of the label from that point: points, and horizontal and vertical alignment.
+    """
+
+    case: str
+    subject: str
+    label: str
+    offset: tuple[int, int]
+    across: str
+    along: str
+    style: str = "o-"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What differs between the pictures of suites.
+
+    Parameters
+    ----------
+    lines_title
+        The operation at all sizes.
+    per
+        What its cost is counted for: ``"pop"``; none to show that of all entries together.
+    """
+
+    title: str
+    lines_title: str
+    per: str
+    lines: tuple[Line, ...]
+
+
 DRAIN = "drain from the front"
+PICTURES = {
+    "parameter_dict": Picture(
+        "pdrs.ParameterDict beside torch.nn.ParameterDict",
+        DRAIN,
+        "pop",
+        (
+            Line(DRAIN, "dict", "dict", (9, -3), "left", "top"),
+            Line(DRAIN, "torch", "torch.nn.ParameterDict", (0, 8), "center", "bottom"),
+            Line(DRAIN, "pdrs", "pdrs.ParameterDict", (4, -24), "right", "top"),
+        ),
+    ),
+    "transfer": Picture(
+        "Moves: pdrs beside torch",
+        ".to(torch.float64)",
+        "",
+        (
+            Line(cases_transfer.LOOSE, "tensordict", "TensorDictParams", (-8, 6), "right", "bottom"),
+            Line(cases_transfer.LOOSE, "torch", "torch.nn.ParameterDict", (0, 8), "right", "bottom"),
+            Line(cases_transfer.LOOSE, "pdrs", "pdrs.ParameterDict", (-8, 4), "right", "bottom"),
+            Line(cases_transfer.IN_A_SLAB, "pdrs", "pdrs, in a slab", (4, -10), "right", "top", "o--"),
+        ),
+    ),
+}
 
 
 def draw(results: Results, suite: Suite[Any], path: Path) -> None:
     """Write the picture as a PNG."""
+    picture = PICTURES[suite.name]
     with plt.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         chart, (left, right) = plt.subplots(
             1, 2, figsize=(13.5, 8.4), width_ratios=(1.6, 1), layout="constrained", gridspec_kw={"wspace": 0.05}
         )
         _draw_operations(left, results, suite)
-        _draw_drain(right, results, suite)
+        _draw_lines(right, results, suite, picture)
         machine = results.machine
-        chart.suptitle("pdrs.ParameterDict beside torch.nn.ParameterDict", fontsize=14, fontweight="bold")
+        chart.suptitle(picture.title, fontsize=14, fontweight="bold")
         chart.supxlabel(
             f"Medians, garbage collector off. {machine['CPU']}, {machine['memory']}; {machine['OS']};"
             f" Python {machine['Python']}, torch {machine['torch']}.  {machine['command']}",
@@ -84,7 +144,7 @@ def _draw_operations(axes: Axes, results: Results, suite: Suite[Any]) -> None:
 def _rows(results: Results, suite: Suite[Any], entries: int) -> list[tuple[str, float, float]]:
     rows = []
     for case in suite.cases:
-        size = min(entries, case.up_to.get("torch", entries))
+        size = case.largest(entries, "torch")
         theirs, ours = (results.median(suite, case, subject, size) for subject in ("torch", "pdrs"))
         if theirs is not None and ours is not None and case.unit == "ns":
             title = case.title.replace("`", "")
@@ -92,21 +152,24 @@ def _rows(results: Results, suite: Suite[Any], entries: int) -> list[tuple[str, 
     return sorted(rows, key=lambda row: row[2] / row[1])
 
 
-def _draw_drain(axes: Axes, results: Results, suite: Suite[Any]) -> None:
-    case = next(case for case in suite.cases if case.title == DRAIN)
-    for subject in suite.subjects:
-        points = _by_size(results, suite, case, subject)
-        axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[subject], linewidth=2, zorder=3)
-        size, cost = points[-1]
-        offset, across, along = PLACES[subject]
+def _draw_lines(axes: Axes, results: Results, suite: Suite[Any], picture: Picture) -> None:
+    for line in picture.lines:
+        points = _by_size(results, suite, line)
+        if not points:
+            continue
+        if not picture.per:
+            points = [(entries, entries * cost) for entries, cost in points]
+        colour = COLOURS[line.subject]
+        axes.plot(*zip(*points, strict=True), line.style, color=colour, linewidth=2, zorder=3)
+        last = points[-1]
         axes.annotate(
-            f"{LABELS[subject]}\n{_nanoseconds(cost)} a pop",
-            (size, cost),
-            xytext=offset,
+            f"{line.label}\n{_nanoseconds(last[1])}{picture.per and f' a {picture.per}'}",
+            last,
+            xytext=line.offset,
             textcoords="offset points",
-            ha=across,
-            va=along,
-            color=COLOURS[subject],
+            ha=line.across,
+            va=line.along,
+            color=colour,
             fontweight="bold",
         )
     axes.set_xscale("log")
@@ -118,20 +181,20 @@ def _draw_drain(axes: Axes, results: Results, suite: Suite[Any]) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:,.0f}"))
     axes.yaxis.set_major_formatter(FuncFormatter(_nanoseconds))
     axes.set_xlabel("entries (log scale)")
-    axes.set_ylabel("time per pop (log scale)")
-    axes.set_title("drain from the front", loc="left")
+    axes.set_ylabel(f"time{picture.per and f' per {picture.per}'} (log scale)")
+    axes.set_title(picture.lines_title, loc="left")
 
 
-def _by_size(results: Results, suite: Suite[Any], case: Case[Any], subject: str) -> list[tuple[int, float]]:
+def _by_size(results: Results, suite: Suite[Any], line: Line) -> list[tuple[int, float]]:
     return sorted(
         (each.entries, each.median)
         for each in results.measurements
-        if (each.suite, each.case, each.subject) == (suite.name, case.title, subject)
+        if (each.suite, each.case, each.subject) == (suite.name, line.case, line.subject)
     )
 
 
 def _nanoseconds(value: float, _: Any = None) -> str:
-    for unit, size in (("ms", 1e6), ("µs", 1e3)):
+    for unit, size in (("s", 1e9), ("ms", 1e6), ("µs", 1e3)):
         if value >= size:
             return f"{float(f'{value / size:.3g}'):g} {unit}"
     return f"{float(f'{value:.3g}'):g} ns"

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from measure import Case, Measurement, Suite, Target, all_sizes
 
-README_BEGIN = "<!-- benchmark:begin -->"
-README_END = "<!-- benchmark:end -->"
 # The cost an entry may grow this much from the smallest size to the largest.
 GROWTH_AT_MOST = 2
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -80,18 +78,18 @@ def report(results: Results, suite: Suite[Any]) -> str:
         if len(sizes) > 1
         else "",
         *(_section(results, suite, entries) for entries in reversed(all_sizes(suite.cases, sizes))),
-        _notes(suite),
+        _notes(results, suite),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def write_readme(path: Path, block: str) -> bool:
-    """Replace what stands between the two markers; without both of them, nothing changes."""
+def write_readme(path: Path, marker: str, block: str) -> bool:
+    """Replace what stands between ``<!-- marker:begin -->`` and ``end``; without both of them, nothing changes."""
     if not path.exists():
         return False
     text = path.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(README_BEGIN)
-    _, end, after = rest.partition(README_END)
+    before, begin, rest = text.partition(f"<!-- {marker}:begin -->")
+    _, end, after = rest.partition(f"<!-- {marker}:end -->")
     if not (begin and end):
         return False
     path.write_text(f"{before}{begin}\n{block}\n{end}{after}", encoding="utf-8")
@@ -106,7 +104,7 @@ def readme_block(results: Results, suite: Suite[Any]) -> str:
     for case in suite.cases:
         if not case.targets:
             continue
-        size = min(entries, case.up_to.get(baseline, entries))
+        size = case.largest(entries, baseline)
         theirs, ours = (results.median(suite, case, each, size) for each in (baseline, suite.ours))
         if theirs is None or ours is None:
             raise ValueError(f"{case.title} was not measured at {size:,} entries")
@@ -170,6 +168,13 @@ def _machine_list(machine: dict[str, str]) -> str:
 
 
 def _section(results: Results, suite: Suite[Any], entries: int) -> str:
+    # A container that was not measured at this size has no column.
+    present = {each.subject for each in results.measurements if (each.suite, each.entries) == (suite.name, entries)}
+    suite = replace(
+        suite,
+        subjects=tuple(subject for subject in suite.subjects if subject in present),
+        baselines=tuple(baseline for baseline in suite.baselines if baseline in present),
+    )
     rows = [row for case in suite.cases if (row := _row(results, suite, case, entries))]
     if not rows:
         return ""
@@ -233,6 +238,9 @@ def _yes(met: bool) -> str:
     return "yes" if met else "**no**"
 
 
-def _notes(suite: Suite[Any]) -> str:
-    notes = [f"- {case.title}: {case.note}" for case in suite.cases if case.note]
+def _notes(results: Results, suite: Suite[Any]) -> str:
+    measured = {each.case for each in results.measurements if each.suite == suite.name}
+    notes = [f"- {case.title}: {case.note}" for case in suite.cases if case.note and case.title in measured]
+    if not notes:
+        return ""
     return "\n".join(["## Notes", "", *notes])

@@ -17,6 +17,7 @@ from typing import Any
 import cases_copy
 import cases_index_map
 import cases_parameter_dict
+import cases_transfer
 import plot
 from machine import describe
 from measure import Measurement, Suite, measure
@@ -25,7 +26,12 @@ from report import Results, readme_block, report, summary, verdicts, write_readm
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 README = HERE.parent / "README.md"
-SUITES: tuple[Suite[Any], ...] = (cases_parameter_dict.SUITE, cases_index_map.SUITE, cases_copy.SUITE)
+SUITES: tuple[Suite[Any], ...] = (
+    cases_parameter_dict.SUITE,
+    cases_transfer.SUITE,
+    cases_index_map.SUITE,
+    cases_copy.SUITE,
+)
 SIZES = (10_000, 100_000, 1_000_000)
 QUICK_SIZES = (1_000,)
 REPEATS = 5
@@ -110,15 +116,16 @@ def _write(results: Results, folder: Path) -> None:
     for suite in SUITES:
         if results.has(suite):
             (folder / f"{suite.name}.md").write_text(report(results, suite), encoding="utf-8")
-    suite = cases_parameter_dict.SUITE
-    if results.has(suite):
-        plot.draw(results, suite, folder / f"{suite.name}.png")
+            if suite.name in plot.PICTURES:
+                plot.draw(results, suite, folder / f"{suite.name}.png")
 
 
 def _publish(results: Results) -> None:
     _write(results, RESULTS)
-    if not write_readme(README, readme_block(results, cases_parameter_dict.SUITE)):
-        print(f"{README.name} has no place for the short table")
+    for suite in SUITES:
+        marker = suite.readme_marker
+        if marker and not write_readme(README, marker, readme_block(results, suite)):
+            print(f"{README.name} has no place for the short table of {suite.title}")
 
 
 if __name__ == "__main__":
