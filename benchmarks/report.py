@@ -170,14 +170,14 @@ def _machine_list(machine: dict[str, str]) -> str:
 def _section(results: Results, suite: Suite[Any], entries: int) -> str:
     # A container that was not measured at this size has no column.
     present = {each.subject for each in results.measurements if (each.suite, each.entries) == (suite.name, entries)}
+    if suite.ours not in present:
+        return ""
     suite = replace(
         suite,
         subjects=tuple(subject for subject in suite.subjects if subject in present),
         baselines=tuple(baseline for baseline in suite.baselines if baseline in present),
     )
     rows = [row for case in suite.cases if (row := _row(results, suite, case, entries))]
-    if not rows:
-        return ""
     return f"## {entries:,} entries\n\n" + table(_head(suite, _grows(results, suite, entries)), rows)
 
 

@@ -1,4 +1,4 @@
-"""Measure pdrs beside torch, dict and OrderedDict, and write tables, a picture and the README's short table.
+"""Measure pdrs beside torch, dict and OrderedDict, and write tables, pictures and the README's short tables.
 
 ``python benchmarks/run.py`` takes some minutes. Only a run of everything at the usual sizes replaces what is in
 ``benchmarks/results`` and in the README; any other run prints its tables, and writes them if told where.
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> None:
         _publish(Results.load(RESULTS / "results.json"))
         return
     results = _measure(options)
-    complete = options.sizes == SIZES and not options.only
+    complete = options.sizes == SIZES and not options.only and not options.suite
     for suite in SUITES:
         if results.has(suite):
             print(report(results, suite))
@@ -63,6 +63,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "--repeats", type=_positive, default=REPEATS, help="the most runs of each case (default: %(default)s)"
     )
     parser.add_argument("--quick", action="store_true", help="one run at 1,000 entries, to see that everything works")
+    parser.add_argument("--suite", choices=[suite.name for suite in SUITES], help="only this table")
     parser.add_argument("--only", metavar="PATTERN", default="", help="only cases whose title matches, as a regex")
     parser.add_argument("--output", metavar="FOLDER", type=Path, help="write tables and figures there instead")
     parser.add_argument("--report", action="store_true", help="measure nothing; write the last results out again")
@@ -88,6 +89,8 @@ def _measure(options: argparse.Namespace) -> Results:
     # The collector would run at any time, in whosever turn it was.
     gc.disable()
     for suite in SUITES:
+        if options.suite not in (None, suite.name):
+            continue
         for of_case in measure(suite, options.sizes, options.repeats, pattern):
             measured += of_case
     if not measured:
@@ -105,6 +108,8 @@ def _command(options: argparse.Namespace) -> str:
             words.append(f"--sizes {','.join(map(str, options.sizes))}")
         if options.repeats != REPEATS:
             words.append(f"--repeats {options.repeats}")
+    if options.suite:
+        words.append(f"--suite {options.suite}")
     if options.only:
         words.append(f"--only {shlex.quote(options.only)}")
     return " ".join(words)
