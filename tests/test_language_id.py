@@ -1,12 +1,13 @@
 """The example must learn, answer and keep what it learnt.
 
 The bugs that this hunts: rows that belong to other names, held-out words that were trained on, a saved model that
-answers otherwise than the one that was trained.
+answers otherwise than the one that was trained, a move that changes what was learnt.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -38,6 +39,7 @@ def test_it_learns_saves_loads_and_answers(
     accuracy = example.main([*SMALL, "--save", str(saved), "--word", "Mountain", "--word", "#"])
     assert accuracy > 0.1, "the majority guess is right for one word in forty"
     printed = capsys.readouterr()
+    assert re.search(r"moved to float64 and back in \d+\.\d{3} s, by torch's class in \d+\.\d{3} s", printed.out)
     assert "mountain: " in printed.out
     assert "#: none of its n-grams is known" in printed.out
     assert printed.err == "", "a progress bar in a pipe"
@@ -60,6 +62,17 @@ def test_each_ngram_owns_a_named_parameter(example: ModuleType) -> None:
     scores[:, 1].sum().backward()
     assert model.weights["ab"].grad.tolist() == [0, 2, 0]
     assert model.weights["to"].grad is None
+
+
+def test_timing_a_move_leaves_the_weights_as_they_were(example: ModuleType) -> None:
+    weights = pdrs.ParameterDict(zip(["to", "a.", "<b"], torch.randn(3, 4), strict=True))
+    before = {name: (weight, weight.detach().clone()) for name, weight in weights.items()}
+    example.time_to_move(weights)
+    assert list(weights) == list(before)
+    for name, (weight, value) in before.items():
+        assert weights[name] is weight
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, value)
 
 
 def test_no_word_is_both_trained_on_and_held_out(example: ModuleType) -> None:
