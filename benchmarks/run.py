@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import cases_copy
 import cases_index_map
 import cases_parameter_dict
 import cases_transfer
@@ -30,7 +29,6 @@ SUITES: tuple[Suite[Any], ...] = (
     cases_parameter_dict.SUITE,
     cases_transfer.SUITE,
     cases_index_map.SUITE,
-    cases_copy.SUITE,
 )
 SIZES = (10_000, 100_000, 1_000_000)
 QUICK_SIZES = (1_000,)
