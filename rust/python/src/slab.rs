@@ -313,13 +313,11 @@ struct Memories {
 }
 
 impl Memory {
-    /// The memory that an address lies in, if it is the memory of a slab.
-    fn around(address: usize) -> Option<Arc<Self>> {
+    /// The memory that an address may lie in: that of the slab that begins there or most closely before.
+    fn before(address: usize) -> Option<Arc<Self>> {
         let memories = MEMORIES.lock().unwrap_or_else(PoisonError::into_inner);
-        let memory = memories.by_address.range(..=address).next_back().and_then(|(_, memory)| memory.upgrade());
-        // Should this be the last reference by now, then Python code may run when it goes.
-        drop(memories);
-        memory.filter(|memory| ((address - memory.pointer) as u64) < memory.bytes)
+        // The caller lets it go without the lock: should it be the last reference by then, Python code may run.
+        memories.by_address.range(..=address).next_back().and_then(|(_, memory)| memory.upgrade())
     }
 }
 
@@ -342,7 +340,7 @@ pub(crate) fn flat<'py>(
     let inside = |pointer: usize, size: u64| {
         base.checked_sub(pointer).map(|start| start as u64).filter(|start| start + bytes <= size)
     };
-    if let Some(memory) = Memory::around(base)
+    if let Some(memory) = Memory::before(base)
         && let Some(start) = inside(memory.pointer, memory.bytes)
         && memory.dtype == dtype
         && memory.device == device
