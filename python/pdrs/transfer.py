@@ -266,7 +266,7 @@ def _move(modules: list[Module], move: Move) -> None:
     gradients: list[Tensor] = []
     for module in modules:
         collect_parameters(module._parameters, parameters, gradients)
-    places, odd_places = _buffer_places(modules, parameters)
+    places, odd_places, twins = _buffer_places(modules, parameters)
     with torch.no_grad():
         # Gradients get slabs of their own, whose memory goes when the gradients are set to None.
         of_parameters = _prepare(parameters, move)
@@ -299,6 +299,8 @@ def _move(modules: list[Module], move: Move) -> None:
         raise
     for place, buffer in new_buffers:
         place.set(buffer)
+    for place in twins:
+        place.set(move.function(place.get()))
 
 
 def _is_nothing(modules: list[Module], move: Move) -> bool:
@@ -316,8 +318,12 @@ def _is_nothing(modules: list[Module], move: Move) -> bool:
     return True
 
 
-def _buffer_places(modules: list[Module], parameters: list[Tensor]) -> tuple[list[_Place], list[_Place]]:
-    """Return where buffers are, and where those are that are Parameters or require gradients."""
+def _buffer_places(modules: list[Module], parameters: list[Tensor]) -> tuple[list[_Place], list[_Place], list[_Place]]:
+    """Return where buffers are; where those that are Parameters or require gradients; and where twins are.
+
+    A twin is a Parameter of these modules that is registered as a buffer, too. When it has moved as a Parameter it is
+    mostly there already, and stays the same object.
+    """
     usual: list[_Place] = []
     odd: list[_Place] = []
     for module in modules:
@@ -325,11 +331,9 @@ def _buffer_places(modules: list[Module], parameters: list[Tensor]) -> tuple[lis
             if buffer is not None:
                 is_odd = isinstance(buffer, Parameter) or buffer.requires_grad
                 (odd if is_odd else usual).append(_Place(module, name))
-    if odd:
-        # What is a Parameter of the modules besides is moved as such, and stays the same object.
-        moved = set(map(id, parameters))
-        odd = [place for place in odd if id(place.get()) not in moved]
-    return usual, odd
+    ids = set(map(id, parameters)) if odd else set()
+    twins = [place for place in odd if id(place.get()) in ids]
+    return usual, [place for place in odd if id(place.get()) not in ids], twins
 
 
 def _prepare(tensors: list[Tensor], move: Move) -> _Prepared:
@@ -361,10 +365,10 @@ def _prepare_in_place(
     if move.method == "pin_memory":
         waiting = [index for index in group.indices.tolist() if not tensors[index].is_pinned()]
     else:
-        waiting = [index for index in group.indices.tolist() if not tensors[index].is_shared()]
-        # torch shares whole storages. Another tensor of the storage, wherever it is, must go on seeing the same memory.
-        left += [index for index in waiting if not _owns_storage(tensors[index])]
-        waiting = [index for index in waiting if _owns_storage(tensors[index])]
+        waiting = []
+        for index in group.indices.tolist():
+            if not tensors[index].is_shared():
+                (waiting if _is_all_of_its_storage(tensors[index]) else left).append(index)
     if not waiting:
         return []
     (group,), _ = group_tensors([tensors[index] for index in waiting])
@@ -376,10 +380,11 @@ def _prepare_in_place(
     return [(group, slab)]
 
 
-def _owns_storage(tensor: Tensor) -> bool:
-    """Whether a tensor is the only one of its storage."""
-    # The other user is the Python object that is asked for.
-    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) == 2
+def _is_all_of_its_storage(tensor: Tensor) -> bool:
+    """Whether nothing else lies in the storage of a tensor, and no other tensor: torch shares whole storages."""
+    storage = tensor.untyped_storage()
+    # The second user is the Python object that was asked for.
+    return storage.nbytes() == tensor.nbytes and torch._C._storage_Use_Count(storage._cdata) == 2
 
 
 def _moved(group: TensorGroup, tensors: list[Tensor], move: Move) -> Tensor | None:
