@@ -11,6 +11,7 @@ import multiprocessing
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.two_tensor import TwoTensor
@@ -589,14 +590,12 @@ def test_a_move_in_inference_mode_does_what_torch_does() -> None:
     assert_same(with_nones_and_buffers, act)
 
 
-def test_a_move_under_a_fake_mode_makes_no_real_tensors() -> None:
-    # Not beside torch's class, which cannot swap the first fake tensor of a process.
+def test_a_move_under_a_fake_mode_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "_move", lambda *_: pytest.fail("it was not"))
     with FakeTensorMode():
         pd = with_gradients(pdrs.ParameterDict)
-        pd.double()
-        for _, tensor in tensors_of(pd):
-            assert isinstance(tensor, FakeTensor)
-            assert tensor.dtype == torch.float64
+        with suppress(RuntimeError):  # torch cannot swap the first fake tensors of a process.
+            pd.double()
 
 
 class Counts(TorchDispatchMode):

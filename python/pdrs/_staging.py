@@ -182,8 +182,8 @@ def download(group: TensorGroup, source: Tensor | list[Tensor], slab: Tensor) ->
     group
         Tensors on a CUDA device.
     source
-        The slab that they lie in. Or a list of them all, if they lie here and there: contiguous ones. Then each takes a
-        copy of its own, but a whole block of them is waited for at once.
+        The slab that they lie in. Or, if they lie here and there, a list of them all, flat. Then each takes a copy of
+        its own, but a whole block of them is waited for at once.
     slab
         Flat, on the CPU.
     """
@@ -259,8 +259,8 @@ def _pieces(
         yield from ((start, stop, [(start, source[start:stop])]) for start, stop in cuts)
         return
     # By place, for a tensor that is listed twice has one.
-    tensors = {offset: tensor for offset, tensor in zip(group.offsets.tolist(), source, strict=True) if tensor.numel()}
-    waiting = deque((offset, tensor.detach().view(-1)) for offset, tensor in tensors.items())
+    tensors = {offset: tensor for offset, tensor in zip(group.offsets.tolist(), source, strict=True) if len(tensor)}
+    waiting = deque(tensors.items())
     for start, stop in cuts:
         pieces = []
         while waiting and waiting[0][0] < stop:

@@ -453,16 +453,30 @@ def _convert(group: TensorGroup, slab: Tensor) -> None:
 
 def _downloaded(group: TensorGroup, tensors: list[Tensor], dtype: torch.dtype, move: Move) -> Tensor | None:
     source = group.slab()
-    loose = [tensors[index] for index in group.indices] if source is None else []
-    if not all(tensor.is_contiguous() for tensor in loose):
+    loose = [_flat(tensors[index]) for index in group.indices] if source is None else []
+    dense = [tensor for tensor in loose if tensor is not None]
+    if len(dense) < len(loose):
         return None
     later = move.non_blocking and source is not None and dtype == group.dtype
     slab = _allocate(group, dtype, torch.device("cpu"), pinned=later)
     if later and source is not None:
         _staging.download_later(source, slab)
     else:
-        _staging.download(group, loose if source is None else source, slab)
+        _staging.download(group, dense if source is None else source, slab)
     return slab
+
+
+def _flat(tensor: Tensor) -> Tensor | None:
+    """Return what a tensor holds as it lies in memory, if that has no gaps."""
+    tensor = tensor.detach()
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    length = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride != length:
+            return None
+        length *= size
+    return tensor.as_strided((length,), (1,))
 
 
 def _is_there(group: TensorGroup, move: Move) -> bool:
