@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import pickle
 import re
 from enum import Enum
@@ -318,3 +319,49 @@ def test_difference_repr_of_many_entries_shows_both_ends() -> None:
     theirs, ours = repr(nn.ParameterDict(pairs)).split("\n"), repr(pdrs.ParameterDict(pairs)).split("\n")
     assert len(theirs) == 103
     assert ours == [*theirs[:11], "    ... 81 more ...", *theirs[-11:]]
+
+
+def test_difference_moved_entries_lie_in_one_block() -> None:
+    spans = []
+    for kind in (nn.ParameterDict, pdrs.ParameterDict):
+        pd = kind([(f"n{at}", torch.zeros(16)) for at in range(100)]).double()
+        addresses = sorted(value.data_ptr() for value in pd.values())
+        spans.append([two - one for one, two in itertools.pairwise(addresses)])
+    assert spans[0] != spans[1] == [128] * 99
+
+
+def test_difference_a_move_that_fails_changes_nothing() -> None:
+    for kind, dtype in ((nn.ParameterDict, torch.float64), (pdrs.ParameterDict, torch.float32)):
+        pd = kind({"a": ones()})
+        pd["z"] = Parameter(torch.zeros(2, device="meta"))
+        with pytest.raises(NotImplementedError, match="no data"):
+            pd.to("cpu", torch.float64)
+        assert pd["a"].dtype == dtype
+
+
+def test_difference_a_buffer_under_two_names_stays_one() -> None:
+    for kind in (nn.ParameterDict, pdrs.ParameterDict):
+        pd, buffer = kind(), torch.ones(2)
+        pd.register_buffer("one", buffer)
+        pd.register_buffer("two", buffer)
+        pd.double()
+        assert (pd.one is pd.two) == (kind is pdrs.ParameterDict)
+        assert pd.one.dtype == pd.two.dtype == torch.float64
+
+
+def test_difference_share_memory_makes_one_file() -> None:
+    for kind, files in ((nn.ParameterDict, 10), (pdrs.ParameterDict, 1)):
+        pd = kind([(f"n{at}", torch.zeros(2)) for at in range(10)]).share_memory()
+        assert all(value.is_shared() for value in pd.values())
+        assert len({value.untyped_storage().data_ptr() for value in pd.values()}) == files
+
+
+def test_difference_there_is_pin_memory() -> None:
+    # What it does is in test_transfer_cuda.py.
+    assert not hasattr(nn.ParameterDict(), "pin_memory")
+    pd = pdrs.ParameterDict()
+    if torch.cuda.is_available():
+        assert pd.pin_memory() is pd
+    else:
+        with pytest.raises(RuntimeError, match="expected a CUDA device"):
+            pd.pin_memory()

@@ -112,7 +112,7 @@ def test_all_entries_come_and_go_with_their_values(staging: tuple[int, int], lat
 
 
 @pytest.mark.parametrize("non_blocking", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.complex64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.complex128])
 @pytest.mark.filterwarnings("ignore:Complex modules", "ignore:Casting complex values")
 def test_dtype_and_device_change_at_once(dtype: torch.dtype, non_blocking: bool, late: Control) -> None:
     pdrs.set_staging(block_bytes=1024, blocks=2)
@@ -451,24 +451,21 @@ def test_too_little_memory_half_way_leaves_all_as_it_was(nth: int, target: str, 
     assert devices_of(pd) == {target}
 
 
-@pytest.mark.parametrize("non_blocking", [False, True])
-@pytest.mark.parametrize("nth", [1, 2, 5])
-@pytest.mark.parametrize("direction", ["up", "down", "loose"])
-def test_a_copy_that_fails_leaves_all_as_it_was(
-    direction: str, nth: int, non_blocking: bool, fake_cuda: Control
-) -> None:
+@pytest.mark.parametrize("nth", [1, 4])
+@pytest.mark.parametrize("direction", ["up", "up later", "down", "loose"])
+def test_a_copy_that_fails_leaves_all_as_it_was(direction: str, nth: int, fake_cuda: Control) -> None:
     pdrs.set_staging(block_bytes=4096, blocks=2)
     pd = numbered(1000)
     if direction == "down":
         pd.cuda()
-        non_blocking = False  # It would take one copy only.
+    target = "cuda" if direction.startswith("up") else "cpu"
     if direction == "loose":
         pd = PD([(name, value.detach().cuda()) for name, value in pd.items()])
     with unchanged(pd):
         fake_cuda.fail("copy", nth=nth, error="cudaErrorInvalidValue")
         with pytest.raises(RuntimeError, match="invalid argument"):
-            pd.to("cuda" if direction == "up" else "cpu", non_blocking=non_blocking)
-    pd.to("cuda" if direction == "up" else "cpu", non_blocking=non_blocking)
+            pd.to(target, non_blocking=direction == "up later")
+    pd.to(target)
     assert torch.equal(torch.stack([value.detach().cpu() for value in pd.values()]).flatten(), torch.arange(5000.0))
 
 
@@ -484,41 +481,19 @@ def test_a_failed_download_takes_no_block_with_a_copy_under_way(fake_cuda: Contr
         assert torch.equal(torch.stack([value.cpu() for value in each.values()]).flatten(), torch.arange(5000.0))
 
 
-BROKEN = """
-import torch, pdrs
-from fake_cuda.control import Control
-runtime = Control()
-pdrs.set_staging(block_bytes=4096, blocks=2)
-pd = pdrs.ParameterDict([(f"n{at}", torch.full((5,), float(at))) for at in range(1000)])
-direction = "cpu" if DOWN else "cuda"
-if DOWN:
-    pd.cuda()
-runtime.fail("copy", nth=3, late=True)
-try:
-    pd.to(direction)
-except RuntimeError as error:
-    assert "illegal memory access" in str(error), error
-    assert {value.device.type for value in pd.values()} == {"cuda" if DOWN else "cpu"}
-    if not DOWN:
-        assert all(value.eq(at).all() for at, value in enumerate(pd.values()))
-    print("raised")
-"""
-
-
-@pytest.mark.parametrize("down", [False, True])
-def test_a_late_error_is_raised_by_the_move_that_waits_for_it(down: bool, fake_cuda: Control) -> None:
-    from fake_cuda.run import run_python
-
-    done = run_python("-c", BROKEN.replace("DOWN", str(down)), variables={"PYTHONPATH": pythonpath()})
-    assert "raised" in done.stdout, done.stderr
-
-
-def pythonpath() -> str:
-    """Give the paths of this process to another one."""
-    import os
-    import sys
-
-    return os.pathsep.join(filter(None, sys.path))
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_a_late_error_is_raised_by_the_move_that_waits_for_it(direction: str, fake_cuda: Control) -> None:
+    pdrs.set_staging(block_bytes=4096, blocks=2)
+    pd = numbered(1000)
+    if direction == "down":
+        pd.cuda()
+    objects = [(id(each), each.data_ptr(), each.device) for each in pd.parameters()]
+    fake_cuda.fail("copy", nth=3, late=True)
+    with pytest.raises(RuntimeError, match="an illegal memory access"):
+        pd.to("cuda" if direction == "up" else "cpu")
+    assert [(id(each), each.data_ptr(), each.device) for each in pd.parameters()] == objects
+    fake_cuda.reset()
+    assert torch.equal(torch.stack([value.detach().cpu() for value in pd.values()]).flatten(), torch.arange(5000.0))
 
 
 @pytest.mark.parametrize("direction", ["up", "down"])
@@ -651,12 +626,13 @@ TRAVELS: dict[str, Travel] = {
 
 
 @pytest.mark.parametrize("travel", TRAVELS)
-def test_a_model_that_travels_while_it_trains_learns_what_torchs_class_learns(travel: str, late: Control) -> None:
+def test_a_model_that_travels_while_it_trains_learns_what_torchs_class_learns(travel: str, fake_cuda: Control) -> None:
+    fake_cuda.set_schedule("on_demand")
     results = []
     for kind in (nn.ParameterDict, PD):
         model = Model(kind)
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-        for step in range(6):
+        for step in range(4):
             torch.manual_seed(step)
             optimizer.zero_grad()
             model(torch.randn(8, 4)).square().sum().backward()
