@@ -365,3 +365,16 @@ def test_difference_there_is_pin_memory() -> None:
     else:
         with pytest.raises(RuntimeError, match="expected a CUDA device"):
             pd.pin_memory()
+
+
+def test_difference_memory_shared_with_a_tensor_that_is_no_entry_is_not_shared_after_loading() -> None:
+    for kind, shared in ((nn.ParameterDict, True), (pdrs.ParameterDict, False)):
+        pd = kind({"x": torch.zeros(4), "y": torch.zeros(4)})
+        pd.register_buffer("alias", pd["x"].data)
+        file = io.BytesIO()
+        torch.save(pd, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=False)
+        loaded.alias.fill_(1)
+        assert (loaded["x"].sum() == 4) == shared
+        assert loaded["y"].sum() == 0

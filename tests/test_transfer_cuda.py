@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 import torch
-from fake_cuda.control import Control
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 import pdrs
+from fake_cuda.control import Control
 from pdrs import _staging
 
 pytestmark = pytest.mark.cuda(devices=2)

@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 import torch
-from fake_cuda.control import Control
 from torch import Tensor
 
 import pdrs
+from fake_cuda.control import Control
 from pdrs import parameter_dict, transfer
 
 pytestmark = pytest.mark.cuda(devices=2)

@@ -21,6 +21,9 @@ __all__ = [
     "in_step",
     "insert_all",
     "kinds_of_parameters",
+    "load_matching",
+    "not_copied_yet",
+    "place_copies",
     "pop_end",
     "pop_entry",
     "prepare",
@@ -29,6 +32,7 @@ __all__ = [
     "set_entry",
     "slab_views",
     "take_over",
+    "unexpected_keys",
     "unzip",
     "use_native_slots",
 ]
@@ -386,6 +390,13 @@ def group_tensors(
 def in_step(index: IndexMap, parameters: dict[str, Any]) -> bool: ...
 def insert_all(index: IndexMap, parameters: dict[str, Any], names: list[str], values: list[Any]) -> None: ...
 def kinds_of_parameters(parameters: dict[str, Any]) -> list[Tensor] | None: ...
+def load_matching(
+    parameters: dict[str, Any], state: dict[str, Any], prefix: str, largest: int, whole: bool
+) -> tuple[list[str], int]: ...
+def not_copied_yet(parameters: dict[str, Any], memo: dict[int, Any]) -> list[Any]: ...
+def place_copies(
+    target: dict[str, Any], parameters: dict[str, Any], originals: list[Any], copies: list[Any], memo: dict[int, Any]
+) -> list[str]: ...
 def pop_end(index: IndexMap, parameters: dict[str, Any], last: bool) -> tuple[str, Any] | None: ...
 def pop_entry(index: IndexMap, parameters: dict[str, Any], key: str) -> Any | None: ...
 def prepare(names: list[Any], values: list[Any], parameter: type[Parameter], tensor: type[Tensor]) -> list[int]: ...
@@ -432,5 +443,12 @@ def slab_views(
     """
 
 def take_over(index: IndexMap, parameters: dict[str, Any], source: dict[str, Any]) -> None: ...
+def unexpected_keys(
+    state: Iterable[str],
+    prefix: str,
+    local: tuple[dict[str, Any], dict[str, Any]],
+    modules: Mapping[str, Any],
+    extra_state: str,
+) -> list[str]: ...
 def unzip(pairs: list[Any]) -> tuple[list[Any], list[Any]] | None: ...
 def use_native_slots(class_: type[Module]) -> None: ...

@@ -13,6 +13,7 @@ mod name;
 mod slab;
 mod slots;
 mod stable_abi;
+mod state;
 mod sweep;
 mod tensor;
 
@@ -35,6 +36,8 @@ mod _core {
     use super::index_map::{IndexMap, NameIterator};
     #[pymodule_export]
     use super::slots::use_native_slots;
+    #[pymodule_export]
+    use super::state::{load_matching, not_copied_yet, place_copies, unexpected_keys};
     #[pymodule_export]
     use super::sweep::{collect_parameters, kinds_of_parameters};
 

@@ -1,0 +1,383 @@
+"""How ``pdrs.ParameterDict`` is copied deeply and pickled: small values as one block, not as a million small tensors.
+
+Everything else goes the way that it goes in torch's class, by ``__reduce_ex__``. A deep copy finds the copies of the
+Parameters in its memo, where they have been entered before the rest is copied. A pickle has each Parameter as an object
+of its own, so that it stays one object however often the pickled objects refer to it; but what is written for it is
+just a number: its place in a list that is made of the block as a whole.
+"""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+import math
+import operator
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any, SupportsIndex
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import Parameter
+
+from pdrs._core import (
+    TensorGroup,
+    group_tensors,
+    not_copied_yet,
+    place_copies,
+    slab_views,
+)
+from pdrs._state import LARGEST, is_intercepted
+
+if TYPE_CHECKING:
+    from pdrs.parameter_dict import ParameterDict
+
+_Reduced = tuple[Any, ...]
+
+
+def reduce(reduced: Any, parameters: dict[str, Any]) -> Any:
+    """Give what ``__reduce_ex__`` gave, but for the Parameters: they go as blocks, if they are pickled."""
+    state = _state_of(reduced)
+    if state is None or state.get("_parameters") is not parameters or type(parameters) is not dict:
+        return reduced
+    return (*reduced[:2], {**state, "_parameters": _Packed(parameters)}, *reduced[3:])
+
+
+def shallow_copy(module: ParameterDict) -> Any:
+    """Do what ``copy.copy`` does with torch's class."""
+    return copy.copy(_Unpickled(_unpacked(module.__reduce_ex__(4))[0]))
+
+
+def deep_copy(module: ParameterDict, memo: dict[int, Any]) -> Any:
+    """Do what ``copy.deepcopy`` does with torch's class."""
+    reduced, parameters = _unpacked(module.__reduce_ex__(4))
+    make = reduced[0]
+
+    def make_and_copy_parameters(*arguments: Any) -> Any:
+        # Before anything is copied that may refer to the module.
+        memo[id(module)] = made = make(*arguments)
+        if parameters is not None and id(parameters) not in memo:
+            _copy_parameters(parameters, memo)
+        return made
+
+    stand_in = _Unpickled((make_and_copy_parameters, *reduced[1:]))
+    try:
+        return copy.deepcopy(stand_in, memo)
+    finally:
+        # The memo keeps it, and the function keeps the memo: without this, all would stay until a garbage collection.
+        del stand_in._reduced
+
+
+class _Unpickled:
+    """Something that the module ``copy`` makes a copy of by what ``__reduce_ex__`` of something else gave."""
+
+    def __init__(self, reduced: _Reduced) -> None:
+        self._reduced = reduced
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> _Reduced:
+        return self._reduced
+
+
+class _Packed:
+    """A dict of Parameters in the state of a module that may be on its way to a pickle, where it becomes a dict."""
+
+    def __init__(self, parameters: dict[str, Any]) -> None:
+        self.parameters = parameters
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> _Reduced:
+        return dict, (), None, None, _pickled_items(self.parameters)
+
+
+def _state_of(reduced: Any) -> dict[str, Any] | None:
+    if type(reduced) is tuple and len(reduced) > 2 and type(reduced[2]) is dict:
+        return reduced[2]
+    return None
+
+
+def _unpacked(reduced: Any) -> tuple[_Reduced, dict[str, Any] | None]:
+    """Give what :func:`reduce` was given, and the Parameters, if they are in it."""
+    state = _state_of(reduced)
+    if state is None or type(state.get("_parameters")) is not _Packed:
+        return reduced, None
+    parameters = state["_parameters"].parameters
+    return (*reduced[:2], {**state, "_parameters": parameters}, *reduced[3:]), parameters
+
+
+# -- deep copies -------------------------------------------------------------------------------------------------------
+
+
+def _copy_parameters(parameters: dict[str, Any], memo: dict[int, Any]) -> None:
+    # The keys and their order; the values are replaced.
+    copied = parameters.copy()
+    memo[id(parameters)] = copied
+    if type(memo) is dict and not is_intercepted() and not torch.is_inference_mode_enabled():
+        originals, groups = _groups_of_small(not_copied_yet(parameters, memo))
+        # As `deepcopy` does, so that no `id` in the memo becomes that of something else.
+        memo.setdefault(id(memo), []).append(originals)
+        copies: list[Any] = [None] * len(originals)
+        while groups:
+            # Each goes before the memo grows: it takes as much memory.
+            group = groups.pop()
+            views = group.views(_gathered(group))
+            if len(views) == len(copies):
+                copies = views
+            else:
+                for at, view in zip(group.indices.tolist(), views, strict=True):
+                    copies[at] = view
+            del group, views
+        left = place_copies(copied, parameters, originals, copies, memo)
+    else:
+        left = list(parameters)
+    for name in left:
+        copied[name] = copy.deepcopy(parameters[name], memo)
+
+
+def _gathered(group: TensorGroup) -> Tensor:
+    slab = torch.empty(group.length, dtype=group.dtype, device="cpu")
+    group.gather(slab)
+    return slab
+
+
+def _groups_of_small(tensors: list[Any]) -> tuple[list[Any], list[TensorGroup]]:
+    """Group the tensors on the CPU, but not those that are better copied by themselves.
+
+    Gives the list that the groups refer to, too: the same, or, in the same order, a part.
+    """
+    groups = _groups_on_cpu(tensors)
+    if not any(_has_large(group) for group in groups):
+        return tensors, groups
+    grouped = sorted(at for group in groups for at in group.indices.tolist())
+    small = [tensors[at] for at in grouped if tensors[at].nbytes <= LARGEST]
+    return small, _groups_on_cpu(small)
+
+
+def _groups_on_cpu(tensors: list[Any]) -> list[TensorGroup]:
+    groups, _ = group_tensors(tensors)
+    return [group for group in groups if group.device.type == "cpu"]
+
+
+def _has_large(group: TensorGroup) -> bool:
+    if group.nbytes <= LARGEST:
+        return False
+    begins = group.offsets
+    sizes = np.diff(begins, append=group.length)
+    if (sizes < 0).any():  # A tensor that is listed twice has its first place.
+        sizes = np.diff(np.sort(begins), append=group.length)
+    return bool((sizes > LARGEST // group.dtype.itemsize).any())
+
+
+# -- pickles -----------------------------------------------------------------------------------------------------------
+
+
+class _Block:
+    """Parameters of one group on their way to a pickle, in which they become a list of Parameters over one tensor."""
+
+    def __init__(self, group: TensorGroup, parameters: list[Parameter]) -> None:
+        self._group = group
+        self._parameters = parameters
+
+    def __reduce__(self) -> _Reduced:
+        # The values are put together only now: a pickler may have ways of its own to pickle Parameters, as that of
+        # multiprocessing has, which puts each into shared memory.
+        shapes: dict[tuple[int, ...], int] = {}
+        numbers = [shapes.setdefault(tuple(each.shape), len(shapes)) for each in self._parameters]
+        trainable = [each.requires_grad for each in self._parameters]
+        return unpack, (
+            _gathered(self._group),
+            self._group.offsets.astype("<i8").tobytes(),
+            np.array(numbers, "<u4").tobytes(),
+            list(shapes),
+            np.array(trainable, "?").tobytes(),
+        )
+
+
+def unpack(
+    values: Tensor, offsets: bytes, shape_numbers: bytes, shapes: list[tuple[int, ...]], trainable: bytes
+) -> list[Parameter]:
+    """Make Parameters over one tensor. Pickles call this by its name, so it must keep its name and its arguments.
+
+    Parameters
+    ----------
+    values
+        The values of all, one-dimensional.
+    offsets
+        int64, little endian: where in ``values`` each Parameter begins.
+    shape_numbers
+        uint32, little endian: the number in ``shapes`` of the shape of each Parameter.
+    shapes
+        The different shapes.
+    trainable
+        A byte for each Parameter: 1 if it requires gradients, 0 if not.
+
+    Raises
+    ------
+    UnpicklingError
+        If these do not fit together.
+    """
+    begins, numbers, flags = _checked(values, offsets, shape_numbers, shapes, trainable)
+    if values.device.type == "cpu" and not is_intercepted() and not torch.is_inference_mode_enabled():
+        make = _make_natively
+    else:
+        # Loaded to another device, to the meta device as well, or as fake tensors.
+        make = _make_by_torch
+    made: list[Any] = [None] * len(begins)
+    for flag in (False, True):
+        those = np.flatnonzero(flags == flag)
+        if not those.size:
+            continue
+        views = make(values, begins[those], [shapes[number] for number in numbers[those].tolist()], flag)
+        for at, view in zip(those.tolist(), views, strict=True):
+            made[at] = view
+    return made
+
+
+def _make_natively(
+    values: Tensor, begins: NDArray[np.int64], shapes: list[tuple[int, ...]], trainable: bool
+) -> list[Any]:
+    try:
+        return slab_views(values.detach(), begins, shapes, requires_grad=trainable)
+    except ValueError as error:
+        raise UnpicklingError(f"a block of Parameters cannot be used: {error}") from error
+
+
+def _make_by_torch(
+    values: Tensor, begins: NDArray[np.int64], shapes: list[tuple[int, ...]], trainable: bool
+) -> list[Any]:
+    values = values.detach()
+    made = []
+    for begin, shape in zip(begins.tolist(), shapes, strict=True):
+        view = values[begin : begin + math.prod(shape)].view(shape)
+        made.append(Parameter(view, requires_grad=trainable))
+    return made
+
+
+def _checked(
+    values: Any, offsets: Any, shape_numbers: Any, shapes: Any, trainable: Any
+) -> tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.bool_]]:
+    # A pickle may be damaged, or made to do harm.
+    if not (
+        isinstance(values, Tensor)
+        and values.layout is torch.strided
+        and values.ndim == 1
+        and values.is_contiguous()
+        and all(type(each) is bytes for each in (offsets, shape_numbers, trainable))
+        and type(shapes) is list
+        and all(type(shape) is tuple and all(type(size) is int for size in shape) for shape in shapes)
+    ):
+        raise UnpicklingError("a block of Parameters is not of the types that were pickled")
+    count = len(trainable)
+    if (len(offsets), len(shape_numbers)) != (8 * count, 4 * count):
+        raise UnpicklingError(
+            f"a block of {count} Parameters has {len(offsets)} bytes of offsets and {len(shape_numbers)} of shapes"
+        )
+    begins = np.frombuffer(offsets, "<i8")
+    numbers = np.frombuffer(shape_numbers, "<u4")
+    if count and int(numbers.max()) >= len(shapes):
+        raise UnpicklingError(f"a block of Parameters has {len(shapes)} shapes, but not number {numbers.max()}")
+    for shape in shapes:
+        if not all(size > 0 for size in shape) or math.prod(shape) > values.numel():
+            raise UnpicklingError(f"a block of {values.numel()} elements has a Parameter of shape {shape}")
+    # No sum can overflow: the begin is compared first.
+    lasts = values.numel() - np.array([math.prod(shape) for shape in shapes], np.int64)[numbers]
+    if count and not ((begins >= 0) & (begins <= lasts)).all():
+        raise UnpicklingError(f"a block of {values.numel()} elements has Parameters that reach beyond it")
+    flags = np.frombuffer(trainable, np.uint8) != 0
+    if flags.any() and not (values.is_floating_point() or values.is_complex()):
+        raise UnpicklingError(f"a block of {values.dtype} has Parameters that require gradients")
+    return begins, numbers, flags
+
+
+# What is being pickled: dicts of the places of Parameters, by their `id`, which threads use for themselves.
+class _Running(threading.local):
+    def __init__(self) -> None:
+        self.places: list[dict[int, tuple[_Block, int]]] = []
+
+
+_running = _Running()
+_registered = 0
+_registering = threading.Lock()
+
+
+def _reduce_parameter(parameter: Parameter) -> Any:
+    """Reduce a Parameter to its place in the list that becomes of a block; any other as torch does."""
+    for places in _running.places:
+        place = places.pop(id(parameter), None)
+        if place is not None:
+            return operator.getitem, place
+    # What it gives does not depend on the protocol.
+    return parameter.__reduce_ex__(2)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _reducing_parameters() -> Iterator[dict[int, tuple[_Block, int]]]:
+    """Have Parameters pickled by :func:`_reduce_parameter`, by picklers that have no way of their own to do it."""
+    global _registered
+    places: dict[int, tuple[_Block, int]] = {}
+    running = _running.places
+    with _registering:
+        _registered += 1
+        copyreg.dispatch_table.setdefault(Parameter, _reduce_parameter)
+    running.append(places)
+    try:
+        yield places
+    finally:
+        # By identity; and from the list of the thread that began, whichever this is.
+        running[:] = [each for each in running if each is not places]
+        with _registering:
+            _registered -= 1
+            if not _registered and copyreg.dispatch_table.get(Parameter) is _reduce_parameter:
+                del copyreg.dispatch_table[Parameter]
+
+
+def _pickled_items(parameters: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield all entries to a pickler, which pickles each before it takes the next, or some that follow."""
+    blocks = {} if is_intercepted() else _blocks(parameters)
+    with _reducing_parameters() as places:
+        for name, value in list(parameters.items()):
+            place = blocks.get(id(value))
+            if place is not None:
+                places[id(value)] = place
+            yield name, value
+
+
+def _blocks(parameters: dict[str, Any]) -> dict[int, tuple[_Block, int]]:
+    """Put Parameters that have nothing but values into blocks. Give the places of all, by their `id`."""
+    distinct = {id(value): value for value in parameters.values() if type(value) is Parameter}
+    # torch pickles what users have set as attributes, and keeps strides, also those along sizes of 1.
+    strides: dict[torch.Size, tuple[int, ...]] = {}
+    chosen = []
+    for value in distinct.values():
+        if value.layout is torch.strided and not value.__dict__:
+            shape = value.shape
+            if shape not in strides:
+                strides[shape] = torch.empty(shape, device="meta").stride()
+            if value.stride() == strides[shape] and 0 not in shape:
+                chosen.append(value)
+    chosen, groups = _groups_of_small(chosen)
+    if any(group.overlapping for group in groups):
+        chosen, groups = _groups_of_small(_apart(chosen))
+    places = {}
+    for group in groups:
+        members = [chosen[at] for at in group.indices.tolist()]
+        block = _Block(group, members)
+        places.update({id(member): (block, number) for number, member in enumerate(members)})
+    return places
+
+
+def _apart(tensors: list[Parameter]) -> list[Parameter]:
+    """Leave out those that share memory, which `torch.save` keeps shared."""
+    apart: list[Parameter] = []
+    end, alone = 0, True
+    for tensor in sorted(tensors, key=Tensor.data_ptr):
+        begins_inside = tensor.data_ptr() < end
+        if begins_inside and alone:
+            apart.pop()
+        alone = not begins_inside
+        if alone:
+            apart.append(tensor)
+        end = max(end, tensor.data_ptr() + tensor.nbytes)
+    return apart

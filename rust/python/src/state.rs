@@ -1,0 +1,411 @@
+//! State dicts and deep copies of a `ParameterDict`, in sweeps over all entries.
+//!
+//! Loading copies straight from the tensors of a state dict into those of the entries, with the GIL released. It takes
+//! only pairs about which nothing is unusual, and leaves the others to torch. What torch does one after another can be
+//! done in any order only if no pair writes what another one reads or writes; so pairs that share memory are left to
+//! torch, too ([`in_a_crowd`]).
+#![allow(unsafe_code)] // Copies between addresses, and the C API's way to compare strings in place.
+
+use std::ops::Range;
+use std::ptr;
+
+use pdrs_core::strides::{extent, is_contiguous, is_dense, order_of};
+use pyo3::ffi;
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::types::dict::BoundDictIterator;
+use pyo3::types::{PyDict, PyIterator, PyList, PyString};
+
+use crate::tensor::{Found, Torch, prefetch};
+
+/// How many entries are looked at ahead, so that their cache misses overlap.
+const BATCH: usize = 32;
+
+/// Bytes to copy from one tensor to another.
+struct Pair {
+    /// The entry.
+    at: usize,
+    from: usize,
+    to: usize,
+    bytes: u64,
+}
+
+/// Fills Parameters from the tensors that a state dict has under their names behind `prefix`.
+///
+/// Gives the names of those that were left, in order: missing from the state dict, of more than `largest` bytes, or
+/// unusual in any way; and the number of those that were filled. Entries that are None are neither. With `whole`, either
+/// all are filled or none.
+#[pyfunction]
+pub(crate) fn load_matching<'py>(
+    parameters: &Bound<'py, PyDict>,
+    state: &Bound<'py, PyDict>,
+    prefix: &Bound<'py, PyString>,
+    largest: u64,
+    whole: bool,
+) -> PyResult<(Vec<Bound<'py, PyAny>>, usize)> {
+    let py = parameters.py();
+    let torch = Torch::get(py)?;
+    let entries: Vec<_> = parameters.iter().filter(|(_, value)| !value.is_none()).collect();
+    let mut pairs = Vec::with_capacity(entries.len());
+    // The tensors of the pairs stay alive until they have been copied.
+    let mut sources = Vec::with_capacity(entries.len());
+    // What torch will write and read for those that are left to it.
+    let mut others = Vec::new();
+    let mut keys = Keys::new(state, prefix);
+    let (mut to_dims, mut from_dims) = (Vec::new(), Vec::new());
+    let mut found = Vec::with_capacity(BATCH);
+    let mut written = Vec::with_capacity(BATCH);
+    for begin in (0..entries.len()).step_by(BATCH) {
+        let batch = &entries[begin..entries.len().min(begin + BATCH)];
+        found.clear();
+        for (name, value) in batch {
+            let source = keys.value_of(name)?;
+            for tensor in source.iter().chain([value]) {
+                if torch.is_plain(tensor) {
+                    prefetch(tensor);
+                }
+            }
+            found.push(source);
+        }
+        written.clear();
+        for (at, (source, (_, to))) in found.drain(..).zip(batch).enumerate() {
+            let Some(from) = source else {
+                continue;
+            };
+            let at = begin + at;
+            let into = Place::of(torch, to, &mut to_dims)?;
+            let out_of = Place::of(torch, &from, &mut from_dims)?;
+            if let (Place::Plain(into), Place::Plain(out_of)) = (&into, &out_of)
+                && let Some(bytes) = copied_as_bytes(into, out_of, &to_dims, &from_dims)
+                && bytes <= largest
+                // A tensor that was made in inference mode has no version, and may not be written outside.
+                && torch.check_rebindable(to, true)?.is_ok()
+            {
+                pairs.push(Pair { at, from: out_of.pointer, to: into.pointer, bytes });
+                sources.push(from);
+                written.push(to);
+            } else {
+                others.push(Stretch { addresses: into.addresses(&to_dims), at, is_written: true });
+                others.push(Stretch { addresses: out_of.addresses(&from_dims), at, is_written: false });
+            }
+        }
+        if whole && pairs.len() < begin + batch.len() {
+            return Ok((entries.into_iter().map(|(name, _)| name).collect(), 0));
+        }
+        // Now, while all that this touches is in the cache: it takes half of the time of the whole otherwise. For those
+        // that are left to torch in the end it happens twice, which does no harm.
+        torch.increment_version(&PyList::new(py, &written)?)?;
+    }
+    let crowded = in_a_crowd(&pairs, others);
+    if !crowded.is_empty() {
+        if whole {
+            return Ok((entries.into_iter().map(|(name, _)| name).collect(), 0));
+        }
+        pairs.retain(|pair| crowded.binary_search(&pair.at).is_err());
+    }
+    // SAFETY: `entries` and `sources` keep the tensors alive that own these bytes; as with torch's own kernels, no other
+    // thread may take their memory away meanwhile. What is written is apart from everything else.
+    py.detach(|| unsafe { copy(&pairs) });
+    drop(sources);
+    let mut filled = pairs.iter().map(|pair| pair.at).peekable();
+    let left = entries.into_iter().enumerate().filter(|(at, _)| filled.next_if_eq(at).is_none());
+    Ok((left.map(|(_, (name, _))| name).collect(), pairs.len()))
+}
+
+/// The number of bytes, if one tensor becomes equal to another by a copy of so many bytes that are neighbours in both.
+fn copied_as_bytes(to: &Found, from: &Found, to_dims: &[i64], from_dims: &[i64]) -> Option<u64> {
+    if !to.device.is_cpu() || !from.device.is_cpu() || to.dtype != from.dtype {
+        return None;
+    }
+    let (shape, strides) = to_dims.split_at(to.ndim);
+    let (from_shape, from_strides) = from_dims.split_at(from.ndim);
+    let alike = shape == from_shape
+        && ((is_contiguous(shape, strides) && is_contiguous(shape, from_strides))
+            || (strides == from_strides && is_dense(shape, strides, &order_of(shape, strides))));
+    alike.then(|| to.numel * to.itemsize)
+}
+
+/// Where the values of a tensor lie, as far as it can be told.
+enum Place {
+    Plain(Found),
+    /// The memory of an unusual tensor, which may be somebody else's, too.
+    Storage(Range<usize>),
+    /// No memory, or none that a plain tensor could share.
+    Elsewhere,
+}
+
+impl Place {
+    fn of(torch: &Torch, value: &Bound<'_, PyAny>, dims: &mut Vec<i64>) -> PyResult<Self> {
+        dims.clear();
+        if torch.is_plain(value)
+            && let Ok(found) = torch.find(value, dims)?
+        {
+            return Ok(Self::Plain(found));
+        }
+        let py = value.py();
+        let range = || -> PyResult<Range<usize>> {
+            let storage = value.call_method0(intern!(py, "untyped_storage"))?;
+            let start: usize = storage.call_method0(intern!(py, "data_ptr"))?.extract()?;
+            let bytes: usize = storage.call_method0(intern!(py, "nbytes"))?.extract()?;
+            Ok(start..start.saturating_add(bytes))
+        };
+        // Sparse tensors have no storage, and what is no tensor has none either.
+        Ok(range().map_or(Self::Elsewhere, Self::Storage))
+    }
+
+    fn addresses(&self, dims: &[i64]) -> Range<usize> {
+        match self {
+            Self::Plain(found) if found.device.is_cpu() && found.numel > 0 => {
+                let (shape, strides) = dims.split_at(found.ndim);
+                let elements = extent(shape, strides).unwrap_or(found.numel);
+                found.pointer..found.pointer + (elements * found.itemsize) as usize
+            }
+            Self::Storage(range) => range.clone(),
+            _ => 0..0,
+        }
+    }
+}
+
+/// Memory that is read or written for an entry.
+struct Stretch {
+    addresses: Range<usize>,
+    at: usize,
+    is_written: bool,
+}
+
+/// The entries whose tensors share memory with those of others, so that the order of the copies matters; ascending.
+///
+/// A tensor that is filled from its own memory is in no crowd by that alone.
+fn in_a_crowd(pairs: &[Pair], others: Vec<Stretch>) -> Vec<usize> {
+    let stretch = |start: usize, pair: &Pair, is_written| Stretch {
+        addresses: start..start + pair.bytes as usize,
+        at: pair.at,
+        is_written,
+    };
+    let mut all = others;
+    all.reserve(2 * pairs.len());
+    all.extend(pairs.iter().map(|pair| stretch(pair.to, pair, true)));
+    all.extend(pairs.iter().map(|pair| stretch(pair.from, pair, false)));
+    all.retain(|stretch| !stretch.addresses.is_empty());
+    // Both halves are often sorted already, which this sort makes use of.
+    all.sort_by_key(|stretch| stretch.addresses.start);
+    let mut crowded = Vec::new();
+    let mut begin = 0;
+    while begin < all.len() {
+        let mut end = all[begin].addresses.end;
+        let mut next = begin + 1;
+        while next < all.len() && all[next].addresses.start < end {
+            end = end.max(all[next].addresses.end);
+            next += 1;
+        }
+        let crowd = &all[begin..next];
+        let only_itself = crowd.iter().all(|each| each.at == crowd[0].at && each.addresses == crowd[0].addresses);
+        if !only_itself && crowd.iter().any(|each| each.is_written) {
+            crowded.extend(crowd.iter().map(|each| each.at));
+        }
+        begin = next;
+    }
+    crowded.sort_unstable();
+    crowded.dedup();
+    crowded
+}
+
+/// # Safety
+///
+/// All bytes of all pairs can be read and written until this returns, and those written are apart from each other and
+/// from those read, but for a pair that is one stretch of memory.
+unsafe fn copy(pairs: &[Pair]) {
+    for batch in pairs.chunks(BATCH) {
+        let mut seen = 0;
+        for pair in batch.iter().filter(|pair| pair.bytes > 0) {
+            // Loads that do not wait for each other, as those of copies would.
+            // SAFETY: there is at least one byte, as the caller promises.
+            unsafe {
+                seen ^= ptr::read_volatile(pair.from as *const u8) ^ ptr::read_volatile(pair.to as *const u8);
+            }
+        }
+        std::hint::black_box(seen);
+        for pair in batch.iter().filter(|pair| pair.from != pair.to) {
+            // SAFETY: the caller promises that both can be used and are apart.
+            unsafe { ptr::copy_nonoverlapping(pair.from as *const u8, pair.to as *mut u8, pair.bytes as usize) };
+        }
+    }
+}
+
+/// The keys of a state dict that names behind a prefix are looked for in.
+///
+/// They nearly always come in the order of the names. So the next key is compared first, and then the one after it,
+/// without joining prefix and name; only when both are others, the key is made and looked up.
+struct Keys<'a, 'py> {
+    state: &'a Bound<'py, PyDict>,
+    prefix: &'a Bound<'py, PyString>,
+    rest: BoundDictIterator<'py>,
+    next: Option<(Bound<'py, PyAny>, Bound<'py, PyAny>)>,
+    after: Option<(Bound<'py, PyAny>, Bound<'py, PyAny>)>,
+}
+
+impl<'a, 'py> Keys<'a, 'py> {
+    fn new(state: &'a Bound<'py, PyDict>, prefix: &'a Bound<'py, PyString>) -> Self {
+        let mut rest = state.iter();
+        let (next, after) = (rest.next(), rest.next());
+        Self { state, prefix, rest, next, after }
+    }
+
+    fn value_of(&mut self, name: &Bound<'py, PyAny>) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let Ok(name) = name.cast_exact::<PyString>() else {
+            return Ok(None);
+        };
+        let is_it = |item: &Option<(Bound<'py, PyAny>, _)>| item.as_ref().is_some_and(|(key, _)| self.joins(key, name));
+        if is_it(&self.next) {
+            let (_, value) = self.step().unzip();
+            return Ok(value);
+        }
+        if is_it(&self.after) {
+            self.step();
+            let (_, value) = self.step().unzip();
+            return Ok(value);
+        }
+        if self.prefix.is_empty()? { self.state.get_item(name) } else { self.state.get_item(self.prefix.add(name)?) }
+    }
+
+    fn step(&mut self) -> Option<(Bound<'py, PyAny>, Bound<'py, PyAny>)> {
+        std::mem::replace(&mut self.next, std::mem::replace(&mut self.after, self.rest.next()))
+    }
+
+    /// Whether a key is the prefix and then the name.
+    fn joins(&self, key: &Bound<'py, PyAny>, name: &Bound<'py, PyString>) -> bool {
+        let Ok(key) = key.cast_exact::<PyString>() else {
+            return false;
+        };
+        if key.is(name) && length(self.prefix) == 0 {
+            return true;
+        }
+        length(key) == length(self.prefix) + length(name) && ends_with(key, name) && starts_with(key, self.prefix)
+    }
+}
+
+/// The keys of a state dict that begin with a prefix and belong to no entry, buffer or child module of a module, in order.
+///
+/// torch takes what stands before the first dot of a key for the name of a child module; here a key with dots can also
+/// be that of an entry, and a child module's name can have dots.
+#[pyfunction]
+pub(crate) fn unexpected_keys<'py>(
+    state: &Bound<'py, PyAny>,
+    prefix: &Bound<'py, PyString>,
+    local: (Bound<'py, PyDict>, Bound<'py, PyDict>),
+    modules: &Bound<'py, PyAny>,
+    extra_state: &Bound<'py, PyString>,
+) -> PyResult<Vec<Bound<'py, PyAny>>> {
+    let py = state.py();
+    let dot = PyString::new(py, ".");
+    let mut dotted_modules = Vec::new();
+    for name in modules.try_iter()? {
+        let name = name?.cast_into::<PyString>()?;
+        if find_dot(&name).is_some() {
+            dotted_modules.push(prefix.add(name)?.add(&dot)?.cast_into::<PyString>()?);
+        }
+    }
+    let is_local = |name: &Bound<'py, PyString>| -> PyResult<bool> {
+        for place in [&local.0, &local.1] {
+            if place.get_item(name)?.is_some_and(|value| !value.is_none()) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    };
+    let mut unexpected = Vec::new();
+    for key in PyIterator::from_object(state)? {
+        let key = key?;
+        let Ok(text) = key.cast::<PyString>() else {
+            // As torch does, which raises for nearly everything.
+            if key.call_method1(intern!(py, "startswith"), (prefix,))?.is_truthy()? {
+                unexpected.push(key);
+            }
+            continue;
+        };
+        if !starts_with(text, prefix) || key.eq(extra_state)? {
+            continue;
+        }
+        let name = substring(text, length(prefix), length(text))?;
+        let of_a_child = match find_dot(&name) {
+            Some(end) => modules.contains(substring(&name, 0, end)?)?,
+            None => false,
+        };
+        if of_a_child || is_local(&name)? || dotted_modules.iter().any(|module| starts_with(text, module)) {
+            continue;
+        }
+        unexpected.push(key);
+    }
+    Ok(unexpected)
+}
+
+/// The Parameters of a dict that have no copy in `memo` yet, and are of no subclass.
+#[pyfunction]
+pub(crate) fn not_copied_yet<'py>(
+    parameters: &Bound<'py, PyDict>,
+    memo: &Bound<'py, PyDict>,
+) -> PyResult<Bound<'py, PyList>> {
+    let torch = Torch::get(parameters.py())?;
+    let known = !memo.is_empty();
+    let mut values = Vec::with_capacity(parameters.len());
+    for (_, value) in parameters {
+        if torch.is_parameter(&value) && !(known && memo.contains(value.as_ptr() as usize)?) {
+            values.push(value);
+        }
+    }
+    PyList::new(parameters.py(), values)
+}
+
+/// Replaces Parameters in `target`, a copy of the dict `parameters`, by copies, and enters these in the memo of a deep
+/// copy.
+///
+/// `originals` are some of the values, in order, and `copies` the copy of each, or None. Gives the names of the entries
+/// of which there is none.
+#[pyfunction]
+pub(crate) fn place_copies<'py>(
+    target: &Bound<'py, PyDict>,
+    parameters: &Bound<'py, PyDict>,
+    originals: &Bound<'py, PyList>,
+    copies: &Bound<'py, PyList>,
+    memo: &Bound<'py, PyDict>,
+) -> PyResult<Vec<Bound<'py, PyAny>>> {
+    let mut left = Vec::new();
+    let mut pairs = originals.iter().zip(copies).peekable();
+    for (name, value) in parameters {
+        match pairs.next_if(|(original, _)| original.is(&value)) {
+            Some((_, copy)) if !copy.is_none() => {
+                memo.set_item(value.as_ptr() as usize, &copy)?;
+                target.set_item(name, copy)?;
+            }
+            _ => left.push(name),
+        }
+    }
+    Ok(left)
+}
+
+fn length(text: &Bound<'_, PyString>) -> isize {
+    // SAFETY: `text` is a live `str`.
+    unsafe { ffi::PyUnicode_GET_LENGTH(text.as_ptr()) }
+}
+
+fn starts_with(text: &Bound<'_, PyString>, part: &Bound<'_, PyString>) -> bool {
+    // SAFETY: both are live `str` objects; then this compares characters and cannot fail.
+    unsafe { ffi::PyUnicode_Tailmatch(text.as_ptr(), part.as_ptr(), 0, isize::MAX, -1) == 1 }
+}
+
+fn ends_with(text: &Bound<'_, PyString>, part: &Bound<'_, PyString>) -> bool {
+    // SAFETY: as in `starts_with`.
+    unsafe { ffi::PyUnicode_Tailmatch(text.as_ptr(), part.as_ptr(), 0, isize::MAX, 1) == 1 }
+}
+
+fn find_dot(text: &Bound<'_, PyString>) -> Option<isize> {
+    // SAFETY: `text` is a live `str`, which cannot fail; -1 says that there is none.
+    let at = unsafe { ffi::PyUnicode_FindChar(text.as_ptr(), u32::from('.'), 0, isize::MAX, 1) };
+    (at >= 0).then_some(at)
+}
+
+fn substring<'py>(text: &Bound<'py, PyString>, start: isize, end: isize) -> PyResult<Bound<'py, PyString>> {
+    // SAFETY: `text` is a live `str`; a new reference, or null and an error.
+    let made = unsafe { Bound::from_owned_ptr_or_err(text.py(), ffi::PyUnicode_Substring(text.as_ptr(), start, end))? };
+    Ok(made.cast_into::<PyString>()?)
+}
