@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -66,6 +67,11 @@ class Data:
     def plain_shuffled(self) -> dict[str, Parameter]:
         """The same as a dict whose names are not sorted."""
         return {name: self.ordered[name] for name in self.shuffled}
+
+    @cached_property
+    def saved(self) -> dict[str, torch.Tensor]:
+        """A state dict: other tensors under the same names."""
+        return {name: parameter.detach().clone() for name, parameter in self.ordered.items()}
 
     @cached_property
     def named_rows(self) -> list[tuple[str, torch.Tensor]]:
@@ -208,6 +214,22 @@ def _state_dict(subject: str, data: Data) -> Task:
     return data.task(container.state_dict, data.is_whole)
 
 
+def _load_state_dict(subject: str, data: Data) -> Task:
+    container, saved = data.shared(subject), data.saved
+    return data.task(lambda: container.load_state_dict(saved), lambda result: result == ([], []))
+
+
+def _load_state_dict_of_model(subject: str, data: Data) -> Task:
+    model = torch.nn.ModuleDict({"weights": data.shared(subject)})
+    saved = {f"weights.{name}": tensor for name, tensor in data.saved.items()}
+    return data.task(lambda: model.load_state_dict(saved), lambda result: result == ([], []))
+
+
+def _pickle(subject: str, data: Data) -> Task:
+    container = data.shared(subject)
+    return data.task(lambda: pickle.loads(pickle.dumps(container)), data.is_whole)
+
+
 def _zero_grad(subject: str, data: Data) -> Task:
     container = data.shared(subject)
     gradient = torch.zeros(FLOATS)
@@ -298,7 +320,15 @@ CASES: tuple[Case[Data], ...] = (
         note="The same loop for both.",
     ),
     _case("`copy()`", _copy, at_least=20, most_runs=3),
-    _case("`copy.deepcopy`", _deepcopy, most_runs=1),
+    _case("`copy.deepcopy`", _deepcopy, at_least=6, most_runs=1),
+    _case(
+        "`pickle.dumps` and `loads`",
+        _pickle,
+        at_least=10,
+        subjects=MODULES,
+        most_runs=1,
+        note="torch's class writes a million storages, each as a file of its own.",
+    ),
     _case(
         "`repr`",
         _repr,
@@ -309,6 +339,14 @@ CASES: tuple[Case[Data], ...] = (
     ),
     _case("`named_parameters()`", _named_parameters, at_least=1),
     _case("`state_dict()`", _state_dict, at_least=1.3),
+    _case("`load_state_dict`", _load_state_dict, at_least=10, subjects=MODULES, most_runs=3),
+    _case(
+        "`load_state_dict` of a model",
+        _load_state_dict_of_model,
+        subjects=MODULES,
+        most_runs=3,
+        note="The model has the ParameterDict as a child; torch copies the state dict twice on the way to it.",
+    ),
     _case("`zero_grad()`", _zero_grad, note="Every Parameter has a gradient."),
     Case(
         "memory",
