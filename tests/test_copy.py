@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch.nn import Parameter
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from pdrs._core import TensorGroup
+from pdrs._core import TensorGroup, group_tensors
 from tensors import SUPPORTED, bytes_of, gathered, group_of, layouts
 
 BY_SIZE = [torch.uint8, torch.float16, torch.float32, torch.complex64, torch.complex128]
@@ -316,3 +316,12 @@ def test_a_forked_process_can_go_on_after_a_large_gather() -> None:
     child.start()
     child.join(60)
     assert child.exitcode == 0
+
+
+def test_scatter_does_not_write_tensors_from_inference_mode() -> None:
+    with torch.inference_mode():
+        tensor = torch.zeros(4)
+    (group,), _ = group_tensors([torch.zeros(4), tensor])
+    with pytest.raises(ValueError, match=r"tensors\[1\] was made in inference mode"):
+        group.scatter(torch.ones(group.length))
+    assert tensor.tolist() == [0, 0, 0, 0]

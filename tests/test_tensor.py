@@ -30,9 +30,11 @@ from pdrs._core import group_tensors, slab_views
 from tensors import SUPPORTED, bytes_of, gathered, group_of, layouts
 
 STABLE_ABI = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
+NEEDS_STABLE_ABI = pytest.mark.skipif(not STABLE_ABI, reason="torch has it from 2.14 on")
 DOORS = [
+    pytest.param("from_blob", marks=NEEDS_STABLE_ABI),
     "dlpack",
-    pytest.param("stable_abi", marks=pytest.mark.skipif(not STABLE_ABI, reason="torch has it from 2.14 on")),
+    pytest.param("stable_abi", marks=NEEDS_STABLE_ABI),
     "as_strided",
 ]
 ALL_DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)

@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 _T = TypeVar("_T")
-_Door = Literal["dlpack", "stable_abi", "as_strided"]
+_Door = Literal["from_blob", "dlpack", "stable_abi", "as_strided"]
 
 @final
 class IndexMap:
@@ -281,8 +281,8 @@ class TensorGroup:
         TypeError
             If ``block`` is no tensor.
         ValueError
-            As for ``gather``, and if a tensor is expanded: several of its elements share memory. Nothing has been
-            changed.
+            As for ``gather``, and if a tensor is expanded (several of its elements share memory) or was made in
+            inference mode. Nothing has been changed.
         """
     def rebind(self, slab: Tensor, *, door: _Door | None = None) -> None:
         """Make each tensor's data its place in ``slab``, as ``tensor.data = view`` does.
@@ -296,9 +296,10 @@ class TensorGroup:
             A contiguous tensor of any dtype and device with ``length`` elements or more. It is kept alive by the
             tensors; it must not be resized.
         door
-            How views are made; by default ``"dlpack"`` on the CPU: each has a storage of its own over the memory of the
-            slab, so that ``torch.save`` of one writes its own bytes only. Elsewhere ``"stable_abi"`` (torch 2.14 and
-            later) or ``"as_strided"``: the storage is the slab's, so that ``record_stream`` works.
+            How views are made; by default ``"from_blob"`` (torch 2.14 and later) or ``"dlpack"`` on the CPU: each has a
+            storage of its own over the memory of the slab, so that ``torch.save`` of one writes its own bytes only.
+            Elsewhere ``"stable_abi"`` (torch 2.14 and later) or ``"as_strided"``: the storage is the slab's, so that
+            ``record_stream`` works.
 
         Raises
         ------

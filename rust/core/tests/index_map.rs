@@ -253,6 +253,19 @@ fn removing_every_second_entry_compacts_at_each_boundary() {
 }
 
 #[test]
+fn holes_of_a_small_map_stay_few_when_it_grows() {
+    let mut map = IndexMap::new();
+    (0..32_u32).for_each(|n| insert(&mut map, n));
+    map.retain(|_, n| *n == 0 || *n > 30);
+    map.check();
+    for n in 100..200 {
+        insert(&mut map, n);
+        map.check();
+        assert!(map.positions() - map.len() < 32, "{} positions, {} entries", map.positions(), map.len());
+    }
+}
+
+#[test]
 fn a_map_used_as_a_queue_keeps_its_size_and_its_order() {
     let mut map = IndexMap::new();
     (0..100_u32).for_each(|n| insert(&mut map, n));

@@ -369,7 +369,15 @@ impl TensorGroup {
             )));
         }
         let threads = if self.overlapping { 1 } else { threads(torch, py, part.useful_threads())? };
-        let written = part.touched().map(|at| self.tensor(py, at)).collect::<PyResult<Vec<_>>>()?;
+        let mut written = Vec::new();
+        for at in part.touched() {
+            let tensor = self.tensor(py, at)?;
+            // Any dtype can be written, but torch would not count up the version of a tensor from inference mode.
+            if let Err(why) = torch.check_rebindable(&tensor, true)? {
+                return Err(PyValueError::new_err(format!("tensors[{}] {why}", self.entries[at].index)));
+            }
+            written.push(tensor);
+        }
         torch.increment_version(&PyList::new(py, written)?)?;
         part.scatter(py, threads);
         Ok(())

@@ -1,15 +1,16 @@
 //! Slabs and the tensors that are views of them.
 //!
-//! A view can be made in three ways, which differ in what it shares with the slab:
+//! A view can be made in four ways, which differ in what it shares with the slab:
 //!
 //! | door | storage | `torch.save` of one view writes | `record_stream` |
 //! | --- | --- | --- | --- |
-//! | [`Door::Dlpack`] | its own, over memory of the slab that it keeps alive | its own bytes | does nothing |
+//! | [`Door::FromBlob`] (torch 2.14 and later) | its own, over memory of the slab that it keeps alive | its own bytes | does nothing |
+//! | [`Door::Dlpack`] (half again as slow) | the same | the same | the same |
 //! | [`Door::StableAbi`] (torch 2.14 and later) | that of the slab | the slab | works |
 //! | [`Door::AsStrided`] (three times slower) | that of the slab | the slab | works |
 //!
-//! So views on the CPU come through the first, and those on other devices, whose memory needs `record_stream`, through
-//! the second or, where torch does not have it, the third. Each view has a version counter of its own.
+//! So views on the CPU come through the first or, where torch does not have it, the second, and those on other devices,
+//! whose memory needs `record_stream`, through the third or the fourth. Each view has a version counter of its own.
 #![allow(unsafe_code)] // Lends memory to torch, and takes it back.
 
 use std::collections::BTreeMap;
@@ -24,13 +25,15 @@ use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
 use crate::dlpack::{Device, DlTensor, Dtype, MAJOR, MINOR, ManagedTensor, Version};
-use crate::stable_abi::{Handle, StableAbi};
+use crate::stable_abi::{Handle, Kind, StableAbi};
 use crate::tensor::{Found, Torch};
 
 /// How the views of a slab are made.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Door {
     /// A storage of its own over the memory of the slab, which it keeps alive.
+    FromBlob,
+    /// The same, in a way that older torch has, too.
     Dlpack,
     /// The storage of the slab.
     StableAbi,
@@ -41,10 +44,13 @@ pub(crate) enum Door {
 impl Door {
     pub(crate) fn parse(name: &str) -> PyResult<Self> {
         match name {
+            "from_blob" => Ok(Self::FromBlob),
             "dlpack" => Ok(Self::Dlpack),
             "stable_abi" => Ok(Self::StableAbi),
             "as_strided" => Ok(Self::AsStrided),
-            _ => Err(PyValueError::new_err(format!("expected 'dlpack', 'stable_abi' or 'as_strided', got {name:?}"))),
+            _ => Err(PyValueError::new_err(format!(
+                "expected 'from_blob', 'dlpack', 'stable_abi' or 'as_strided', got {name:?}"
+            ))),
         }
     }
 }
@@ -58,6 +64,7 @@ pub(crate) struct Slab<'py> {
 }
 
 enum Maker {
+    FromBlob(&'static StableAbi, Kind, Arc<Memory>),
     Dlpack(Arc<Memory>),
     StableAbi(&'static StableAbi, Handle),
     AsStrided { offset: i64 },
@@ -134,14 +141,21 @@ impl<'py> Slab<'py> {
             return Err(PyValueError::new_err("expected a slab that was not made in inference mode"));
         }
         let door = door.unwrap_or(match &torch.stable_abi {
-            _ if found.device.is_cpu() => Door::Dlpack,
+            Some(_) if found.device.is_cpu() => Door::FromBlob,
+            None if found.device.is_cpu() => Door::Dlpack,
             Some(_) => Door::StableAbi,
             None => Door::AsStrided,
         });
         let maker = match (door, &torch.stable_abi) {
+            (Door::FromBlob, Some(_)) if !found.device.is_cpu() => {
+                return Err(PyValueError::new_err("expected a slab on the CPU for the door 'from_blob'"));
+            }
+            (Door::FromBlob, Some(abi)) => {
+                Maker::FromBlob(abi, abi.kind(&abi.handle(tensor)?)?, Memory::of(torch, tensor, &found)?)
+            }
             (Door::Dlpack, _) => Maker::Dlpack(Memory::of(torch, tensor, &found)?),
             (Door::StableAbi, Some(abi)) => Maker::StableAbi(abi, abi.handle(tensor)?),
-            (Door::StableAbi, None) => {
+            (Door::FromBlob | Door::StableAbi, None) => {
                 return Err(PyRuntimeError::new_err(
                     "torch has the functions of its stable C ABI that this needs from 2.14 on",
                 ));
@@ -159,7 +173,7 @@ impl<'py> Slab<'py> {
 
     /// Remembers the memory, so that [`flat`] knows it again.
     pub(crate) fn remember(&self) {
-        if let Maker::Dlpack(memory) = &self.maker {
+        if let Maker::FromBlob(_, _, memory) | Maker::Dlpack(memory) = &self.maker {
             let mut memories = MEMORIES.lock().unwrap_or_else(PoisonError::into_inner);
             if memories.by_address.len() >= memories.sweep_at {
                 memories.by_address.retain(|_, memory| memory.strong_count() > 0);
@@ -174,6 +188,7 @@ impl<'py> Slab<'py> {
         self.check(offset, shape, strides)?;
         let py = self.tensor.py();
         match &self.maker {
+            Maker::FromBlob(abi, ..) => abi.to_python(py, &self.lent(offset, shape, strides)?, None),
             Maker::Dlpack(memory) => memory.view(self.torch, py, offset * self.found.itemsize, shape, strides),
             Maker::StableAbi(abi, slab) => {
                 let view = abi.view(slab, offset.cast_signed(), shape, strides)?;
@@ -198,9 +213,15 @@ impl<'py> Slab<'py> {
         requires_grad: bool,
     ) -> PyResult<Bound<'py, PyAny>> {
         let class = self.torch.parameter.bind(self.tensor.py());
-        if let Maker::StableAbi(abi, slab) = &self.maker {
-            self.check(offset, shape, strides)?;
-            let view = abi.view(slab, offset.cast_signed(), shape, strides)?;
+        let made = match &self.maker {
+            Maker::FromBlob(abi, ..) => Some((abi, self.lent(offset, shape, strides)?)),
+            Maker::StableAbi(abi, slab) => {
+                self.check(offset, shape, strides)?;
+                Some((abi, abi.view(slab, offset.cast_signed(), shape, strides)?))
+            }
+            _ => None,
+        };
+        if let Some((abi, view)) = made {
             abi.set_requires_grad(&view, requires_grad)?;
             return abi.to_python(self.tensor.py(), &view, Some(class));
         }
@@ -210,6 +231,19 @@ impl<'py> Slab<'py> {
             self.torch.require_grad(&view)?;
         }
         Ok(view)
+    }
+
+    /// A tensor of its own over these elements of the slab, for [`Maker::FromBlob`] only.
+    fn lent(&self, offset: u64, shape: &[i64], strides: &[i64]) -> PyResult<Handle> {
+        self.check(offset, shape, strides)?;
+        let Maker::FromBlob(abi, kind, memory) = &self.maker else {
+            return Err(PyRuntimeError::new_err(
+                "a bug in pdrs, please report it: a slab of another kind was expected",
+            ));
+        };
+        let address = memory.pointer + (offset * self.found.itemsize) as usize;
+        // SAFETY: `check` has found that the elements lie in the slab, whose memory `memory` keeps.
+        unsafe { abi.lend(address, *kind, shape, strides, Arc::clone(memory)) }
     }
 
     /// Refuses a view that would reach beyond the slab.

@@ -7,6 +7,7 @@
 use std::ffi::{CStr, c_char, c_void};
 use std::mem::transmute;
 use std::ptr;
+use std::sync::Arc;
 
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::ffi;
@@ -19,6 +20,23 @@ type FromPython = unsafe extern "C" fn(*mut ffi::PyObject, *mut TensorHandle) ->
 type ToPython = unsafe extern "C" fn(TensorHandle, *mut ffi::PyTypeObject, *mut *mut ffi::PyObject) -> i32;
 type View = unsafe extern "C" fn(TensorHandle, i64, *const i64, *const i64, i64, *mut TensorHandle) -> i32;
 type SetRequiresGrad = unsafe extern "C" fn(TensorHandle, bool) -> i32;
+type FromBlob = unsafe extern "C" fn(
+    *mut c_void,
+    i64,
+    *const i64,
+    *const i64,
+    i64,
+    i32,
+    i32,
+    i32,
+    *mut TensorHandle,
+    i32,
+    *const u8,
+    i64,
+    Option<unsafe extern "C" fn(*mut c_void, *mut c_void)>,
+    *mut c_void,
+) -> i32;
+type Ask = unsafe extern "C" fn(TensorHandle, *mut i32) -> i32;
 type Delete = unsafe extern "C" fn(TensorHandle) -> i32;
 type LastError = unsafe extern "C" fn() -> *const c_char;
 
@@ -26,9 +44,23 @@ pub(crate) struct StableAbi {
     from_python: FromPython,
     to_python: ToPython,
     view: View,
+    from_blob: FromBlob,
+    dtype: Ask,
+    layout: Ask,
+    device_type: Ask,
+    device_index: Ask,
     set_requires_grad: SetRequiresGrad,
     delete: Delete,
     last_error: LastError,
+}
+
+/// A dtype, a layout and a device as torch numbers them.
+#[derive(Clone, Copy)]
+pub(crate) struct Kind {
+    dtype: i32,
+    layout: i32,
+    /// Type and index.
+    device: (i32, i32),
 }
 
 /// A reference of ours to a tensor.
@@ -60,6 +92,11 @@ impl StableAbi {
                 from_python: transmute::<*mut c_void, FromPython>(library.symbol(c"torch_tensor_from_pyobject")?),
                 to_python: transmute::<*mut c_void, ToPython>(library.symbol(c"torch_tensor_to_pyobject")?),
                 view: transmute::<*mut c_void, View>(library.symbol(c"aoti_torch__reinterpret_tensor")?),
+                from_blob: transmute::<*mut c_void, FromBlob>(library.symbol(c"torch_from_blob")?),
+                dtype: transmute::<*mut c_void, Ask>(library.symbol(c"aoti_torch_get_dtype")?),
+                layout: transmute::<*mut c_void, Ask>(library.symbol(c"aoti_torch_get_layout")?),
+                device_type: transmute::<*mut c_void, Ask>(library.symbol(c"aoti_torch_get_device_type")?),
+                device_index: transmute::<*mut c_void, Ask>(library.symbol(c"aoti_torch_get_device_index")?),
                 set_requires_grad: transmute::<*mut c_void, SetRequiresGrad>(
                     library.symbol(c"torch_set_requires_grad")?,
                 ),
@@ -87,6 +124,63 @@ impl StableAbi {
         // SAFETY: `slab` is a live handle; shape and strides are `ndim` numbers each, which torch copies.
         let status = unsafe {
             (self.view)(slab.tensor, i64::from(ndim), shape.as_ptr(), strides.as_ptr(), offset, &raw mut handle)
+        };
+        self.own(status, handle)
+    }
+
+    /// What [`lend`](Self::lend) has to know of a tensor on the CPU, to make others like it.
+    pub(crate) fn kind(&self, tensor: &Handle) -> PyResult<Kind> {
+        let ask = |ask: Ask| {
+            let mut answer = 0;
+            // SAFETY: `tensor` is a live handle, and the answer is a number of 32 bits.
+            if unsafe { ask(tensor.tensor, &raw mut answer) } == 0 { Ok(answer) } else { Err(self.error()) }
+        };
+        Ok(Kind {
+            dtype: ask(self.dtype)?,
+            layout: ask(self.layout)?,
+            device: (ask(self.device_type)?, ask(self.device_index)?),
+        })
+    }
+
+    /// A tensor with a storage of its own over memory that `owner` keeps alive, until torch lets the storage go.
+    ///
+    /// # Safety
+    ///
+    /// All elements must lie in memory of the CPU that `owner` keeps.
+    pub(crate) unsafe fn lend<T: Send + Sync>(
+        &self,
+        address: usize,
+        kind: Kind,
+        shape: &[i64],
+        strides: &[i64],
+        owner: Arc<T>,
+    ) -> PyResult<Handle> {
+        unsafe extern "C" fn give_back<T>(_data: *mut c_void, owner: *mut c_void) {
+            // SAFETY: torch calls this once, on whatever thread, with the pointer that `Arc::into_raw` gave.
+            drop(unsafe { Arc::from_raw(owner.cast_const().cast::<T>()) });
+        }
+        let ndim = shape.len().min(strides.len()) as u32;
+        let owner = Arc::into_raw(owner).cast_mut().cast();
+        let mut handle = ptr::null_mut();
+        // SAFETY: the caller answers for the memory; shape and strides are `ndim` numbers each, which torch copies; the
+        // owner is sent to `give_back`. If torch refuses, whether it has let go of the owner cannot be told: it leaks.
+        let status = unsafe {
+            (self.from_blob)(
+                address as *mut c_void,
+                i64::from(ndim),
+                shape.as_ptr(),
+                strides.as_ptr(),
+                0,
+                kind.dtype,
+                kind.device.0,
+                kind.device.1,
+                &raw mut handle,
+                kind.layout,
+                ptr::null(),
+                0,
+                Some(give_back::<T>),
+                owner,
+            )
         };
         self.own(status, handle)
     }
