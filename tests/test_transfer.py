@@ -240,6 +240,7 @@ def with_nones_and_buffers(kind: Kind) -> nn.Module:
     pd.register_buffer("nothing", None)
     pd.register_buffer("twin", pd["n2"])
     pd.register_buffer("lone", Parameter(torch.randn(2)))
+    pd.register_buffer("learnt", torch.randn(2, requires_grad=True))
     return pd
 
 
@@ -454,11 +455,13 @@ def test_shared_entries_have_one_storage_and_stay_where_they_are() -> None:
 
 def test_what_shared_memory_with_an_entry_still_does_when_it_is_shared(kind: Kind) -> None:
     flat = torch.zeros(4)
-    pd = kind([("low", flat[:2]), ("high", flat[2:]), ("alone", torch.zeros(2))])
-    outside = pd["low"].detach()
+    pd = kind([("low", flat[:2]), ("high", flat[2:]), ("alone", torch.zeros(2)), ("whole", torch.zeros(2))])
+    outside = pd["whole"].detach()
     pd.share_memory()
     flat.fill_(3)
-    assert pd["low"].tolist() == pd["high"].tolist() == outside.tolist() == [3, 3]
+    outside.fill_(4)
+    assert pd["low"].tolist() == pd["high"].tolist() == [3, 3]
+    assert pd["whole"].tolist() == [4, 4]
     assert pd["alone"].is_shared()
 
 
@@ -788,15 +791,17 @@ def test_an_unusual_entry_that_fails_leaves_all_as_it_was(nth: int, monkeypatch:
         pd[f"sparse {at}"] = Parameter(torch.eye(3).to_sparse())
     pd.register_buffer("wants gradients".replace(" ", "_"), torch.randn(2, requires_grad=True))
     pd.register_buffer("stubborn_buffer", Stubborn(torch.randn(2)))
-    before, copy_of = state_of(pd), {name: value.detach().clone() for name, value in pd.items()}
+    before = state_of(pd)
+    values = [tensor if tensor is None else tensor.detach().clone() for _, tensor in tensors_of(pd)]
     try:
         pd.to(torch.float64)
     except TooLittleError:
         assert Stubborn.calls == nth
         assert [each[:2] for each in state_of(pd)] == [each[:2] for each in before]
-        for name, value in pd.items():
-            assert value.dtype == torch.float32
-            assert same_values(value.detach(), copy_of[name]), name
+        for (name, tensor), value in zip(tensors_of(pd), values, strict=True):
+            if tensor is not None:
+                assert tensor.dtype == torch.float32
+                assert same_values(tensor.detach(), value), name
         Stubborn.calls = 100
         pd.to(torch.float64)
     assert all(value.dtype == torch.float64 for value in pd.parameters())

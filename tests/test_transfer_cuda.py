@@ -180,6 +180,14 @@ def test_entries_that_are_not_contiguous_on_the_device_come_back(late: Control) 
     assert pd["a"].tolist() == [1, 1, 1]
 
 
+def test_entries_with_gaps_on_the_device_are_left_to_torch(fake_cuda: Control) -> None:
+    pd = PD([("gaps", torch.arange(6.0).cuda()[::2]), ("a", torch.ones(3).cuda())])
+    # torch gathers them on the device, which this runtime cannot.
+    with pytest.raises(RuntimeError, match="runs no kernels"):
+        pd.cpu()
+    assert devices_of(pd) == {"cuda:0"}
+
+
 def test_ties_among_loose_entries_between_others_come_back(late: Control) -> None:
     pd = PD([(f"n{at}", torch.full((4,), float(at)).cuda()) for at in range(6)])
     pd = PD([("n0", pd["n0"]), ("n1", pd["n1"]), ("again 0", pd["n0"]), ("n2", pd["n2"]), ("again 1", pd["n1"])])
@@ -588,6 +596,14 @@ def test_memory_that_cannot_be_locked_leaves_all_as_it_was(fake_cuda: Control) -
     counters = fake_cuda.counters
     assert fake_cuda.calls("cudaHostUnregister") == counters.host_registrations
     pd.pin_memory()
+
+
+def test_an_entry_from_inference_mode_is_not_pinned_silently(fake_cuda: Control) -> None:
+    pd = numbered(3)
+    with torch.inference_mode():
+        pd["there"] = Parameter(torch.ones(2))
+    with unchanged(pd), pytest.raises(ValueError, match="was made in inference mode"):
+        pd.pin_memory()
 
 
 def test_entries_on_a_device_are_not_pinned(fake_cuda: Control) -> None:

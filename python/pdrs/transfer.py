@@ -291,7 +291,9 @@ def _move(modules: list[Module], move: Move) -> None:
         try:
             rebind_all([group for group, _ in slabs], [slab for _, slab in slabs], door=move.door)
         except ValueError:
-            # A tensor from inference mode is among them, of which torch has its own mind.
+            # A tensor from inference mode is among them, of which torch has its own mind (but none of pin_memory).
+            if move.method == "pin_memory":
+                raise
             _leave_to_torch(modules, {id(one) for one in parameters + gradients}, [], move, undo)
     except BaseException:
         for put_back in reversed(undo):
@@ -523,6 +525,7 @@ def _put_back(parameter: Tensor) -> Callable[[], None]:
 
 
 def _set_data(tensor: Tensor, data: Tensor) -> None:
+    # mypy takes torch's protocol of wrappers for one that no Tensor can fulfil.
     if isinstance(data, FakeTensor) or is_traceable_wrapper_subclass(data):  # type: ignore[unreachable]
         # As torch's `_apply` does: these hold more than `tensor.data = ...` replaces.
         like = Parameter(data, tensor.requires_grad) if isinstance(tensor, Parameter) else data
