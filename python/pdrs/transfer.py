@@ -131,7 +131,6 @@ def _unusual_times() -> bool:
             for mode in _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
         )
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
         or torch.compiler.is_compiling()
     )
 
@@ -515,7 +514,7 @@ def _put_back(parameter: Tensor) -> Callable[[], None]:
     data, gradient_data = parameter.data, None if gradient is None else gradient.data
 
     def put_back() -> None:
-        parameter.grad = None
+        parameter.grad = None  # As torch does: what a Parameter holds may refuse to be swapped.
         _set_data(parameter, data)
         if gradient is not None and gradient_data is not None:
             _set_data(gradient, gradient_data)
