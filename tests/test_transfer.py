@@ -201,6 +201,13 @@ def name_of(dtype: torch.dtype) -> str:
     return f"of {dtype}".replace("torch.", "")
 
 
+def with_wider_gradients(kind: Kind) -> nn.Module:
+    pd = kind([(f"n{at}", torch.randn(3).bfloat16()) for at in range(3)])
+    pd["n1"].grad_dtype = torch.float32
+    pd["n1"].grad = torch.randn(3)
+    return pd
+
+
 def mixed_dtypes(kind: Kind) -> nn.Module:
     dtypes = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128]
     pd = kind([(name_of(dtype), Parameter(torch.randn(3, 2).to(dtype))) for dtype in dtypes])
@@ -294,6 +301,7 @@ BUILDS: dict[str, Build] = {
         with_sparse_gradients,
         tied,
         with_tied_gradients,
+        with_wider_gradients,
         mixed_dtypes,
         not_contiguous,
         overlapping,
