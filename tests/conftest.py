@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
+
+import hypothesis
 import pytest
 import torch
 
 import pdrs
+
+# The same examples in every run of CI, so that a failure there is that of the change; new ones everywhere else.
+hypothesis.settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
 
 pytest_plugins = ["fake_cuda.plugin"]
 
