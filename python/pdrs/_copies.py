@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Parameter
+from torch.nn.utils.parametrize import is_parametrized
 
 from pdrs._core import (
     TensorGroup,
@@ -54,7 +55,12 @@ def shallow_copy(module: ParameterDict) -> Any:
 
 def deep_copy(module: ParameterDict, memo: dict[int, Any]) -> Any:
     """Do what ``copy.deepcopy`` does with torch's class."""
-    reduced, parameters = _unpacked(module.__reduce_ex__(4))
+    parameters: dict[str, Any] | None = module._parameters
+    if is_parametrized(module):
+        # torch lets such a module be copied, but not be pickled, and so not be reduced.
+        reduced: _Reduced = (object.__new__, (type(module),), module.__dict__)
+    else:
+        reduced, parameters = _unpacked(module.__reduce_ex__(4))
     make = reduced[0]
 
     def make_and_copy_parameters(*arguments: Any) -> Any:

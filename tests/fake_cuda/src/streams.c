@@ -21,6 +21,7 @@ enum { STREAM_MAGIC = 0x57EA, PER_THREAD = 1 };
 enum { QUERIES_THAT_DEMAND = 64 };
 
 static Stream *streams; /* all that were made and not destroyed, and the default streams */
+static Clock ended[MAX_DEVICES]; /* of streams that were destroyed, whose work is done */
 static Stream *default_streams[MAX_DEVICES][2]; /* the legacy and the per-thread one */
 static unsigned streams_made;
 
@@ -103,6 +104,9 @@ static cudaError_t await_streams(int device) {
         drop_ticket(tickets[i]);
     }
     free(tickets);
+    /* Streams that were destroyed and have ended since are on no list any more. */
+    for (int d = 0; d < MAX_DEVICES; d++)
+        if (error == cudaSuccess && (device == -1 || device == d)) host_knows(&ended[d]);
     return error;
 }
 
@@ -151,6 +155,7 @@ static void forget_stream(Stream *stream) {
             break;
         }
     drop_ticket(stream->last);
+    join_clock(&ended[stream->device], &stream->clock);
     free(stream->clock.at);
     pthread_cond_destroy(&stream->work);
     stream->magic = 0;
