@@ -13,6 +13,8 @@ mod name;
 mod slab;
 mod slots;
 mod stable_abi;
+mod stacked;
+mod table_rows;
 mod tensor;
 
 use pyo3::prelude::*;
@@ -34,6 +36,10 @@ mod _core {
     use super::index_map::{IndexMap, NameIterator};
     #[pymodule_export]
     use super::slots::use_native_slots;
+    #[pymodule_export]
+    use super::stacked::{insert_ids, missing_names, remove_names, replace_ids};
+    #[pymodule_export]
+    use super::table_rows::TableRows;
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -1,0 +1,97 @@
+//! What a `StackedParameterDict` asks of its index for many names in one call.
+
+use std::collections::HashSet;
+
+use numpy::{PyArray1, PyReadonlyArray1};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::PyList;
+
+use crate::index_map::{IndexMap, to_names};
+use crate::name::Name;
+
+/// Inserts names with their ids, in order: new ones at the end; those that are there keep their place.
+#[pyfunction]
+pub(crate) fn insert_ids(
+    index: &Bound<'_, IndexMap>,
+    names: &Bound<'_, PyAny>,
+    ids: PyReadonlyArray1<'_, i64>,
+) -> PyResult<()> {
+    let names = to_names(names)?;
+    let ids = ids.as_array();
+    if names.len() != ids.len() {
+        return Err(PyValueError::new_err(format!("got {} names and {} ids", names.len(), ids.len())));
+    }
+    index.get().insert_all(index.py(), names.into_iter().zip(ids.iter().copied()).collect())
+}
+
+/// The names that are not in the index, in order, each once.
+#[pyfunction]
+pub(crate) fn missing_names<'py>(
+    index: &Bound<'py, IndexMap>,
+    names: &Bound<'py, PyAny>,
+) -> PyResult<Bound<'py, PyList>> {
+    let py = index.py();
+    let names = to_names(names)?;
+    let found = PyList::empty(py);
+    let Err(missing) = index.get().find_all(py, &names) else {
+        return Ok(found);
+    };
+    let mut seen = HashSet::with_capacity(missing.len());
+    for at in missing {
+        if seen.insert(Key(&names[at])) {
+            found.append(names[at].text(py))?;
+        }
+    }
+    Ok(found)
+}
+
+/// Removes many names and gives their ids in order; a `KeyError`, with nothing removed, if one is not there, or is
+/// listed twice.
+#[pyfunction]
+pub(crate) fn remove_names<'py>(
+    index: &Bound<'py, IndexMap>,
+    names: &Bound<'py, PyAny>,
+) -> PyResult<Bound<'py, PyArray1<i64>>> {
+    let py = index.py();
+    let names = to_names(names)?;
+    let missing = |at: usize| IndexMap::missing(names[at].text(py));
+    index.get().find_all(py, &names).map_err(|places| missing(places[0]))?;
+    let mut seen = HashSet::with_capacity(names.len());
+    if let Some(at) = (0..names.len()).find(|at| !seen.insert(Key(&names[*at]))) {
+        return Err(missing(at));
+    }
+    let removed = index.get().remove_all(py, &names);
+    Ok(PyArray1::from_vec(py, removed.iter().map(|(_, id)| *id).collect()))
+}
+
+/// Gives all names, in their order, other ids.
+#[pyfunction]
+pub(crate) fn replace_ids(index: &Bound<'_, IndexMap>, ids: PyReadonlyArray1<'_, i64>) -> PyResult<()> {
+    let ids = ids.as_array().to_vec();
+    if let Some(id) = ids.iter().find(|id| **id < 0) {
+        return Err(PyValueError::new_err(format!("an id must be 0 or more, got {id}")));
+    }
+    if index.get().replace_rows(index.py(), &ids) {
+        return Ok(());
+    }
+    Err(PyValueError::new_err(format!("got {} ids for another number of names", ids.len())))
+}
+
+/// A name in a set of the standard library.
+struct Key<'a>(&'a Name);
+
+impl std::hash::Hash for Key<'_> {
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        state.write_u64(self.0.full_hash());
+    }
+}
+
+impl PartialEq for Key<'_> {
+    fn eq(&self, other: &Self) -> bool {
+        use pdrs_core::Matches;
+        self.0.matches(other.0)
+    }
+}
+
+impl Eq for Key<'_> {}
