@@ -18,11 +18,13 @@ __all__ = [
     "can_take_over",
     "clear_entries",
     "collect_parameters",
+    "copy_row",
     "group_tensors",
     "in_step",
     "insert_all",
     "insert_ids",
     "missing_names",
+    "pack_names",
     "pop_end",
     "pop_entry",
     "prepare",
@@ -31,7 +33,9 @@ __all__ = [
     "save_parameters",
     "set_entry",
     "slab_views",
+    "sort_tensors",
     "take_over",
+    "unpack_names",
     "unzip",
     "use_native_slots",
 ]
@@ -469,3 +473,7 @@ def insert_ids(index: IndexMap, names: Iterable[str], ids: NDArray[np.int64]) ->
 def missing_names(index: IndexMap, names: Iterable[str]) -> list[str]: ...
 def remove_names(index: IndexMap, names: Iterable[str]) -> NDArray[np.int64]: ...
 def replace_ids(index: IndexMap, ids: NDArray[np.int64]) -> None: ...
+def pack_names(index: IndexMap) -> tuple[NDArray[np.uint8], NDArray[np.uint32]]: ...
+def unpack_names(text: NDArray[np.uint8], lengths: NDArray[np.uint32], ids: NDArray[np.int64]) -> IndexMap: ...
+def copy_row(table: Tensor, row: int) -> Tensor | None: ...
+def sort_tensors(values: list[Any]) -> tuple[NDArray[np.int64], list[int]]: ...

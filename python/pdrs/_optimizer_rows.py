@@ -18,7 +18,7 @@ from torch.optim import Adagrad, Optimizer, Rprop
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["join", "of_rows", "refuse_strangers", "watch"]
+__all__ = ["join", "leave", "of_rows", "refuse_strangers", "watch"]
 
 # The optimizers that have stepped on each table.
 _stepped: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -126,14 +126,18 @@ def _options(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
     raise LookupError("the optimizer has no such parameter")
 
 
-def join(optimizer: Optimizer, parameter: Tensor, tables: Sequence[Tensor], same: Sequence[Tensor]) -> None:
-    """Give a new table to an optimizer: to the group of the ``same`` tables or, failing that, of ``tables``."""
-    if not parameter.requires_grad:
-        return
-    for kin in (same, tables):
-        ids = {id(one) for one in kin}
-        for group in optimizer.param_groups:
-            if any(id(one) in ids for one in group["params"]):
-                group["params"].append(parameter)
-                return
-    optimizer.param_groups[0]["params"].append(parameter)
+def join(optimizer: Optimizer, parameter: Tensor, pattern: str | None, tables: Sequence[Tensor]) -> None:
+    """Give a new table to an optimizer: to the parameter group with this pattern, or else to that of other tables."""
+    ids = {id(one) for one in tables}
+    groups = optimizer.param_groups
+    marked = [group for group in groups if "pattern" in group and group["pattern"] == pattern]
+    with_tables = [group for group in groups if any(id(one) in ids for one in group["params"])]
+    (marked or with_tables or groups)[0]["params"].append(parameter)
+
+
+def leave(optimizer: Optimizer, parameter: Tensor | None) -> None:
+    """Take a table away from an optimizer, and its state."""
+    for group in optimizer.param_groups:
+        group["params"][:] = [one for one in group["params"] if one is not parameter]
+    if parameter is not None:
+        optimizer.state.pop(parameter, None)

@@ -166,7 +166,7 @@ class Tables(Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.__dict__.update(_tables=[], _optimizers=[], _lock=threading.RLock(), _moves=0)
+        self.__dict__.update(_tables=[], _optimizers=[], _lock=threading.RLock())
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the lock, and the optimizers, which hold the Parameters of this very object."""
@@ -226,14 +226,23 @@ class Tables(Module):
         self.register_parameter(attribute, parameter)
         self._tables.append(table)
         _optimizer_rows.watch(parameter)
-        for optimizer in self._attached():
-            _optimizer_rows.join(
-                optimizer, parameter, [self._parameter(one) for one in self._tables], self._same_group(table)
-            )
+        if parameter.requires_grad:
+            tables = [self._parameter(one) for one in self._tables]
+            for optimizer in self._attached():
+                _optimizer_rows.join(optimizer, parameter, self._pattern(group), tables)
         return len(self._tables) - 1
 
-    def _same_group(self, table: Table) -> list[Tensor]:
-        return [self._parameter(one) for one in self._tables if one.group == table.group and one is not table]
+    def _remove_last_table(self) -> None:
+        self._discard_table(self._tables.pop().attribute)
+
+    def _discard_table(self, attribute: str) -> None:
+        parameter = self._parameters.pop(attribute, None)
+        for optimizer in self._attached():
+            _optimizer_rows.leave(optimizer, parameter)
+
+    def _pattern(self, group: int) -> str | None:
+        """Return what marks the parameter group of an optimizer that is to have the tables of a group."""
+        return None
 
     def _attached(self) -> list[Optimizer]:
         alive = [(ref, ref()) for ref in self._optimizers]

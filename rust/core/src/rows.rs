@@ -18,7 +18,7 @@ pub struct Rows {
     free: Vec<u64>,
 }
 
-/// The smallest capacity that a table grows to.
+/// The smallest capacity that a table grows to from another.
 const SMALLEST: u64 = 4;
 
 impl Rows {
@@ -95,13 +95,15 @@ impl Rows {
     }
 
     /// The capacity that a table of this capacity needs before `count` more rows can be given: the same if there is
-    /// room, and otherwise at least the double, so that growing costs **O(1)** a row. `None` if that overflows.
+    /// room, otherwise at least the double, so that growing costs **O(1)** a row, and at first no more than is needed,
+    /// because many tables are made at once and stay as they are. `None` if that overflows.
     #[must_use]
     pub fn capacity_for(&self, count: u64, capacity: u64) -> Option<u64> {
         let wanted = self.used.checked_add(count - self.reused(count))?;
         if wanted <= capacity {
             return Some(capacity);
         }
-        Some(wanted.max(capacity.checked_mul(2)?).max(SMALLEST))
+        let doubled = capacity.checked_mul(2)?;
+        Some(if capacity == 0 { wanted } else { wanted.max(doubled).max(SMALLEST) })
     }
 }

@@ -51,6 +51,10 @@ impl Drop for Locked<'_> {
 }
 
 impl IndexMap {
+    pub(crate) fn empty() -> Self {
+        Self::from_state(State { map: Map::new(), next_row: 0 })
+    }
+
     fn from_state(state: State) -> Self {
         Self {
             generation: AtomicU64::new(state.map.generation()),
@@ -234,7 +238,7 @@ impl IndexMap {
     #[new]
     #[pyo3(signature = (entries=None))]
     fn new(entries: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
-        let index = Self::from_state(State { map: Map::new(), next_row: 0 });
+        let index = Self::empty();
         if let Some(entries) = entries {
             index.update(entries)?;
         }
@@ -245,7 +249,7 @@ impl IndexMap {
     #[pyo3(signature = (names, rows=None))]
     fn from_names(names: &Bound<'_, PyAny>, rows: Option<PyReadonlyArray1<'_, i64>>) -> PyResult<Self> {
         let py = names.py();
-        let index = Self::from_state(State { map: Map::new(), next_row: 0 });
+        let index = Self::empty();
         let names = to_names(names)?;
         match rows {
             None => drop(index.append(py, names)?),

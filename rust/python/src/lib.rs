@@ -10,6 +10,7 @@ mod group;
 mod index_map;
 mod interpreter;
 mod name;
+mod row;
 mod slab;
 mod slots;
 mod stable_abi;
@@ -35,9 +36,11 @@ mod _core {
     #[pymodule_export]
     use super::index_map::{IndexMap, NameIterator};
     #[pymodule_export]
+    use super::row::{copy_row, sort_tensors};
+    #[pymodule_export]
     use super::slots::use_native_slots;
     #[pymodule_export]
-    use super::stacked::{insert_ids, missing_names, remove_names, replace_ids};
+    use super::stacked::{insert_ids, missing_names, pack_names, remove_names, replace_ids, unpack_names};
     #[pymodule_export]
     use super::table_rows::TableRows;
 
