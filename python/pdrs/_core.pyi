@@ -443,8 +443,11 @@ class TableRows:
 
     def __new__(cls, used: int = 0) -> TableRows: ...
     @staticmethod
-    def of_live(live: NDArray[np.int64]) -> TableRows:
-        """Make one of the rows that belong to names, in any order. Raises ValueError if one is listed twice."""
+    def of_live(used: int, live: NDArray[np.int64]) -> TableRows:
+        """Make one of the rows that belong to names, in any order, of the first ``used``; the others of these are free.
+
+        Raises ValueError if one is listed twice, or is none of the first. **O(used)**.
+        """
     def __len__(self) -> int:
         """Return how many rows belong to names. **O(1)**."""
     @property

@@ -2,7 +2,7 @@
 
 magic    8 bytes   b"pdrs" and the version of the layout
 size     8 bytes   the size of the header, a multiple of 8
-header   JSON      the number of names; attribute, group and trainability of each table; patterns of groups
+header   JSON      the number of names; what there is to know of each table; the patterns of groups
 ids      int64     the table and row of each name, in order; left out where the n-th name has row n of table 0
 lengths  uint32    the bytes of each name, in UTF-8 with surrogates; padded to 8 bytes
 text     bytes     the names, one behind another
@@ -33,12 +33,12 @@ class Header:
     Parameters
     ----------
     tables
-        Of each table, in the order of their numbers: attribute, group, trainability.
+        Of each table, in the order of their numbers: attribute, group, trainability, and how many rows were ever given.
     patterns
         The patterns of names that have groups of options of their own.
     """
 
-    tables: tuple[tuple[str, int, bool], ...]
+    tables: tuple[tuple[str, int, bool, int], ...]
     patterns: tuple[str, ...]
 
 
@@ -78,7 +78,7 @@ def unpack(packed: Tensor) -> tuple[IndexMap, NDArray[np.int64], Header]:
     try:
         fields = json.loads(data[16 : 16 + size].tobytes())
         count, start = int(fields["names"]), 16 + size
-        tables = tuple((str(name), int(group), bool(trainable)) for name, group, trainable in fields["tables"])
+        tables = tuple((str(name), int(group), bool(flag), int(used)) for name, group, flag, used in fields["tables"])
         patterns = tuple(map(str, fields["patterns"]))
         has_ids = bool(fields["ids"])
     except (ValueError, KeyError, TypeError) as error:

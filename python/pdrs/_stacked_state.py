@@ -28,7 +28,7 @@ class SavedRows(TrainedRows):
     """Named rows that can be saved and loaded."""
 
     # The names as they were last packed, as long as somebody holds them, and what was counted then.
-    _packed: tuple[weakref.ref[Tensor], int, int] | None
+    _packed: tuple[weakref.ref[Tensor], int, int, Header] | None
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,17 +45,21 @@ class SavedRows(TrainedRows):
         with self._lock:
             packed = self._packed_before()
             if packed is None:
-                tables = tuple(
-                    (table.attribute, table.group, self._parameter(table).requires_grad) for table in self._tables
-                )
-                packed = pack(self._index, Header(tables, self._patterns))
-                self.__dict__["_packed"] = (weakref.ref(packed), self._moves, self._inserts)
+                packed = pack(self._index, self._header())
+                self.__dict__["_packed"] = (weakref.ref(packed), self._moves, self._inserts, self._header())
             return packed
 
     def _packed_before(self) -> Tensor | None:
-        if self._packed is None or self._packed[1:] != (self._moves, self._inserts):
+        if self._packed is None or self._packed[1:] != (self._moves, self._inserts, self._header()):
             return None
         return self._packed[0]()
+
+    def _header(self) -> Header:
+        tables = tuple(
+            (table.attribute, table.group, self._parameter(table).requires_grad, table.rows.used)
+            for table in self._tables
+        )
+        return Header(tables, self._patterns)
 
     def named_state_dict(self) -> dict[str, Tensor]:
         """Return a dict of names and rows, as a ParameterDict's ``state_dict`` is. **O(n)**.
@@ -116,7 +120,7 @@ class SavedRows(TrainedRows):
             return
         index, ids, header = unpack(packed)
         old = {table.attribute: (number, table) for number, table in enumerate(self._tables)}
-        for attribute, _, _ in header.tables:
+        for attribute, *_ in header.tables:
             if attribute not in old and hasattr(self, attribute):
                 raise ValueError(f"the table '{attribute}' cannot be made: there is another attribute of that name")
         numbers, rows = table_of(ids), row_of(ids)
@@ -124,11 +128,11 @@ class SavedRows(TrainedRows):
             raise ValueError("the packed names are damaged: a name lies in a table that is not there")
         before = self._index.lookup(list(index), -1)
         plan = []
-        for number, (attribute, group, trainable) in enumerate(header.tables):
+        for number, (attribute, group, trainable, used) in enumerate(header.tables):
             there = numbers == number
-            of_table = TableRows.of_live(rows[there])
+            of_table = TableRows.of_live(used, rows[there])
             tensor = saved.get(attribute)
-            capacity = max(of_table.used, len(tensor) if isinstance(tensor, Tensor) and tensor.dim() else 0)
+            capacity = max(used, len(tensor) if isinstance(tensor, Tensor) and tensor.dim() else 0)
             plan.append((attribute, group, trainable, there, of_table, tensor, capacity))
         for table in self._tables:
             _optimizer_rows.refuse_strangers(self._parameter(table), self._attached(), "load other names into a table")
@@ -150,15 +154,17 @@ class SavedRows(TrainedRows):
         for attribute, (_, table) in old.items():
             if table not in made:
                 self._discard_table(attribute)
+        for table in made:
+            # In the saved order, by which an optimizer's state dict knows them.
+            self._parameters[table.attribute] = self._parameters.pop(table.attribute)
         self.__dict__.update(_tables=made, _index=index, _patterns=header.patterns)
         self._moved()
 
     def _fit_capacities(self, saved: Mapping[str, Any]) -> None:
         for table in self._tables:
             tensor = saved.get(table.attribute)
-            size = len(tensor) if isinstance(tensor, Tensor) and tensor.dim() else 0
-            if size >= table.rows.used and size != len(self._parameter(table)):
-                self._resize(table, size)
+            if isinstance(tensor, Tensor) and tensor.dim() and table.rows.used <= len(tensor):
+                self._resize(table, len(tensor))
 
     def _new_table(self, attribute: str, group: int, trainable: bool, tensor: Any, capacity: int) -> Table:
         if not isinstance(tensor, Tensor) or tensor.dim() == 0:

@@ -263,8 +263,7 @@ class Tables(Module):
         """
         parameter = self._parameter(table)
         capacity = table.rows.capacity_for(count, len(parameter))
-        if capacity != len(parameter):
-            self._resize(table, capacity)
+        self._resize(table, capacity)
         rows = table.rows.next(count)
         if table.rows.reused(count):
             _optimizer_rows.refuse_strangers(parameter, self._attached(), "give the row of a removed name to a new one")
@@ -273,7 +272,8 @@ class Tables(Module):
 
     def _resize(self, table: Table, capacity: int) -> None:
         """Change the capacity; all rows stay what they are, and zeros are added."""
-        self._rearrange(table, capacity, None)
+        if capacity != len(self._parameter(table)):
+            self._rearrange(table, capacity, None)
 
     def _rearrange(self, table: Table, capacity: int, source: Tensor | None) -> None:
         """Give a table another capacity and, where ``source`` is given, other rows: the old row of each, -1 for none.

@@ -226,7 +226,7 @@ class TrainedRows(GatheredRows):
             self._move_rows(ids, np.flatnonzero((numbers == number) & (groups == group)), group)
         replace_ids(self._index, ids)
         for number, table in enumerate(self._tables):
-            table.rows = TableRows.of_live(row_of(ids[table_of(ids) == number]))
+            table.rows = TableRows.of_live(table.rows.used, row_of(ids[table_of(ids) == number]))
         self._moved()
 
     def _move_rows(self, ids: Any, there: Any, group: int) -> None:

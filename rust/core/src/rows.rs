@@ -28,16 +28,15 @@ impl Rows {
         Self { used, free: Vec::new() }
     }
 
-    /// The rows of a table of which `live` belong to names; the rest of the rows up to the last of them are free, and
-    /// the lowest of these is given first.
+    /// The rows of a table of whose first `used` rows `live` belong to names; the others are free, and the lowest of
+    /// these is given first.
     ///
-    /// **O(n)** for the largest row `n`. `None` if a row is listed twice.
+    /// **O(used)**. `None` if a row is listed twice, or is none of the first.
     #[must_use]
-    pub fn of_live(live: impl Iterator<Item = u64> + Clone) -> Option<Self> {
-        let used = live.clone().max().map_or(0, |last| last + 1);
+    pub fn of_live(used: u64, live: impl Iterator<Item = u64>) -> Option<Self> {
         let mut taken = vec![false; usize::try_from(used).ok()?];
         for row in live {
-            if std::mem::replace(&mut taken[row as usize], true) {
+            if std::mem::replace(taken.get_mut(usize::try_from(row).ok()?)?, true) {
                 return None;
             }
         }

@@ -53,7 +53,7 @@ proptest! {
                 }
                 Operation::GiveBack(_) => {}
                 Operation::Rebuild => {
-                    rows = Rows::of_live(live.iter().copied()).unwrap();
+                    rows = Rows::of_live(rows.used(), live.iter().copied()).unwrap();
                     given_back = rows.free().to_vec();
                 }
             }
@@ -82,9 +82,10 @@ fn a_million_single_rows_grow_a_table_twenty_times_or_less() {
 }
 
 #[test]
-fn a_row_that_is_listed_twice_is_refused() {
-    assert_eq!(Rows::of_live([1, 3, 1].into_iter()), None);
-    assert_eq!(Rows::of_live([3, 1].into_iter()).unwrap().free(), [2, 0]);
+fn rows_that_are_listed_twice_or_lie_outside_are_refused() {
+    assert_eq!(Rows::of_live(5, [1, 3, 1].into_iter()), None);
+    assert_eq!(Rows::of_live(5, [1, 5].into_iter()), None);
+    assert_eq!(Rows::of_live(5, [3, 1].into_iter()).unwrap().free(), [4, 2, 0]);
 }
 
 #[test]

@@ -34,14 +34,14 @@ impl TableRows {
     }
 
     #[staticmethod]
-    fn of_live(live: PyReadonlyArray1<'_, i64>) -> PyResult<Self> {
+    fn of_live(used: u64, live: PyReadonlyArray1<'_, i64>) -> PyResult<Self> {
         let live = live.as_array();
         if let Some(row) = live.iter().find(|row| **row < 0) {
             return Err(PyValueError::new_err(format!("a row must be 0 or more, got {row}")));
         }
-        match Rows::of_live(live.iter().map(|row| row.cast_unsigned())) {
+        match Rows::of_live(used, live.iter().map(|row| row.cast_unsigned())) {
             Some(rows) => Ok(Self { rows: Mutex::new(rows) }),
-            None => Err(PyValueError::new_err("a row is listed twice")),
+            None => Err(PyValueError::new_err("a row is listed twice, or was never given")),
         }
     }
 
