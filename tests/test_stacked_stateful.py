@@ -202,7 +202,7 @@ class Stacked(RuleBasedStateMachine):
 
     @rule(names=st.lists(NAMES, unique=True, max_size=4))
     def load_names_into_this(self, names: list[str]) -> None:
-        """What both have keeps its sum, and takes the value; the rest goes, or comes."""
+        """Load other names: what both have keeps its sum and takes the value; the rest goes, or comes."""
         other = pdrs.StackedParameterDict([(name, torch.full((2,), 5.0)) for name in names])
         self.sd.load_state_dict(other.state_dict())
         self.optimizer.zero_grad()

@@ -348,12 +348,10 @@ class StackedParameterDict(SavedRows):
         return made
 
     def __ror__(self, other: Any) -> Any:
-        """Return a copy of ``other`` that has been updated with this; a plain dict stays one."""
-        if not isinstance(other, Mapping | torch.nn.ParameterDict):
+        """Return a plain dict of what ``other`` has, updated with the rows of this."""
+        if not isinstance(other, Mapping):
             return NotImplemented
-        made: Any = other.copy() if isinstance(other, torch.nn.ParameterDict) else dict(other)
-        made.update(self.unstack() if isinstance(other, torch.nn.ParameterDict) else dict(self.items()))
-        return made
+        return {**other, **dict(self.items())}
 
     def __ior__(self, other: Any) -> StackedParameterDict:
         """Update with ``other``."""
