@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,8 +26,9 @@ _EXTRA_STATE = "_extra_state"  # the key that torch gives what `get_extra_state`
 class SavedRows(TrainedRows):
     """Named rows that can be saved and loaded."""
 
-    # The names as they were last packed, as long as somebody holds them, and what was counted then.
-    _packed: tuple[weakref.ref[Tensor], int, int, Header] | None
+    # The names as they were last packed, and what was counted then: kept, because models are saved again and again, and
+    # because to compare bytes is the fastest way to find out that what is loaded has the same names.
+    _packed: tuple[Tensor, int, int, Header] | None
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,13 +46,13 @@ class SavedRows(TrainedRows):
             packed = self._packed_before()
             if packed is None:
                 packed = pack(self._index, self._header())
-                self.__dict__["_packed"] = (weakref.ref(packed), self._moves, self._inserts, self._header())
+                self.__dict__["_packed"] = (packed, self._moves, self._inserts, self._header())
             return packed
 
     def _packed_before(self) -> Tensor | None:
         if self._packed is None or self._packed[1:] != (self._moves, self._inserts, self._header()):
             return None
-        return self._packed[0]()
+        return self._packed[0]
 
     def _header(self) -> Header:
         tables = tuple(
@@ -113,9 +113,7 @@ class SavedRows(TrainedRows):
         ours = self._packed_before()
         if packed.device.type == "meta":
             return
-        if ours is packed or (
-            (ours is None or len(ours) == len(packed)) and torch.equal(self.get_extra_state(), packed.cpu())
-        ):
+        if ours is packed or (len(self._index) > 0 and torch.equal(self.get_extra_state(), packed.cpu())):
             self._fit_capacities(saved)
             return
         index, ids, header = unpack(packed)
@@ -189,20 +187,18 @@ def _load_named(
     """Load what a ParameterDict saved: an empty dictionary takes over the names, another one must have them."""
     keys = _under(state_dict, prefix)
     names = [key[len(prefix) :] for key in keys] if prefix else keys
-    values = [state_dict[key] for key in keys]
-    for at in [at for at, value in enumerate(values) if not isinstance(value, Tensor)]:
-        error_msgs.append(
-            f'While copying the parameter named "{keys[at]}", expected torch.Tensor or Tensor-like object from '
-            f"checkpoint but received {type(values[at])}"
-        )
+    values = list(map(state_dict.__getitem__, keys))
+    classes, firsts = sort_tensors(values)
+    # What is no plain tensor is looked at one by one: subclasses, tensors on the meta device, and no tensors at all.
+    odd = [at for at in np.flatnonzero(classes < 0).tolist() if not isinstance(values[at], Tensor)]
+    error_msgs += [
+        f'While copying the parameter named "{keys[at]}", expected torch.Tensor or Tensor-like object from '
+        f"checkpoint but received {type(values[at])}"
+        for at in odd
+    ]
     if len(sd._index) == 0:
-        trainable = [isinstance(value, Tensor) and value.is_floating_point() for value in values]
-        wrapped = [
-            value if one else Parameter(value.detach(), requires_grad=False)
-            for value, one in zip(values, trainable, strict=True)
-            if isinstance(value, Tensor)
-        ]
-        sd._insert([name for name, value in zip(names, values, strict=True) if isinstance(value, Tensor)], wrapped)
+        taken = sorted(set(range(len(keys))).difference(odd))
+        sd._insert([names[at] for at in taken], [_as_entry(values[at]) for at in taken])
         return
     ids = sd._index.lookup(names, -1)
     if strict:
@@ -210,21 +206,28 @@ def _load_named(
         if (ids >= 0).sum() < len(sd._index):
             given = set(names)
             missing_keys += [prefix + name for name in sd._index if name not in given]
-    classes, _ = sort_tensors(values)
     for (class_, number), there in partition([classes, table_of(ids)]):
         if number < 0:
             continue
         parameter = sd._parameter(sd._tables[number])
-        places = [at for at in there.tolist() if isinstance(values[at], Tensor)]
-        fits = [at for at in places if values[at].shape == parameter.shape[1:]]
-        if len(fits) < len(places):
-            error_msgs += [
-                f"size mismatch for {keys[at]}: copying a param with shape {values[at].shape} from checkpoint, the "
-                f"shape in current model is {parameter.shape[1:]}."
-                for at in places
-                if values[at].shape != parameter.shape[1:]
-            ]
-        if fits:
-            tensors = [values[at] for at in fits]
-            block = torch.stack(tensors) if class_ < 0 else stack(tensors, tensors[0].detach()[None])
-            write_rows(parameter, row_of(ids[fits]), block)
+        places = there.tolist()
+        if class_ >= 0 and values[firsts[class_]].shape == parameter.shape[1:]:
+            chosen = values if len(places) == len(values) else [values[at] for at in places]
+            write_rows(parameter, row_of(ids[there]), stack(chosen, chosen[0].detach()[None]))
+            continue
+        for at in places:
+            value = values[at]
+            if not isinstance(value, Tensor):
+                continue
+            if value.shape == parameter.shape[1:]:
+                write_rows(parameter, row_of(ids[at : at + 1]), value.detach()[None])
+            else:
+                error_msgs.append(
+                    f"size mismatch for {keys[at]}: copying a param with shape {value.shape} from checkpoint, the "
+                    f"shape in current model is {parameter.shape[1:]}."
+                )
+
+
+def _as_entry(value: Tensor) -> Tensor:
+    differentiable = value.is_floating_point() or value.is_complex()
+    return value if differentiable else Parameter(value.detach(), requires_grad=False)
