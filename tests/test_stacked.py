@@ -211,6 +211,8 @@ def test_the_other_methods_of_a_dict(sd: pdrs.StackedParameterDict) -> None:
         sd.update(5)
     with pytest.raises(TypeError):
         sd.pop("a", 1, 2)
+    with pytest.raises(TypeError):
+        sd.pop(None)  # type: ignore[arg-type]
 
 
 def test_repr_is_short() -> None:

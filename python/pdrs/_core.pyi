@@ -18,7 +18,6 @@ __all__ = [
     "can_take_over",
     "clear_entries",
     "collect_parameters",
-    "copy_row",
     "group_tensors",
     "in_step",
     "insert_all",
@@ -27,6 +26,7 @@ __all__ = [
     "pack_names",
     "pop_end",
     "pop_entry",
+    "pop_row",
     "prepare",
     "remove_names",
     "replace_ids",
@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 _T = TypeVar("_T")
+_TableT = TypeVar("_TableT")
 _Door = Literal["dlpack", "stable_abi", "as_strided"]
 
 @final
@@ -478,5 +479,7 @@ def remove_names(index: IndexMap, names: Iterable[str]) -> NDArray[np.int64]: ..
 def replace_ids(index: IndexMap, ids: NDArray[np.int64]) -> None: ...
 def pack_names(index: IndexMap) -> tuple[NDArray[np.uint8], NDArray[np.uint32]]: ...
 def unpack_names(text: NDArray[np.uint8], lengths: NDArray[np.uint32], ids: NDArray[np.int64]) -> IndexMap: ...
-def copy_row(table: Tensor, row: int) -> Tensor | None: ...
+def pop_row(
+    index: IndexMap, tables: list[_TableT], parameters: dict[str, Any], name: str | None, end: bool | None = None
+) -> tuple[str, _TableT, int, Tensor | None] | None: ...
 def sort_tensors(values: list[Any]) -> tuple[NDArray[np.int64], list[int]]: ...

@@ -8,16 +8,17 @@ from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from pdrs import parameter_dict
-from pdrs._core import IndexMap, TableRows, copy_row, slab_views
+from pdrs._core import IndexMap, TableRows, pop_row, slab_views
 from pdrs._gathered_rows import Handle
 from pdrs._named_rows import Initialiser, Names, as_list, id_of, row_of, table_of
 from pdrs._stacked_state import SavedRows
-from pdrs._tables import Kind
+from pdrs._tables import Kind, Table
 from pdrs._views import KeysView as NamesView
 from pdrs.parameter_dict import MissingEntryError, ParameterDict
 
@@ -216,7 +217,7 @@ class StackedParameterDict(SavedRows):
     def __delitem__(self, key: str) -> None:
         """Remove ``key``; the order of the others stays. Raises KeyError if it is not there. **O(1)**."""
         with self._lock:
-            self._give_back(self._index.pop(key))
+            self._free(np.array([self._index.pop(key)]))
 
     def __contains__(self, key: object) -> bool:
         """Whether ``key`` is the key of an entry. **O(1)**."""
@@ -244,14 +245,12 @@ class StackedParameterDict(SavedRows):
         if len(default) > 1:
             raise TypeError(f"pop expected at most 2 arguments, got {1 + len(default)}")
         with self._lock:
-            id_ = self._index.pop(key, None)
-            if id_ is None:
-                if default:
-                    return default[0]
-                raise MissingEntryError(key)
-            value = self._copied(id_)
-            self._give_back(id_)
-            return value
+            popped = pop_row(self._index, self._tables, self._parameters, key)
+            if popped is not None:
+                return self._popped(*popped[1:])
+        if default:
+            return default[0]
+        raise MissingEntryError(key)
 
     def popitem(self, last: bool = True) -> tuple[str, Tensor]:
         """Remove the last (or the first) entry and return its key and a copy of its row. **O(1)** at either end.
@@ -259,23 +258,20 @@ class StackedParameterDict(SavedRows):
         Raises KeyError if there is none.
         """
         with self._lock:
-            key, id_ = self._index.popitem(last)
-            value = self._copied(id_)
-            self._give_back(id_)
-            return key, value
+            popped = pop_row(self._index, self._tables, self._parameters, None, last)
+            if popped is None:
+                raise KeyError("popitem(): dictionary is empty")
+            return popped[0], self._popped(*popped[1:])
 
-    def _copied(self, id_: int) -> Tensor:
-        table, row = self._parameter(self._tables[table_of(id_)]), row_of(id_)
-        copied = copy_row(table, row)
-        return table.detach()[row].clone() if copied is None else copied
-
-    def _give_back(self, id_: int) -> None:
-        # What `_free` does, for one.
-        table = self._tables[table_of(id_)]
-        table.rows.give_back(row_of(id_))
+    def _popped(self, table: Table, row: int, copied: Tensor | None) -> Tensor:
+        """Do what is left to do for a row whose name has been removed, and return a copy of it."""
         self.__dict__["_moves"] += 1
-        if self._parameter(table).grad is not None:
-            self._without_gradient(table, row_of(id_))
+        parameter = self._parameter(table)
+        if copied is None:
+            copied = parameter.detach()[row].clone()
+        if parameter.grad is not None:
+            self._without_gradient(table, row)
+        return copied
 
     # -- all entries ---------------------------------------------------------------------------------------------------
 

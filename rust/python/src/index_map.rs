@@ -154,6 +154,17 @@ impl IndexMap {
         if missing.is_empty() { Ok(rows) } else { Err(missing) }
     }
 
+    /// Removes a name and gives it, the object that the map held, and its row.
+    pub(crate) fn remove(&self, name: &Bound<'_, PyString>) -> Option<(Name, i64)> {
+        self.write(name.py()).state.map.remove(&Query::from(name))
+    }
+
+    /// Removes the last or first name and gives it and its row.
+    pub(crate) fn remove_end(&self, py: Python<'_>, last: bool) -> Option<(Name, i64)> {
+        let map = &mut self.write(py).state.map;
+        if last { map.pop_last() } else { map.pop_first() }
+    }
+
     /// Removes names that are there; those that are not are passed over.
     pub(crate) fn remove_all(&self, py: Python<'_>, names: &[Name]) -> Vec<(Name, i64)> {
         let mut locked = self.write(py);

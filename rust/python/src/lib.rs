@@ -36,11 +36,11 @@ mod _core {
     #[pymodule_export]
     use super::index_map::{IndexMap, NameIterator};
     #[pymodule_export]
-    use super::row::{copy_row, sort_tensors};
+    use super::row::sort_tensors;
     #[pymodule_export]
     use super::slots::use_native_slots;
     #[pymodule_export]
-    use super::stacked::{insert_ids, missing_names, pack_names, remove_names, replace_ids, unpack_names};
+    use super::stacked::{insert_ids, missing_names, pack_names, pop_row, remove_names, replace_ids, unpack_names};
     #[pymodule_export]
     use super::table_rows::TableRows;
 

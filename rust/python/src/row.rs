@@ -1,8 +1,7 @@
 //! Rows of tables and the tensors they come from: a copy of one row, and what many tensors have in common.
-#![allow(unsafe_code)] // Lends memory to torch, which gives it back.
+#![allow(unsafe_code)] // Copies between addresses.
 
 use std::collections::HashMap;
-use std::ffi::c_void;
 use std::ptr;
 
 use numpy::PyArray1;
@@ -10,7 +9,7 @@ use pdrs_core::strides::is_contiguous;
 use pyo3::prelude::*;
 use pyo3::types::PyList;
 
-use crate::dlpack::{Device, DlTensor, Dtype, MAJOR, MINOR, ManagedTensor, Version};
+use crate::dlpack::Dtype;
 use crate::tensor::{Torch, prefetch};
 
 /// Larger rows are left to torch, which copies them with several threads and without the GIL.
@@ -19,31 +18,15 @@ const LARGEST: u64 = 1 << 16;
 /// How many tensors ahead the memory of one is fetched.
 const AHEAD: usize = 16;
 
-/// What torch aligns its own memory to.
-#[repr(C, align(64))]
-#[derive(Clone, Copy)]
-struct Line([u8; 64]);
-
-/// A tensor on its way to torch: first the struct that torch sees, then what it points to.
-#[repr(C)]
-struct Owned {
-    managed: ManagedTensor,
-    dims: Box<[i64]>,
-    memory: Box<[Line]>,
-}
-
-unsafe extern "C" fn give_back(managed: *mut ManagedTensor) {
-    // SAFETY: torch calls this once, with the pointer that `Box::into_raw` gave, whose struct begins with `managed`.
-    drop(unsafe { Box::from_raw(managed.cast::<Owned>()) });
-}
-
 /// A copy of one row of a table, with memory of its own; `None` if it is to be left to torch.
 ///
 /// torch takes three times as long, for three operations: detach, select, clone.
-#[pyfunction]
 pub(crate) fn copy_row<'py>(table: &Bound<'py, PyAny>, row: u64) -> PyResult<Option<Bound<'py, PyAny>>> {
     let py = table.py();
     let torch = Torch::get(py)?;
+    let Some(abi) = &torch.stable_abi else {
+        return Ok(None);
+    };
     let mut dims = Vec::new();
     let Ok(found) = torch.find(table, &mut dims)? else {
         return Ok(None);
@@ -58,46 +41,14 @@ pub(crate) fn copy_row<'py>(table: &Bound<'py, PyAny>, row: u64) -> PyResult<Opt
     if outside || !found.device.is_cpu() || bytes == 0 || bytes > LARGEST || !is_contiguous(shape, strides) {
         return Ok(None);
     }
-    let mut memory = vec![Line([0; 64]); (bytes as usize).div_ceil(64)].into_boxed_slice();
-    // SAFETY: the table is contiguous and alive, the row lies in it, and nothing else runs meanwhile; the new memory has
-    // at least so many bytes.
+    let (made, memory) = abi.empty(&abi.handle(table)?, row_shape, &strides[1..])?;
+    // SAFETY: the table is contiguous and alive, the row lies in it, and nothing else runs meanwhile; the new tensor has
+    // the row's shape and dtype, and so as many bytes.
     unsafe {
         let source = (found.pointer as *const u8).add((row * bytes) as usize);
-        ptr::copy_nonoverlapping(source, memory.as_mut_ptr().cast::<u8>(), bytes as usize);
+        ptr::copy_nonoverlapping(source, memory.cast::<u8>(), bytes as usize);
     }
-    let row_dims = [row_shape, &strides[1..]].concat().into_boxed_slice();
-    let owned = Box::into_raw(Box::new(Owned {
-        managed: ManagedTensor {
-            version: Version { major: MAJOR, minor: MINOR },
-            context: ptr::null_mut(),
-            deleter: Some(give_back),
-            flags: 0,
-            tensor: DlTensor {
-                data: ptr::null_mut(),
-                device: Device { kind: 1, index: 0 },
-                ndim: i32::try_from(row_shape.len())?,
-                dtype: found.dtype,
-                shape: ptr::null_mut(),
-                strides: ptr::null_mut(),
-                byte_offset: 0,
-            },
-        },
-        dims: row_dims,
-        memory,
-    }));
-    let mut made = ptr::null_mut();
-    // SAFETY: what `managed` points to is owned by the same box, which lives until torch calls `give_back`. torch gives
-    // a new reference or raises; then the box is leaked, for whether torch has let it go cannot be told.
-    unsafe {
-        let dims = (*owned).dims.as_mut_ptr();
-        (*owned).managed.tensor.data = (*owned).memory.as_mut_ptr().cast::<c_void>();
-        (*owned).managed.tensor.shape = dims;
-        (*owned).managed.tensor.strides = dims.add(row_shape.len());
-        if (torch.import)(owned.cast(), &raw mut made) != 0 {
-            return Err(PyErr::fetch(py));
-        }
-        Ok(Some(Bound::from_owned_ptr(py, made)))
-    }
+    abi.to_python(py, &made, None).map(Some)
 }
 
 /// What the tensors of one class have in common.

@@ -18,6 +18,9 @@ type TensorHandle = *mut c_void;
 type FromPython = unsafe extern "C" fn(*mut ffi::PyObject, *mut TensorHandle) -> i32;
 type ToPython = unsafe extern "C" fn(TensorHandle, *mut ffi::PyTypeObject, *mut *mut ffi::PyObject) -> i32;
 type View = unsafe extern "C" fn(TensorHandle, i64, *const i64, *const i64, i64, *mut TensorHandle) -> i32;
+type Empty = unsafe extern "C" fn(i64, *const i64, *const i64, i32, i32, i32, *mut TensorHandle) -> i32;
+type Dtype = unsafe extern "C" fn(TensorHandle, *mut i32) -> i32;
+type DataPointer = unsafe extern "C" fn(TensorHandle, *mut *mut c_void) -> i32;
 type SetRequiresGrad = unsafe extern "C" fn(TensorHandle, bool) -> i32;
 type Delete = unsafe extern "C" fn(TensorHandle) -> i32;
 type LastError = unsafe extern "C" fn() -> *const c_char;
@@ -26,6 +29,9 @@ pub(crate) struct StableAbi {
     from_python: FromPython,
     to_python: ToPython,
     view: View,
+    empty: Empty,
+    dtype: Dtype,
+    data_pointer: DataPointer,
     set_requires_grad: SetRequiresGrad,
     delete: Delete,
     last_error: LastError,
@@ -60,6 +66,9 @@ impl StableAbi {
                 from_python: transmute::<*mut c_void, FromPython>(library.symbol(c"torch_tensor_from_pyobject")?),
                 to_python: transmute::<*mut c_void, ToPython>(library.symbol(c"torch_tensor_to_pyobject")?),
                 view: transmute::<*mut c_void, View>(library.symbol(c"aoti_torch__reinterpret_tensor")?),
+                empty: transmute::<*mut c_void, Empty>(library.symbol(c"aoti_torch_empty_strided")?),
+                dtype: transmute::<*mut c_void, Dtype>(library.symbol(c"aoti_torch_get_dtype")?),
+                data_pointer: transmute::<*mut c_void, DataPointer>(library.symbol(c"aoti_torch_get_data_ptr")?),
                 set_requires_grad: transmute::<*mut c_void, SetRequiresGrad>(
                     library.symbol(c"torch_set_requires_grad")?,
                 ),
@@ -89,6 +98,27 @@ impl StableAbi {
             (self.view)(slab.tensor, i64::from(ndim), shape.as_ptr(), strides.as_ptr(), offset, &raw mut handle)
         };
         self.own(status, handle)
+    }
+
+    /// A new tensor on the CPU of the dtype of `like`, and the address of its memory, with whatever is there.
+    pub(crate) fn empty(&self, like: &Handle, shape: &[i64], strides: &[i64]) -> PyResult<(Handle, *mut c_void)> {
+        const CPU: i32 = 0;
+        let ndim = shape.len().min(strides.len()) as u32;
+        let (mut dtype, mut handle, mut memory) = (0, ptr::null_mut(), ptr::null_mut());
+        // SAFETY: `like` is a live handle; shape and strides are `ndim` numbers each, which torch copies. The memory is
+        // asked of the new tensor, which is alive as long as its handle.
+        unsafe {
+            if (self.dtype)(like.tensor, &raw mut dtype) != 0 {
+                return Err(self.error());
+            }
+            let (shape, strides) = (shape.as_ptr(), strides.as_ptr());
+            let status = (self.empty)(i64::from(ndim), shape, strides, dtype, CPU, 0, &raw mut handle);
+            let made = self.own(status, handle)?;
+            if (self.data_pointer)(made.tensor, &raw mut memory) != 0 {
+                return Err(self.error());
+            }
+            Ok((made, memory))
+        }
     }
 
     pub(crate) fn set_requires_grad(&self, tensor: &Handle, requires_grad: bool) -> PyResult<()> {

@@ -4,11 +4,17 @@ use std::collections::HashSet;
 
 use numpy::{PyArray1, PyReadonlyArray1};
 use pyo3::exceptions::PyValueError;
+use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::PyList;
+use pyo3::types::{PyDict, PyList, PyString};
 
 use crate::index_map::{IndexMap, to_names};
-use crate::name::Name;
+use crate::name::{Name, to_text};
+use crate::row::copy_row;
+use crate::table_rows::TableRows;
+
+/// An id is the number of a table and, in so many lower bits, a row of it.
+const ROW_BITS: u32 = 40;
 
 /// Inserts names with their ids, in order: new ones at the end; those that are there keep their place.
 #[pyfunction]
@@ -63,6 +69,41 @@ pub(crate) fn remove_names<'py>(
     }
     let removed = index.get().remove_all(py, &names);
     Ok(PyArray1::from_vec(py, removed.iter().map(|(_, id)| *id).collect()))
+}
+
+/// What [`pop_row`] gives: the name, its table, its row and a copy of that.
+type Popped<'py> = (Bound<'py, PyString>, Bound<'py, PyAny>, u64, Option<Bound<'py, PyAny>>);
+
+/// Removes a name, or the one at an end (`true` is the last), and takes its row back; `None` if it is not there.
+///
+/// Without a copy it is left to torch to make one: the row stays what it is until it is given again.
+#[pyfunction]
+#[pyo3(signature = (index, tables, parameters, name, end = None))]
+pub(crate) fn pop_row<'py>(
+    index: &Bound<'py, IndexMap>,
+    tables: &Bound<'py, PyList>,
+    parameters: &Bound<'py, PyDict>,
+    name: &Bound<'py, PyAny>,
+    end: Option<bool>,
+) -> PyResult<Option<Popped<'py>>> {
+    let py = index.py();
+    let removed = match end {
+        None => index.get().remove(&to_text(name)?),
+        Some(last) => index.get().remove_end(py, last),
+    };
+    let Some((name, id)) = removed else {
+        return Ok(None);
+    };
+    let id = id.cast_unsigned();
+    let (number, row) = ((id >> ROW_BITS) as usize, id & ((1 << ROW_BITS) - 1));
+    let table = tables.get_item(number)?;
+    let parameter = parameters.get_item(table.getattr(intern!(py, "attribute"))?)?;
+    let copied = match &parameter {
+        Some(parameter) => copy_row(parameter, row)?,
+        None => None,
+    };
+    table.getattr(intern!(py, "rows"))?.cast::<TableRows>()?.get().give_back(py, row);
+    Ok(Some((name.into_text(py), table, row, copied)))
 }
 
 /// Gives all names, in their order, other ids.

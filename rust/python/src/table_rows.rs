@@ -70,7 +70,7 @@ impl TableRows {
         self.lock(py).take(count);
     }
 
-    fn give_back(&self, py: Python<'_>, row: u64) {
+    pub(crate) fn give_back(&self, py: Python<'_>, row: u64) {
         self.lock(py).give_back(row);
     }
 
