@@ -102,6 +102,14 @@ def test_names_that_came_after_a_save_are_not_in_it() -> None:
     assert same(sd, other)
 
 
+def test_reserved_rows_are_saved_and_loaded_where_there_are_no_names() -> None:
+    sd, other = SD(), SD()
+    sd.reserve(8, shape=(2,))
+    for _ in range(2):
+        other.load_state_dict(sd.state_dict())
+        assert len(other.table((2,))) == 8
+
+
 @pytest.mark.parametrize("kind", [nn.ParameterDict, pdrs.ParameterDict])
 def test_the_layout_of_a_parameter_dict_goes_in_and_out(kind: type[nn.ParameterDict]) -> None:
     names = ["a", "b", "c", "m"]
@@ -154,7 +162,7 @@ def through_torch_save(sd: pdrs.StackedParameterDict) -> pdrs.StackedParameterDi
 
 @pytest.mark.parametrize(
     "duplicate",
-    [copy.deepcopy, lambda sd: sd.copy(), lambda sd: pickle.loads(pickle.dumps(sd)), through_torch_save],
+    [copy.deepcopy, copy.copy, lambda sd: pickle.loads(pickle.dumps(sd)), through_torch_save],
     ids=["deepcopy", "copy", "pickle", "torch.save"],
 )
 def test_a_copy_is_the_same_and_not_tied(duplicate: Any) -> None:
@@ -221,6 +229,16 @@ def test_tables_go_to_the_meta_device_and_back() -> None:
     assigned = copy.deepcopy(sd).to("meta")
     assigned.load_state_dict(state, assign=True)
     assert same(assigned, sd)
+
+
+def test_a_replica_reads_the_tensors_that_take_the_place_of_parameters() -> None:
+    sd = filled()
+    replica = sd._replicate_for_data_parallel()
+    for name, table in sd.named_parameters():
+        setattr(replica, name, table * 2)
+    replica.gather(["late", "a"]).sum().backward()
+    assert replica["late"].tolist() == [18.0, 18.0]
+    assert {name for name, gradient in sd.named_grads() if gradient.any()} == {"late", "a"}
 
 
 def _write_ones(sd: pdrs.StackedParameterDict) -> None:

@@ -113,7 +113,7 @@ class SavedRows(TrainedRows):
         ours = self._packed_before()
         if packed.device.type == "meta":
             return
-        if ours is packed or (len(self._index) > 0 and torch.equal(self.get_extra_state(), packed.cpu())):
+        if ours is packed or torch.equal(self.get_extra_state(), packed.cpu()):
             self._fit_capacities(saved)
             return
         index, ids, header = unpack(packed)
@@ -130,6 +130,8 @@ class SavedRows(TrainedRows):
             there = numbers == number
             of_table = TableRows.of_live(used, rows[there])
             tensor = saved.get(attribute)
+            if tensor is None and attribute in old:
+                tensor = self._parameter(old[attribute][1])
             capacity = max(used, len(tensor) if isinstance(tensor, Tensor) and tensor.dim() else 0)
             plan.append((attribute, group, trainable, there, of_table, tensor, capacity))
         for table in self._tables:

@@ -335,6 +335,10 @@ class StackedParameterDict(SavedRows):
         """Return a dictionary of the same names with tables of its own, with no gradients. **O(n)**."""
         return copy.deepcopy(self)
 
+    def __copy__(self) -> StackedParameterDict:
+        """Return what :meth:`copy` returns: two dictionaries cannot give the rows of the same tables."""
+        return self.copy()
+
     def __or__(self, other: Any) -> StackedParameterDict:
         """Return a copy that has been updated with ``other``."""
         if not isinstance(other, Mapping | torch.nn.ParameterDict | StackedParameterDict):
