@@ -57,9 +57,10 @@ def test_a_state_dict_holds_tables_and_one_tensor_of_names() -> None:
         lambda: SD(),
         filled,
         lambda: SD({"other": torch.zeros(2), "a": torch.zeros(5)}),
+        lambda: SD([("m", torch.zeros(2, 3)), ("a", torch.zeros(2))]),
         lambda: SD.from_rows([f"n.{n}" for n in range(50)], torch.zeros(50, 2)),
     ],
-    ids=["empty", "the same", "other names", "larger"],
+    ids=["empty", "the same", "other names", "another order", "larger"],
 )
 def test_the_own_layout_loads_into_any_dictionary(target: Any) -> None:
     sd, other = filled(), target()

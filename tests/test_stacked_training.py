@@ -169,6 +169,18 @@ def test_an_optimizer_that_has_not_stepped_need_not_be_attached_before_names_com
     assert sd["new"].ne(0).all()
 
 
+def test_an_optimizer_that_had_the_tensor_before_it_became_a_table_is_noticed() -> None:
+    weight = nn.Parameter(rows().clone())
+    optimizer = torch.optim.Adam([weight])
+    for _ in range(2):
+        weight.sum().backward()
+        optimizer.step()
+    sd = SD.from_rows(NAMES, weight)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="attach"):
+        sd["new"] = torch.zeros(3)
+
+
 def test_state_that_cannot_follow_rows_is_refused() -> None:
     sd = SD.from_rows(NAMES, rows().clone())
     optimizer = torch.optim.LBFGS(sd.parameters(), max_iter=2)
@@ -228,12 +240,16 @@ def test_gradients_follow_their_names(sparse: bool) -> None:
     def check() -> None:
         found = {name: float(gradient[0]) for name, gradient in sd.named_grads()}
         assert {name: value for name, value in found.items() if value} == expected
+        # Nor is there any in rows that are free.
+        assert float(sd.table((3,)).grad.to_dense().sum()) == 3 * sum(expected.values())
 
     sd.reserve(20)
     check()
-    for name in NAMES[1:3]:
-        sd.pop(name)
-        del expected[name]
+    sd.pop(NAMES[1])
+    del expected[NAMES[1]]
+    check()
+    sd.drop(NAMES[2:4])
+    del expected[NAMES[2]], expected[NAMES[3]]
     check()
     sd["new"] = torch.zeros(3)  # in an old row
     check()
