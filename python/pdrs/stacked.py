@@ -244,10 +244,11 @@ class StackedParameterDict(SavedRows):
         """
         if len(default) > 1:
             raise TypeError(f"pop expected at most 2 arguments, got {1 + len(default)}")
-        with self._lock:
-            popped = pop_row(self._index, self._tables, self._parameters, key)
+        state = self.__dict__  # what is looked up there is found faster
+        with state["_lock"]:
+            popped = pop_row(state["_index"], state["_tables"], state["_parameters"], key)
             if popped is not None:
-                return self._popped(*popped[1:])
+                return self._popped(popped[1], popped[2])
         if default:
             return default[0]
         raise MissingEntryError(key)
@@ -257,21 +258,23 @@ class StackedParameterDict(SavedRows):
 
         Raises KeyError if there is none.
         """
-        with self._lock:
-            popped = pop_row(self._index, self._tables, self._parameters, None, last)
+        state = self.__dict__
+        with state["_lock"]:
+            popped = pop_row(state["_index"], state["_tables"], state["_parameters"], None, last)
             if popped is None:
                 raise KeyError("popitem(): dictionary is empty")
-            return popped[0], self._popped(*popped[1:])
+            return popped[0], self._popped(popped[1], popped[2])
 
-    def _popped(self, table: Table, row: int, copied: Tensor | None) -> Tensor:
+    def _popped(self, copied: Tensor | None, left: tuple[Table, int] | None) -> Tensor:
         """Do what is left to do for a row whose name has been removed, and return a copy of it."""
         self.__dict__["_moves"] += 1
-        parameter = self._parameter(table)
-        if copied is None:
-            copied = parameter.detach()[row].clone()
-        if parameter.grad is not None:
-            self._without_gradient(table, row)
-        return copied
+        if left is not None:
+            parameter = self._parameter(left[0])
+            if copied is None:
+                copied = parameter.detach()[left[1]].clone()
+            if parameter.grad is not None:
+                self._without_gradient(*left)
+        return copied  # type: ignore[return-value]  # there is one, or something is left to do
 
     # -- all entries ---------------------------------------------------------------------------------------------------
 

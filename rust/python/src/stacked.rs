@@ -71,12 +71,13 @@ pub(crate) fn remove_names<'py>(
     Ok(PyArray1::from_vec(py, removed.iter().map(|(_, id)| *id).collect()))
 }
 
-/// What [`pop_row`] gives: the name, its table, its row and a copy of that.
-type Popped<'py> = (Bound<'py, PyString>, Bound<'py, PyAny>, u64, Option<Bound<'py, PyAny>>);
+/// What [`pop_row`] gives: the name, a copy of its row, and, if something is left to do, its table and its row.
+type Popped<'py> = (Bound<'py, PyString>, Option<Bound<'py, PyAny>>, Option<(Bound<'py, PyAny>, u64)>);
 
 /// Removes a name, or the one at an end (`true` is the last), and takes its row back; `None` if it is not there.
 ///
-/// Without a copy it is left to torch to make one: the row stays what it is until it is given again.
+/// Left to the caller are a copy that torch must make (the row stays what it is until it is given again), and the
+/// gradient of the row, if the table has one.
 #[pyfunction]
 #[pyo3(signature = (index, tables, parameters, name, end = None))]
 pub(crate) fn pop_row<'py>(
@@ -98,12 +99,13 @@ pub(crate) fn pop_row<'py>(
     let (number, row) = ((id >> ROW_BITS) as usize, id & ((1 << ROW_BITS) - 1));
     let table = tables.get_item(number)?;
     let parameter = parameters.get_item(table.getattr(intern!(py, "attribute"))?)?;
-    let copied = match &parameter {
-        Some(parameter) => copy_row(parameter, row)?,
-        None => None,
+    let (copied, has_gradient) = match &parameter {
+        Some(parameter) => (copy_row(parameter, row)?, !parameter.getattr(intern!(py, "grad"))?.is_none()),
+        None => (None, false),
     };
     table.getattr(intern!(py, "rows"))?.cast::<TableRows>()?.get().give_back(py, row);
-    Ok(Some((name.into_text(py), table, row, copied)))
+    let left = (copied.is_none() || has_gradient).then_some((table, row));
+    Ok(Some((name.into_text(py), copied, left)))
 }
 
 /// Gives all names, in their order, other ids.
