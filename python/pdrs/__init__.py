@@ -4,7 +4,8 @@ from importlib.metadata import version
 
 from pdrs._core import IndexMap
 from pdrs.parameter_dict import ParameterDict
+from pdrs.stacked import StackedParameterDict
 from pdrs.transfer import set_staging, to
 
-__all__ = ["IndexMap", "ParameterDict", "set_staging", "to"]
+__all__ = ["IndexMap", "ParameterDict", "StackedParameterDict", "set_staging", "to"]
 __version__ = version("pdrs")

@@ -13,6 +13,7 @@ __all__ = [
     "EntryIterator",
     "IndexMap",
     "NameIterator",
+    "TableRows",
     "TensorGroup",
     "can_take_over",
     "clear_entries",
@@ -20,24 +21,33 @@ __all__ = [
     "group_tensors",
     "in_step",
     "insert_all",
+    "insert_ids",
     "kinds_of_parameters",
     "load_matching",
+    "missing_names",
     "not_copied_yet",
+    "pack_names",
     "place_copies",
     "pop_end",
     "pop_entry",
+    "pop_row",
     "prepare",
     "rebind_all",
+    "remove_names",
+    "replace_ids",
     "save_parameters",
     "set_entry",
     "slab_views",
+    "sort_tensors",
     "take_over",
     "unexpected_keys",
+    "unpack_names",
     "unzip",
     "use_native_slots",
 ]
 
 _T = TypeVar("_T")
+_TableT = TypeVar("_TableT")
 _Door = Literal["from_blob", "dlpack", "stable_abi", "as_strided"]
 
 @final
@@ -453,3 +463,55 @@ def unexpected_keys(
 ) -> list[str]: ...
 def unzip(pairs: list[Any]) -> tuple[list[Any], list[Any]] | None: ...
 def use_native_slots(class_: type[Module]) -> None: ...
+
+@final
+class TableRows:
+    """Which rows of a table belong to names; the others are given again, the last freed first, before new ones.
+
+    Parameters
+    ----------
+    used
+        How many of the first rows belong to names already.
+    """
+
+    def __new__(cls, used: int = 0) -> TableRows: ...
+    @staticmethod
+    def of_live(used: int, live: NDArray[np.int64]) -> TableRows:
+        """Make one of the rows that belong to names, in any order, of the first ``used``; the others of these are free.
+
+        Raises ValueError if one is listed twice, or is none of the first. **O(used)**.
+        """
+    def __len__(self) -> int:
+        """Return how many rows belong to names. **O(1)**."""
+    @property
+    def used(self) -> int:
+        """One more than the largest row that was ever given. **O(1)**."""
+    def free(self) -> NDArray[np.int64]:
+        """Return the free rows below ``used``, the next one to be given last. **O(free)**."""
+    def next(self, count: int) -> NDArray[np.int64]:
+        """Return the next ``count`` rows, which are not given yet. **O(count)**."""
+    def reused(self, count: int) -> int:
+        """Return how many of the next ``count`` rows belonged to a name before. **O(1)**."""
+    def take(self, count: int) -> None:
+        """Give the rows that ``next`` returned. **O(count)**."""
+    def give_back(self, row: int) -> None:
+        """Take a row back whose name is gone. **O(1)**."""
+    def give_back_many(self, rows: NDArray[np.int64]) -> None:
+        """Take rows back; the first of them will be the next to be given. **O(m)**."""
+    def capacity_for(self, count: int, capacity: int) -> int:
+        """Return the capacity of a table of ``capacity`` when ``count`` more rows are to be given. **O(1)**."""
+    def __copy__(self) -> TableRows: ...
+    def __deepcopy__(self, memo: object, /) -> TableRows: ...
+    @staticmethod
+    def _restore(used: int, free: NDArray[np.int64]) -> TableRows: ...
+
+def insert_ids(index: IndexMap, names: Iterable[str], ids: NDArray[np.int64]) -> None: ...
+def missing_names(index: IndexMap, names: Iterable[str]) -> list[str]: ...
+def remove_names(index: IndexMap, names: Iterable[str]) -> NDArray[np.int64]: ...
+def replace_ids(index: IndexMap, ids: NDArray[np.int64]) -> None: ...
+def pack_names(index: IndexMap) -> tuple[NDArray[np.uint8], NDArray[np.uint32]]: ...
+def unpack_names(text: NDArray[np.uint8], lengths: NDArray[np.uint32], ids: NDArray[np.int64]) -> IndexMap: ...
+def pop_row(
+    index: IndexMap, tables: list[_TableT], parameters: dict[str, Any], name: str | None, end: bool | None = None
+) -> tuple[str, Tensor | None, tuple[_TableT, int] | None] | None: ...
+def sort_tensors(values: list[Any]) -> tuple[NDArray[np.int64], list[int]]: ...

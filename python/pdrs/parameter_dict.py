@@ -38,6 +38,9 @@ from pdrs._state import load_from_state_dict, load_whole
 from pdrs._views import EntryItemsView, EntryValuesView
 from pdrs._views import KeysView as NamesView
 
+if TYPE_CHECKING:
+    from pdrs.stacked import StackedParameterDict
+
 __all__ = ["ParameterDict"]
 
 # A repr longer than this shows its two ends only.
@@ -307,6 +310,18 @@ class ParameterDict(torch.nn.ParameterDict):
         A Parameter is shared by all; of another tensor each gets a Parameter of its own over the same data.
         """
         return ParameterDict(zip(keys, repeat(default)))
+
+    def stack(self) -> StackedParameterDict:
+        """Return a StackedParameterDict of the same entries, whose values are copied into tables. **O(n)**.
+
+        Raises
+        ------
+        TypeError
+            If an entry is no tensor.
+        """
+        from pdrs.stacked import StackedParameterDict
+
+        return StackedParameterDict(self)
 
     def extra_repr(self) -> str:
         """Return a line an entry, or, of more than 100, of the first and the last ten."""

@@ -1,4 +1,5 @@
-//! What pdrs can prove alone: the ordered index of names, and the places of many regions in one slab.
+//! What pdrs can prove alone: the ordered index of names, the rows of a table, and the places of many regions in one
+//! slab.
 //!
 //! This crate knows neither Python nor torch and contains no unsafe code, so that it can be tested against a model,
 //! fuzzed and measured by itself. How a key is hashed and compared is a parameter ([`Hashed`], [`Matches`]): the Python
@@ -8,6 +9,7 @@
 mod error;
 mod index_map;
 mod key;
+mod rows;
 pub mod staging;
 pub mod strides;
 mod words;
@@ -15,3 +17,4 @@ mod words;
 pub use error::{Error, Result};
 pub use index_map::{IndexMap, Iter, MAX_ENTRIES};
 pub use key::{Hashed, Matches};
+pub use rows::Rows;

@@ -51,6 +51,10 @@ impl Drop for Locked<'_> {
 }
 
 impl IndexMap {
+    pub(crate) fn empty() -> Self {
+        Self::from_state(State { map: Map::new(), next_row: 0 })
+    }
+
     fn from_state(state: State) -> Self {
         Self {
             generation: AtomicU64::new(state.map.generation()),
@@ -127,8 +131,8 @@ impl IndexMap {
         Ok(rows)
     }
 
-    /// Inserts entries whose rows have been checked.
-    fn insert_all(&self, py: Python<'_>, entries: Vec<(Name, i64)>) -> PyResult<()> {
+    /// Inserts entries: all, or, if a row is negative or there are too many, none.
+    pub(crate) fn insert_all(&self, py: Python<'_>, entries: Vec<(Name, i64)>) -> PyResult<()> {
         let Some(largest) = entries.iter().map(|(_, row)| *row).max() else {
             return Ok(());
         };
@@ -139,7 +143,51 @@ impl IndexMap {
         Ok(())
     }
 
-    fn missing(name: Bound<'_, PyString>) -> PyErr {
+    /// The rows of names in their order, or the places in `names` of those that are not there.
+    pub(crate) fn find_all(&self, py: Python<'_>, names: &[Name]) -> Result<Vec<i64>, Vec<usize>> {
+        let mut rows = Vec::with_capacity(names.len());
+        let mut missing = Vec::new();
+        self.read(py).map.get_many(names, |at, row| match row {
+            Some(row) => rows.push(*row),
+            None => missing.push(at),
+        });
+        if missing.is_empty() { Ok(rows) } else { Err(missing) }
+    }
+
+    /// Removes a name and gives it, the object that the map held, and its row.
+    pub(crate) fn remove(&self, name: &Bound<'_, PyString>) -> Option<(Name, i64)> {
+        self.write(name.py()).state.map.remove(&Query::from(name))
+    }
+
+    /// Removes the last or first name and gives it and its row.
+    pub(crate) fn remove_end(&self, py: Python<'_>, last: bool) -> Option<(Name, i64)> {
+        let map = &mut self.write(py).state.map;
+        if last { map.pop_last() } else { map.pop_first() }
+    }
+
+    /// Removes names that are there; those that are not are passed over.
+    pub(crate) fn remove_all(&self, py: Python<'_>, names: &[Name]) -> Vec<(Name, i64)> {
+        let mut locked = self.write(py);
+        names.iter().filter_map(|name| locked.state.map.remove(name)).collect()
+    }
+
+    /// Gives the names, in their order, other rows, of which there must be as many; whether there were.
+    pub(crate) fn replace_rows(&self, py: Python<'_>, rows: &[i64]) -> bool {
+        let mut locked = self.write(py);
+        let State { map, next_row } = &mut *locked.state;
+        if map.len() != rows.len() {
+            return false;
+        }
+        let mut rows = rows.iter();
+        map.retain(|_, row| {
+            *row = *rows.next().expect("there are as many rows as entries");
+            *next_row = (*next_row).max(row.saturating_add(1));
+            true
+        });
+        true
+    }
+
+    pub(crate) fn missing(name: Bound<'_, PyString>) -> PyErr {
         PyKeyError::new_err(name.unbind())
     }
 
@@ -171,7 +219,7 @@ fn checked_row(row: i64) -> PyResult<i64> {
 }
 
 /// The names of a list, tuple, `NumPy` array or other iterable, as exact `str`.
-fn to_names(names: &Bound<'_, PyAny>) -> PyResult<Vec<Name>> {
+pub(crate) fn to_names(names: &Bound<'_, PyAny>) -> PyResult<Vec<Name>> {
     if names.is_instance_of::<PyString>() {
         return Err(PyTypeError::new_err("names must be an iterable of str, got a single str"));
     }
@@ -201,7 +249,7 @@ impl IndexMap {
     #[new]
     #[pyo3(signature = (entries=None))]
     fn new(entries: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
-        let index = Self::from_state(State { map: Map::new(), next_row: 0 });
+        let index = Self::empty();
         if let Some(entries) = entries {
             index.update(entries)?;
         }
@@ -212,7 +260,7 @@ impl IndexMap {
     #[pyo3(signature = (names, rows=None))]
     fn from_names(names: &Bound<'_, PyAny>, rows: Option<PyReadonlyArray1<'_, i64>>) -> PyResult<Self> {
         let py = names.py();
-        let index = Self::from_state(State { map: Map::new(), next_row: 0 });
+        let index = Self::empty();
         let names = to_names(names)?;
         match rows {
             None => drop(index.append(py, names)?),

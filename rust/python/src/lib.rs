@@ -10,11 +10,14 @@ mod group;
 mod index_map;
 mod interpreter;
 mod name;
+mod row;
 mod slab;
 mod slots;
 mod stable_abi;
+mod stacked;
 mod state;
 mod sweep;
+mod table_rows;
 mod tensor;
 
 use pyo3::prelude::*;
@@ -35,11 +38,17 @@ mod _core {
     #[pymodule_export]
     use super::index_map::{IndexMap, NameIterator};
     #[pymodule_export]
+    use super::row::sort_tensors;
+    #[pymodule_export]
     use super::slots::use_native_slots;
+    #[pymodule_export]
+    use super::stacked::{insert_ids, missing_names, pack_names, pop_row, remove_names, replace_ids, unpack_names};
     #[pymodule_export]
     use super::state::{load_matching, not_copied_yet, place_copies, unexpected_keys};
     #[pymodule_export]
     use super::sweep::{collect_parameters, kinds_of_parameters};
+    #[pymodule_export]
+    use super::table_rows::TableRows;
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -10,7 +10,7 @@ use pyo3::exceptions::PyTypeError;
 use pyo3::ffi;
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::PyString;
+use pyo3::types::{PyBytes, PyString};
 
 /// A shared, exact `str` whose hash has been computed.
 pub(crate) struct Name(Py<PyString>);
@@ -38,6 +38,28 @@ impl Name {
 
     pub(crate) fn text<'py>(&self, py: Python<'py>) -> Bound<'py, PyString> {
         self.0.bind(py).clone()
+    }
+
+    /// Appends the characters in UTF-8, surrogates too, as Python's error handler `surrogatepass` writes them.
+    pub(crate) fn append_utf8(&self, py: Python<'_>, bytes: &mut Vec<u8>) -> PyResult<()> {
+        let text = self.0.bind(py);
+        match latin1(text) {
+            Some(ascii) if ascii.is_ascii() => bytes.extend_from_slice(ascii),
+            _ => {
+                let encoded = text.call_method1(intern!(py, "encode"), ("utf-8", "surrogatepass"))?;
+                bytes.extend_from_slice(encoded.cast::<PyBytes>()?.as_bytes());
+            }
+        }
+        Ok(())
+    }
+
+    /// The name that [`append_utf8`](Self::append_utf8) wrote; an error if the bytes are no such name.
+    pub(crate) fn from_utf8(py: Python<'_>, bytes: &[u8]) -> PyResult<Self> {
+        if let Ok(text) = std::str::from_utf8(bytes) {
+            return Ok(Self::new(PyString::new(py, text)));
+        }
+        let text = PyBytes::new(py, bytes).call_method1(intern!(py, "decode"), ("utf-8", "surrogatepass"))?;
+        Ok(Self::new(text.cast_into_exact::<PyString>()?))
     }
 
     pub(crate) fn into_text(self, py: Python<'_>) -> Bound<'_, PyString> {

@@ -19,6 +19,8 @@ type TensorHandle = *mut c_void;
 type FromPython = unsafe extern "C" fn(*mut ffi::PyObject, *mut TensorHandle) -> i32;
 type ToPython = unsafe extern "C" fn(TensorHandle, *mut ffi::PyTypeObject, *mut *mut ffi::PyObject) -> i32;
 type View = unsafe extern "C" fn(TensorHandle, i64, *const i64, *const i64, i64, *mut TensorHandle) -> i32;
+type Empty = unsafe extern "C" fn(i64, *const i64, *const i64, i32, i32, i32, *mut TensorHandle) -> i32;
+type DataPointer = unsafe extern "C" fn(TensorHandle, *mut *mut c_void) -> i32;
 type SetRequiresGrad = unsafe extern "C" fn(TensorHandle, bool) -> i32;
 type FromBlob = unsafe extern "C" fn(
     *mut c_void,
@@ -49,6 +51,8 @@ pub(crate) struct StableAbi {
     layout: Ask,
     device_type: Ask,
     device_index: Ask,
+    empty: Empty,
+    data_pointer: DataPointer,
     set_requires_grad: SetRequiresGrad,
     delete: Delete,
     last_error: LastError,
@@ -97,6 +101,8 @@ impl StableAbi {
                 layout: transmute::<*mut c_void, Ask>(library.symbol(c"aoti_torch_get_layout")?),
                 device_type: transmute::<*mut c_void, Ask>(library.symbol(c"aoti_torch_get_device_type")?),
                 device_index: transmute::<*mut c_void, Ask>(library.symbol(c"aoti_torch_get_device_index")?),
+                empty: transmute::<*mut c_void, Empty>(library.symbol(c"aoti_torch_empty_strided")?),
+                data_pointer: transmute::<*mut c_void, DataPointer>(library.symbol(c"aoti_torch_get_data_ptr")?),
                 set_requires_grad: transmute::<*mut c_void, SetRequiresGrad>(
                     library.symbol(c"torch_set_requires_grad")?,
                 ),
@@ -183,6 +189,27 @@ impl StableAbi {
             )
         };
         self.own(status, handle)
+    }
+
+    /// A new tensor on the CPU of the dtype of `like`, and the address of its memory, with whatever is there.
+    pub(crate) fn empty(&self, like: &Handle, shape: &[i64], strides: &[i64]) -> PyResult<(Handle, *mut c_void)> {
+        const CPU: i32 = 0;
+        let ndim = shape.len().min(strides.len()) as u32;
+        let (mut dtype, mut handle, mut memory) = (0, ptr::null_mut(), ptr::null_mut());
+        // SAFETY: `like` is a live handle; shape and strides are `ndim` numbers each, which torch copies. The memory is
+        // asked of the new tensor, which is alive as long as its handle.
+        unsafe {
+            if (self.dtype)(like.tensor, &raw mut dtype) != 0 {
+                return Err(self.error());
+            }
+            let (shape, strides) = (shape.as_ptr(), strides.as_ptr());
+            let status = (self.empty)(i64::from(ndim), shape, strides, dtype, CPU, 0, &raw mut handle);
+            let made = self.own(status, handle)?;
+            if (self.data_pointer)(made.tensor, &raw mut memory) != 0 {
+                return Err(self.error());
+            }
+            Ok((made, memory))
+        }
     }
 
     pub(crate) fn set_requires_grad(&self, tensor: &Handle, requires_grad: bool) -> PyResult<()> {

@@ -1,0 +1,421 @@
+"""Rows that are read and written by name: looked up, gathered, scattered, and put in order, many in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pdrs._core import TableRows, replace_ids
+from pdrs._named_rows import Initialiser, NamedRows, Names, as_list, id_of, row_of, table_of
+from pdrs._row_blocks import write_rows
+from pdrs._row_gather import gather_rows, gather_tables
+from pdrs._tables import Kind, Rows, Table
+from pdrs.parameter_dict import MissingEntryError
+
+__all__ = ["GatheredRows", "Handle", "Missing"]
+
+Missing = Literal["error", "skip", "zero", "insert"]
+
+# How many of many names an error lists.
+_LISTED = 5
+
+
+class Handle:
+    """Names that have been looked up, to be gathered in every step; made by :meth:`StackedParameterDict.handle`.
+
+    It notices when rows have moved or names have gone, and looks its names up again; a name that has gone is a KeyError
+    then. What its use costs else is that of ``torch.nn.functional.embedding``.
+
+    Attributes
+    ----------
+    names
+        The names, in order.
+    """
+
+    def __init__(self, owner: GatheredRows, names: list[str]) -> None:
+        self.names = names
+        self._owner = owner
+        self._moves = -1
+        self._ids: Rows = np.empty(0, np.int64)
+        self._table: Table | None = None
+        self._rows = torch.empty(0, dtype=torch.int64, device="cpu")
+
+    def __len__(self) -> int:
+        """Return the number of names."""
+        return len(self.names)
+
+
+class GatheredRows(NamedRows):
+    """Named rows, and what reads and writes many of them."""
+
+    # -- looking up ----------------------------------------------------------------------------------------------------
+
+    def _look_up(
+        self,
+        names: Names | Handle,
+        missing: Missing = "error",
+        init: Initialiser | None = None,
+        shape: Sequence[int] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Rows:
+        """Return the ids of names; -1 for those that are missing and count as zeros."""
+        if missing not in ("error", "skip", "zero", "insert"):
+            raise ValueError(f"missing must be 'error', 'skip', 'zero' or 'insert', got {missing!r}")
+        if isinstance(names, Handle):
+            self._refresh(names)
+            return names._ids
+        if not isinstance(names, list | np.ndarray):
+            names = as_list(names)
+        ids = self._index.lookup(names, -1)
+        if len(ids) == 0 or ids.min() >= 0 or missing == "zero":
+            return ids
+        if missing == "skip":
+            return ids[ids >= 0]
+        if missing == "insert":
+            if shape is None and dtype is None and ids.max() >= 0:
+                found = self._kind(self._tables[table_of(int(ids.max()))])
+                shape, dtype = found.shape, found.dtype
+            self._insert_missing(names, init, shape, dtype)
+            return self._index.lookup(names)
+        absent = np.flatnonzero(ids < 0)
+        listed = ", ".join(repr(str(names[at])) for at in absent[:_LISTED])
+        more = ", ..." if len(absent) > _LISTED else ""
+        raise MissingEntryError(f"{len(absent)} of {len(ids)} names are not in the dictionary: {listed}{more}")
+
+    def _refresh(self, handle: Handle) -> None:
+        if handle._owner is not self:
+            raise ValueError("the handle belongs to another dictionary")
+        if handle._moves != self._moves:
+            handle._ids = self._look_up(handle.names)
+            handle._moves = self._moves
+            numbers = np.unique(table_of(handle._ids))
+            handle._table = self._tables[numbers[0]] if len(numbers) == 1 else None
+            handle._rows = torch.from_numpy(row_of(handle._ids))
+        if handle._table is not None:
+            device = self._parameter(handle._table).device
+            if handle._rows.device != device and device.type != "meta":
+                handle._rows = handle._rows.to(device)
+
+    def handle(self, names: Names) -> Handle:
+        """Look names up once, to gather them in every step. **O(m)** for ``m`` names.
+
+        Parameters
+        ----------
+        names
+            Names that are there.
+
+        Returns
+        -------
+        Handle
+            What :meth:`gather`, :meth:`rows` and :meth:`scatter_` take instead of names.
+
+        Raises
+        ------
+        KeyError
+            If a name is not there.
+
+        Examples
+        --------
+        >>> import torch, pdrs
+        >>> sd = pdrs.StackedParameterDict.from_rows(["a", "b", "c"], torch.eye(3))
+        >>> batch = sd.handle(["c", "a"])
+        >>> del sd["b"]                         # the handle looks its names up again
+        >>> sd.gather(batch).argmax(1)
+        tensor([2, 0])
+
+        """
+        with self._lock:
+            made = Handle(self, as_list(names))
+            self._refresh(made)
+            return made
+
+    def contains(self, names: Names) -> Tensor:
+        """Tell which of many names are there: bool ``[len(names)]``, on the CPU. **O(m)** for ``m`` names."""
+        return torch.from_numpy(self._index.lookup(names, -1) >= 0)
+
+    def rows(
+        self,
+        names: Names | Handle,
+        *,
+        missing: Missing = "error",
+        init: Initialiser | None = None,
+        shape: Sequence[int] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Return the rows that many names have in their table, for ``embedding_bag`` and the like. **O(m)**.
+
+        They hold until a name is removed, moved to another table, or the rows are compacted; not for ever.
+
+        Parameters
+        ----------
+        names, missing, init, shape, dtype
+            As for :meth:`gather`; a missing name that counts as zeros has the row -1.
+
+        Returns
+        -------
+        torch.Tensor
+            int64 of shape ``[len(names)]``, on the device of the table.
+
+        Raises
+        ------
+        KeyError
+            If names are missing and nothing else is asked for.
+        ValueError
+            If the names lie in more than one table.
+
+        Examples
+        --------
+        >>> import torch, pdrs
+        >>> sd = pdrs.StackedParameterDict.from_rows(["a", "b", "c"], torch.eye(3))
+        >>> rows = sd.rows(["c", "a", "a"])
+        >>> torch.nn.functional.embedding_bag(rows, sd.table((3,)), torch.tensor([0, 1]), mode="sum").tolist()
+        [[0.0, 0.0, 1.0], [2.0, 0.0, 0.0]]
+
+        """
+        with self._lock:
+            ids = self._look_up(names, missing, init, shape, dtype)
+            if isinstance(names, Handle) and names._table is not None:
+                return names._rows
+            present = ids[ids >= 0]
+            if len(present) == 0:
+                return torch.from_numpy(ids)
+            number = table_of(int(present[0]))
+            if (table_of(present) != number).any():
+                raise ValueError("the names lie in more than one table: gather them, or ask for those of one at a time")
+            device = self._parameter(self._tables[number]).device
+            rows = torch.from_numpy(np.where(ids < 0, ids, row_of(ids)))
+            return rows if device.type == "meta" else rows.to(device)
+
+    # -- gathering and scattering --------------------------------------------------------------------------------------
+
+    def gather(
+        self,
+        names: Names | Handle,
+        *,
+        sparse: bool = False,
+        missing: Missing = "error",
+        init: Initialiser | None = None,
+        shape: Sequence[int] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Return the rows of many names as one differentiable tensor. **O(m)** for ``m`` names.
+
+        The backward pass with a dense gradient is **O(capacity)**, as that of any embedding; with ``sparse=True`` it is
+        **O(m)**.
+
+        Parameters
+        ----------
+        names
+            A list, tuple, NumPy array or other iterable of ``str``, or a handle; all of one shape and dtype. The
+            gradients of a name that is listed twice add up.
+        sparse
+            Whether the table gets a sparse gradient, which SparseAdam, SGD and Adagrad take.
+        missing
+            What becomes of names that are not there: ``"error"``; ``"skip"``, they are left out; ``"zero"``, a row of
+            zeros that gets no gradient; ``"insert"``, they are inserted first, at the end, in order.
+        init
+            What gives new rows their values in place, as those of ``torch.nn.init`` do: it is called with one tensor
+            ``[new names, *shape]`` of zeros. Without it they stay zeros.
+        shape, dtype
+            Of new rows, and of rows of zeros, where it cannot be told from the names that are there, or from the only
+            table that there is.
+
+        Returns
+        -------
+        torch.Tensor
+            ``[len(names), *shape]``.
+
+        Raises
+        ------
+        KeyError
+            If names are missing and nothing else is asked for; it counts them and lists some.
+        ValueError
+            If the names have different shapes or dtypes, or the shape of new ones is not known.
+        RuntimeError
+            If new names need a larger table, or old rows, and an optimizer that is not attached has stepped on it.
+
+        Examples
+        --------
+        >>> import torch, pdrs
+        >>> sd = pdrs.StackedParameterDict.from_rows(["a", "b"], torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        >>> sd.gather(["b", "a", "b"]).sum().backward()
+        >>> sd.table((2,)).grad.tolist()
+        [[1.0, 1.0], [2.0, 2.0]]
+        >>> sd.gather(["b", "c"], missing="insert", init=torch.nn.init.ones_).tolist()
+        [[3.0, 4.0], [1.0, 1.0]]
+
+        """
+        with self._lock:
+            ids = self._look_up(names, missing, init, shape, dtype)
+            if isinstance(names, Handle) and names._table is not None:
+                return gather_rows(self._parameter(names._table), names._rows, sparse)
+            return self._gather_ids(ids, sparse, shape, dtype)
+
+    def _gather_ids(self, ids: Rows, sparse: bool, shape: Sequence[int] | None, dtype: torch.dtype | None) -> Tensor:
+        numbers = table_of(ids)
+        if len(ids) and ids[0] >= 0 and (numbers == numbers[0]).all():
+            table = self._parameter(self._tables[numbers[0]])
+            return gather_rows(table, torch.from_numpy(row_of(ids)).to(table.device), sparse)
+        present = np.unique(numbers[numbers >= 0])
+        if len(present) == 0:
+            kind = self._kind_to_insert(shape, dtype)
+            return torch.zeros((len(ids), *kind.shape), dtype=kind.dtype, device=self._device())
+        tables = [self._parameter(self._tables[number]) for number in present]
+        kinds = {(tuple(table.shape[1:]), table.dtype) for table in tables}
+        if len(kinds) > 1:
+            listed = " and ".join(sorted(str(Kind(*kind)) for kind in kinds))
+            raise ValueError(f"expected names of one shape and dtype, got {listed}")
+        owners = np.searchsorted(present, numbers)
+        owners[ids < 0] = -1
+        device = tables[0].device
+        rows = torch.from_numpy(row_of(ids)).to(device)
+        return gather_tables(tables, torch.from_numpy(owners).to(device), rows, sparse)
+
+    @torch.no_grad()
+    def scatter_(self, names: Names | Handle, values: Tensor, *, missing: Literal["error", "insert"] = "error") -> None:
+        """Copy values into the rows of many names. **O(m)** for ``m`` names.
+
+        Parameters
+        ----------
+        names
+            As for :meth:`gather`. Of a name that is listed twice one of the values is kept.
+        values
+            ``[len(names), *shape]``.
+        missing
+            Whether missing names are an error, or are inserted at the end, in order.
+
+        Raises
+        ------
+        KeyError
+            If names are missing and not to be inserted.
+        ValueError
+            If there are more or fewer values than names, or their shape is another. Then nothing has changed.
+
+        Examples
+        --------
+        >>> import torch, pdrs
+        >>> sd = pdrs.StackedParameterDict.from_rows(["a", "b"], torch.zeros(2, 2))
+        >>> sd.scatter_(["b", "c"], torch.ones(2, 2), missing="insert")
+        >>> {name: row.tolist() for name, row in sd.items()}
+        {'a': [0.0, 0.0], 'b': [1.0, 1.0], 'c': [1.0, 1.0]}
+
+        """
+        if missing not in ("error", "insert"):
+            raise ValueError(f"missing must be 'error' or 'insert', got {missing!r}")
+        if not isinstance(names, Handle):
+            names = as_list(names)
+        if len(names) != len(values):
+            raise ValueError(f"expected a value a name, got {len(values)} values for {len(names)} names")
+        with self._lock:
+            ids = self._look_up(names, "error" if isinstance(names, Handle) or missing == "error" else "zero")
+            numbers = np.unique(table_of(ids[ids >= 0]))
+            for number in numbers:
+                kind = self._kind(self._tables[number])
+                if kind.shape != tuple(values.shape[1:]):
+                    raise ValueError(f"expected rows of shape {list(kind.shape)}, got {list(values.shape[1:])}")
+            if isinstance(names, list) and (ids < 0).any():
+                self._insert_missing(names, None, tuple(values.shape[1:]), values.dtype)
+                ids = self._index.lookup(names)
+                numbers = np.unique(table_of(ids))
+            for number in numbers:
+                there = np.flatnonzero(table_of(ids) == number)
+                part = values if len(there) == len(ids) else values[torch.from_numpy(there).to(values.device)]
+                write_rows(self._parameter(self._tables[number]), row_of(ids[there]), part)
+
+    # -- tables --------------------------------------------------------------------------------------------------------
+
+    def table(self, shape: Sequence[int], dtype: torch.dtype | None = None, *, trainable: bool = True) -> Tensor:
+        """Return the Parameter whose rows are the entries of a shape and dtype. **O(tables)**.
+
+        Parameters
+        ----------
+        shape
+            Of an entry.
+        dtype
+            By default torch's default dtype.
+        trainable
+            Whether it is the table of the entries that require gradients, or that of the others.
+
+        Returns
+        -------
+        torch.nn.Parameter
+            ``[capacity, *shape]``: also rows that belong to nobody. Which rows belong to names, :meth:`rows` tells.
+
+        Raises
+        ------
+        KeyError
+            If there is none.
+        """
+        wanted = (tuple(shape), dtype or torch.get_default_dtype(), trainable)
+        for table in self._tables:
+            parameter = self._parameter(table)
+            if (tuple(parameter.shape[1:]), parameter.dtype, parameter.requires_grad) == wanted:
+                return parameter
+        raise KeyError(f"no table of {Kind(*wanted)}")
+
+    def reserve(
+        self,
+        count: int,
+        *,
+        shape: Sequence[int] | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Make room for ``count`` more names, so that they can be inserted with no growth. **O(n + count)**.
+
+        An empty dictionary gets its first table in this way, so that an optimizer can be made of it.
+
+        Parameters
+        ----------
+        count
+            The number of names to come.
+        shape, dtype
+            Of their rows; may be left out where there is only one table.
+        device
+            Of a table that does not exist yet; by default that of the others.
+
+        Examples
+        --------
+        >>> import torch, pdrs
+        >>> sd = pdrs.StackedParameterDict()
+        >>> sd.reserve(1000, shape=(16,))
+        >>> len(sd), sd.table((16,)).shape
+        (0, torch.Size([1000, 16]))
+
+        """
+        with self._lock:
+            kind = self._kind_to_insert(shape, dtype)
+            table = self._tables[self._table_for(kind, self._device() if device is None else torch.device(device))]
+            wanted = table.rows.used + count - table.rows.reused(count)
+            if wanted > len(self._parameter(table)):
+                self._resize(table, wanted)
+
+    def compact(self) -> None:
+        """Give the rows the order of the names, and the memory of all other rows back. **O(n)**.
+
+        Gradients, frozen rows and the state of attached optimizers move along; handles notice it. Not for use between
+        a forward pass and its backward pass: gradients that are still to come would reach other rows.
+
+        Raises
+        ------
+        RuntimeError
+            If an optimizer that is not attached has state for the rows.
+        """
+        with self._lock:
+            ids = self._index.rows()
+            numbers = table_of(ids)
+            for number, table in enumerate(self._tables):
+                there = np.flatnonzero(numbers == number)
+                rows, parameter = row_of(ids[there]), self._parameter(table)
+                packed = np.arange(len(rows))
+                if len(rows) == len(parameter) and (rows == packed).all():
+                    continue
+                self._rearrange(table, len(rows), torch.from_numpy(rows).to(parameter.device))
+                table.rows = TableRows(len(rows))
+                ids[there] = id_of(number, packed)
+                replace_ids(self._index, ids)
+                self._moved()

@@ -1,0 +1,296 @@
+"""Tables whose rows have names: inserted and removed, many in one call, all of them or none.
+
+An *id* is what the index keeps for a name: the number of its table in the upper bits, and its row in the lower 40. So
+one native call turns a batch of names into tables and rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import Parameter
+
+from pdrs._core import IndexMap, insert_ids, missing_names, remove_names, sort_tensors
+from pdrs._row_blocks import stack, write_rows
+from pdrs._tables import Kind, Rows, Table, Tables
+
+__all__ = ["Initialiser", "NamedRows", "Names", "as_list", "id_of", "partition", "row_of", "table_of"]
+
+Initialiser = Callable[[Tensor], Any]
+Names = Sequence[str] | NDArray[Any] | Iterable[str]
+
+_ROW_BITS = 40
+_ROW_MASK = (1 << _ROW_BITS) - 1
+_EMPTY = 'parameter name can\'t be empty string ""'
+
+
+def table_of(ids: Any) -> Any:
+    """Return the number of the table of an id, or of each of an array; -1 for the id -1."""
+    return ids >> _ROW_BITS
+
+
+def row_of(ids: Any) -> Any:
+    """Return the row of an id, or of each of an array."""
+    return ids & _ROW_MASK
+
+
+def id_of(number: int, rows: Any) -> Any:
+    """Return the id of a row of a table, or of each of an array of rows."""
+    return rows | number << _ROW_BITS
+
+
+def as_list(names: Names) -> list[str]:
+    """Return names as a list of exact ``str``; TypeError if there is something else."""
+    if isinstance(names, str):
+        raise TypeError("names must be an iterable of str, got a single str")
+    listed: list[Any] = names.tolist() if isinstance(names, np.ndarray) else list(names)
+    if set(map(type, listed)) <= {str}:
+        return listed
+    for at, name in enumerate(listed):
+        if not isinstance(name, str):
+            raise TypeError(f"names must be str, got {type(name).__name__}")
+        listed[at] = str.__str__(name)
+    return listed
+
+
+class NamedRows(Tables):
+    """Tables, and an index of the names that their rows have."""
+
+    _index: IndexMap
+    # Counts what changes the row of a name that is there, and what adds names.
+    _moves: int
+    _inserts: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.__dict__.update(_index=IndexMap(), _moves=0, _inserts=0)
+
+    def _moved(self) -> None:
+        self.__dict__["_moves"] += 1
+
+    def _row(self, id_: int) -> Tensor:
+        return self._parameter(self._tables[id_ >> _ROW_BITS])[id_ & _ROW_MASK]
+
+    # -- inserting -----------------------------------------------------------------------------------------------------
+
+    def _device(self) -> torch.device:
+        return self._parameter(self._tables[0]).device if self._tables else torch.get_default_device()
+
+    def _groups_of(self, names: list[str]) -> list[int] | None:
+        """Return the number of the group of options of each name; None if all are 0."""
+        return None
+
+    def _kind_to_insert(self, shape: Sequence[int] | None, dtype: torch.dtype | None) -> Kind:
+        """Return the kind that is asked for, or that of the only table that can be meant."""
+        kinds = {self._kind(table)._replace(group=0) for table in self._tables if self._parameter(table).requires_grad}
+        fitting = {
+            kind for kind in kinds if (shape is None or kind.shape == tuple(shape)) and dtype in (None, kind.dtype)
+        }
+        if len(fitting) == 1:
+            return fitting.pop()
+        if shape is None:
+            raise ValueError(f"expected the shape of new names, for which {len(fitting)} tables could be meant")
+        return Kind(tuple(shape), dtype or torch.get_default_dtype())
+
+    def _insert_missing(
+        self, names: Names, init: Initialiser | None, shape: Sequence[int] | None, dtype: torch.dtype | None
+    ) -> None:
+        """Insert the names that are not there, in order."""
+        new = missing_names(self._index, names)
+        if "" in new:
+            raise KeyError(_EMPTY)
+        kind = self._kind_to_insert(shape, dtype)
+        values = torch.zeros((len(new), *kind.shape), dtype=kind.dtype, device=self._device())
+        if init is not None:
+            with torch.no_grad():
+                init(values)
+        groups = np.array(self._groups_of(new) or np.zeros(len(new), np.int64))
+        plan = []
+        for group in np.unique(groups):
+            there = np.flatnonzero(groups == group)
+            part = values if len(there) == len(values) else values[torch.from_numpy(there).to(values.device)]
+            plan.append(_Part(kind._replace(group=int(group)), there, np.empty(0, np.int64), part))
+        self._carry_out(new, np.full(len(new), -1), plan)
+
+    def _insert(self, names: list[str], values: list[Any], distinct: bool = False) -> None:
+        """Set entries: all, or, if one cannot be taken, none."""
+        names = as_list(names)
+        if "" in names:
+            raise KeyError(_EMPTY)
+        kinds, classes = self._classes(names, values)
+        with self._lock:
+            if not distinct and len(set(names)) != len(names):
+                last = {name: at for at, name in enumerate(names)}
+                names, kept = list(last), list(last.values())
+                values, kinds = [values[at] for at in kept], kinds[kept]
+            held = self._index.lookup(names, -1)
+            groups = self._groups_of(names)
+            # What decides where an entry goes: what it is, where it lies now, and its group of options.
+            columns = [kinds, table_of(held)]
+            if groups is not None:
+                columns.append(np.array(groups))
+            plan = []
+            for place, there in partition(columns):
+                class_, number = classes[int(place[0])], int(place[1])
+                kind = self._kind_for(names[there[0]], class_, number, int(place[2]) if groups is not None else 0)
+                stays = number >= 0 and self._kind(self._tables[number]) == kind
+                old = held[there] if number >= 0 else np.empty(0, np.int64)
+                chosen = values if len(there) == len(values) else [values[at] for at in there]
+                plan.append(_Part(kind, there, old, chosen, stays))
+            self._carry_out(names, held, plan)
+
+    def _classes(self, names: list[str], values: list[Any]) -> tuple[Rows, list[_Class]]:
+        """Return the class of each value, and what the classes are; TypeError if a value is no tensor."""
+        kinds, firsts = sort_tensors(values)
+        classes = [_Class(values[at]) for at in firsts]
+        for at in np.flatnonzero(kinds < 0):
+            value = values[at]
+            if not isinstance(value, Tensor) or value.layout != torch.strided:
+                what = type(value).__name__ if not isinstance(value, Tensor) else f"one of layout {value.layout}"
+                raise TypeError(
+                    f"expected a strided tensor for '{names[at]}', got {what}: a StackedParameterDict holds rows of "
+                    "tables; pdrs.ParameterDict holds Modules and other values, too"
+                )
+            class_ = _Class(value)
+            if class_ not in classes:
+                classes.append(class_)
+            kinds[at] = classes.index(class_)
+        for class_ in classes:
+            if class_.trainable is not False and not (class_.dtype.is_floating_point or class_.dtype.is_complex):
+                raise RuntimeError(
+                    f"only tensors of floating point or complex dtype can require gradients, got {class_.dtype}: "
+                    "insert torch.nn.Parameter(tensor, requires_grad=False)"
+                )
+        return kinds, classes
+
+    def _kind_for(self, name: str, class_: _Class, number: int, group: int) -> Kind:
+        """Return the kind of the table for a value, where ``number`` is the table that the entry lies in, or -1."""
+        trainable = class_.trainable is not False
+        if number >= 0:
+            held = self._parameter(self._tables[number])
+            if held.dtype != class_.dtype:
+                raise TypeError(f"expected {held.dtype} for '{name}', as its row has, got {class_.dtype}")
+            if class_.trainable is None:
+                trainable = held.requires_grad
+        kind = Kind(class_.shape, class_.dtype, trainable, group)
+        there = self._number_of(kind)
+        if there is not None:
+            device = self._parameter(self._tables[there]).device
+            if device != class_.device:
+                raise ValueError(
+                    f"expected a tensor on {device} for '{name}', where its table lies, got {class_.device}"
+                )
+        return kind
+
+    def _carry_out(self, names: list[str], held: Rows, plan: list[_Part]) -> None:
+        """Set entries whose names are distinct; ``held`` are their ids, -1 for new ones."""
+        tables = len(self._tables)
+        try:
+            blocks, prepared = [], []
+            for part in plan:
+                like = part.values if isinstance(part.values, Tensor) else part.values[0].detach()[None]
+                number = table_of(int(part.held[0])) if part.stays else self._table_for(part.kind, like.device)
+                blocks.append(part.values if isinstance(part.values, Tensor) else stack(part.values, like))
+                prepared.append((number, part.stays))
+            # Several parts may go to one table.
+            wanted: dict[int, int] = {}
+            for part, (number, stays) in zip(plan, prepared, strict=True):
+                wanted[number] = wanted.get(number, 0) + (0 if stays else len(part.there))
+            rows = {number: self._make_room(self._tables[number], count) for number, count in wanted.items()}
+        except BaseException:
+            while len(self._tables) > tables:
+                self._remove_last_table()
+            raise
+        ids = held.copy()
+        taken = dict.fromkeys(rows, 0)
+        for part, block, (number, stays) in zip(plan, blocks, prepared, strict=True):
+            if stays:
+                new = row_of(part.held)
+            else:
+                new = rows[number][taken[number] : taken[number] + len(part.there)]
+                taken[number] += len(part.there)
+                ids[part.there] = id_of(number, new)
+            write_rows(self._parameter(self._tables[number]), new, block)
+        insert_ids(self._index, names, ids)
+        for number, count in wanted.items():
+            self._tables[number].rows.take(count)
+        gone = held[(held >= 0) & (held != ids)]
+        if len(gone):
+            self._free(gone)
+        self.__dict__["_inserts"] += 1
+
+    # -- removing ------------------------------------------------------------------------------------------------------
+
+    def drop(self, names: Names) -> None:
+        """Remove many entries at once; the order of the others stays. **O(m)** for ``m`` names.
+
+        Raises
+        ------
+        KeyError
+            If a name is not there, or is listed twice; then none has been removed.
+
+        Examples
+        --------
+        Prune the names with the smallest norms:
+
+        >>> import torch, pdrs
+        >>> sd = pdrs.StackedParameterDict.from_rows(["a", "b", "c"], torch.tensor([[3.0], [0.1], [-2.0]]))
+        >>> sd.drop([name for name, norm in zip(sd, sd.norms()) if norm < 1])
+        >>> list(sd)
+        ['a', 'c']
+
+        """
+        with self._lock:
+            self._free(remove_names(self._index, names))
+
+    def _free(self, ids: Rows) -> None:
+        """Take back rows whose names are gone, and the gradients that they have."""
+        self._moved()
+        numbers = table_of(ids)
+        for number in np.unique(numbers):
+            table = self._tables[number]
+            rows = row_of(ids[numbers == number])
+            table.rows.give_back_many(rows)
+            self._without_gradient(table, rows)
+
+    def _without_gradient(self, table: Table, rows: Rows | int) -> None:
+        parameter = self._parameter(table)
+        if parameter.grad is not None:
+            self._clear_gradient(parameter, torch.as_tensor(np.atleast_1d(rows), device=parameter.device))
+
+
+class _Class:
+    """What tensors that go to one table have in common; ``trainable`` is None for those that are no Parameters."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.shape, self.dtype, self.device = tuple(value.shape), value.dtype, value.device
+        self.trainable = value.requires_grad if isinstance(value, Parameter) else None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Class) and vars(self) == vars(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class _Part:
+    """Entries that go to one table: their places in the list of names, their values, and the ids that they have."""
+
+    def __init__(self, kind: Kind, there: Rows, held: Rows, values: list[Tensor] | Tensor, stays: bool = False) -> None:
+        self.kind, self.there, self.held, self.values, self.stays = kind, there, held, values, stays
+
+
+def partition(columns: list[Rows]) -> list[tuple[Rows, Rows]]:
+    """Return the distinct rows of some columns, and the places where each stands, ascending."""
+    if len(columns[0]) == 0:
+        return []
+    if all((column == column[0]).all() for column in columns):
+        return [(np.array([column[0] for column in columns]), np.arange(len(columns[0])))]
+    distinct, which = np.unique(np.stack(columns, 1), axis=0, return_inverse=True)
+    order = np.argsort(which.reshape(-1), kind="stable")
+    ends = np.cumsum(np.bincount(which.reshape(-1)))[:-1]
+    return list(zip(distinct, np.split(order, ends), strict=True))

@@ -1,0 +1,143 @@
+"""The state that optimizers keep for the rows of a table: which of it is by row, and who keeps some unasked.
+
+torch's optimizers keep, for each parameter, tensors of its shape (the moments of Adam) or with one number a row, and
+numbers for the whole of it (the count of steps). When rows of a table are moved or get other names, the first must
+follow. Optimizers that are *attached* are followed. Others are noticed when they step, by a hook that torch calls
+behind every step of every optimizer, and it is refused to do what would leave them with the state of other rows.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+from torch import Tensor
+from torch.optim import Adagrad, Optimizer, Rprop
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakTensorKeyDictionary
+
+__all__ = ["join", "leave", "of_rows", "refuse_strangers", "watch"]
+
+# The optimizers that have stepped on each table.
+_stepped: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# How many parameters each optimizer had when it was last looked through for tables.
+_looked_through: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+_hooked = False
+_hook_lock = threading.Lock()
+
+
+def watch(parameter: Tensor) -> None:
+    """Note from now on which optimizers step on a table."""
+    global _hooked
+    with _hook_lock:
+        if not _hooked:
+            register_optimizer_step_post_hook(_note_step)
+            _hooked = True
+    if parameter not in _stepped:
+        _stepped[parameter] = WeakSet()
+        # An optimizer that was looked through before may have this one.
+        _looked_through.clear()
+
+
+def _note_step(optimizer: Optimizer, _arguments: Any, _keywords: Any) -> None:
+    # Behind every step of every optimizer of the process: all that is done each time is to count.
+    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    if _looked_through.get(optimizer) == count:
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            steppers = _stepped.get(parameter)  # type: ignore[no-untyped-call]
+            if steppers is not None:
+                steppers.add(optimizer)
+    _looked_through[optimizer] = count
+
+
+def refuse_strangers(parameter: Tensor, attached: Iterable[Optimizer], what: str) -> None:
+    """Raise if an optimizer that is not attached has state by row for a table."""
+    attached = list(attached)
+    for optimizer in list(_stepped.get(parameter, ())):  # type: ignore[no-untyped-call]
+        if optimizer not in attached and any(True for _ in of_rows(optimizer, parameter)):
+            name = type(optimizer).__name__
+            raise RuntimeError(
+                f"cannot {what}: the state of an optimizer ({name}) that has stepped on it would belong to other "
+                "names. Call attach(optimizer) on this dictionary, so that the state follows the names"
+            )
+
+
+def of_rows(optimizer: Optimizer, parameter: Tensor) -> Iterator[tuple[dict[str, Any], str, float]]:
+    """Yield the tensors of an optimizer's state that have a row for each row of a table, and what each begins with.
+
+    Raises
+    ------
+    RuntimeError
+        If there is state that cannot be told to be by row or not.
+    """
+    state = optimizer.state.get(parameter)
+    if not state:
+        return
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            if value.dim() == 0 or (value.numel() == 1 and parameter.numel() != 1):
+                continue
+            if _is_by_row(value, parameter):
+                yield state, key, _beginning(optimizer, parameter, key)
+            elif not _is_by_column(value, parameter):
+                raise RuntimeError(
+                    f"the state '{key}' of {type(optimizer).__name__} has the shape {list(value.shape)}, and the table "
+                    f"{list(parameter.shape)}: it cannot follow the rows. If it was loaded, load the dictionary first"
+                )
+        elif isinstance(value, list | tuple | dict) and any(isinstance(one, Tensor) for one in value):
+            raise RuntimeError(
+                f"the state '{key}' of {type(optimizer).__name__} is a {type(value).__name__} of tensors, which cannot "
+                "follow the rows of a table"
+            )
+
+
+def _is_by_row(state: Tensor, table: Tensor) -> bool:
+    # Of the table's shape, or with dimensions that have been summed over, as Adafactor's statistics of rows.
+    if state.shape == table.shape:
+        return True
+    return (
+        state.dim() == table.dim()
+        and len(state) == len(table)
+        and all(own in (1, size) for own, size in zip(state.shape[1:], table.shape[1:], strict=True))
+    )
+
+
+def _is_by_column(state: Tensor, table: Tensor) -> bool:
+    return state.dim() == table.dim() and len(state) == 1
+
+
+def _beginning(optimizer: Optimizer, parameter: Tensor, key: str) -> float:
+    """Return the number that a state is full of before the first step."""
+    if key == "sum" and isinstance(optimizer, Adagrad):
+        return float(_options(optimizer, parameter)["initial_accumulator_value"])
+    if key == "step_size" and isinstance(optimizer, Rprop):
+        return float(_options(optimizer, parameter)["lr"])
+    return 0.0
+
+
+def _options(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
+    for group in optimizer.param_groups:
+        if any(one is parameter for one in group["params"]):
+            return group
+    raise LookupError("the optimizer has no such parameter")
+
+
+def join(optimizer: Optimizer, parameter: Tensor, pattern: str | None, tables: Sequence[Tensor]) -> None:
+    """Give a new table to an optimizer: to the parameter group with this pattern, or else to that of other tables."""
+    ids = {id(one) for one in tables}
+    groups = optimizer.param_groups
+    marked = [group for group in groups if "pattern" in group and group["pattern"] == pattern]
+    with_tables = [group for group in groups if any(id(one) in ids for one in group["params"])]
+    (marked or with_tables or groups)[0]["params"].append(parameter)
+
+
+def leave(optimizer: Optimizer, parameter: Tensor | None) -> None:
+    """Take a table away from an optimizer, and its state."""
+    for group in optimizer.param_groups:
+        group["params"][:] = [one for one in group["params"] if one is not parameter]
+    if parameter is not None:
+        optimizer.state.pop(parameter, None)

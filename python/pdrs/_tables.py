@@ -1,0 +1,406 @@
+"""Tables that grow: a Module whose parameters are tensors ``[capacity, *shape]``, and whose rows are given and freed.
+
+A table stays the same Parameter when it grows (its ``.data`` is replaced), so optimizers keep their reference. What
+belongs to its rows goes along: the gradient, the mask of frozen rows, and the state of attached optimizers. Rows that
+belong to nobody are zero when they have never been given, and are written before they are given again.
+
+This layer knows rows and no names.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from pdrs import _optimizer_rows
+from pdrs._core import TableRows
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+__all__ = ["Kind", "Rows", "Table", "Tables"]
+
+Rows = NDArray[np.int64]
+
+
+class Kind(NamedTuple):
+    """What the rows of one table have in common."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    trainable: bool = True
+    group: int = 0
+
+    def attribute(self) -> str:
+        """Return the name under which the table is registered, if that is free."""
+        size = "x".join(map(str, self.shape)) or "scalar"
+        name = f"{str(self.dtype).removeprefix('torch.')}_{size}"
+        if self.group:
+            name += f"_group{self.group}"
+        return name if self.trainable else f"{name}_frozen"
+
+    def __str__(self) -> str:
+        """Describe it in an error."""
+        return f"{str(self.dtype).removeprefix('torch.')} of shape {list(self.shape)}"
+
+
+class Table:
+    """What is known of a table beside its Parameter.
+
+    Parameters
+    ----------
+    attribute
+        The name under which the Parameter is registered.
+    group
+        The number of the group of options that an optimizer has for its rows.
+    """
+
+    def __init__(self, attribute: str, group: int = 0) -> None:
+        self.attribute = attribute
+        self.group = group
+        self.rows = TableRows()
+        # bool [capacity]: rows whose gradient is masked, if there are any.
+        self.frozen: Tensor | None = None
+        # The Parameter that has hooks, and what removes them.
+        self.hooked: weakref.ref[Tensor] | None = None
+        self.handles: list[Any] = []
+        # Set when the table has changed its size: a graph from before may still bring a gradient of the old size.
+        self.resized = False
+        self.stashed: list[Tensor | None] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to this very Parameter."""
+        return self.__dict__ | {"hooked": None, "handles": [], "stashed": [], "resized": False}
+
+    # -- the hooks of the Parameter ------------------------------------------------------------------------------------
+
+    def hook(self, parameter: Tensor) -> None:
+        """Make the Parameter mask and resize its gradients, where that is needed."""
+        wanted = (self.frozen is not None or self.resized) and parameter.requires_grad
+        there = self.hooked is not None and self.hooked() is parameter
+        if wanted == there:
+            return
+        for handle in self.handles:
+            handle.remove()
+        self.handles, self.hooked = [], None
+        if wanted:
+            self.hooked = weakref.ref(parameter)
+            this = weakref.ref(self)
+            self.handles = [
+                parameter.register_hook(partial(_before_accumulation, this)),  # type: ignore[no-untyped-call]
+                parameter.register_post_accumulate_grad_hook(partial(_after_accumulation, this)),  # type: ignore[no-untyped-call]
+            ]
+
+
+def _before_accumulation(this: weakref.ref[Table], gradient: Tensor) -> None:
+    # torch would add a gradient of the old size to one of the new size, and fail: keep them apart until it has been
+    # resized.
+    table = this()
+    parameter = table.hooked() if table is not None and table.hooked is not None else None
+    if table is not None and parameter is not None and gradient.shape != parameter.shape:
+        table.stashed.append(parameter.grad)
+        parameter.grad = None
+
+
+def _after_accumulation(this: weakref.ref[Table], parameter: Tensor) -> None:
+    table = this()
+    if table is None or parameter.grad is None:
+        return
+    gradient = parameter.grad
+    if gradient.shape != parameter.shape:
+        gradient = resized_gradient(gradient, len(parameter))
+        before = table.stashed.pop()
+        parameter.grad = None
+        parameter.grad = gradient if before is None else before + gradient
+        gradient = parameter.grad
+    if table.frozen is not None:
+        clear_gradient(gradient, table.frozen)
+
+
+def resized_gradient(gradient: Tensor, capacity: int) -> Tensor:
+    """Return the gradient of a table for another capacity: rows are cut off at the end, or zeros are added there."""
+    size = (capacity, *gradient.shape[1:])
+    if gradient.is_sparse:
+        indices, values = gradient._indices(), gradient._values()
+        if capacity < len(gradient):
+            inside = indices[0] < capacity
+            indices, values = indices[:, inside], values[inside]
+        return torch.sparse_coo_tensor(
+            indices, values, size, is_coalesced=gradient.is_coalesced(), check_invariants=False
+        )
+    return resized(gradient, capacity)
+
+
+def resized(tensor: Tensor, capacity: int, fill: float = 0) -> Tensor:
+    """Return a copy of a tensor with so many rows: of the first ones, with new ones full of ``fill``."""
+    made = tensor.new_empty((capacity, *tensor.shape[1:]))
+    kept = min(capacity, len(tensor))
+    made[:kept].copy_(tensor[:kept])
+    made[kept:].fill_(fill)
+    return made
+
+
+def clear_gradient(gradient: Tensor, mask: Tensor) -> None:
+    """Set the rows of a gradient that a mask ``[capacity]`` shows to zero, in place."""
+    with torch.no_grad():
+        if gradient.is_sparse:
+            gradient._values()[mask[gradient._indices()[0]]] = 0
+        else:
+            gradient[mask] = 0
+
+
+class Tables(Module):
+    """A Module of tables whose rows can be taken, given back and moved."""
+
+    _tables: list[Table]
+    _optimizers: list[weakref.ref[Optimizer]]
+    _lock: threading.RLock
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.__dict__.update(_tables=[], _optimizers=[], _lock=threading.RLock())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the lock, and the optimizers, which hold the Parameters of this very object."""
+        with self._lock:
+            state = self.__dict__.copy()
+        del state["_lock"]
+        state["_optimizers"] = []
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore what was pickled or copied."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.__dict__["_lock"] = threading.RLock()
+        self._adopt()
+
+    def _adopt(self) -> None:
+        """Follow Parameters that may be others than before: their hooks, and the optimizers that will step on them."""
+        for table in self._tables:
+            parameter = self._parameter(table)
+            table.hook(parameter)
+            if table.frozen is not None and table.frozen.device != parameter.device:
+                table.frozen = table.frozen.to(parameter.device)
+            _optimizer_rows.watch(parameter)
+
+    # -- which table ---------------------------------------------------------------------------------------------------
+
+    def _parameter(self, table: Table) -> Tensor:
+        """Return the Parameter of a table, or what has taken its place: the tensor of a replica, a parametrization."""
+        parameter = self._parameters.get(table.attribute)
+        return getattr(self, table.attribute) if parameter is None else parameter
+
+    def _kind(self, table: Table) -> Kind:
+        parameter = self._parameter(table)
+        return Kind(tuple(parameter.shape[1:]), parameter.dtype, parameter.requires_grad, table.group)
+
+    def _number_of(self, kind: Kind) -> int | None:
+        """Return the number of the table of a kind; moves to another dtype may leave several, then the first."""
+        for number, table in enumerate(self._tables):
+            if table.group == kind.group and self._kind(table) == kind:
+                return number
+        return None
+
+    def _table_for(self, kind: Kind, device: torch.device) -> int:
+        """Return the number of the table of a kind; make an empty one if there is none."""
+        number = self._number_of(kind)
+        if number is not None:
+            return number
+        data = torch.zeros((0, *kind.shape), dtype=kind.dtype, device=device)
+        return self._add_table(kind.attribute(), Parameter(data, requires_grad=kind.trainable), kind.group)
+
+    def _add_table(self, attribute: str, parameter: Parameter, group: int) -> int:
+        taken, wanted = 1, attribute
+        while hasattr(self, attribute):
+            taken += 1
+            attribute = f"{wanted}_{taken}"
+        table = Table(attribute, group)
+        self.register_parameter(attribute, parameter)
+        self._tables.append(table)
+        _optimizer_rows.watch(parameter)
+        if parameter.requires_grad:
+            tables = [self._parameter(one) for one in self._tables]
+            for optimizer in self._attached():
+                _optimizer_rows.join(optimizer, parameter, self._pattern(group), tables)
+        return len(self._tables) - 1
+
+    def _remove_last_table(self) -> None:
+        self._discard_table(self._tables.pop().attribute)
+
+    def _discard_table(self, attribute: str) -> None:
+        parameter = self._parameters.pop(attribute, None)
+        for optimizer in self._attached():
+            _optimizer_rows.leave(optimizer, parameter)
+
+    def _pattern(self, group: int) -> str | None:
+        """Return what marks the parameter group of an optimizer that is to have the tables of a group."""
+        return None
+
+    def _attached(self) -> list[Optimizer]:
+        alive = [(ref, ref()) for ref in self._optimizers]
+        if any(optimizer is None for _, optimizer in alive):
+            self.__dict__["_optimizers"] = [ref for ref, optimizer in alive if optimizer is not None]
+        return [optimizer for _, optimizer in alive if optimizer is not None]
+
+    # -- rows ----------------------------------------------------------------------------------------------------------
+
+    def _make_room(self, table: Table, count: int) -> Rows:
+        """Grow a table if it must, clear what belonged to the rows to come, and show these. They are not taken yet.
+
+        Raises
+        ------
+        RuntimeError
+            If there is no memory, or an optimizer that is not attached would go on with state of other rows. Then
+            nothing has changed.
+        """
+        parameter = self._parameter(table)
+        capacity = table.rows.capacity_for(count, len(parameter))
+        self._resize(table, capacity)
+        rows = table.rows.next(count)
+        if table.rows.reused(count):
+            _optimizer_rows.refuse_strangers(parameter, self._attached(), "give the row of a removed name to a new one")
+        self._forget(table, rows)
+        return rows
+
+    def _resize(self, table: Table, capacity: int) -> None:
+        """Change the capacity; all rows stay what they are, and zeros are added."""
+        if capacity != len(self._parameter(table)):
+            self._rearrange(table, capacity, None)
+
+    def _rearrange(self, table: Table, capacity: int, source: Tensor | None) -> None:
+        """Give a table another capacity and, where ``source`` is given, other rows: the old row of each, -1 for none.
+
+        What belongs to the rows goes along. All is made before anything is changed.
+        """
+        parameter = self._parameter(table)
+        if not isinstance(parameter, Parameter) or type(parameter.data) is not Tensor:
+            raise RuntimeError(
+                f"the table '{table.attribute}' is a {type(parameter.data).__name__} and cannot change its size: "
+                "insert names, or reserve rows for them, before the model is sharded or replicated"
+            )
+        what = "change the size of a table" if source is None else "move the rows of a table"
+        _optimizer_rows.refuse_strangers(parameter, self._attached(), what)
+        with torch.no_grad():
+            arranged = _Arranged(parameter, capacity, source)
+            data = arranged(parameter.data)
+            gradient = parameter.grad
+            if gradient is not None:
+                gradient = arranged.sparse(gradient) if gradient.is_sparse else arranged(gradient)
+            frozen = None if table.frozen is None else arranged(table.frozen)
+            states = [
+                (state, key, arranged(state[key], fill))
+                for optimizer in self._attached()
+                for state, key, fill in _optimizer_rows.of_rows(optimizer, parameter)
+            ]
+            # From here on nothing can fail.
+            table.resized = True
+            parameter.grad = None
+            if parameter.requires_grad:
+                # Data of another dtype, for a moment, makes torch forget the node that accumulates gradients, which
+                # knows the old size.
+                other = torch.float32 if data.dtype != torch.float32 else torch.float64
+                parameter.data = torch.empty(0, dtype=other, device=data.device)
+            parameter.data = data
+            parameter.grad = gradient
+            table.frozen = frozen
+            for state, key, value in states:
+                state[key] = value
+        table.hook(parameter)
+
+    def _forget(self, table: Table, rows: Rows) -> None:
+        """Clear what belonged to rows that get new names: gradients, state of optimizers, masks."""
+        parameter = self._parameter(table)
+        states = [one for optimizer in self._attached() for one in _optimizer_rows.of_rows(optimizer, parameter)]
+        if not states and table.frozen is None and parameter.grad is None:
+            return
+        index = torch.from_numpy(rows).to(parameter.device)
+        with torch.no_grad():
+            for state, key, fill in states:
+                state[key].index_fill_(0, index, fill)
+            if table.frozen is not None:
+                table.frozen.index_fill_(0, index, False)
+        self._clear_gradient(parameter, index)
+
+    def _clear_gradient(self, parameter: Tensor, rows: Tensor) -> None:
+        gradient = parameter.grad
+        if gradient is None:
+            return
+        if gradient.is_sparse:
+            mask = torch.zeros(len(parameter), dtype=torch.bool, device=parameter.device)
+            clear_gradient(gradient, mask.index_fill_(0, rows, True))
+        else:
+            with torch.no_grad():
+                gradient.index_fill_(0, rows, 0)
+
+    # -- the optimizers ------------------------------------------------------------------------------------------------
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Let the state of an optimizer follow the names: grown, cleared and moved with the rows. **O(tables)**.
+
+        State that has a row for each row of a table (the moments of Adam, the sums of Adagrad, momentum) belongs to the
+        names from now on. It is grown with the table, set back to what it begins with for a new name, and carried along
+        by :meth:`compact` and ``load_state_dict``; numbers such as the count of steps stay. Tables that are made later
+        join the optimizer: the parameter group that has the tables of their group, or of this dictionary at all.
+        The optimizer is not kept alive. Copies and pickles of the dictionary have no attached optimizers.
+
+        Raises
+        ------
+        ValueError
+            If the optimizer has none of the tables, and there are some.
+        """
+        with self._lock:
+            if optimizer in self._attached():
+                return
+            tables = [self._parameter(table) for table in self._tables]
+            held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            if tables and not any(id(parameter) in held for parameter in tables):
+                raise ValueError(
+                    "the optimizer has no parameter of this dictionary: make it of dictionary.parameters()"
+                )
+            for parameter in tables:
+                for _ in _optimizer_rows.of_rows(optimizer, parameter):
+                    pass
+            self._optimizers.append(weakref.ref(optimizer))
+
+    def detach_optimizer(self, optimizer: Optimizer) -> None:
+        """Let the state of an attached optimizer be as it is from now on; one that is not attached is passed over."""
+        with self._lock:
+            self.__dict__["_optimizers"] = [ref for ref in self._optimizers if ref() is not optimizer]
+
+
+class _Arranged:
+    """Makes what belongs to the rows of a table as it is after the rows have been moved."""
+
+    def __init__(self, parameter: Tensor, capacity: int, source: Tensor | None) -> None:
+        self.capacity = capacity
+        self.source = source
+        if source is not None:
+            self.there = (source >= 0).nonzero()[:, 0]
+            self.old = source[self.there]
+            self.old_capacity = len(parameter)
+
+    def __call__(self, tensor: Tensor, fill: float = 0) -> Tensor:
+        if self.source is None:
+            return resized(tensor, self.capacity, fill)
+        made = tensor.new_full((self.capacity, *tensor.shape[1:]), fill)
+        # Where the rows of a state lie on another device, as torch's own optimizers never have them, this moves them.
+        there, old = self.there.to(tensor.device), self.old.to(tensor.device)
+        return made.index_copy_(0, there, tensor.index_select(0, old))
+
+    def sparse(self, gradient: Tensor) -> Tensor:
+        if self.source is None:
+            return resized_gradient(gradient, self.capacity)
+        renamed = torch.full((self.old_capacity,), -1, device=gradient.device)
+        renamed[self.old] = self.there
+        rows = renamed[gradient._indices()[0]]
+        kept = rows >= 0
+        size = (self.capacity, *gradient.shape[1:])
+        return torch.sparse_coo_tensor(rows[kept][None], gradient._values()[kept], size, check_invariants=False)

@@ -1,0 +1,477 @@
+"""``pdrs.StackedParameterDict``: names by the million, a handful of registered Parameters."""
+
+from __future__ import annotations
+
+import copy
+from collections import abc
+from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from pdrs import parameter_dict
+from pdrs._core import IndexMap, TableRows, pop_row, slab_views
+from pdrs._gathered_rows import Handle
+from pdrs._named_rows import Initialiser, Names, as_list, id_of, row_of, table_of
+from pdrs._stacked_state import SavedRows
+from pdrs._tables import Kind, Table
+from pdrs._views import KeysView as NamesView
+from pdrs.parameter_dict import MissingEntryError, ParameterDict
+
+__all__ = ["Handle", "StackedParameterDict"]
+
+# A repr longer than this shows its two ends only.
+_REPR_WHOLE = 20
+_REPR_END = 5
+
+
+class StackedParameterDict(SavedRows):
+    r"""An ordered dictionary of parameters that lie together: names by the million, a handful of registered Parameters.
+
+    Entries of one shape and dtype are the rows of one :class:`~torch.nn.Parameter`, a *table* ``[capacity, *shape]``.
+    Optimizers, DDP, FSDP2, ``clip_grad_norm_`` and the like see tables. Names can be looked up and gathered by the
+    thousand in one differentiable call, and come and go while the model trains; a table grows as the same Parameter.
+    It answers what a :class:`pdrs.ParameterDict` answers; where the two differ, ``docs/stacked.md`` lists.
+
+    Parameters
+    ----------
+    parameters
+        A mapping from ``str`` to tensors, or an iterable of pairs, to begin with; see :meth:`update`. They are copied.
+
+    Notes
+    -----
+    *n* is the number of entries and *m* that of the names in a call; costs are amortised. All methods may be called by
+    any number of threads; a lock makes them take turns.
+
+    Examples
+    --------
+    >>> import torch, pdrs
+    >>> sd = pdrs.StackedParameterDict({"left": torch.zeros(2), "right": torch.ones(2)})
+    >>> sd["layer.0.weight"] = torch.zeros(3)
+    >>> list(sd)
+    ['left', 'right', 'layer.0.weight']
+    >>> [(name, list(table.shape)) for name, table in sd.named_parameters()]
+    [('float32_2', [2, 2]), ('float32_3', [1, 3])]
+    >>> optimizer = torch.optim.Adam(sd.parameters())
+    >>> sd.attach(optimizer)                                # its state follows the names from now on
+    >>> sd.gather(["right", "up", "right"], missing="insert").sum().backward()
+    >>> optimizer.step()
+    >>> sd.pop("left").tolist()
+    [0.0, 0.0]
+
+    """
+
+    def __init__(self, parameters: Any = None) -> None:
+        super().__init__()
+        if parameters is not None:
+            self.update(parameters)
+
+    # -- other ways to make one ----------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_rows(cls, names: Names, rows: Tensor, *, trainable: bool | None = None) -> StackedParameterDict:
+        """Make a dictionary of many names of one shape, whose table is a given tensor. **O(n)**; no row is copied.
+
+        Parameters
+        ----------
+        names
+            Distinct names.
+        rows
+            ``[len(names), *shape]``. A Parameter becomes the table itself, another tensor shares its memory with it.
+        trainable
+            Whether the table requires gradients. By default it does, or, if it is a Parameter, as that does.
+
+        Raises
+        ------
+        ValueError
+            If a name is listed twice, or there are more or fewer names than rows.
+        KeyError
+            If a name is empty.
+
+        Examples
+        --------
+        >>> import torch, pdrs
+        >>> sd = pdrs.StackedParameterDict.from_rows([f"word.{n}" for n in range(1000)], torch.randn(1000, 16))
+        >>> sd["word.7"].shape
+        torch.Size([16])
+
+        """
+        index = IndexMap.from_names(names)
+        if rows.dim() == 0 or len(index) != len(rows):
+            size = "a single number" if rows.dim() == 0 else f"{len(rows)} rows"
+            raise ValueError(f"expected a row for each name and no name twice, got {len(index)} names and {size}")
+        if "" in index:
+            raise KeyError('parameter name can\'t be empty string ""')
+        parameter = rows if isinstance(rows, Parameter) else Parameter(rows, requires_grad=trainable is not False)
+        if trainable is not None:
+            parameter.requires_grad_(trainable)
+        made = cls()
+        kind = Kind(tuple(rows.shape[1:]), rows.dtype, parameter.requires_grad)
+        made._tables[made._add_table(kind.attribute(), parameter, 0)].rows = TableRows(len(index))
+        made.__dict__["_index"] = index
+        return made
+
+    @classmethod
+    def from_shapes(
+        cls,
+        shapes: Mapping[str, Sequence[int]] | Iterable[tuple[str, Sequence[int]]],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        init: Initialiser | None = None,
+    ) -> StackedParameterDict:
+        """Make a dictionary of names of given shapes. **O(n)**; the values are made in place.
+
+        Parameters
+        ----------
+        shapes
+            The shape of each name; their order is kept.
+        dtype, device
+            Of all tables; by default torch's defaults.
+        init
+            What gives the values, as those of ``torch.nn.init`` do: called once a table with a tensor of zeros
+            ``[names, *shape]``. Without it they stay zeros.
+
+        Examples
+        --------
+        >>> import torch, pdrs
+        >>> sd = pdrs.StackedParameterDict.from_shapes({"a": (2,), "b": (3, 4), "c": (2,)}, init=torch.nn.init.ones_)
+        >>> sd["b"].shape, list(sd)
+        (torch.Size([3, 4]), ['a', 'b', 'c'])
+
+        """
+        pairs = shapes.items() if isinstance(shapes, Mapping) else shapes
+        by_shape: dict[tuple[int, ...], list[str]] = {}
+        order = IndexMap()
+        for name, shape in dict(pairs).items():
+            by_shape.setdefault(tuple(shape), []).append(name)
+            order[name] = 0
+        if "" in order:
+            raise KeyError('parameter name can\'t be empty string ""')
+        made = cls()
+        dtype = dtype or torch.get_default_dtype()
+        ids: dict[str, int] = {}
+        for shape, names in by_shape.items():
+            data = torch.zeros((len(names), *shape), dtype=dtype, device=device)
+            if init is not None:
+                with torch.no_grad():
+                    init(data)
+            number = made._add_table(Kind(shape, dtype).attribute(), Parameter(data), 0)
+            made._tables[number].rows = TableRows(len(names))
+            ids.update(zip(names, range(id_of(number, 0), id_of(number, 0) + len(names)), strict=True))
+        made.__dict__["_index"] = IndexMap((name, ids[name]) for name in order)
+        return made
+
+    @classmethod
+    def fromkeys(cls, keys: Names, default: Tensor) -> StackedParameterDict:
+        """Make a dictionary of ``keys``, each with a row of its own that is a copy of ``default``. **O(m)**."""
+        if not isinstance(default, Tensor):
+            raise TypeError(f"expected a tensor as default, got {type(default).__name__}")
+        names = list(dict.fromkeys(as_list(keys)))
+        trainable = default.requires_grad if isinstance(default, Parameter) else True
+        return cls.from_rows(names, default.detach().expand(len(names), *default.shape).clone(), trainable=trainable)
+
+    # -- one entry -----------------------------------------------------------------------------------------------------
+
+    def __getitem__(self, key: str) -> Tensor:
+        """Return the row of ``key``: a differentiable view of the table, writable under ``torch.no_grad()``. **O(1)**.
+
+        The view is of the table as it is: it does not follow when the table grows, moves or is compacted.
+
+        Raises
+        ------
+        KeyError
+            If there is none; the error is an AttributeError, too, as torch's class raises.
+        TypeError
+            If ``key`` is not a ``str``.
+        """
+        with self._lock:
+            try:
+                return self._row(self._index[key])
+            except KeyError:
+                raise MissingEntryError(key) from None
+
+    def __setitem__(self, key: str, value: Tensor) -> None:
+        """Copy a tensor into the row of ``key``: a new key goes to the end, an old one keeps its place. **O(1)**.
+
+        A tensor of another shape, or a Parameter with another ``requires_grad``, moves the key to another table: what
+        an optimizer remembers of it is lost. What is refused leaves no trace.
+
+        Raises
+        ------
+        KeyError
+            If ``key`` is empty.
+        TypeError
+            If ``key`` is not a ``str``, ``value`` is not a tensor, or its dtype is not that of the entry.
+        ValueError
+            If ``value`` lies on another device than the table that it would go to.
+        RuntimeError
+            If the table has to grow, and an optimizer that is not attached has stepped on it.
+        """
+        self._insert([key], [value], distinct=True)
+
+    def __delitem__(self, key: str) -> None:
+        """Remove ``key``; the order of the others stays. Raises KeyError if it is not there. **O(1)**."""
+        with self._lock:
+            self._free(np.array([self._index.pop(key)]))
+
+    def __contains__(self, key: object) -> bool:
+        """Whether ``key`` is the key of an entry. **O(1)**."""
+        return key in self._index
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return the row of ``key``, or ``default`` if it is not there. **O(1)**."""
+        with self._lock:
+            id_ = self._index.get(key)
+            return default if id_ is None else self._row(id_)
+
+    def setdefault(self, key: str, default: Any = None) -> Tensor:
+        """Return the row of ``key``; first set it to ``default`` if it is not there. **O(1)**."""
+        with self._lock:
+            if key not in self._index:
+                self[key] = default
+            return self[key]
+
+    def pop(self, key: str, *default: Any) -> Any:
+        """Remove ``key`` and return a copy of its row, or ``default`` if it is not there and one is given. **O(1)**.
+
+        The order of the others stays. Raises KeyError (and AttributeError) if ``key`` is not there. To remove many,
+        :meth:`drop` is several times faster.
+        """
+        if len(default) > 1:
+            raise TypeError(f"pop expected at most 2 arguments, got {1 + len(default)}")
+        state = self.__dict__  # what is looked up there is found faster
+        with state["_lock"]:
+            popped = pop_row(state["_index"], state["_tables"], state["_parameters"], key)
+            if popped is not None:
+                return self._popped(popped[1], popped[2])
+        if default:
+            return default[0]
+        raise MissingEntryError(key)
+
+    def popitem(self, last: bool = True) -> tuple[str, Tensor]:
+        """Remove the last (or the first) entry and return its key and a copy of its row. **O(1)** at either end.
+
+        Raises KeyError if there is none.
+        """
+        state = self.__dict__
+        with state["_lock"]:
+            popped = pop_row(state["_index"], state["_tables"], state["_parameters"], None, last)
+            if popped is None:
+                raise KeyError("popitem(): dictionary is empty")
+            return popped[0], self._popped(popped[1], popped[2])
+
+    def _popped(self, copied: Tensor | None, left: tuple[Table, int] | None) -> Tensor:
+        """Do what is left to do for a row whose name has been removed, and return a copy of it."""
+        self.__dict__["_moves"] += 1
+        if left is not None:
+            parameter = self._parameter(left[0])
+            if copied is None:
+                copied = parameter.detach()[left[1]].clone()
+            if parameter.grad is not None:
+                self._without_gradient(*left)
+        return copied  # type: ignore[return-value]  # there is one, or something is left to do
+
+    # -- all entries ---------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """Return the number of entries. **O(1)**."""
+        return len(self._index)
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the keys in order; RuntimeError if entries come or go meanwhile. **O(1)** a step."""
+        return iter(self._index)
+
+    def __reversed__(self) -> Iterator[str]:
+        """Iterate over the keys from the last to the first. **O(1)** a step."""
+        return reversed(self._index)
+
+    def keys(self) -> KeysView[str]:
+        """Return a view of the keys: in order, reversible, a set. **O(1)**."""
+        return NamesView(self._index)
+
+    def values(self) -> RowsView:
+        """Return a view of the rows: in order, reversible. **O(1)**; ``in`` is **O(n)**, and asks for the very row."""
+        return RowsView(self)
+
+    def items(self) -> ItemsView:
+        """Return a view of the pairs of key and row: in order, reversible. **O(1)**; ``in`` asks for the very row."""
+        return ItemsView(self)
+
+    def update(self, parameters: Any) -> None:
+        """Set many entries, as :meth:`__setitem__` would one after another. **O(m)** for ``m`` entries.
+
+        Parameters
+        ----------
+        parameters
+            A mapping from ``str`` to tensors, or an iterable of pairs. The entries of an ``OrderedDict``, of a
+            dictionary of parameters and of pairs are set in their order; those of another mapping, a plain ``dict``
+            among them, in the order of the sorted keys (as torch's ParameterDict does).
+
+        Raises
+        ------
+        TypeError, ValueError, KeyError, RuntimeError
+            If ``parameters`` or one of its entries cannot be taken; then no entry has been set.
+        """
+        if not isinstance(parameters, Iterable):
+            raise TypeError(
+                "StackedParameterDict.update should be called with an iterable of key/value pairs, but got "
+                f"{type(parameters).__name__}"
+            )
+        if isinstance(parameters, StackedParameterDict):
+            names, values = list(parameters), parameters._detached()
+        else:
+            names, values = parameter_dict._columns(parameters)
+        self._insert(names, values, distinct=isinstance(parameters, Mapping | StackedParameterDict))
+
+    def clear(self) -> None:
+        """Remove all entries; the tables keep their capacity. **O(n)**."""
+        with self._lock:
+            self._free(self._index.rows())
+            self._index.clear()
+
+    def copy(self) -> StackedParameterDict:
+        """Return a dictionary of the same names with tables of its own, with no gradients. **O(n)**."""
+        return copy.deepcopy(self)
+
+    def __copy__(self) -> StackedParameterDict:
+        """Return what :meth:`copy` returns: two dictionaries cannot give the rows of the same tables."""
+        return self.copy()
+
+    def __or__(self, other: Any) -> StackedParameterDict:
+        """Return a copy that has been updated with ``other``."""
+        if not isinstance(other, Mapping | torch.nn.ParameterDict | StackedParameterDict):
+            return NotImplemented
+        made = self.copy()
+        made.update(other)
+        return made
+
+    def __ror__(self, other: Any) -> Any:
+        """Return a plain dict of what ``other`` has, updated with the rows of this."""
+        if not isinstance(other, Mapping):
+            return NotImplemented
+        return {**other, **dict(self.items())}
+
+    def __ior__(self, other: Any) -> StackedParameterDict:
+        """Update with ``other``."""
+        self.update(other)
+        return self
+
+    def unstack(self) -> ParameterDict:
+        """Return a ParameterDict of the same entries, each a Parameter with a copy of the row. **O(n)**.
+
+        Examples
+        --------
+        >>> import torch, pdrs
+        >>> sd = pdrs.StackedParameterDict.from_rows(["a", "b"], torch.eye(2))
+        >>> type(sd.unstack()["b"]).__name__, list(sd.unstack().stack())
+        ('Parameter', ['a', 'b'])
+
+        """
+        with self._lock:
+            tables = []
+            for table in self._tables:
+                parameter = self._parameter(table)
+                data, shape, numel = parameter.detach().clone(), list(parameter.shape[1:]), parameter[:1].numel()
+                count = len(parameter)
+                if data.device.type == "cpu" and type(data) is Tensor and numel:
+                    offsets = list(range(0, count * numel, numel))
+                    tables.append(slab_views(data, offsets, [shape] * count, requires_grad=parameter.requires_grad))
+                else:
+                    tables.append([Parameter(row, requires_grad=parameter.requires_grad) for row in data.unbind()])
+            return ParameterDict([(name, tables[table_of(id_)][row_of(id_)]) for name, id_ in self._index.items()])
+
+    def _detached(self) -> list[Tensor]:
+        """Return the rows in order, detached; those of frozen tables as frozen Parameters."""
+        with self._lock:
+            tables = []
+            for table in self._tables:
+                parameter = self._parameter(table)
+                rows = parameter.detach().unbind()
+                if not parameter.requires_grad:
+                    rows = tuple(Parameter(row, requires_grad=False) for row in rows)
+                tables.append(rows)
+            return [tables[table_of(id_)][row_of(id_)] for id_ in self._index.values()]
+
+    def extra_repr(self) -> str:
+        """Return a line a table, and one a name, or, of many, of the first and the last."""
+        with self._lock:
+            lines = [
+                f"{table.attribute}: {len(table.rows)} of {len(self._parameter(table))} rows, {self._kind(table)}"
+                for table in self._tables
+            ]
+            hidden = len(self) - 2 * _REPR_END
+            names = list(islice(self._index, _REPR_END if len(self) > _REPR_WHOLE else None))
+            if len(self) > _REPR_WHOLE:
+                last = list(islice(reversed(self._index), _REPR_END))[::-1]
+                lines.append(f"{len(self)} names: {', '.join(map(repr, names))}, ... {hidden} more ...,")
+                return "\n".join([*lines, f"  {', '.join(map(repr, last))}"])
+            return "\n".join([*lines, f"{len(self)} names: {', '.join(map(repr, names))}".rstrip(": ")])
+
+    def _apply(self, fn: Any, recurse: bool = True) -> StackedParameterDict:
+        """Move or convert the tables, as torch does with every Parameter."""
+        with self._lock:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            self._adopt()
+        return self
+
+
+class RowsView(abc.ValuesView[Tensor]):
+    """The rows of a StackedParameterDict, in order."""
+
+    _mapping: StackedParameterDict
+
+    def __init__(self, mapping: StackedParameterDict) -> None:
+        self._mapping = mapping
+
+    def __len__(self) -> int:
+        return len(self._mapping)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._mapping!r})"
+
+    def __contains__(self, value: object) -> bool:
+        return any(_is_same_row(value, row) for row in self)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return map(self._mapping._row, self._mapping._index._iterate(1, False))
+
+    def __reversed__(self) -> Iterator[Tensor]:
+        return map(self._mapping._row, self._mapping._index._iterate(1, True))
+
+
+class ItemsView(abc.ItemsView[str, Tensor]):
+    """The names and rows of a StackedParameterDict, in order."""
+
+    _mapping: StackedParameterDict
+
+    def __init__(self, mapping: StackedParameterDict) -> None:
+        self._mapping = mapping
+
+    def __len__(self) -> int:
+        return len(self._mapping)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._mapping!r})"
+
+    def __contains__(self, item: object) -> bool:
+        if not (isinstance(item, tuple) and len(item) == 2) or item[0] not in self._mapping:
+            return False
+        return _is_same_row(item[1], self._mapping[item[0]])
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, self._mapping._row(id_)) for name, id_ in self._mapping._index._iterate(2, False))
+
+    def __reversed__(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, self._mapping._row(id_)) for name, id_ in self._mapping._index._iterate(2, True))
+
+
+def _is_same_row(value: object, row: Tensor) -> bool:
+    # Each look at an entry makes a new view, so identity is that of the memory.
+    if not isinstance(value, Tensor) or value.shape != row.shape or value.dtype != row.dtype:
+        return False
+    return value.device == row.device and value.data_ptr() == row.data_ptr() and value.numel() > 0

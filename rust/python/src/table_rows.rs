@@ -1,0 +1,109 @@
+//! `TableRows`: the free rows of one table, as Python sees them.
+
+use std::sync::{Mutex, MutexGuard};
+
+use numpy::{PyArray1, PyReadonlyArray1};
+use pdrs_core::Rows;
+use pyo3::exceptions::{PyOverflowError, PyValueError};
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::sync::MutexExt;
+use pyo3::types::PyTuple;
+
+#[pyclass(frozen, module = "pdrs._core")]
+pub(crate) struct TableRows {
+    rows: Mutex<Rows>,
+}
+
+impl TableRows {
+    fn lock(&self, py: Python<'_>) -> MutexGuard<'_, Rows> {
+        self.rows.lock_py_attached(py).unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+fn to_array(py: Python<'_>, rows: impl Iterator<Item = u64>) -> Bound<'_, PyArray1<i64>> {
+    PyArray1::from_vec(py, rows.map(u64::cast_signed).collect())
+}
+
+#[pymethods]
+impl TableRows {
+    #[new]
+    #[pyo3(signature = (used = 0))]
+    fn new(used: u64) -> Self {
+        Self { rows: Mutex::new(Rows::full(used)) }
+    }
+
+    #[staticmethod]
+    fn of_live(used: u64, live: PyReadonlyArray1<'_, i64>) -> PyResult<Self> {
+        let live = live.as_array();
+        if let Some(row) = live.iter().find(|row| **row < 0) {
+            return Err(PyValueError::new_err(format!("a row must be 0 or more, got {row}")));
+        }
+        match Rows::of_live(used, live.iter().map(|row| row.cast_unsigned())) {
+            Some(rows) => Ok(Self { rows: Mutex::new(rows) }),
+            None => Err(PyValueError::new_err("a row is listed twice, or was never given")),
+        }
+    }
+
+    fn __len__(&self, py: Python<'_>) -> usize {
+        self.lock(py).len() as usize
+    }
+
+    #[getter]
+    fn used(&self, py: Python<'_>) -> u64 {
+        self.lock(py).used()
+    }
+
+    fn free<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<i64>> {
+        to_array(py, self.lock(py).free().iter().copied())
+    }
+
+    fn next<'py>(&self, py: Python<'py>, count: u64) -> Bound<'py, PyArray1<i64>> {
+        to_array(py, self.lock(py).next(count))
+    }
+
+    fn reused(&self, py: Python<'_>, count: u64) -> u64 {
+        self.lock(py).reused(count)
+    }
+
+    fn take(&self, py: Python<'_>, count: u64) {
+        self.lock(py).take(count);
+    }
+
+    pub(crate) fn give_back(&self, py: Python<'_>, row: u64) {
+        self.lock(py).give_back(row);
+    }
+
+    fn give_back_many(&self, py: Python<'_>, rows: PyReadonlyArray1<'_, i64>) {
+        let mut ours = self.lock(py);
+        // The first of them will be the first to be given again.
+        rows.as_array().iter().rev().for_each(|row| ours.give_back(row.cast_unsigned()));
+    }
+
+    fn capacity_for(&self, py: Python<'_>, count: u64, capacity: u64) -> PyResult<u64> {
+        let wanted = self.lock(py).capacity_for(count, capacity);
+        wanted.ok_or_else(|| PyOverflowError::new_err(format!("a table cannot have {count} rows more than it has")))
+    }
+
+    fn __deepcopy__(&self, py: Python<'_>, _memo: &Bound<'_, PyAny>) -> Self {
+        Self { rows: Mutex::new(self.lock(py).clone()) }
+    }
+
+    fn __copy__(&self, py: Python<'_>) -> Self {
+        Self { rows: Mutex::new(self.lock(py).clone()) }
+    }
+
+    #[staticmethod]
+    fn _restore(used: u64, free: PyReadonlyArray1<'_, i64>) -> Self {
+        let mut rows = Rows::full(used);
+        free.as_array().iter().for_each(|row| rows.give_back(row.cast_unsigned()));
+        Self { rows: Mutex::new(rows) }
+    }
+
+    fn __reduce__<'py>(slf: &Bound<'py, Self>) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyTuple>)> {
+        let py = slf.py();
+        let used = slf.get().lock(py).used();
+        let arguments = (used, slf.get().free(py)).into_pyobject(py)?;
+        Ok((slf.get_type().getattr(intern!(py, "_restore"))?, arguments))
+    }
+}
