@@ -428,7 +428,8 @@ def test_the_work_of_torch_does_not_grow_with_the_number_of_entries() -> None:
             pd.double()
         copies = [event for event in profile.events() if event.name == "aten::copy_"]
         counts.append(len(copies))
-    assert counts[0] == counts[1] <= 6
+    # One of all values; the others are of the empty tensors by which torch's function is asked.
+    assert counts[0] == counts[1] <= 5
 
 
 def test_large_and_small_entries_convert_alike_across_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
