@@ -24,6 +24,7 @@ from torch.nn import Parameter
 from torch.nn.modules import module as registration
 
 import pdrs
+from pdrs.parameter_dict import _collector_paused
 
 Kind = type[nn.ParameterDict]
 
@@ -326,6 +327,24 @@ def together(*works: Callable[[], None]) -> None:
         worker.join()
     if errors:
         raise errors[0]
+
+
+def test_pauses_of_the_collector_that_overlap_leave_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = _collector_paused()
+    first.__enter__()
+    isenabled = gc.isenabled
+
+    def and_then_the_other_thread_goes_on() -> bool:
+        found = isenabled()
+        first.__exit__(None, None, None)
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(gc, "isenabled", and_then_the_other_thread_goes_on)
+        second = _collector_paused()
+        second.__enter__()
+    second.__exit__(None, None, None)
+    assert gc.isenabled()
 
 
 @pytest.mark.usefixtures("often")

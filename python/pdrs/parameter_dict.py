@@ -69,13 +69,15 @@ class MissingEntryError(KeyError, AttributeError):
 @contextmanager
 def _collector_paused() -> Iterator[None]:
     # Making objects by the million sets the garbage collector off again and again, to find nothing.
-    enabled = gc.isenabled()
+    # A thread that finds it off leaves it alone: if another has paused it, that one alone sets it going again.
+    if not gc.isenabled():
+        yield
+        return
     gc.disable()
     try:
         yield
     finally:
-        if enabled:
-            gc.enable()
+        gc.enable()
 
 
 class ParameterDict(torch.nn.ParameterDict):
