@@ -103,6 +103,19 @@ def test_names_that_came_after_a_save_are_not_in_it() -> None:
     assert same(sd, other)
 
 
+def test_a_state_dict_that_is_filled_in_place_brings_its_names() -> None:
+    """As distributed checkpoints are loaded."""
+    saved = SD.from_rows(["a", "b"], torch.tensor([[1.0], [2.0]]))
+    other = SD.from_rows(["x", "y"], torch.zeros(2, 1))
+    with torch.inference_mode():
+        state = other.state_dict()
+    for key, value in saved.state_dict().items():
+        state[key].copy_(value)
+    other.load_state_dict(state)
+    assert values(other) == {"a": [1.0], "b": [2.0]}
+    assert list(other.state_dict()["_extra_state"]) == list(saved.state_dict()["_extra_state"])
+
+
 def test_reserved_rows_are_saved_and_loaded_where_there_are_no_names() -> None:
     sd, other = SD(), SD()
     sd.reserve(8, shape=(2,))

@@ -27,8 +27,9 @@ class SavedRows(TrainedRows):
     """Named rows that can be saved and loaded."""
 
     # The names as they were last packed, and what was counted then: kept, because models are saved again and again, and
-    # because to compare bytes is the fastest way to find out that what is loaded has the same names.
-    _packed: tuple[Tensor, int, int, Header] | None
+    # because to compare bytes is the fastest way to find out that what is loaded has the same names. Distributed
+    # checkpoints are loaded into the tensors of a state dict in place: torch counts what is written to them.
+    _packed: tuple[Tensor, int, int, int, Header] | None
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,14 +46,17 @@ class SavedRows(TrainedRows):
         with self._lock:
             packed = self._packed_before()
             if packed is None:
-                packed = pack(self._index, self._header())
-                self.__dict__["_packed"] = (packed, self._moves, self._inserts, self._header())
+                with torch.inference_mode(False):  # where torch would not count
+                    packed = pack(self._index, self._header())
+                self.__dict__["_packed"] = (packed, packed._version, self._moves, self._inserts, self._header())
             return packed
 
     def _packed_before(self) -> Tensor | None:
-        if self._packed is None or self._packed[1:] != (self._moves, self._inserts, self._header()):
+        if self._packed is None:
             return None
-        return self._packed[0]
+        packed = self._packed[0]
+        now = packed._version, self._moves, self._inserts, self._header()
+        return packed if self._packed[1:] == now else None
 
     def _header(self) -> Header:
         tables = tuple(
