@@ -80,6 +80,9 @@ def test_another_shape_moves_a_name_to_another_table_and_keeps_its_place(sd: pdr
 def test_entries_can_change_places_in_one_update(sd: pdrs.StackedParameterDict) -> None:
     sd.update([("a", sd["c"]), ("c", sd["a"]), ("new", sd["b"])])
     assert firsts(sd) == {"a": 2.0, "b": 1.0, "c": 0.0, "new": 1.0}
+    sd["frozen"] = nn.Parameter(torch.full((2,), 5.0), requires_grad=False)
+    sd.update([("a", sd["frozen"]), ("frozen", sd["a"])])  # of two tables
+    assert firsts(sd) == {"a": 5.0, "b": 1.0, "c": 0.0, "new": 1.0, "frozen": 2.0}
 
 
 def test_of_equal_names_the_first_gives_the_place_and_the_last_the_value(sd: pdrs.StackedParameterDict) -> None:

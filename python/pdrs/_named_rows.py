@@ -195,7 +195,9 @@ class NamedRows(Tables):
             for part in plan:
                 like = part.values if isinstance(part.values, Tensor) else part.values[0].detach()[None]
                 number = table_of(int(part.held[0])) if part.stays else self._table_for(part.kind, like.device)
-                blocks.append(part.values if isinstance(part.values, Tensor) else stack(part.values, like))
+                block = part.values if isinstance(part.values, Tensor) else stack(part.values, like)
+                # That of one tensor is the tensor itself, which may be a row that another part writes to.
+                blocks.append(block.clone() if len(plan) > 1 and len(block) == 1 else block)
                 prepared.append((number, part.stays))
             # Several parts may go to one table.
             wanted: dict[int, int] = {}
