@@ -6,8 +6,9 @@ another row when a table grows, a row that moves although nobody gathered it.
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -208,6 +209,74 @@ def test_a_table_that_is_made_later_joins_the_attached_optimizer() -> None:
     sd["matrix"].sum().backward()
     optimizer.step()
     assert sd["matrix"].ne(0).all()
+
+
+class Model(nn.Module):
+    """A dictionary with Parameters before and behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.words = SD()
+        self.last = nn.Linear(3, 3)
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        loss = self.last(self.first(self.words.gather(NAMES))).pow(2).sum()
+        for name in self.words:
+            loss = loss + (self.words[name] * len(name)).pow(2).sum()
+        loss.backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_training_goes_on_from_a_checkpoint_with_tables_that_were_made_meanwhile(by_name: bool) -> None:
+    def adam(model: Model) -> torch.optim.Optimizer:
+        return torch.optim.Adam(model.named_parameters() if by_name else model.parameters(), lr=0.1)
+
+    torch.manual_seed(0)
+    model = Model()
+    model.words.update(zip(NAMES, rows(), strict=True))
+    optimizer = adam(model)
+    model.words.attach(optimizer)
+    for size in (4, 5):
+        model.step(optimizer)
+        model.words[f"late.{size}"] = torch.ones(size)
+        model.words[f"matrix.{size}"] = torch.ones(3, size)
+    model.step(optimizer)
+    state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+
+    resumed = Model()
+    resumed.load_state_dict(state[0])
+    again = adam(resumed)
+    again.load_state_dict(state[1])
+    resumed.words.attach(again)
+    assert again.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+    for _ in range(3):
+        model.step(optimizer)
+        resumed.step(again)
+    for name, row in model.words.items():
+        torch.testing.assert_close(resumed.words[name], row)
+
+
+def test_a_dictionary_that_is_loaded_brings_its_optimizer_into_the_saved_order() -> None:
+    shapes = {"a": (3,), "matrix": (2, 2), "b": (3,), "long": (5,)}
+
+    def made(order: Sequence[str]) -> tuple[SD, torch.optim.Optimizer]:
+        sd = SD([(name, torch.full(shapes[name], float(len(name)))) for name in order])
+        optimizer = torch.optim.Adam([{"params": [torch.zeros(1, requires_grad=True)]}, *sd.optimizer_groups(by={})])
+        sd.attach(optimizer)
+        sum(row.pow(2).sum() for row in sd.values()).backward()  # type: ignore[union-attr]
+        optimizer.step()
+        return sd, optimizer
+
+    (sd, optimizer), (other, its) = made(["a", "b", "matrix"]), made(["long", "matrix", "a"])
+    other.load_state_dict(sd.state_dict())
+    its.load_state_dict(optimizer.state_dict())
+    for key, table in sd.named_parameters():
+        assert torch.equal(its.state[other.get_parameter(key)]["exp_avg"], optimizer.state[table]["exp_avg"])
+    assert len(its.param_groups[1]["params"]) == 2
+    other["b"] = torch.zeros(5)
 
 
 # -- gradients and growth ----------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ behind every step of every optimizer, and it is refused to do what would leave t
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -18,7 +18,7 @@ from torch.optim import Adagrad, Optimizer, Rprop
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["join", "leave", "of_rows", "refuse_strangers", "watch"]
+__all__ = ["join", "leave", "of_rows", "put_in_order", "refuse_strangers", "watch"]
 
 # The optimizers that have stepped on each table.
 _stepped: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -126,18 +126,67 @@ def _options(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
     raise LookupError("the optimizer has no such parameter")
 
 
-def join(optimizer: Optimizer, parameter: Tensor, pattern: str | None, tables: Sequence[Tensor]) -> None:
-    """Give a new table to an optimizer: to the parameter group with this pattern, or else to that of other tables."""
-    ids = {id(one) for one in tables}
+def join(optimizer: Optimizer, attribute: str, pattern: str | None, tables: Mapping[str, Tensor]) -> None:
+    """Give a new table to an optimizer: to the parameter group with this pattern, or else to that of other tables.
+
+    It goes behind these, as it does in the dictionary: state dicts of optimizers know parameters by their order, and so
+    an optimizer that is made of the saved dictionary has the same order.
+
+    Parameters
+    ----------
+    optimizer
+        One that is attached.
+    attribute
+        The name of the new table.
+    pattern
+        What marks the parameter group for it, where there is one.
+    tables
+        All tables of the dictionary, the new one too, by name.
+    """
+    ids = {id(table): name for name, table in tables.items()}
     groups = optimizer.param_groups
     marked = [group for group in groups if "pattern" in group and group["pattern"] == pattern]
     with_tables = [group for group in groups if any(id(one) in ids for one in group["params"])]
-    (marked or with_tables or groups)[0]["params"].append(parameter)
+    group = (marked or with_tables or groups)[0]
+    places = [at for at, one in enumerate(group["params"]) if id(one) in ids]
+    place = places[-1] + 1 if places else len(group["params"])
+    group["params"].insert(place, tables[attribute])
+    if "param_names" in group:
+        group["param_names"].insert(place, _prefix(groups, ids) + attribute)
+
+
+def _prefix(groups: list[dict[str, Any]], ids: Mapping[int, str]) -> str:
+    """Return what stands before the names of tables where an optimizer was made of named parameters."""
+    for group in groups:
+        for parameter, name in zip(group["params"], group.get("param_names", ()), strict=False):
+            attribute = ids.get(id(parameter))
+            if attribute is not None and name.endswith(attribute):
+                return str(name.removesuffix(attribute))
+    return ""
 
 
 def leave(optimizer: Optimizer, parameter: Tensor | None) -> None:
     """Take a table away from an optimizer, and its state."""
     for group in optimizer.param_groups:
-        group["params"][:] = [one for one in group["params"] if one is not parameter]
+        _choose(group, [at for at, one in enumerate(group["params"]) if one is not parameter])
     if parameter is not None:
         optimizer.state.pop(parameter, None)
+
+
+def put_in_order(optimizer: Optimizer, tables: Sequence[Tensor]) -> None:
+    """Give the tables of a dictionary another order among themselves, in every parameter group."""
+    order = {id(table): at for at, table in enumerate(tables)}
+    for group in optimizer.param_groups:
+        parameters = group["params"]
+        places = [at for at, one in enumerate(parameters) if id(one) in order]
+        chosen = list(range(len(parameters)))
+        for place, at in zip(places, sorted(places, key=lambda at: order[id(parameters[at])]), strict=True):
+            chosen[place] = at
+        _choose(group, chosen)
+
+
+def _choose(group: dict[str, Any], places: list[int]) -> None:
+    # In place: LBFGS holds the very list.
+    for key in ("params", "param_names"):
+        if key in group:
+            group[key][:] = [group[key][at] for at in places]

@@ -161,6 +161,8 @@ class SavedRows(TrainedRows):
         for table in made:
             # In the saved order, by which an optimizer's state dict knows them.
             self._parameters[table.attribute] = self._parameters.pop(table.attribute)
+        for optimizer in self._attached():
+            _optimizer_rows.put_in_order(optimizer, [self._parameter(table) for table in made])
         self.__dict__.update(_tables=made, _index=index, _patterns=header.patterns)
         self._moved()
 

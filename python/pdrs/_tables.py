@@ -227,9 +227,9 @@ class Tables(Module):
         self._tables.append(table)
         _optimizer_rows.watch(parameter)
         if parameter.requires_grad:
-            tables = [self._parameter(one) for one in self._tables]
+            tables = {one.attribute: self._parameter(one) for one in self._tables}
             for optimizer in self._attached():
-                _optimizer_rows.join(optimizer, parameter, self._pattern(group), tables)
+                _optimizer_rows.join(optimizer, attribute, self._pattern(group), tables)
         return len(self._tables) - 1
 
     def _remove_last_table(self) -> None:
