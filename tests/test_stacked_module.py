@@ -311,15 +311,25 @@ def test_ddp_and_fsdp2_train_tables_as_they_train_parameters(tmp_path: Path) -> 
 
     torch.manual_seed(1)
     plain = Words()
+    plain.words.freeze(["c"])
     in_ddp, sharded = copy.deepcopy(plain), copy.deepcopy(plain)
     expected = train(plain)
     torch.testing.assert_close(train(nn.parallel.DistributedDataParallel(in_ddp)), expected)
     mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
     fully_shard(sharded, mesh=mesh)
     torch.testing.assert_close(train(sharded), expected)
-    with pytest.raises(RuntimeError, match="DTensor and cannot change its size"):
-        sharded.words["new"] = torch.zeros(4)
-    assert "new" not in sharded.words
+    for model in (plain, in_ddp, sharded):
+        assert model.words.named_state_dict()["c"].tolist() == [8.0, 9.0, 10.0, 11.0]
+        assert not torch.equal(model.words.named_state_dict()["a"], torch.arange(4.0))
+
+    checkpoint.save({"model": sharded.state_dict()}, checkpoint_id=tmp_path / "sharded")
+    loaded = Words()
+    loaded.words = SD.from_rows(["c", "z", "a"], torch.zeros(3, 4))
+    fully_shard(loaded, mesh=mesh)
+    state = {"model": loaded.state_dict()}
+    checkpoint.load(state, checkpoint_id=tmp_path / "sharded")
+    loaded.load_state_dict(state["model"])
+    assert values(loaded.words.unstack()) == values(sharded.words.unstack())
 
     checkpoint.save({"model": in_ddp.state_dict()}, checkpoint_id=tmp_path / "saved")
     loaded = Words()
@@ -327,3 +337,37 @@ def test_ddp_and_fsdp2_train_tables_as_they_train_parameters(tmp_path: Path) -> 
     checkpoint.load(state, checkpoint_id=tmp_path / "saved")
     loaded.load_state_dict(state["model"])
     assert values(loaded.words) == values(in_ddp.words)
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.filterwarnings("ignore")  # torch's own, about single processes and the CPU
+def test_what_a_sharded_table_can_do_and_what_it_refuses() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    whole, sharded = Words(), Words()
+    sharded.words.reserve(1)
+    fully_shard(sharded, mesh=distributed.device_mesh.init_device_mesh("cpu", (1,)))
+    whole.load_state_dict({key: value.full_tensor() for key, value in sharded.named_parameters()}, strict=False)
+    for model in (whole, sharded):
+        model(["a", "c", "a"]).sum().backward()
+    words = sharded.words
+    assert torch.equal(words.norms(), whole.words.norms())
+    assert words.named_state_dict().keys() == whole.words.named_state_dict().keys()
+    for (name, ours), (other, theirs) in zip(words.named_grads(), whole.words.named_grads(), strict=True):
+        assert name == other
+        assert torch.equal(ours, theirs)
+    assert values(words.unstack()) == values(whole.words)
+    refused = {
+        "insert names": lambda: words.__setitem__("new", torch.zeros(4)),
+        "set names": lambda: words.__setitem__("a", torch.zeros(4)),
+        "write rows": lambda: words.scatter_(["a"], torch.zeros(1, 4)),
+        "freeze names": lambda: words.freeze(["a"]),
+        "load the layout": lambda: words.load_state_dict(whole.words.named_state_dict()),
+        "DTensor and cannot change its size": lambda: words.reserve(100),
+    }
+    for message, change in refused.items():
+        with pytest.raises(RuntimeError, match=message):
+            change()
+        assert values(words.unstack()) == values(whole.words)
+    assert torch.equal(words.pop("b"), whole.words["b"])
+    assert list(words) == ["a", "c"]

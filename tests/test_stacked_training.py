@@ -394,6 +394,41 @@ def test_frozen_names_stay_as_they_are_wherever_their_rows_go(sparse: bool) -> N
     assert sd[frozen[1]].ne(held[1]).all()
 
 
+def test_frozen_names_stay_frozen_while_their_table_is_not_trained_and_when_they_change_the_table() -> None:
+    sd = SD.from_rows(NAMES, rows().clone())
+    sd.requires_grad_(False)
+    sd.freeze([NAMES[1], NAMES[2]])
+    assert not sd.table((3,), trainable=False).requires_grad
+    sd.requires_grad_()
+    sd.optimizer_groups(by={r"[12]$": {}, r"[34]$": {}})
+    sd.gather(NAMES).sum().backward()
+    found = {name: float(gradient.sum()) for name, gradient in sd.named_grads()}
+    assert found == {name: 0.0 if name in NAMES[1:3] else 3.0 for name in NAMES}
+    sd.pop(NAMES[1])
+    sd["x1"] = torch.zeros(3)  # in the row of a frozen name
+    sd.gather(["x1", NAMES[2]]).sum().backward()
+    found = {name: float(gradient.sum()) for name, gradient in sd.named_grads()}
+    assert (found["x1"], found[NAMES[2]]) == (3.0, 0.0)
+
+
+def test_the_state_of_an_attached_optimizer_moves_to_the_tables_of_groups() -> None:
+    one, other = SD.from_rows(NAMES, rows().clone()), SD.from_rows(NAMES, rows().clone())
+    optimizers = [torch.optim.Adam(sd.parameters(), lr=0.1) for sd in (one, other)]
+    for sd, optimizer in zip((one, other), optimizers, strict=True):
+        sd.attach(optimizer)
+    for step in range(6):
+        if step == 3:
+            other.pop(NAMES[0])
+            one.pop(NAMES[0])
+            other.optimizer_groups(by={"[45]$": {}})
+            assert len(list(other.parameters())) == 2
+        for sd, optimizer in zip((one, other), optimizers, strict=True):
+            optimizer.zero_grad()
+            loss_of(sd.gather(NAMES[1:]), step).backward()
+            optimizer.step()
+    torch.testing.assert_close(one.gather(NAMES[1:]), other.gather(NAMES[1:]))
+
+
 def test_groups_of_options_by_name_train_as_groups_of_parameters() -> None:
     names = [f"{n}.{kind}" for n in range(4) for kind in ("weight", "bias")]
     values = rows(count=8)

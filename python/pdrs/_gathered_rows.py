@@ -13,7 +13,7 @@ from pdrs._core import TableRows, replace_ids
 from pdrs._named_rows import Initialiser, NamedRows, Names, as_list, id_of, row_of, table_of
 from pdrs._row_blocks import write_rows
 from pdrs._row_gather import gather_rows, gather_tables
-from pdrs._tables import Kind, Rows, Table
+from pdrs._tables import Kind, Rows, Table, refuse_sharded
 from pdrs.parameter_dict import MissingEntryError
 
 __all__ = ["GatheredRows", "Handle", "Missing"]
@@ -314,6 +314,7 @@ class GatheredRows(NamedRows):
             ids = self._look_up(names, "error" if isinstance(names, Handle) or missing == "error" else "zero")
             numbers = np.unique(table_of(ids[ids >= 0]))
             for number in numbers:
+                refuse_sharded(self._tables[number], self._parameter(self._tables[number]), "write rows")
                 kind = self._kind(self._tables[number])
                 if kind.shape != tuple(values.shape[1:]):
                     raise ValueError(f"expected rows of shape {list(kind.shape)}, got {list(values.shape[1:])}")

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 from pdrs._core import IndexMap, insert_ids, missing_names, remove_names, sort_tensors
 from pdrs._row_blocks import stack, write_rows
-from pdrs._tables import Kind, Rows, Table, Tables
+from pdrs._tables import Kind, Rows, Table, Tables, refuse_sharded
 
 __all__ = ["Initialiser", "NamedRows", "Names", "as_list", "id_of", "partition", "row_of", "table_of"]
 
@@ -195,6 +195,8 @@ class NamedRows(Tables):
             for part in plan:
                 like = part.values if isinstance(part.values, Tensor) else part.values[0].detach()[None]
                 number = table_of(int(part.held[0])) if part.stays else self._table_for(part.kind, like.device)
+                if part.stays:
+                    refuse_sharded(self._tables[number], self._parameter(self._tables[number]), "set names")
                 block = part.values if isinstance(part.values, Tensor) else stack(part.values, like)
                 # That of one tensor is the tensor itself, which may be a row that another part writes to.
                 blocks.append(block.clone() if len(plan) > 1 and len(block) == 1 else block)

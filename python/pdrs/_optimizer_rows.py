@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -18,7 +19,7 @@ from torch.optim import Adagrad, Optimizer, Rprop
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["join", "leave", "of_rows", "put_in_order", "refuse_strangers", "watch"]
+__all__ = ["carry", "join", "leave", "of_rows", "put_in_order", "refuse_strangers", "watch"]
 
 # The optimizers that have stepped on each table.
 _stepped: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -93,6 +94,20 @@ def of_rows(optimizer: Optimizer, parameter: Tensor) -> Iterator[tuple[dict[str,
                 f"the state '{key}' of {type(optimizer).__name__} is a {type(value).__name__} of tensors, which cannot "
                 "follow the rows of a table"
             )
+
+
+def carry(optimizer: Optimizer, source: Tensor, old: Tensor, target: Tensor, new: Tensor) -> None:
+    """Copy what an optimizer has for rows of a table to rows of another, which begins with the numbers of the first."""
+    by_row = {key: (state[key], fill) for state, key, fill in of_rows(optimizer, source)}
+    if not by_row:
+        return
+    if not optimizer.state.get(target):
+        whole = {key: value for key, value in optimizer.state[source].items() if key not in by_row}
+        begun = {key: rows.new_full((len(target), *rows.shape[1:]), fill) for key, (rows, fill) in by_row.items()}
+        optimizer.state[target] = {**deepcopy(whole), **begun}
+    for key, (rows, _) in by_row.items():
+        if isinstance(optimizer.state[target].get(key), Tensor):
+            optimizer.state[target][key].index_copy_(0, new.to(rows.device), rows.index_select(0, old.to(rows.device)))
 
 
 def _is_by_row(state: Tensor, table: Tensor) -> bool:

@@ -15,7 +15,7 @@ from pdrs._core import TableRows, sort_tensors
 from pdrs._named_rows import partition, row_of, table_of
 from pdrs._packed_names import Header, is_packed, pack, unpack
 from pdrs._row_blocks import stack, write_rows
-from pdrs._tables import Table
+from pdrs._tables import Table, is_sharded, refuse_sharded, whole
 from pdrs._trained_rows import TrainedRows
 
 __all__ = ["SavedRows"]
@@ -68,10 +68,11 @@ class SavedRows(TrainedRows):
     def named_state_dict(self) -> dict[str, Tensor]:
         """Return a dict of names and rows, as a ParameterDict's ``state_dict`` is. **O(n)**.
 
-        The rows are detached views of the tables. Both classes of ParameterDict load it, and so does this one.
+        The rows are detached views of the tables; those of sharded ones are copies, for which all processes must ask.
+        Both classes of ParameterDict load it, and so does this one.
         """
         with self._lock:
-            tables = [self._parameter(table).detach().unbind() for table in self._tables]
+            tables = [whole(self._parameter(table).detach()).unbind() for table in self._tables]
             return {name: tables[table_of(id_)][row_of(id_)] for name, id_ in self._index.items()}
 
     # -- loading -------------------------------------------------------------------------------------------------------
@@ -148,7 +149,8 @@ class SavedRows(TrainedRows):
                 kept = there & (before >= 0) & (table_of(before) == was)
                 source[rows[kept]] = row_of(before[kept])
                 parameter = self._parameter(table)
-                if capacity != len(parameter) or (source != np.arange(capacity)).any():
+                is_other = capacity != len(parameter) or bool((source != np.arange(capacity)).any())
+                if is_other and not self._is_only_values(table, capacity):
                     self._rearrange(table, capacity, torch.from_numpy(source).to(parameter.device))
                 table.group = group
             else:
@@ -165,6 +167,15 @@ class SavedRows(TrainedRows):
             _optimizer_rows.put_in_order(optimizer, [self._parameter(table) for table in made])
         self.__dict__.update(_tables=made, _index=index, _patterns=header.patterns)
         self._moved()
+
+    def _is_only_values(self, table: Table, capacity: int) -> bool:
+        """Whether a table is sharded, but nothing else than the values that are to come belongs to its rows."""
+        parameter = self._parameter(table)
+        if not is_sharded(parameter) or capacity != len(parameter) or table.frozen is not None:
+            return False
+        return parameter.grad is None and not any(
+            True for optimizer in self._attached() for _ in _optimizer_rows.of_rows(optimizer, parameter)
+        )
 
     def _fit_capacities(self, saved: Mapping[str, Any]) -> None:
         for table in self._tables:
@@ -218,6 +229,7 @@ def _load_named(
         if number < 0:
             continue
         parameter = sd._parameter(sd._tables[number])
+        refuse_sharded(sd._tables[number], parameter, "load the layout of a ParameterDict")
         places = there.tolist()
         if class_ >= 0 and values[firsts[class_]].shape == parameter.shape[1:]:
             chosen = values if len(places) == len(values) else [values[at] for at in places]

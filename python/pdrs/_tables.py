@@ -26,7 +26,7 @@ from pdrs._core import TableRows
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-__all__ = ["Kind", "Rows", "Table", "Tables"]
+__all__ = ["Kind", "Rows", "Table", "Tables", "is_sharded", "refuse_sharded", "whole"]
 
 Rows = NDArray[np.int64]
 
@@ -84,9 +84,9 @@ class Table:
 
     def hook(self, parameter: Tensor) -> None:
         """Make the Parameter mask and resize its gradients, where that is needed."""
-        wanted = (self.frozen is not None or self.resized) and parameter.requires_grad
+        wanted = self.frozen is not None or self.resized
         there = self.hooked is not None and self.hooked() is parameter
-        if wanted == there:
+        if wanted == there or (wanted and not _can_be_hooked(parameter)):
             return
         for handle in self.handles:
             handle.remove()
@@ -94,10 +94,37 @@ class Table:
         if wanted:
             self.hooked = weakref.ref(parameter)
             this = weakref.ref(self)
+            trainable = parameter.requires_grad
+            parameter.requires_grad_()  # torch asks for it; whoever has taken it away may give it back
             self.handles = [
                 parameter.register_hook(partial(_before_accumulation, this)),  # type: ignore[no-untyped-call]
                 parameter.register_post_accumulate_grad_hook(partial(_after_accumulation, this)),  # type: ignore[no-untyped-call]
             ]
+            parameter.requires_grad_(trainable)
+
+
+def _can_be_hooked(parameter: Tensor) -> bool:
+    # Not what stands in for it: a shard of FSDP2, which comes back as a Parameter for each forward pass, or a tensor of
+    # `functional_call`.
+    if not isinstance(parameter, Parameter) or type(parameter.data) is not Tensor:
+        return False
+    return parameter.is_floating_point() or parameter.is_complex()
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a table, or its gradient, is one that FSDP2 has sharded."""
+    return type(tensor.data) is not Tensor and hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a table, or its gradient; one that is sharded is put together, for which all processes must ask."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def refuse_sharded(table: Table, parameter: Tensor, what: str) -> None:
+    """Raise if a table is sharded."""
+    if is_sharded(parameter):
+        raise RuntimeError(f"the table '{table.attribute}' is sharded: {what} before the model is sharded")
 
 
 def _before_accumulation(this: weakref.ref[Table], gradient: Tensor) -> None:
@@ -196,7 +223,11 @@ class Tables(Module):
     def _parameter(self, table: Table) -> Tensor:
         """Return the Parameter of a table, or what has taken its place: the tensor of a replica, a parametrization."""
         parameter = self._parameters.get(table.attribute)
-        return getattr(self, table.attribute) if parameter is None else parameter
+        if parameter is None:
+            return getattr(self, table.attribute)  # type: ignore[no-any-return]
+        if table.frozen is not None:
+            table.hook(parameter)  # it may be another than before
+        return parameter
 
     def _kind(self, table: Table) -> Kind:
         parameter = self._parameter(table)
@@ -264,6 +295,7 @@ class Tables(Module):
         parameter = self._parameter(table)
         capacity = table.rows.capacity_for(count, len(parameter))
         self._resize(table, capacity)
+        refuse_sharded(table, parameter, "insert names")
         rows = table.rows.next(count)
         if table.rows.reused(count):
             _optimizer_rows.refuse_strangers(parameter, self._attached(), "give the row of a removed name to a new one")
@@ -331,7 +363,7 @@ class Tables(Module):
 
     def _clear_gradient(self, parameter: Tensor, rows: Tensor) -> None:
         gradient = parameter.grad
-        if gradient is None:
+        if gradient is None or is_sharded(gradient):  # the rows of a sharded table are not given again
             return
         if gradient.is_sparse:
             mask = torch.zeros(len(parameter), dtype=torch.bool, device=parameter.device)

@@ -15,7 +15,7 @@ from pdrs._core import TableRows, replace_ids
 from pdrs._gathered_rows import GatheredRows, Handle
 from pdrs._named_rows import Names, id_of, row_of, table_of
 from pdrs._row_blocks import write_rows
-from pdrs._tables import Kind, Table
+from pdrs._tables import Kind, Table, refuse_sharded, whole
 
 __all__ = ["TrainedRows"]
 
@@ -50,6 +50,7 @@ class TrainedRows(GatheredRows):
         rows: list[Mapping[int, Tensor] | tuple[Tensor, ...]] = []
         for table in self._tables:
             gradient = self._parameter(table).grad
+            gradient = None if gradient is None else whole(gradient)
             if gradient is None:
                 rows.append({})
             elif gradient.is_sparse:
@@ -82,7 +83,9 @@ class TrainedRows(GatheredRows):
             norms = torch.zeros(len(ids), device=device)
             numbers = table_of(ids)
             for number in np.unique(numbers):
-                table = self._parameter(self._tables[number])
+                table = whole(self._parameter(self._tables[number]))
+                if not (table.is_floating_point() or table.is_complex()):
+                    table = table.to(torch.get_default_dtype())
                 of_table: Tensor = torch.linalg.vector_norm(table.reshape(len(table), -1), p, dim=1)
                 there = np.flatnonzero(numbers == number)
                 of_names = of_table[torch.from_numpy(row_of(ids[there])).to(table.device)].to(device)
@@ -108,6 +111,8 @@ class TrainedRows(GatheredRows):
         ------
         KeyError
             If a name is not there.
+        RuntimeError
+            If the table is sharded. Names that were frozen before stay frozen.
 
         Examples
         --------
@@ -120,7 +125,10 @@ class TrainedRows(GatheredRows):
 
         """
         with self._lock:
-            for table, rows in self._by_table(names):
+            parts = self._by_table(names)
+            for table, _ in parts:
+                refuse_sharded(table, self._parameter(table), "freeze names")
+            for table, rows in parts:
                 parameter = self._parameter(table)
                 self._forget(table, rows)
                 if table.frozen is None:
@@ -152,7 +160,8 @@ class TrainedRows(GatheredRows):
         different tables, once, and new names go to the table of their pattern from then on. What this costs: a pattern
         is searched in every name, in Python; and to gather names of two groups takes a few operations more than to
         gather those of one. Call it before the optimizer is made, and :meth:`attach` the optimizer, so that tables that
-        are made later join their group.
+        are made later join their group. Frozen names stay frozen, the state of attached optimizers moves along, and the
+        gradients of names that move are dropped.
 
         Parameters
         ----------
@@ -230,7 +239,8 @@ class TrainedRows(GatheredRows):
         self._moved()
 
     def _move_rows(self, ids: Any, there: Any, group: int) -> None:
-        source = self._parameter(self._tables[table_of(int(ids[there[0]]))])
+        home = self._tables[table_of(int(ids[there[0]]))]
+        source = self._parameter(home)
         kind = Kind(tuple(source.shape[1:]), source.dtype, source.requires_grad, group)
         number = self._table_for(kind, source.device)
         target = self._tables[number]
@@ -238,5 +248,12 @@ class TrainedRows(GatheredRows):
         old = torch.from_numpy(row_of(ids[there])).to(source.device)
         write_rows(self._parameter(target), rows, source.detach().index_select(0, old))
         target.rows.take(len(there))
-        self._without_gradient(self._tables[table_of(int(ids[there[0]]))], row_of(ids[there]))
+        for optimizer in self._attached():
+            _optimizer_rows.carry(optimizer, source, old, self._parameter(target), torch.from_numpy(rows))
+        if home.frozen is not None and home.frozen[old].any():
+            if target.frozen is None:
+                target.frozen = torch.zeros(len(self._parameter(target)), dtype=torch.bool, device=source.device)
+            target.frozen[torch.from_numpy(rows).to(source.device)] = home.frozen[old]
+            target.hook(self._parameter(target))
+        self._without_gradient(home, row_of(ids[there]))
         ids[there] = id_of(number, rows)

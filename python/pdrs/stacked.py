@@ -18,7 +18,7 @@ from pdrs._core import IndexMap, TableRows, pop_row, slab_views
 from pdrs._gathered_rows import Handle
 from pdrs._named_rows import Initialiser, Names, as_list, id_of, row_of, table_of
 from pdrs._stacked_state import SavedRows
-from pdrs._tables import Kind, Table
+from pdrs._tables import Kind, Table, whole
 from pdrs._views import KeysView as NamesView
 from pdrs.parameter_dict import MissingEntryError, ParameterDict
 
@@ -271,7 +271,7 @@ class StackedParameterDict(SavedRows):
         if left is not None:
             parameter = self._parameter(left[0])
             if copied is None:
-                copied = parameter.detach()[left[1]].clone()
+                copied = whole(parameter.detach()[left[1]]).clone()
             if parameter.grad is not None:
                 self._without_gradient(*left)
         return copied  # type: ignore[return-value]  # there is one, or something is left to do
@@ -376,7 +376,7 @@ class StackedParameterDict(SavedRows):
             tables = []
             for table in self._tables:
                 parameter = self._parameter(table)
-                data, shape, numel = parameter.detach().clone(), list(parameter.shape[1:]), parameter[:1].numel()
+                data, shape, numel = whole(parameter.detach()).clone(), list(parameter.shape[1:]), parameter[:1].numel()
                 count = len(parameter)
                 if data.device.type == "cpu" and type(data) is Tensor and numel:
                     offsets = list(range(0, count * numel, numel))
@@ -391,7 +391,7 @@ class StackedParameterDict(SavedRows):
             tables = []
             for table in self._tables:
                 parameter = self._parameter(table)
-                rows = parameter.detach().unbind()
+                rows = whole(parameter.detach()).unbind()
                 if not parameter.requires_grad:
                     rows = tuple(Parameter(row, requires_grad=False) for row in rows)
                 tables.append(rows)
