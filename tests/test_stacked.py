@@ -6,6 +6,7 @@ refused insertion that leaves something behind, an error that does not say what 
 
 from __future__ import annotations
 
+import copy
 import enum
 from collections import OrderedDict
 from typing import Any
@@ -282,12 +283,25 @@ def test_shapes_cannot_be_mixed_or_guessed(sd: pdrs.StackedParameterDict) -> Non
         sd.gather(["a", "long"])
     with pytest.raises(ValueError, match="more than one table"):
         sd.rows(["a", "long"])
-    with pytest.raises(ValueError, match="expected the shape of new names"):
+    with pytest.raises(ValueError, match=r"expected shape=, .* because 2 tables could be meant"):
         sd.gather(["new"], missing="insert")
     with pytest.raises(ValueError, match=r"expected rows of shape \[2\]"):
         sd.scatter_(["a", "new"], torch.zeros(2, 3), missing="insert")
     with pytest.raises(ValueError, match="1 values for 2 names"):
         sd.scatter_(["a", "b"], torch.zeros(1, 2))
+    with pytest.raises(ValueError, match="a single number"):
+        sd.scatter_(["a", "b"], torch.tensor(1.0))
+    with pytest.raises(TypeError, match=r"expected values of torch\.float32, as the rows have, got torch\.float64"):
+        sd.scatter_(["a", "new"], torch.zeros(2, 2, dtype=torch.float64), missing="insert")
+    with pytest.raises(TypeError, match="a tensor of values, got list"):
+        sd.scatter_(["a"], [[1.0, 2.0]])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="0 or more, got -1"):
+        sd.reserve(-1)
+    with pytest.raises(TypeError, match="expected the shape of 'n' as a sequence of int, got 3"):
+        SD.from_shapes({"n": 3})  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match="there is no table yet"):
+        SD().gather(["new"], missing="insert")
+    assert list(sd) == ["a", "b", "c", "long"]
     with pytest.raises(KeyError, match="no table of float64"):
         sd.table((2,), torch.float64)
     with pytest.raises(TypeError, match="a single str"):
@@ -315,6 +329,8 @@ def test_a_handle_notices_what_happens_to_its_names(sd: pdrs.StackedParameterDic
     assert sd.gather(handle)[:, 0].tolist() == [2.0, 1.0]
     sd.scatter_(handle, torch.ones(2, 2))
     assert sd["c"].tolist() == [1.0, 1.0]
+    assert list(handle) == ["c", "b"]
+    assert sd.contains(handle).tolist() == [True, True]
     sd["c"] = torch.zeros(3)
     with pytest.raises(ValueError, match="shape"):
         sd.gather(handle)
@@ -323,6 +339,33 @@ def test_a_handle_notices_what_happens_to_its_names(sd: pdrs.StackedParameterDic
         sd.gather(handle)
     with pytest.raises(ValueError, match="another dictionary"):
         SD().gather(handle)
+
+
+def test_the_default_device_is_that_of_new_tensors_only(sd: pdrs.StackedParameterDict) -> None:
+    one, other = torch.full((2,), 5.0), torch.full((2,), 6.0)
+    with torch.device("meta"):
+        sd.update([("c", one), ("a", other), ("b", one), ("d", other)])
+        sd.freeze(["d"])
+        sd.pop("c")
+        sd.compact()
+        assert sd.gather(["b", "none", "a"], missing="zero").tolist() == [[5.0, 5.0], [0.0, 0.0], [6.0, 6.0]]
+        assert sd.gather(sd.handle(["d"])).tolist() == [[6.0, 6.0]]
+        assert sd.norms().device.type == "cpu"
+        assert firsts(copy.deepcopy(sd).unstack().stack()) == {"a": 6.0, "b": 5.0, "d": 6.0}
+        sd.load_state_dict(sd.state_dict())
+    assert {table.device.type for table in sd.parameters()} == {"cpu"}
+
+
+def test_names_that_come_in_inference_mode_can_be_trained_afterwards(sd: pdrs.StackedParameterDict) -> None:
+    with torch.inference_mode():
+        sd.gather(["a", "new"], missing="insert")
+        sd["matrix"] = torch.ones(2, 2)
+        sd.pop("b")
+        sd.compact()
+    optimizer = torch.optim.SGD(sd.parameters(), lr=1.0)
+    (sd.gather(["a", "new"]).pow(2).sum() + sd["matrix"].pow(2).sum() + sd.gather(["c"]).sum()).backward()
+    optimizer.step()
+    assert firsts(sd) == {"a": 0.0, "c": 1.0, "new": 0.0, "matrix": -1.0}
 
 
 def test_compacting_puts_rows_in_the_order_of_names(sd: pdrs.StackedParameterDict) -> None:

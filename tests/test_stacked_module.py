@@ -154,6 +154,25 @@ def test_strict_messages_speak_of_names() -> None:
         sd.load_state_dict({"words.a": torch.ones(2), "words.b": 5, "words.c": torch.zeros(3)})
 
 
+def test_hooks_may_change_a_state_dict_before_it_is_loaded() -> None:
+    sd, called = SD({"a": torch.zeros(2)}), []
+
+    def rename(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        called.append(module)
+        for key in [key for key in state if key.startswith(f"{prefix}old.")]:
+            state[prefix + key.removeprefix(f"{prefix}old.")] = state.pop(key)
+
+    sd.register_load_state_dict_pre_hook(rename)
+    sd.load_state_dict({"old.a": torch.ones(2)})
+    assert values(sd) == {"a": [1.0, 1.0]}
+    model = nn.ModuleDict({"words": sd})
+    model.load_state_dict({f"words.old.{key}": value for key, value in filled().state_dict().items()})
+    assert same(sd, filled())
+    assert called == [sd, sd]
+    model.load_state_dict(filled().state_dict(prefix="words."))
+    assert len(called) == 3
+
+
 def test_damaged_names_are_refused_and_change_nothing() -> None:
     state, other = filled().state_dict(), SD({"other": torch.zeros(2)})
     packed = state["_extra_state"]
@@ -240,6 +259,14 @@ def test_tables_go_to_the_meta_device_and_back() -> None:
     assert meta.gather(["a", "late"]).shape == (2, 2)
     meta.to_empty(device="cpu").load_state_dict(state)
     assert same(meta, sd)
+    with torch.device("meta"):
+        shapes = SD.from_shapes({"a": (2,), "b": (3,), "late": (2,)})
+    del shapes["a"]
+    shapes.compact()
+    shapes["more"] = torch.empty(2, device="meta")
+    assert {name: row.shape for name, row in shapes.items()} == {"b": (3,), "late": (2,), "more": (2,)}
+    shapes.to_empty(device="cpu").load_state_dict(state)
+    assert same(shapes, sd)
     assigned = copy.deepcopy(sd).to("meta")
     assigned.load_state_dict(state, assign=True)
     assert same(assigned, sd)

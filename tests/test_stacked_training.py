@@ -182,6 +182,23 @@ def test_an_optimizer_that_had_the_tensor_before_it_became_a_table_is_noticed() 
         sd["new"] = torch.zeros(3)
 
 
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (1,), ()])
+def test_statistics_of_rows_follow_them_and_those_of_columns_stay(shape: tuple[int, ...]) -> None:
+    """Adafactor's; of a table with one row the shapes do not tell which is which."""
+    sd = SD.from_rows(["a"], torch.ones(1, *shape))
+    optimizer = torch.optim.Adafactor(sd.parameters())
+    sd.attach(optimizer)
+    for step in range(6):
+        optimizer.zero_grad()
+        sd.gather(["a", f"new.{step}"], missing="insert").pow(2).sum().backward()
+        optimizer.step()
+        if step == 3:
+            sd.drop(["new.0", "new.1", "new.2", "new.3"])
+            sd.compact()
+    sizes = {key: len(value) for key, value in optimizer.state[sd.table(shape)].items() if value.dim()}
+    assert sizes == ({"variance": 4} if shape == () else {"row_var": 4, "col_var": 1 if len(shape) == 1 else 4})
+
+
 def test_state_that_cannot_follow_rows_is_refused() -> None:
     sd = SD.from_rows(NAMES, rows().clone())
     optimizer = torch.optim.LBFGS(sd.parameters(), max_iter=2)
@@ -297,6 +314,16 @@ def test_a_table_grows_between_two_forward_passes_and_one_backward(sparse: bool)
         "new": 2.0,
         **{f"more.{n}": 3.0 for n in range(9)},
     }
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_sparse_and_dense_gradients_add_up_though_the_table_grows_between(first: bool) -> None:
+    sd = SD.from_rows(NAMES[:2], torch.zeros(2, 3))
+    sd.gather([NAMES[0]], sparse=first).sum().backward()
+    before = sd.gather(NAMES[:2], sparse=not first).sum()
+    sd.reserve(2)
+    before.backward()
+    assert sd.table((3,)).grad.to_dense()[:, 0].tolist() == [2.0, 1.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("sparse", [False, True])
@@ -460,6 +487,8 @@ def test_groups_of_options_by_name_train_as_groups_of_parameters() -> None:
 
 
 def test_norms_are_those_of_the_entries_in_order() -> None:
+    counts = nn.Parameter(torch.tensor([6, 8]), requires_grad=False)
+    assert SD([("counts", counts), ("none", torch.zeros(0)), ("a", torch.ones(1))]).norms().tolist() == [10.0, 0.0, 1.0]
     sd = SD([("a", torch.tensor([3.0, 4.0])), ("m", torch.full((2, 2), 2.0)), ("b", torch.tensor([0.0, 1.0]))])
     assert sd.norms().tolist() == [5.0, 4.0, 1.0]
     assert sd.norms(p=1).tolist() == [7.0, 8.0, 1.0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -47,6 +47,10 @@ class Handle:
     def __len__(self) -> int:
         """Return the number of names."""
         return len(self.names)
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names."""
+        return iter(self.names)
 
 
 class GatheredRows(NamedRows):
@@ -111,7 +115,7 @@ class GatheredRows(NamedRows):
         Returns
         -------
         Handle
-            What :meth:`gather`, :meth:`rows` and :meth:`scatter_` take instead of names.
+            What :meth:`gather`, :meth:`rows`, :meth:`scatter_` and the other methods for many names take.
 
         Raises
         ------
@@ -292,6 +296,8 @@ class GatheredRows(NamedRows):
         ------
         KeyError
             If names are missing and not to be inserted.
+        TypeError
+            If the values are no tensor, or have another dtype than a row.
         ValueError
             If there are more or fewer values than names, or their shape is another. Then nothing has changed.
 
@@ -306,6 +312,10 @@ class GatheredRows(NamedRows):
         """
         if missing not in ("error", "insert"):
             raise ValueError(f"missing must be 'error' or 'insert', got {missing!r}")
+        if not isinstance(values, Tensor):
+            raise TypeError(f"expected a tensor of values, got {type(values).__name__}")
+        if values.dim() == 0:
+            raise ValueError("expected a value a name, got a single number")
         if not isinstance(names, Handle):
             names = as_list(names)
         if len(names) != len(values):
@@ -318,6 +328,8 @@ class GatheredRows(NamedRows):
                 kind = self._kind(self._tables[number])
                 if kind.shape != tuple(values.shape[1:]):
                     raise ValueError(f"expected rows of shape {list(kind.shape)}, got {list(values.shape[1:])}")
+                if kind.dtype != values.dtype:
+                    raise TypeError(f"expected values of {kind.dtype}, as the rows have, got {values.dtype}")
             if isinstance(names, list) and (ids < 0).any():
                 self._insert_missing(names, None, tuple(values.shape[1:]), values.dtype)
                 ids = self._index.lookup(names)
@@ -388,6 +400,8 @@ class GatheredRows(NamedRows):
         (0, torch.Size([1000, 16]))
 
         """
+        if count < 0:
+            raise ValueError(f"count must be 0 or more, got {count}")
         with self._lock:
             kind = self._kind_to_insert(shape, dtype)
             table = self._tables[self._table_for(kind, self._device() if device is None else torch.device(device))]
@@ -415,7 +429,7 @@ class GatheredRows(NamedRows):
                 packed = np.arange(len(rows))
                 if len(rows) == len(parameter) and (rows == packed).all():
                     continue
-                self._rearrange(table, len(rows), torch.from_numpy(rows).to(parameter.device))
+                self._rearrange(table, len(rows), torch.from_numpy(rows))
                 table.rows = TableRows(len(rows))
                 ids[there] = id_of(number, packed)
                 replace_ids(self._index, ids)

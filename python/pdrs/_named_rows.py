@@ -94,7 +94,8 @@ class NamedRows(Tables):
         if len(fitting) == 1:
             return fitting.pop()
         if shape is None:
-            raise ValueError(f"expected the shape of new names, for which {len(fitting)} tables could be meant")
+            which = f"{len(fitting)} tables could be meant" if fitting else "there is no table yet"
+            raise ValueError(f"expected shape=, that of names that are not there, because {which}")
         return Kind(tuple(shape), dtype or torch.get_default_dtype())
 
     def _insert_missing(

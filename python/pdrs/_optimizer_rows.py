@@ -15,7 +15,7 @@ from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from torch import Tensor
-from torch.optim import Adagrad, Optimizer, Rprop
+from torch.optim import Adafactor, Adagrad, Optimizer, Rprop
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -80,7 +80,7 @@ def of_rows(optimizer: Optimizer, parameter: Tensor) -> Iterator[tuple[dict[str,
         return
     for key, value in state.items():
         if isinstance(value, Tensor):
-            if value.dim() == 0 or (value.numel() == 1 and parameter.numel() != 1):
+            if value.dim() == 0 or _is_for_all_rows(optimizer, key, value, parameter):
                 continue
             if _is_by_row(value, parameter):
                 yield state, key, _beginning(optimizer, parameter, key)
@@ -119,6 +119,13 @@ def _is_by_row(state: Tensor, table: Tensor) -> bool:
         and len(state) == len(table)
         and all(own in (1, size) for own, size in zip(state.shape[1:], table.shape[1:], strict=True))
     )
+
+
+def _is_for_all_rows(optimizer: Optimizer, key: str, state: Tensor, table: Tensor) -> bool:
+    if isinstance(optimizer, Adafactor):
+        # Of a table with one row the shape does not tell.
+        return key == "col_var" and table.dim() == 2
+    return state.numel() == 1 and table.numel() != 1
 
 
 def _is_by_column(state: Tensor, table: Tensor) -> bool:

@@ -45,7 +45,7 @@ def _gather(values: list[Tensor], out: Tensor) -> None:
         placed = slab.as_strided((len(values), numel), (step, 1), int(offsets[0]))
     else:
         # A tensor that is listed twice has one place.
-        placed = slab[torch.from_numpy(offsets)[:, None] + torch.arange(numel)]
+        placed = slab[torch.from_numpy(offsets)[:, None] + torch.arange(numel, device="cpu")]
     out.view(len(values), numel).copy_(placed)
 
 

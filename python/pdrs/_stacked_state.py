@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -94,6 +95,9 @@ class SavedRows(TrainedRows):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        # Before the names are read: a hook may rename keys of an old checkpoint.
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         names = state_dict.get(prefix + _EXTRA_STATE)
         if not is_packed(names):
             with self._lock:
@@ -105,9 +109,14 @@ class SavedRows(TrainedRows):
             except (ValueError, RuntimeError) as error:
                 error_msgs.append(f"While loading the names of {prefix or 'the dictionary'}: {error}")
                 return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        hooks = self.__dict__["_load_state_dict_pre_hooks"]
+        self.__dict__["_load_state_dict_pre_hooks"] = OrderedDict()
+        try:
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+        finally:
+            self.__dict__["_load_state_dict_pre_hooks"] = hooks
         self._adopt()
 
     def _conform(self, packed: Any, saved: Mapping[str, Any]) -> None:
@@ -151,7 +160,7 @@ class SavedRows(TrainedRows):
                 parameter = self._parameter(table)
                 is_other = capacity != len(parameter) or bool((source != np.arange(capacity)).any())
                 if is_other and not self._is_only_values(table, capacity):
-                    self._rearrange(table, capacity, torch.from_numpy(source).to(parameter.device))
+                    self._rearrange(table, capacity, torch.from_numpy(source))
                 table.group = group
             else:
                 table = self._new_table(attribute, group, trainable, tensor, capacity)

@@ -146,7 +146,10 @@ def _after_accumulation(this: weakref.ref[Table], parameter: Tensor) -> None:
         gradient = resized_gradient(gradient, len(parameter))
         before = table.stashed.pop()
         parameter.grad = None
-        parameter.grad = gradient if before is None else before + gradient
+        if before is None:
+            parameter.grad = gradient
+        else:  # torch adds a sparse one to a dense one only
+            parameter.grad = gradient + before if before.is_sparse else before + gradient
         gradient = parameter.grad
     if table.frozen is not None:
         clear_gradient(gradient, table.frozen)
@@ -245,8 +248,10 @@ class Tables(Module):
         number = self._number_of(kind)
         if number is not None:
             return number
-        data = torch.zeros((0, *kind.shape), dtype=kind.dtype, device=device)
-        return self._add_table(kind.attribute(), Parameter(data, requires_grad=kind.trainable), kind.group)
+        with torch.inference_mode(False):
+            data = torch.zeros((0, *kind.shape), dtype=kind.dtype, device=device)
+            parameter = Parameter(data, requires_grad=kind.trainable)
+        return self._add_table(kind.attribute(), parameter, kind.group)
 
     def _add_table(self, attribute: str, parameter: Parameter, group: int) -> int:
         taken, wanted = 1, attribute
@@ -310,7 +315,7 @@ class Tables(Module):
     def _rearrange(self, table: Table, capacity: int, source: Tensor | None) -> None:
         """Give a table another capacity and, where ``source`` is given, other rows: the old row of each, -1 for none.
 
-        What belongs to the rows goes along. All is made before anything is changed.
+        ``source`` lies on the CPU. What belongs to the rows goes along. All is made before anything is changed.
         """
         parameter = self._parameter(table)
         if not isinstance(parameter, Parameter) or type(parameter.data) is not Tensor:
@@ -320,7 +325,8 @@ class Tables(Module):
             )
         what = "change the size of a table" if source is None else "move the rows of a table"
         _optimizer_rows.refuse_strangers(parameter, self._attached(), what)
-        with torch.no_grad():
+        # A table that grows while it serves in inference mode can be trained afterwards.
+        with torch.inference_mode(parameter.is_inference()), torch.no_grad():
             arranged = _Arranged(parameter, capacity, source)
             data = arranged(parameter.data)
             gradient = parameter.grad
@@ -365,11 +371,10 @@ class Tables(Module):
         gradient = parameter.grad
         if gradient is None or is_sharded(gradient):  # the rows of a sharded table are not given again
             return
-        if gradient.is_sparse:
-            mask = torch.zeros(len(parameter), dtype=torch.bool, device=parameter.device)
-            clear_gradient(gradient, mask.index_fill_(0, rows, True))
-        else:
-            with torch.no_grad():
+        with torch.no_grad():
+            if gradient.is_sparse:
+                gradient._values()[torch.isin(gradient._indices()[0], rows)] = 0
+            else:
                 gradient.index_fill_(0, rows, 0)
 
     # -- the optimizers ------------------------------------------------------------------------------------------------
@@ -415,8 +420,9 @@ class _Arranged:
         self.capacity = capacity
         self.source = source
         if source is not None:
-            self.there = (source >= 0).nonzero()[:, 0]
-            self.old = source[self.there]
+            # On the CPU: a device would have to wait to know how many there are, and the meta device never knows.
+            there = (source >= 0).nonzero()[:, 0]
+            self.there, self.old = there.to(parameter.device), source[there].to(parameter.device)
             self.old_capacity = len(parameter)
 
     def __call__(self, tensor: Tensor, fill: float = 0) -> Tensor:

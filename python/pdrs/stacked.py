@@ -148,6 +148,8 @@ class StackedParameterDict(SavedRows):
         by_shape: dict[tuple[int, ...], list[str]] = {}
         order = IndexMap()
         for name, shape in dict(pairs).items():
+            if not isinstance(shape, Sequence):
+                raise TypeError(f"expected the shape of '{name}' as a sequence of int, got {shape!r}")
             by_shape.setdefault(tuple(shape), []).append(name)
             order[name] = 0
         if "" in order:
