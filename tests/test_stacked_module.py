@@ -173,6 +173,36 @@ def test_hooks_may_change_a_state_dict_before_it_is_loaded() -> None:
     assert len(called) == 3
 
 
+class WithMore(pdrs.StackedParameterDict):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(1))
+        self.register_buffer("count", torch.zeros(1))
+        self.head = nn.Linear(1, 1)
+
+
+@pytest.mark.parametrize("names", [[], ["a", "b"]], ids=["empty", "with names"])
+def test_a_subclass_with_parameters_buffers_and_modules_loads_both_layouts(names: list[str]) -> None:
+    source = WithMore()
+    source.update([("a", torch.ones(2)), ("b", torch.full((2,), 2.0))])
+    with torch.no_grad():
+        for tensor in (source.scale, source.count, source.head.weight):
+            tensor.fill_(5)
+    own = nn.ModuleDict({"words": source}).state_dict()
+    others = {key: value for key, value in own.items() if "float32_2" not in key and "_extra_state" not in key}
+    named = {f"words.{name}": row for name, row in source.named_state_dict().items()}
+    for state in (own, named | others):
+        target = WithMore()
+        target.update([(name, torch.zeros(2)) for name in names])
+        result = nn.ModuleDict({"words": target}).load_state_dict(state)
+        assert not result.missing_keys
+        assert values(target) == values(source)
+        assert target.scale.item() == target.count.item() == target.head.weight.item() == 5.0
+        target["more"] = torch.zeros(2)
+    result = target.load_state_dict({"a": torch.zeros(2)}, strict=False)
+    assert result.missing_keys == ["scale", "count", "b", "more", "head.weight", "head.bias"]
+
+
 def test_damaged_names_are_refused_and_change_nothing() -> None:
     state, other = filled().state_dict(), SD({"other": torch.zeros(2)})
     packed = state["_extra_state"]

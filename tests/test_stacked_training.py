@@ -228,6 +228,19 @@ def test_a_table_that_is_made_later_joins_the_attached_optimizer() -> None:
     assert sd["matrix"].ne(0).all()
 
 
+def test_a_table_that_joins_adagrad_begins_as_its_others() -> None:
+    sd = SD.from_rows(NAMES, rows().clone())
+    optimizer = torch.optim.Adagrad(sd.parameters(), initial_accumulator_value=0.25)
+    sd.attach(optimizer)
+    sd["matrix"] = torch.zeros(2, 2)
+    table = sd.table((2, 2))
+    assert optimizer.state[table]["sum"].eq(0.25).all()
+    assert float(optimizer.state[table]["step"]) == 0.0
+    sd["matrix"].sum().backward()
+    optimizer.step()
+    assert optimizer.state[table]["sum"].eq(1.25).all()
+
+
 class Model(nn.Module):
     """A dictionary with Parameters before and behind it."""
 
@@ -438,6 +451,27 @@ def test_frozen_names_stay_frozen_while_their_table_is_not_trained_and_when_they
     assert (found["x1"], found[NAMES[2]]) == (3.0, 0.0)
 
 
+def test_groups_that_fail_midway_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    sd = SD.from_rows(NAMES, rows().clone())
+    move, moved = SD._move_rows, []
+
+    def fails(self: SD, *arguments: Any) -> None:
+        moved.append(arguments)
+        if len(moved) == 2:
+            raise torch.OutOfMemoryError("no memory")
+        move(self, *arguments)
+
+    monkeypatch.setattr(SD, "_move_rows", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        sd.optimizer_groups(by={"1$": {}, "2$": {}})
+    monkeypatch.undo()
+    assert [name for name, _ in sd.named_parameters()] == ["float32_3"]
+    assert sd.rows(NAMES).tolist() == list(range(6))
+    sd["new.1"] = torch.ones(3)
+    assert sd.rows([*NAMES, "new.1"]).tolist() == list(range(7))
+    torch.testing.assert_close(sd.gather(NAMES), rows())
+
+
 def test_the_state_of_an_attached_optimizer_moves_to_the_tables_of_groups() -> None:
     one, other = SD.from_rows(NAMES, rows().clone()), SD.from_rows(NAMES, rows().clone())
     optimizers = [torch.optim.Adam(sd.parameters(), lr=0.1) for sd in (one, other)]
@@ -505,6 +539,16 @@ def test_gradients_of_a_name_that_is_listed_twice_add_up() -> None:
         sd.gather([NAMES[1], NAMES[3], NAMES[1]], sparse=sparse).sum().backward()
         found = {name: float(gradient[0]) for name, gradient in sd.named_grads() if gradient.any()}
         assert found == {NAMES[1]: 2.0, NAMES[3]: 1.0}
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("shape", [(3,), (2, 2), ()])
+def test_complex_entries_have_gradients(shape: tuple[int, ...], sparse: bool) -> None:
+    sd = SD([(name, torch.full(shape, 1j)) for name in NAMES[:3]])
+    sd.gather([NAMES[1], NAMES[1], "new"], missing="insert", sparse=sparse).abs().sum().backward()
+    found = {name: gradient.flatten()[0].item() for name, gradient in sd.named_grads()}
+    assert found[NAMES[1]] == 2j
+    assert sd.norms()[0] == torch.ones(shape).norm()
 
 
 def test_trainable_and_frozen_entries_are_gathered_together() -> None:

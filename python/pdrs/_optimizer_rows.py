@@ -14,6 +14,7 @@ from copy import deepcopy
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
+import torch
 from torch import Tensor
 from torch.optim import Adafactor, Adagrad, Optimizer, Rprop
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -172,7 +173,13 @@ def join(optimizer: Optimizer, attribute: str, pattern: str | None, tables: Mapp
     group = (marked or with_tables or groups)[0]
     places = [at for at, one in enumerate(group["params"]) if id(one) in ids]
     place = places[-1] + 1 if places else len(group["params"])
-    group["params"].insert(place, tables[attribute])
+    table = tables[attribute]
+    group["params"].insert(place, table)
+    if isinstance(optimizer, Adagrad):
+        # Before torch 2.15 it begins its state when it is made, and not in the first step with a parameter.
+        device = table.device if group.get("fused") else torch.device("cpu")
+        total = torch.full_like(table, _beginning(optimizer, table, "sum"), requires_grad=False)
+        optimizer.state[table] = {"step": torch.zeros((), device=device), "sum": total}
     if "param_names" in group:
         group["param_names"].insert(place, _prefix(groups, ids) + attribute)
 

@@ -38,7 +38,7 @@ def gather_rows(table: Tensor, rows: Tensor, sparse: bool) -> Tensor:
     sparse
         Whether the gradient of the table is sparse; its cost is then that of the rows and not that of the table.
     """
-    if table.dim() == 2:
+    if table.dim() == 2 and not table.is_complex():  # whose gradient torch's embedding does not have
         return embedding(rows, table, sparse=sparse)
     if sparse and table.requires_grad and torch.is_grad_enabled():
         return _SparseRows.apply(table, rows)  # type: ignore[no-any-return]

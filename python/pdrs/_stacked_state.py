@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 
 from pdrs import _optimizer_rows
 from pdrs._core import TableRows, sort_tensors
 from pdrs._named_rows import partition, row_of, table_of
 from pdrs._packed_names import Header, is_packed, pack, unpack
 from pdrs._row_blocks import stack, write_rows
+from pdrs._state import Rest
 from pdrs._tables import Table, is_sharded, refuse_sharded, whole
 from pdrs._trained_rows import TrainedRows
 
@@ -100,8 +101,10 @@ class SavedRows(TrainedRows):
             hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         names = state_dict.get(prefix + _EXTRA_STATE)
         if not is_packed(names):
+            problems = missing_keys, unexpected_keys, error_msgs
             with self._lock:
-                _load_named(self, state_dict, prefix, strict, missing_keys, unexpected_keys, error_msgs)
+                state_dict = self._load_others(state_dict, prefix, local_metadata, strict, *problems)
+                _load_named(self, state_dict, prefix, strict, *problems)
             return
         with self._lock:
             try:
@@ -118,6 +121,39 @@ class SavedRows(TrainedRows):
         finally:
             self.__dict__["_load_state_dict_pre_hooks"] = hooks
         self._adopt()
+
+    def _load_others(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> Mapping[str, Any]:
+        """Load what a subclass has beside tables as torch does, and return the rest of the state dict."""
+        tables = {table.attribute for table in self._tables}
+        others = {name: parameter for name, parameter in self._parameters.items() if name not in tables}
+        if not (others or self._buffers or self._modules):
+            return state_dict
+        owned = {key for key in _under(state_dict, prefix) if self._is_owned(key[len(prefix) :], others)}
+        missing: list[str] = []
+        Module._load_from_state_dict(
+            Rest(self, others),  # type: ignore[arg-type]  # a stand-in
+            {key: state_dict[key] for key in owned},
+            prefix,
+            local_metadata,
+            strict,
+            missing,
+            unexpected_keys,
+            error_msgs,
+        )
+        missing_keys += [key for key in missing if key != prefix + _EXTRA_STATE]
+        return {key: value for key, value in state_dict.items() if key not in owned}
+
+    def _is_owned(self, key: str, others: Mapping[str, Any]) -> bool:
+        return key in others or key in self._buffers or key.split(".", 1)[0] in self._modules
 
     def _conform(self, packed: Any, saved: Mapping[str, Any]) -> None:
         """Become a dictionary of the packed names and rows, with tables as large as the saved ones; values are not set.

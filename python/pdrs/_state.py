@@ -31,7 +31,7 @@ class _Everything:
         return True
 
 
-class _Rest:
+class Rest:
     """Stands in for a module of which torch shall load some Parameters only, and whose hooks have run."""
 
     def __init__(self, module: Module, parameters: dict[str, Any]) -> None:
@@ -106,7 +106,7 @@ def load_from_state_dict(
     keys = chain((prefix + name for name in chain(rest, buffers)), (extra_state,))
     shown = {key: state_dict[key] for key in keys if key in state_dict}
     Module._load_from_state_dict(
-        _Rest(module, {name: parameters[name] for name in rest}),  # type: ignore[arg-type]  # a stand-in
+        Rest(module, {name: parameters[name] for name in rest}),  # type: ignore[arg-type]  # a stand-in
         shown,
         prefix,
         local_metadata,

@@ -137,12 +137,12 @@ class TrainedRows(GatheredRows):
                 table.hook(parameter)
 
     def unfreeze(self, names: Names | Handle | None = None) -> None:
-        """Let names, or all, have gradients again; those that are not frozen are passed over. **O(m)**."""
+        """Let names, or all, have gradients again; those that are not frozen are passed over. **O(m + capacity)**."""
         with self._lock:
             for table, rows in self._by_table(list(self._index) if names is None else names):
                 if table.frozen is not None:
                     table.frozen[torch.from_numpy(rows).to(table.frozen.device)] = False
-                    if not table.frozen.any():
+                    if not table.frozen.view(torch.uint8).any():  # ten times as fast as for bool
                         table.frozen = None
                     table.hook(self._parameter(table))
 
@@ -229,14 +229,26 @@ class TrainedRows(GatheredRows):
         except BaseException:
             self.__dict__["_patterns"] = before
             raise
+        old_homes, old_ids = [table.group for table in self._tables], ids.copy()
         for table, home in zip(self._tables, homes, strict=True):
             table.group = home
-        for number, group in moves:
-            self._move_rows(ids, np.flatnonzero((numbers == number) & (groups == group)), group)
-        replace_ids(self._index, ids)
-        for number, table in enumerate(self._tables):
-            table.rows = TableRows.of_live(table.rows.used, row_of(ids[table_of(ids) == number]))
-        self._moved()
+        try:
+            for number, group in moves:
+                self._move_rows(ids, np.flatnonzero((numbers == number) & (groups == group)), group)
+        except BaseException:
+            # What was copied to other tables is nobody's.
+            ids = old_ids
+            self.__dict__["_patterns"] = before
+            while len(self._tables) > len(old_homes):
+                self._remove_last_table()
+            for table, home in zip(self._tables, old_homes, strict=True):
+                table.group = home
+            raise
+        finally:
+            replace_ids(self._index, ids)
+            for number, table in enumerate(self._tables):
+                table.rows = TableRows.of_live(table.rows.used, row_of(ids[table_of(ids) == number]))
+            self._moved()
 
     def _move_rows(self, ids: Any, there: Any, group: int) -> None:
         home = self._tables[table_of(int(ids[there[0]]))]
