@@ -282,6 +282,35 @@ def test_dtypes_change_with_the_module_and_tables_keep_their_names() -> None:
     assert sd.gather(["a", "single"]).tolist() == [[1.0, 1.0], [0.0, 0.0]]
 
 
+@pytest.fixture
+def swapping() -> Iterator[None]:
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        yield
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.usefixtures("swapping")
+def test_torch_may_swap_tables_when_it_converts_or_loads() -> None:
+    sd, table = filled(), None
+    sd.freeze(["a"])
+    optimizer = torch.optim.Adam(sd.parameters(), lr=1.0)
+    for dtype in (torch.float32, torch.float64):
+        assert table is None or table is sd.table((2,), dtype)
+        optimizer.zero_grad()
+        sd.gather(["a", "late"]).sum().backward()
+        optimizer.step()
+        torch.testing.assert_close(sd.gather(["a", "late"]), torch.tensor([[0.0, 1.0], [8.0, 8.0]], dtype=dtype))
+        optimizer.zero_grad()
+        table = sd.table((2,), dtype)
+        sd.load_state_dict(filled().state_dict())
+        sd.double()
+        optimizer.load_state_dict(optimizer.state_dict())
+    with pytest.raises(RuntimeError, match="attach"):
+        sd.update([(f"n.{n}", torch.zeros(2, dtype=torch.float64)) for n in range(9)])
+
+
 def test_tables_go_to_the_meta_device_and_back() -> None:
     sd = filled()
     state = sd.state_dict()

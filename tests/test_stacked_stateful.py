@@ -35,6 +35,7 @@ class Entry:
     value: float
     sum: float = BEGIN
     gradient: float = field(default=0.0)
+    frozen: bool = False
 
     def step(self) -> None:
         self.sum += self.gradient**2
@@ -60,6 +61,11 @@ class Stacked(RuleBasedStateMachine):
     def begin_training(self) -> None:
         self.optimizer = torch.optim.Adagrad(self.sd.parameters(), lr=RATE, initial_accumulator_value=BEGIN)
         self.sd.attach(self.optimizer)
+
+    def table_of(self, name: str) -> torch.Tensor:
+        """Return the table of a name: where names have groups of options, there are several of one shape."""
+        table: torch.Tensor = self.sd[name]._base
+        return table
 
     def put(self, name: str, shape: tuple[int, ...], value: float) -> None:
         entry = self.model.get(name)
@@ -129,26 +135,49 @@ class Stacked(RuleBasedStateMachine):
 
     # -- training ------------------------------------------------------------------------------------------------------
 
-    @rule(names=BATCHES)
-    def backward(self, names: list[str]) -> None:
+    @rule(names=BATCHES, sparse=st.booleans())
+    def backward(self, names: list[str], sparse: bool) -> None:
         names = [name for name in names if name in self.model]
         loss = torch.zeros(())
         for shape in [(2,), (2, 1), ()]:
             batch = [name for name in names if self.model[name].shape == shape]
             if batch:
-                loss = loss + self.sd.gather(batch).pow(2).sum() / 2
+                loss = loss + self.sd.gather(batch, sparse=sparse).pow(2).sum() / 2
             for name in batch:
-                self.model[name].gradient += self.model[name].value
+                self.model[name].gradient += 0.0 if self.model[name].frozen else self.model[name].value
         if loss.requires_grad:
             loss.backward()
 
     @rule()
     def step(self) -> None:
-        self.optimizer.step()
+        with torch.sparse.check_sparse_tensor_invariants(False):  # torch's Adagrad does not say, which torch warns of
+            self.optimizer.step()
         self.optimizer.zero_grad()
         for entry in self.model.values():
             entry.step()
             entry.gradient = 0.0
+
+    @rule(names=st.sets(NAMES))
+    def freeze(self, names: set[str]) -> None:
+        names = names & self.model.keys()
+        self.sd.freeze(list(names))
+        for name in names:
+            entry = self.model[name]
+            entry.frozen, entry.gradient, entry.sum = True, 0.0, BEGIN
+
+    @rule(names=st.none() | st.sets(NAMES))
+    def unfreeze(self, names: set[str] | None) -> None:
+        names = None if names is None else names & self.model.keys()
+        self.sd.unfreeze(None if names is None else list(names))
+        for name in self.model.keys() if names is None else names:
+            self.model[name].frozen = False
+
+    @rule(patterns=st.lists(st.sampled_from(["[a-d]$", "[c-f]", "x"]), unique=True))
+    def regroup(self, patterns: list[str]) -> None:
+        self.optimizer.zero_grad()
+        for entry in self.model.values():
+            entry.gradient = 0.0
+        self.sd.optimizer_groups(by={pattern: {} for pattern in patterns})
 
     @rule()
     def compact(self) -> None:
@@ -178,9 +207,14 @@ class Stacked(RuleBasedStateMachine):
             if not sums:
                 entry.sum = BEGIN
 
+    def thaw(self) -> None:
+        for entry in self.model.values():
+            entry.frozen = False
+
     @rule()
     def unstack_and_stack(self) -> None:
         self.go_on_with(self.sd.unstack().stack(), sums=False)
+        self.thaw()
 
     @rule()
     def deep_copy(self) -> None:
@@ -197,6 +231,7 @@ class Stacked(RuleBasedStateMachine):
         self.begin_training()
         self.optimizer.load_state_dict(of_optimizer)
         self.handle = None
+        self.thaw()
         for entry in self.model.values():
             entry.gradient = 0.0
 
@@ -204,13 +239,16 @@ class Stacked(RuleBasedStateMachine):
     def load_names_into_this(self, names: list[str]) -> None:
         """Load other names: what both have keeps its sum and takes the value; the rest goes, or comes."""
         other = pdrs.StackedParameterDict([(name, torch.full((2,), 5.0)) for name in names])
+        # Those of another group of options lie in another table than the loaded one.
+        tables = dict(self.sd.named_parameters())
+        stays = [name for name in names if name in self.model and self.table_of(name) is tables.get("float32_2")]
         self.sd.load_state_dict(other.state_dict())
         self.optimizer.zero_grad()
         old = self.model
         self.model = {}
         for name in names:
-            kept = name in old and old[name].shape == (2,)
-            self.model[name] = Entry((2,), 5.0, old[name].sum if kept else BEGIN)
+            kept = name in stays
+            self.model[name] = Entry((2,), 5.0, old[name].sum if kept else BEGIN, frozen=kept and old[name].frozen)
         for entry in self.model.values():
             entry.gradient = 0.0
         self.handle = None
@@ -229,21 +267,22 @@ class Stacked(RuleBasedStateMachine):
         assert list(self.sd) == list(self.model)
         assert len(self.sd) == len(self.model)
         assert list(reversed(self.sd)) == list(self.model)[::-1]
-        owned: dict[str, list[int]] = {}
+        owned: dict[int, list[int]] = {}
         for name, row in self.sd.items():
             entry = self.model[name]
             assert row.shape == entry.shape
             assert np.allclose(row.detach().numpy(), entry.value, atol=1e-4), name
-            attribute = next(key for key, table in self.sd.named_parameters() if table.shape[1:] == entry.shape)
-            owned.setdefault(attribute, []).append(int(self.sd.rows([name])))
-        for attribute, rows in owned.items():
+            owned.setdefault(id(row._base), []).append(int(self.sd.rows([name])))
+        for table in self.sd.parameters():
+            rows = owned.pop(id(table), [])
             assert len(set(rows)) == len(rows), "a row has two names"
-            assert max(rows) < len(self.sd.get_parameter(attribute))
+            assert max(rows, default=-1) < len(table)
+        assert not owned, "a row lies in no table"
 
     @invariant()
     def sums_and_gradients_are_those_of_the_names(self) -> None:
         for name, entry in self.model.items():
-            table = self.sd.table(entry.shape)
+            table = self.table_of(name)
             row = self.sd.rows([name])
             state = self.optimizer.state.get(table)
             if state:
@@ -251,7 +290,7 @@ class Stacked(RuleBasedStateMachine):
                 assert np.allclose(state["sum"][row].numpy(), entry.sum, rtol=1e-4), name
             else:
                 assert entry.sum == BEGIN
-            gradient = 0.0 if table.grad is None else table.grad[row].numpy()
+            gradient = 0.0 if table.grad is None else table.grad.to_dense()[row].numpy()
             assert np.allclose(gradient, entry.gradient, atol=1e-4), name
 
     @invariant()

@@ -20,7 +20,7 @@ from torch.optim import Adafactor, Adagrad, Optimizer, Rprop
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["carry", "join", "leave", "of_rows", "put_in_order", "refuse_strangers", "watch"]
+__all__ = ["carry", "join", "leave", "of_rows", "put_in_order", "refuse_strangers", "unwatch", "watch"]
 
 # The optimizers that have stepped on each table.
 _stepped: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -30,17 +30,22 @@ _hooked = False
 _hook_lock = threading.Lock()
 
 
-def watch(parameter: Tensor) -> None:
-    """Note from now on which optimizers step on a table."""
+def watch(parameter: Tensor, steppers: Iterable[Optimizer] = ()) -> None:
+    """Note from now on which optimizers step on a table; ``steppers`` have done so before."""
     global _hooked
     with _hook_lock:
         if not _hooked:
             register_optimizer_step_post_hook(_note_step)
             _hooked = True
     if parameter not in _stepped:
-        _stepped[parameter] = WeakSet()
+        _stepped[parameter] = WeakSet(steppers)
         # An optimizer that was looked through before may have this one.
         _looked_through.clear()
+
+
+def unwatch(parameter: Tensor) -> list[Optimizer]:
+    """Forget a table, and return the optimizers that have stepped on it."""
+    return list(_stepped.pop(parameter, ()))  # type: ignore[no-untyped-call]
 
 
 def _note_step(optimizer: Optimizer, _arguments: Any, _keywords: Any) -> None:

@@ -115,9 +115,10 @@ class SavedRows(TrainedRows):
         hooks = self.__dict__["_load_state_dict_pre_hooks"]
         self.__dict__["_load_state_dict_pre_hooks"] = OrderedDict()
         try:
-            super()._load_from_state_dict(
-                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-            )
+            with self._swappable():
+                super()._load_from_state_dict(
+                    state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+                )
         finally:
             self.__dict__["_load_state_dict_pre_hooks"] = hooks
         self._adopt()

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -88,9 +90,7 @@ class Table:
         there = self.hooked is not None and self.hooked() is parameter
         if wanted == there or (wanted and not _can_be_hooked(parameter)):
             return
-        for handle in self.handles:
-            handle.remove()
-        self.handles, self.hooked = [], None
+        self.unhook()
         if wanted:
             self.hooked = weakref.ref(parameter)
             this = weakref.ref(self)
@@ -101,6 +101,12 @@ class Table:
                 parameter.register_post_accumulate_grad_hook(partial(_after_accumulation, this)),  # type: ignore[no-untyped-call]
             ]
             parameter.requires_grad_(trainable)
+
+    def unhook(self) -> None:
+        """Remove the hooks of the Parameter that has them."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles, self.hooked = [], None
 
 
 def _can_be_hooked(parameter: Tensor) -> bool:
@@ -220,6 +226,30 @@ class Tables(Module):
             if table.frozen is not None and table.frozen.device != parameter.device:
                 table.frozen = table.frozen.to(parameter.device)
             _optimizer_rows.watch(parameter)
+
+    @contextmanager
+    def _swappable(self) -> Iterator[None]:
+        """Let torch swap tables where it has been told to, which it refuses where something refers to them weakly."""
+        if not torch.__future__.get_swap_module_params_on_conversion():
+            yield
+            return
+        tables = []
+        for table in self._tables:
+            parameter: Any = self._parameter(table)
+            table.unhook()
+            # torch swaps the dict of hooks, even an empty one, but not what calls the hooks that are in it.
+            if not parameter._post_accumulate_grad_hooks:
+                parameter._post_accumulate_grad_hooks = None
+            if not parameter._backward_hooks:
+                parameter._backward_hooks = None
+            tables.append((table, _optimizer_rows.unwatch(parameter)))
+        try:
+            yield
+        finally:
+            for table, steppers in tables:
+                parameter = self._parameter(table)
+                table.hook(parameter)
+                _optimizer_rows.watch(parameter, steppers)
 
     # -- which table ---------------------------------------------------------------------------------------------------
 

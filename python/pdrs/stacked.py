@@ -417,7 +417,8 @@ class StackedParameterDict(SavedRows):
     def _apply(self, fn: Any, recurse: bool = True) -> StackedParameterDict:
         """Move or convert the tables, as torch does with every Parameter."""
         with self._lock:
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            with self._swappable():
+                super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             self._adopt()
         return self
 
