@@ -29,6 +29,7 @@ __all__ = [
     "pack_names",
     "place_copies",
     "pop_end",
+    "pop_end_row",
     "pop_entry",
     "pop_row",
     "prepare",
@@ -47,7 +48,6 @@ __all__ = [
 ]
 
 _T = TypeVar("_T")
-_TableT = TypeVar("_TableT")
 _Door = Literal["from_blob", "dlpack", "stable_abi", "as_strided"]
 
 @final
@@ -511,7 +511,6 @@ def remove_names(index: IndexMap, names: Iterable[str]) -> NDArray[np.int64]: ..
 def replace_ids(index: IndexMap, ids: NDArray[np.int64]) -> None: ...
 def pack_names(index: IndexMap) -> tuple[NDArray[np.uint8], NDArray[np.uint32]]: ...
 def unpack_names(text: NDArray[np.uint8], lengths: NDArray[np.uint32], ids: NDArray[np.int64]) -> IndexMap: ...
-def pop_row(
-    index: IndexMap, tables: list[_TableT], parameters: dict[str, Any], name: str | None, end: bool | None = None
-) -> tuple[str, Tensor | None, tuple[_TableT, int] | None] | None: ...
+def pop_row(stacked: Any, name: str) -> Tensor | None: ...
+def pop_end_row(stacked: Any, last: bool) -> tuple[str, Tensor] | None: ...
 def sort_tensors(values: list[Any]) -> tuple[NDArray[np.int64], list[int]]: ...

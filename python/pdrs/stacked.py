@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from pdrs import parameter_dict
-from pdrs._core import IndexMap, TableRows, pop_row, slab_views
+from pdrs import parameter_dict, transfer
+from pdrs._core import IndexMap, TableRows, pop_end_row, pop_row, slab_views
 from pdrs._gathered_rows import Handle
 from pdrs._named_rows import Initialiser, Names, as_list, id_of, row_of, table_of
 from pdrs._stacked_state import SavedRows
@@ -246,11 +246,9 @@ class StackedParameterDict(SavedRows):
         """
         if len(default) > 1:
             raise TypeError(f"pop expected at most 2 arguments, got {1 + len(default)}")
-        state = self.__dict__  # what is looked up there is found faster
-        with state["_lock"]:
-            popped = pop_row(state["_index"], state["_tables"], state["_parameters"], key)
-            if popped is not None:
-                return self._popped(popped[1], popped[2])
+        popped = pop_row(self, key)
+        if popped is not None:
+            return popped
         if default:
             return default[0]
         raise MissingEntryError(key)
@@ -260,23 +258,19 @@ class StackedParameterDict(SavedRows):
 
         Raises KeyError if there is none.
         """
-        state = self.__dict__
-        with state["_lock"]:
-            popped = pop_row(state["_index"], state["_tables"], state["_parameters"], None, last)
-            if popped is None:
-                raise KeyError("popitem(): dictionary is empty")
-            return popped[0], self._popped(popped[1], popped[2])
+        popped = pop_end_row(self, last)
+        if popped is None:
+            raise KeyError("popitem(): dictionary is empty")
+        return popped
 
-    def _popped(self, copied: Tensor | None, left: tuple[Table, int] | None) -> Tensor:
-        """Do what is left to do for a row whose name has been removed, and return a copy of it."""
-        self.__dict__["_moves"] += 1
-        if left is not None:
-            parameter = self._parameter(left[0])
-            if copied is None:
-                copied = whole(parameter.detach()[left[1]]).clone()
-            if parameter.grad is not None:
-                self._without_gradient(*left)
-        return copied  # type: ignore[return-value]  # there is one, or something is left to do
+    def _popped(self, copied: Tensor | None, table: Table, row: int) -> Tensor:
+        """Do what is left to do for a row that has been taken back, and return a copy of it: ``pop_row`` asks for it."""
+        parameter = self._parameter(table)
+        if copied is None:
+            copied = whole(parameter.detach()[row]).clone()
+        if parameter.grad is not None:
+            self._without_gradient(table, row)
+        return copied
 
     # -- all entries ---------------------------------------------------------------------------------------------------
 
@@ -415,12 +409,29 @@ class StackedParameterDict(SavedRows):
             return "\n".join([*lines, f"{len(self)} names: {', '.join(map(repr, names))}".rstrip(": ")])
 
     def _apply(self, fn: Any, recurse: bool = True) -> StackedParameterDict:
-        """Move or convert the tables, as torch does with every Parameter."""
+        """Move or convert the tables: where ``fn`` is one of torch's own, all or, if there is an error, none."""
         with self._lock:
-            with self._swappable():
-                super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            masks = self._moved_masks(fn)
+            if not transfer.apply(self, fn, recurse):
+                with self._swappable():
+                    super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            for table, mask in masks:
+                table.frozen = mask
             self._adopt()
         return self
+
+    def _moved_masks(self, fn: Any) -> list[tuple[Table, Tensor]]:
+        """Return the masks of frozen rows where their tables will be, made before anything moves."""
+        masks: list[tuple[Table, Tensor]] = []
+        move = transfer.recognise(fn)
+        if move is None:
+            return masks
+        for table in self._tables:
+            if table.frozen is not None:
+                parameter = self._parameter(table)
+                _, device = move.target(parameter.dtype, parameter.device)
+                masks.append((table, table.frozen.to(device)))
+        return masks
 
 
 class RowsView(abc.ValuesView[Tensor]):

@@ -10,6 +10,12 @@ use std::sync::OnceLock;
 pub trait Hashed {
     /// The hash of this value.
     fn hash(&self) -> u32;
+
+    /// Reads from the memory that a comparison of this key will need, beyond that of the key itself. What is given means
+    /// nothing; bulk operations ask for it so that the cache misses of a batch overlap.
+    fn touch(&self) -> u32 {
+        0
+    }
 }
 
 /// A key that can be compared with a query of type `Q`.

@@ -42,7 +42,9 @@ mod _core {
     #[pymodule_export]
     use super::slots::use_native_slots;
     #[pymodule_export]
-    use super::stacked::{insert_ids, missing_names, pack_names, pop_row, remove_names, replace_ids, unpack_names};
+    use super::stacked::{
+        insert_ids, missing_names, pack_names, pop_end_row, pop_row, remove_names, replace_ids, unpack_names,
+    };
     #[pymodule_export]
     use super::state::{load_matching, not_copied_yet, place_copies, unexpected_keys};
     #[pymodule_export]

@@ -77,6 +77,12 @@ impl Hashed for Name {
     fn hash(&self) -> u32 {
         hash(self.0.as_ptr())
     }
+
+    fn touch(&self) -> u32 {
+        // SAFETY: the `str` is alive; its length stands in the object, and short characters behind it, mostly in the
+        // same cache line.
+        unsafe { ffi::PyUnicode_GET_LENGTH(self.0.as_ptr()) as u32 }
+    }
 }
 
 impl Hashed for Query<'_, '_> {

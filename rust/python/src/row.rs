@@ -21,13 +21,12 @@ const AHEAD: usize = 16;
 /// A copy of one row of a table, with memory of its own; `None` if it is to be left to torch.
 ///
 /// torch takes three times as long, for three operations: detach, select, clone.
-pub(crate) fn copy_row<'py>(table: &Bound<'py, PyAny>, row: u64) -> PyResult<Option<Bound<'py, PyAny>>> {
+pub(crate) fn copy_row<'py>(torch: &Torch, table: &Bound<'py, PyAny>, row: u64) -> PyResult<Option<Bound<'py, PyAny>>> {
     let py = table.py();
-    let torch = Torch::get(py)?;
     let Some(abi) = &torch.stable_abi else {
         return Ok(None);
     };
-    let mut dims = Vec::new();
+    let mut dims = Vec::with_capacity(8);
     let Ok(found) = torch.find(table, &mut dims)? else {
         return Ok(None);
     };

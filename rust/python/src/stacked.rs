@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use numpy::{PyArray1, PyReadonlyArray1};
-use pyo3::exceptions::PyValueError;
+use pyo3::exceptions::{PyKeyError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyString};
@@ -12,6 +12,7 @@ use crate::index_map::{IndexMap, to_names};
 use crate::name::{Name, to_text};
 use crate::row::copy_row;
 use crate::table_rows::TableRows;
+use crate::tensor::Torch;
 
 /// An id is the number of a table and, in so many lower bits, a row of it.
 const ROW_BITS: u32 = 40;
@@ -71,41 +72,92 @@ pub(crate) fn remove_names<'py>(
     Ok(PyArray1::from_vec(py, removed.iter().map(|(_, id)| *id).collect()))
 }
 
-/// What [`pop_row`] gives: the name, a copy of its row, and, if something is left to do, its table and its row.
-type Popped<'py> = (Bound<'py, PyString>, Option<Bound<'py, PyAny>>, Option<(Bound<'py, PyAny>, u64)>);
-
-/// Removes a name, or the one at an end (`true` is the last), and takes its row back; `None` if it is not there.
-///
-/// Left to the caller are a copy that torch must make (the row stays what it is until it is given again), and the
-/// gradient of the row, if the table has one.
+/// Removes a name of a `StackedParameterDict`, takes its row back, and gives a copy of it; `None` if it is not there.
 #[pyfunction]
-#[pyo3(signature = (index, tables, parameters, name, end = None))]
 pub(crate) fn pop_row<'py>(
-    index: &Bound<'py, IndexMap>,
-    tables: &Bound<'py, PyList>,
-    parameters: &Bound<'py, PyDict>,
+    stacked: &Bound<'py, PyAny>,
     name: &Bound<'py, PyAny>,
-    end: Option<bool>,
-) -> PyResult<Option<Popped<'py>>> {
-    let py = index.py();
-    let removed = match end {
-        None => index.get().remove(&to_text(name)?),
-        Some(last) => index.get().remove_end(py, last),
-    };
-    let Some((name, id)) = removed else {
+) -> PyResult<Option<Bound<'py, PyAny>>> {
+    let name = to_text(name)?;
+    let state = state_of(stacked)?;
+    let _lock = Locked::new(&state)?;
+    let Some((_, id)) = of_state(&state, intern!(state.py(), "_index"))?.cast::<IndexMap>()?.get().remove(&name) else {
         return Ok(None);
     };
+    take_row(stacked, &state, id).map(Some)
+}
+
+/// The same for the first or last name, which it gives, too.
+#[pyfunction]
+pub(crate) fn pop_end_row<'py>(
+    stacked: &Bound<'py, PyAny>,
+    last: bool,
+) -> PyResult<Option<(Bound<'py, PyString>, Bound<'py, PyAny>)>> {
+    let py = stacked.py();
+    let state = state_of(stacked)?;
+    let _lock = Locked::new(&state)?;
+    let index = of_state(&state, intern!(py, "_index"))?;
+    let Some((name, id)) = index.cast::<IndexMap>()?.get().remove_end(py, last) else {
+        return Ok(None);
+    };
+    Ok(Some((name.into_text(py), take_row(stacked, &state, id)?)))
+}
+
+/// Takes the row of an id back, whose name has been removed, and gives a copy.
+///
+/// What is unusual about it is left to Python: a copy that torch must make (the row stays what it is until it is given
+/// again), and the gradient of the row, if the table has one.
+fn take_row<'py>(stacked: &Bound<'py, PyAny>, state: &Bound<'py, PyDict>, id: i64) -> PyResult<Bound<'py, PyAny>> {
+    let py = state.py();
     let id = id.cast_unsigned();
     let (number, row) = ((id >> ROW_BITS) as usize, id & ((1 << ROW_BITS) - 1));
-    let table = tables.get_item(number)?;
-    let parameter = parameters.get_item(table.getattr(intern!(py, "attribute"))?)?;
-    let (copied, has_gradient) = match &parameter {
-        Some(parameter) => (copy_row(parameter, row)?, !parameter.getattr(intern!(py, "grad"))?.is_none()),
-        None => (None, false),
-    };
+    let table = of_state(state, intern!(py, "_tables"))?.cast::<PyList>()?.get_item(number)?;
     table.getattr(intern!(py, "rows"))?.cast::<TableRows>()?.get().give_back(py, row);
-    let left = (copied.is_none() || has_gradient).then_some((table, row));
-    Ok(Some((name.into_text(py), copied, left)))
+    let moves = intern!(py, "_moves");
+    state.set_item(moves, of_state(state, moves)?.extract::<u64>()? + 1)?;
+    let parameters = of_state(state, intern!(py, "_parameters"))?;
+    let parameter = parameters.cast::<PyDict>()?.get_item(table.getattr(intern!(py, "attribute"))?)?;
+    let torch = Torch::get(py)?;
+    let copied = match &parameter {
+        Some(parameter) if torch.is_plain(parameter) => {
+            let copied = copy_row(torch, parameter, row)?;
+            if let Some(copied) = &copied
+                && torch.gradient(parameter)?.is_none()
+            {
+                return Ok(copied.clone());
+            }
+            copied
+        }
+        _ => None,
+    };
+    stacked.call_method1(intern!(py, "_popped"), (copied, table, row))
+}
+
+fn state_of<'py>(stacked: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyDict>> {
+    Ok(stacked.getattr(intern!(stacked.py(), "__dict__"))?.cast_into()?)
+}
+
+fn of_state<'py>(state: &Bound<'py, PyDict>, name: &Bound<'py, PyString>) -> PyResult<Bound<'py, PyAny>> {
+    state.get_item(name)?.ok_or_else(|| PyKeyError::new_err(name.clone().unbind()))
+}
+
+/// The lock of a dictionary, held as long as this lives. Python's own: to wait for it, it lets other threads run.
+struct Locked<'py>(Bound<'py, PyAny>);
+
+impl<'py> Locked<'py> {
+    fn new(state: &Bound<'py, PyDict>) -> PyResult<Self> {
+        let py = state.py();
+        let lock = of_state(state, intern!(py, "_lock"))?;
+        lock.call_method0(intern!(py, "acquire"))?;
+        Ok(Self(lock))
+    }
+}
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        let released = self.0.call_method0(intern!(self.0.py(), "release"));
+        debug_assert!(released.is_ok(), "a lock that is held can be released");
+    }
 }
 
 /// Gives all names, in their order, other ids.
