@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from pdrs import parameter_dict
+from pdrs import parameter_dict, transfer
 from pdrs._core import IndexMap, TableRows, pop_row, slab_views
 from pdrs._gathered_rows import Handle
 from pdrs._named_rows import Initialiser, Names, as_list, id_of, row_of, table_of
@@ -413,11 +413,28 @@ class StackedParameterDict(SavedRows):
             return "\n".join([*lines, f"{len(self)} names: {', '.join(map(repr, names))}".rstrip(": ")])
 
     def _apply(self, fn: Any, recurse: bool = True) -> StackedParameterDict:
-        """Move or convert the tables, as torch does with every Parameter."""
+        """Move or convert the tables: where ``fn`` is one of torch's own, all or, if there is an error, none."""
         with self._lock:
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            masks = self._moved_masks(fn)
+            if not transfer.apply(self, fn, recurse):
+                super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            for table, mask in masks:
+                table.frozen = mask
             self._adopt()
         return self
+
+    def _moved_masks(self, fn: Any) -> list[tuple[Table, Tensor]]:
+        """Return the masks of frozen rows where their tables will be, made before anything moves."""
+        masks: list[tuple[Table, Tensor]] = []
+        move = transfer.recognise(fn)
+        if move is None:
+            return masks
+        for table in self._tables:
+            if table.frozen is not None:
+                parameter = self._parameter(table)
+                _, device = move.target(parameter.dtype, parameter.device)
+                masks.append((table, table.frozen.to(device)))
+        return masks
 
 
 class RowsView(abc.ValuesView[Tensor]):
