@@ -10,6 +10,7 @@ mod error;
 mod index_map;
 mod key;
 mod rows;
+pub mod safetensors;
 pub mod staging;
 pub mod strides;
 mod words;

@@ -14,7 +14,7 @@ use crate::row::copy_row;
 use crate::table_rows::TableRows;
 
 /// An id is the number of a table and, in so many lower bits, a row of it.
-const ROW_BITS: u32 = 40;
+pub(crate) const ROW_BITS: u32 = 40;
 
 /// Inserts names with their ids, in order: new ones at the end; those that are there keep their place.
 #[pyfunction]
