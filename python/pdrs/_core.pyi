@@ -1,6 +1,6 @@
 """The native part of pdrs."""
 
-from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from typing import Any, Literal, TypeVar, final, overload
 
 import numpy as np
@@ -17,14 +17,16 @@ __all__ = [
     "SafetensorsStack",
     "TableRows",
     "TensorGroup",
+    "all_kept",
     "can_take_over",
+    "check_apart",
     "clear_entries",
-    "collect_parameters",
+    "collect_tensors",
+    "convert_apart",
     "group_tensors",
     "in_step",
     "insert_all",
     "insert_ids",
-    "kinds_of_parameters",
     "load_matching",
     "missing_names",
     "not_copied_yet",
@@ -49,6 +51,7 @@ __all__ = [
     "unpack_names",
     "unzip",
     "use_native_slots",
+    "walk_modules",
 ]
 
 _T = TypeVar("_T")
@@ -230,6 +233,8 @@ class TensorGroup:
         Of the tensors.
     overlapping
         Whether different tensors share memory. They get places of their own.
+    large
+        Whether these are the tensors of ``large_bytes`` or more.
 
     Examples
     --------
@@ -264,6 +269,8 @@ class TensorGroup:
     def device(self) -> torch.device: ...
     @property
     def overlapping(self) -> bool: ...
+    @property
+    def large(self) -> bool: ...
     def __len__(self) -> int: ...
     def gather(self, out: Tensor, start: int = 0) -> None:
         """Copy a part of the slab together: from element ``start`` on, as much as ``out`` holds.
@@ -364,11 +371,14 @@ class TensorGroup:
         counters.
         """
 
+def all_kept(modules: list[Module], keeps: Callable[[Tensor], bool]) -> bool: ...
 def can_take_over(source: dict[Any, Any], parameter: type[Parameter], sorted: bool) -> bool: ...
+def check_apart(groups: list[TensorGroup]) -> None: ...
 def clear_entries(index: IndexMap, parameters: dict[str, Any]) -> list[str]: ...
-def collect_parameters(parameters: dict[str, Any], found: list[Any], gradients: list[Any]) -> None: ...
+def collect_tensors(modules: list[Module]) -> tuple[list[Tensor], list[Tensor], list[tuple[Module, str]]]: ...
+def convert_apart(conversions: list[tuple[TensorGroup, torch.dtype, Callable[[], Tensor]]]) -> None: ...
 def group_tensors(
-    tensors: list[Any], *, keep_strides: bool = True, narrowest: int | None = None
+    tensors: list[Any], *, keep_strides: bool = True, narrowest: int | None = None, large_bytes: int | None = None
 ) -> tuple[list[TensorGroup], list[tuple[int, str]]]:
     """Put tensors into groups of one dtype and device, and give each its place in the slab of its group.
 
@@ -382,6 +392,8 @@ def group_tensors(
     narrowest
         The size in bytes of the narrowest elements that a slab with these places will have, if they are narrower than
         the tensors' own: the places stay aligned for those.
+    large_bytes
+        Tensors on the CPU of so many bytes or more get groups of their own, if given.
 
     Returns
     -------
@@ -404,7 +416,6 @@ def group_tensors(
 
 def in_step(index: IndexMap, parameters: dict[str, Any]) -> bool: ...
 def insert_all(index: IndexMap, parameters: dict[str, Any], names: list[str], values: list[Any]) -> None: ...
-def kinds_of_parameters(parameters: dict[str, Any]) -> list[Tensor] | None: ...
 def load_matching(
     parameters: dict[str, Any], state: dict[str, Any], prefix: str, largest: int, whole: bool
 ) -> tuple[list[str], int]: ...
@@ -467,6 +478,7 @@ def unexpected_keys(
 ) -> list[str]: ...
 def unzip(pairs: list[Any]) -> tuple[list[Any], list[Any]] | None: ...
 def use_native_slots(class_: type[Module]) -> None: ...
+def walk_modules(module: Module, usual_applies: tuple[Any, ...]) -> tuple[list[Module], list[Module]]: ...
 
 @final
 class TableRows:

@@ -161,9 +161,10 @@ class SavedRows(TrainedRows):
 
         Nothing has changed if the names are damaged, or an optimizer that is not attached has state for the rows.
         """
+        ours = self._packed_before()
         if packed.device.type == "meta":
             return
-        if torch.equal(self._packed_names(), packed.cpu()):
+        if ours is packed or torch.equal(self.get_extra_state(), packed.cpu()):
             self._fit_capacities(saved)
             return
         index, ids, header = unpack(packed)

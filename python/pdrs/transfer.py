@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from types import CodeType, FunctionType
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -27,7 +26,16 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pdrs import _staging
-from pdrs._core import TensorGroup, collect_parameters, group_tensors, kinds_of_parameters, rebind_all
+from pdrs._core import (
+    TensorGroup,
+    all_kept,
+    check_apart,
+    collect_tensors,
+    convert_apart,
+    group_tensors,
+    rebind_all,
+    walk_modules,
+)
 from pdrs._pinned import pinned_empty
 from pdrs._staging import set_staging
 
@@ -39,6 +47,14 @@ _Function = Callable[[Tensor], Tensor]
 # How many elements are converted at a time on the CPU: what was gathered is still in the cache when it is read again,
 # and torch does not share so few among threads, which would cost more than it saves.
 _PIECE = 1 << 15
+
+# From how many bytes on a tensor that is converted on the CPU gets memory of its own: mostly that of one before it. Of a
+# slab each page is new, which costs a fault.
+_LARGE = 1 << 14
+
+# Memory of this size comes from the system and goes back there, whatever malloc does with smaller sizes: where nobody
+# writes, it is only addresses.
+_UNTOUCHED = 1 << 26
 
 
 def _inner_functions(*methods: str) -> dict[CodeType, str]:
@@ -73,6 +89,7 @@ class Move:
     function: _Function
     method: str
     non_blocking: bool = False
+    _targets: dict[tuple[torch.dtype, torch.device], tuple[torch.dtype, torch.device]] = field(default_factory=dict)
 
     @property
     def in_place(self) -> bool:
@@ -96,9 +113,16 @@ class Move:
 
     def target(self, dtype: torch.dtype, device: torch.device) -> tuple[torch.dtype, torch.device]:
         """Return where a tensor of this dtype and device goes: the function is asked, with an empty one."""
-        probe = torch.empty(0, dtype=dtype, device=device)
-        moved = self.function(probe)
-        return moved.dtype, moved.device
+        if (dtype, device) not in self._targets:
+            moved = self.function(torch.empty(0, dtype=dtype, device=device))
+            self._targets[dtype, device] = moved.dtype, moved.device
+        return self._targets[dtype, device]
+
+    def large_bytes(self) -> int | None:
+        """Return from how many bytes on tensors that stay on the CPU get memory of their own, each; None if never."""
+        if self.anew or self.target(torch.float32, torch.device("cpu"))[1].type != "cpu":
+            return None
+        return _LARGE
 
     def narrowest(self) -> int | None:
         """Return the size of the elements that all floating point tensors get, or None if they keep theirs."""
@@ -140,7 +164,7 @@ def apply(module: Module, function: _Function, recurse: bool) -> bool:
     move = recognise(function)
     if move is None:
         return False
-    usual, others = _walk(module) if recurse else ([module], [])
+    usual, others = walk_modules(module, _usual_applies()) if recurse else ([module], [])
     _move(usual, move)
     for other in others:
         other._apply(function)  # type: ignore[no-untyped-call]
@@ -211,27 +235,16 @@ class _Asked(Module):
         return self
 
 
-def _is_usual(module: Module) -> bool:
-    """Whether ``Module._apply`` itself moves what a module holds. TorchScript's modules hold it elsewhere."""
+def _usual_applies() -> tuple[Any, ...]:
     from pdrs.parameter_dict import ParameterDict
 
-    own = type(module)._apply not in (Module._apply, ParameterDict._apply) or "_apply" in vars(module)
+    return Module._apply, ParameterDict._apply
+
+
+def _is_usual(module: Module) -> bool:
+    """Whether ``Module._apply`` itself moves what a module holds. TorchScript's modules hold it elsewhere."""
+    own = type(module)._apply not in _usual_applies() or "_apply" in vars(module)
     return not own and isinstance(module._parameters, dict)
-
-
-def _walk(module: Module) -> tuple[list[Module], list[Module]]:
-    """Return a module and those inside that are moved with it, in order, and those that move themselves."""
-    usual: dict[Module, None] = {}
-    others: dict[Module, None] = {}
-    waiting = [module]
-    while waiting:
-        one = waiting.pop()
-        if one is not module and not _is_usual(one):
-            others[one] = None
-        elif one not in usual:
-            usual[one] = None
-            waiting += reversed(list(one.children()))
-    return list(usual), list(others)
 
 
 class _Place(NamedTuple):
@@ -251,9 +264,13 @@ class _Place(NamedTuple):
 
 @dataclass
 class _Prepared:
-    """Slabs that are filled and to which nothing refers yet, and the indices of what must be left to torch."""
+    """Slabs that are filled and to which nothing refers yet.
+
+    Groups to be converted apart have a dtype, and what gives a slab in reserve. What must be left to torch has indices.
+    """
 
     slabs: list[tuple[TensorGroup, Tensor]] = field(default_factory=list)
+    apart: list[tuple[TensorGroup, torch.dtype, Callable[[], Tensor]]] = field(default_factory=list)
     left: list[int] = field(default_factory=list)
 
 
@@ -261,17 +278,15 @@ def _move(modules: list[Module], move: Move) -> None:
     """Move the parameters, gradients and buffers of some modules: all, or, if there is an error, none."""
     if _is_nothing(modules, move):
         return
-    parameters: list[Tensor] = []
-    gradients: list[Tensor] = []
-    for module in modules:
-        collect_parameters(module._parameters, parameters, gradients)
-    places, odd_places, twins = _buffer_places(modules, parameters)
+    parameters, gradients, buffers = collect_tensors(modules)
+    places, odd_places, twins = _buffer_places([_Place(*each) for each in buffers], parameters)
     with torch.no_grad():
         # Gradients get slabs of their own, whose memory goes when the gradients are set to None.
-        of_parameters = _prepare(parameters, move)
-        of_gradients = _prepare(gradients, move)
+        of_parameters = _prepare(parameters, move, move.large_bytes())
+        of_gradients = _prepare(gradients, move, move.large_bytes())
         of_buffers = _prepare([place.get() for place in places], move)
         slabs = of_parameters.slabs + of_gradients.slabs
+        apart = of_parameters.apart + of_gradients.apart
         new_buffers: list[tuple[_Place, Tensor]] = []
         if move.in_place:
             slabs += of_buffers.slabs
@@ -288,16 +303,22 @@ def _move(modules: list[Module], move: Move) -> None:
         if left or odd_places:
             _leave_to_torch(modules, left, odd_places, move, undo)
         try:
+            check_apart([group for group, *_ in apart])
             rebind_all([group for group, _ in slabs], [slab for _, slab in slabs], door=move.door)
         except ValueError:
             # A tensor from inference mode is among them, of which torch has its own mind (but none of pin_memory).
             if move.method == "pin_memory":
                 raise
             _leave_to_torch(modules, {id(one) for one in parameters + gradients}, [], move, undo)
+            apart = []
     except BaseException:
         for put_back in reversed(undo):
             put_back()
         raise
+    # There is no way back from here, and nothing that could fail.
+    if apart:
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            convert_apart(apart)
     for place, buffer in new_buffers:
         place.set(buffer)
     for place in twins:
@@ -306,49 +327,42 @@ def _move(modules: list[Module], move: Move) -> None:
 
 def _is_nothing(modules: list[Module], move: Move) -> bool:
     """Whether everything is where it is to go already: one look at each Parameter, which stops where it can."""
-    if move.anew:
-        return False
-    for module in modules:
-        tensors = [*islice(module._parameters.values(), 1), *module._buffers.values()]
-        if not all(each is None or move.keeps(each) for each in tensors):
-            return False
-    for module in modules:
-        kinds = kinds_of_parameters(module._parameters)
-        if kinds is None or not all(map(move.keeps, kinds)):
-            return False
-    return True
+    return not move.anew and all_kept(modules, move.keeps)
 
 
-def _buffer_places(modules: list[Module], parameters: list[Tensor]) -> tuple[list[_Place], list[_Place], list[_Place]]:
-    """Return where buffers are; where those that are Parameters or require gradients; and where twins are.
+def _buffer_places(places: list[_Place], parameters: list[Tensor]) -> tuple[list[_Place], list[_Place], list[_Place]]:
+    """Sort the places of buffers: usual ones; Parameters and those that require gradients; and twins.
 
     A twin is a Parameter of these modules that is registered as a buffer, too. When it has moved as a Parameter it is
     mostly there already, and stays the same object.
     """
     usual: list[_Place] = []
     odd: list[_Place] = []
-    for module in modules:
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                is_odd = isinstance(buffer, Parameter) or buffer.requires_grad
-                (odd if is_odd else usual).append(_Place(module, name))
+    for place in places:
+        buffer = place.get()
+        is_odd = isinstance(buffer, Parameter) or buffer.requires_grad
+        (odd if is_odd else usual).append(place)
     ids = set(map(id, parameters)) if odd else set()
     twins = [place for place in odd if id(place.get()) in ids]
     return usual, [place for place in odd if id(place.get()) not in ids], twins
 
 
-def _prepare(tensors: list[Tensor], move: Move) -> _Prepared:
+def _prepare(tensors: list[Tensor], move: Move, large_bytes: int | None = None) -> _Prepared:
     """Fill slabs with what the tensors will be; the tensors stay as they are."""
     prepared = _Prepared()
     if not tensors:
         return prepared
-    groups, unusual = group_tensors(tensors, narrowest=move.narrowest())
+    groups, unusual = group_tensors(tensors, narrowest=move.narrowest(), large_bytes=large_bytes)
     if move.method != "pin_memory":
         prepared.left += [index for index, _ in unusual]
     for group in groups:
         if move.in_place:
             prepared.slabs += _prepare_in_place(group, tensors, move, prepared.left)
-        elif not _is_there(group, move):
+        elif _is_there(group, move):
+            continue
+        elif group.large and (dtype := _apart_dtype(group, move)) is not None:
+            prepared.apart.append((group, dtype, _reserve(group, dtype)))
+        else:
             slab = _moved(group, tensors, move)
             if slab is None:
                 prepared.left += group.indices.tolist()
@@ -417,6 +431,22 @@ def _moved(group: TensorGroup, tensors: list[Tensor], move: Move) -> Tensor | No
             with _explained(group, dtype, device):
                 return source.to(device, dtype, move.non_blocking)
     return None
+
+
+def _apart_dtype(group: TensorGroup, move: Move) -> torch.dtype | None:
+    """Return what dtype the tensors of a group get by a conversion that cannot fail for want of anything but memory."""
+    dtype, _ = move.target(group.dtype, group.device)
+    # torch warns when imaginary parts are lost, and a warning may be an error.
+    is_whole = dtype.is_complex or (dtype.is_floating_point and not group.dtype.is_complex)
+    return dtype if is_whole else None
+
+
+def _reserve(group: TensorGroup, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """Allocate a slab for when memory runs out, and return what gives it; until then nobody writes there."""
+    # `torch.empty` would, in torch's deterministic mode.
+    bytes_ = max(group.length * dtype.itemsize, _UNTOUCHED)
+    storage = torch.UntypedStorage(bytes_, device="cpu")  # type: ignore[no-untyped-call]
+    return lambda: torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, (group.length,))  # type: ignore[call-overload]
 
 
 def _allocate(group: TensorGroup, dtype: torch.dtype, device: torch.device, pinned: bool = False) -> Tensor:

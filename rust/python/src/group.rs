@@ -42,6 +42,8 @@ pub(crate) struct TensorGroup {
     /// Entries that are the tensor of an earlier one: their index, and the region.
     repeated: Vec<(u32, usize)>,
     overlapping: bool,
+    /// Whether these are those on the CPU that are too large for a slab with others.
+    large: bool,
     /// Whether the tensors have been made views of a slab, so that the regions are theirs no more.
     moved: AtomicBool,
 }
@@ -51,11 +53,12 @@ type Grouped = (Vec<TensorGroup>, Vec<(usize, String)>);
 
 /// Puts tensors into groups of one dtype and device, and lays each group out in a slab.
 #[pyfunction]
-#[pyo3(signature = (tensors, *, keep_strides = true, narrowest = None))]
+#[pyo3(signature = (tensors, *, keep_strides = true, narrowest = None, large_bytes = None))]
 pub(crate) fn group_tensors(
     tensors: &Bound<'_, PyList>,
     keep_strides: bool,
     narrowest: Option<u64>,
+    large_bytes: Option<u64>,
 ) -> PyResult<Grouped> {
     let narrowest = narrowest.unwrap_or(16);
     if !matches!(narrowest, 1 | 2 | 4 | 8 | 16) {
@@ -87,14 +90,17 @@ pub(crate) fn group_tensors(
                     continue;
                 }
             };
-            let fits = |group: &TensorGroup| group.device == found.device && group.dtype == found.dtype;
+            let large = found.device.is_cpu() && large_bytes.is_some_and(|least| found.numel * found.itemsize >= least);
+            let fits = |group: &TensorGroup| {
+                group.device == found.device && group.dtype == found.dtype && group.large == large
+            };
             if !groups.get(current).is_some_and(fits) {
                 current = groups.iter().position(fits).unwrap_or(groups.len());
             }
             if current == groups.len() {
                 // Nearly always all tensors are of one group.
                 let capacity = if current == 0 { tensors.len() } else { 0 };
-                groups.push(TensorGroup::new(&tensors, &found, capacity));
+                groups.push(TensorGroup::new(&tensors, &found, large, capacity));
             }
             groups[current].add(index as u32, &found, &mut dims, keep_strides);
         }
@@ -114,7 +120,7 @@ fn prefetch_all(tensors: &Bound<'_, PyTuple>, batch: Range<usize>) -> PyResult<(
 }
 
 impl TensorGroup {
-    fn new(tensors: &Bound<'_, PyTuple>, found: &Found, capacity: usize) -> Self {
+    fn new(tensors: &Bound<'_, PyTuple>, found: &Found, large: bool, capacity: usize) -> Self {
         Self {
             device: found.device,
             dtype: found.dtype,
@@ -124,6 +130,7 @@ impl TensorGroup {
             dims: Vec::with_capacity(2 * capacity),
             repeated: Vec::new(),
             overlapping: false,
+            large,
             moved: AtomicBool::new(false),
         }
     }
@@ -343,6 +350,11 @@ impl TensorGroup {
         self.overlapping
     }
 
+    #[getter]
+    fn large(&self) -> bool {
+        self.large
+    }
+
     #[pyo3(signature = (out, start = 0))]
     fn gather(&self, out: &Bound<'_, PyAny>, start: u64) -> PyResult<()> {
         let py = out.py();
@@ -444,7 +456,12 @@ impl TensorGroup {
 }
 
 impl TensorGroup {
-    fn tensor<'py>(&self, py: Python<'py>, at: usize) -> PyResult<Bound<'py, PyAny>> {
+    /// How many tensors there are, each counted once.
+    pub(crate) fn regions(&self) -> usize {
+        self.entries.len()
+    }
+
+    pub(crate) fn tensor<'py>(&self, py: Python<'py>, at: usize) -> PyResult<Bound<'py, PyAny>> {
         let entry = self.entries.get(at).ok_or_else(|| PyIndexError::new_err("the group is empty"))?;
         self.regions.tensors(py).get_item(entry.index as usize)
     }
@@ -468,12 +485,17 @@ impl TensorGroup {
         all
     }
 
-    fn view<'py>(&self, slab: &Slab<'py>, at: usize) -> PyResult<Bound<'py, PyAny>> {
+    pub(crate) fn view<'py>(&self, slab: &Slab<'py>, at: usize) -> PyResult<Bound<'py, PyAny>> {
         let (shape, strides) = self.shape_and_strides(&self.entries[at]);
         slab.view(self.regions.first_element(at), shape, strides)
     }
 
-    fn slab_of<'py>(&self, torch: &'static Torch, slab: &Bound<'py, PyAny>, door: Option<&str>) -> PyResult<Slab<'py>> {
+    pub(crate) fn slab_of<'py>(
+        &self,
+        torch: &'static Torch,
+        slab: &Bound<'py, PyAny>,
+        door: Option<&str>,
+    ) -> PyResult<Slab<'py>> {
         let slab = Slab::new(torch, slab, door.map(Door::parse).transpose()?)?;
         if slab.found.numel < self.length {
             return Err(PyValueError::new_err(format!(
@@ -512,18 +534,29 @@ impl TensorGroup {
         if !self.entries.is_empty() && !torch.can_hold(&self.tensor(py, 0)?, &self.view(&slab, 0)?)? {
             return Err(PyValueError::new_err("tensors of this device cannot become tensors of the slab's device"));
         }
-        let trainable = slab.found.dtype.is_differentiable();
+        self.check_rebindable(torch, py, slab.found.dtype.is_differentiable())?;
+        Ok(slab)
+    }
+
+    /// Refuses what torch might refuse when the data of the tensors is replaced.
+    pub(crate) fn check_rebindable(&self, torch: &Torch, py: Python<'_>, trainable: bool) -> PyResult<()> {
+        self.check_in_place()?;
         for (at, entry) in self.entries.iter().enumerate() {
             self.fetch_ahead(py, at)?;
             if let Err(why) = torch.check_rebindable(&self.tensor(py, at)?, trainable)? {
                 return Err(PyValueError::new_err(format!("tensors[{}] {why}", entry.index)));
             }
         }
-        Ok(slab)
+        Ok(())
+    }
+
+    /// Notes that the tensors leave the regions.
+    pub(crate) fn begin_to_move(&self) {
+        self.moved.store(true, Ordering::Relaxed);
     }
 
     fn set_data(&self, torch: &Torch, slab: &Slab<'_>) -> PyResult<()> {
-        self.moved.store(true, Ordering::Relaxed);
+        self.begin_to_move();
         for at in 0..self.entries.len() {
             self.fetch_ahead(slab.py(), at)?;
             torch.set_data(&self.tensor(slab.py(), at)?, &self.view(slab, at)?)?;

@@ -2,6 +2,7 @@
 
 #![allow(clippy::needless_pass_by_value, reason = "PyO3 asks for owned arguments")]
 
+mod apart;
 mod bulk;
 mod copy;
 mod dlpack;
@@ -9,6 +10,7 @@ mod entries;
 mod group;
 mod index_map;
 mod interpreter;
+mod modules;
 mod name;
 mod row;
 mod safetensors;
@@ -17,7 +19,6 @@ mod slots;
 mod stable_abi;
 mod stacked;
 mod state;
-mod sweep;
 mod table_rows;
 mod tensor;
 
@@ -27,6 +28,8 @@ use pyo3::prelude::*;
 mod _core {
     use pyo3::prelude::*;
 
+    #[pymodule_export]
+    use super::apart::{check_apart, convert_apart};
     #[pymodule_export]
     use super::bulk::{
         can_take_over, clear_entries, in_step, insert_all, pop_end, pop_entry, prepare, save_parameters, set_entry,
@@ -39,6 +42,8 @@ mod _core {
     #[pymodule_export]
     use super::index_map::{IndexMap, NameIterator};
     #[pymodule_export]
+    use super::modules::{all_kept, collect_tensors, walk_modules};
+    #[pymodule_export]
     use super::row::sort_tensors;
     #[pymodule_export]
     use super::safetensors::{SafetensorsHeader, SafetensorsStack, safetensors_header, safetensors_shards};
@@ -50,8 +55,6 @@ mod _core {
     };
     #[pymodule_export]
     use super::state::{load_matching, not_copied_yet, place_copies, unexpected_keys};
-    #[pymodule_export]
-    use super::sweep::{collect_parameters, kinds_of_parameters};
     #[pymodule_export]
     use super::table_rows::TableRows;
 
