@@ -393,6 +393,7 @@ def train(model: nn.Module) -> Tensor:
 @pytest.mark.filterwarnings("ignore")  # torch's own, about single processes and the CPU
 def test_ddp_and_fsdp2_train_tables_as_they_train_parameters(tmp_path: Path) -> None:
     from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
     from torch.distributed.fsdp import fully_shard
 
     torch.manual_seed(1)
@@ -416,6 +417,12 @@ def test_ddp_and_fsdp2_train_tables_as_they_train_parameters(tmp_path: Path) -> 
     checkpoint.load(state, checkpoint_id=tmp_path / "sharded")
     loaded.load_state_dict(state["model"])
     assert values(loaded.words.unstack()) == values(sharded.words.unstack())
+
+    dcp_to_torch_save(tmp_path / "sharded", tmp_path / "model.pt")
+    loaded = Words()
+    loaded.words = SD()
+    loaded.load_state_dict(torch.load(tmp_path / "model.pt", mmap=True)["model"])
+    assert values(loaded.words) == values(sharded.words.unstack())
 
     checkpoint.save({"model": in_ddp.state_dict()}, checkpoint_id=tmp_path / "saved")
     loaded = Words()

@@ -157,6 +157,11 @@ class Stacked(RuleBasedStateMachine):
             entry.step()
             entry.gradient = 0.0
 
+    @rule(sparse=st.booleans())
+    def train_all(self, sparse: bool) -> None:
+        self.backward(list(self.model), sparse)
+        self.step()
+
     @rule(names=st.sets(NAMES))
     def freeze(self, names: set[str]) -> None:
         names = names & self.model.keys()
@@ -290,6 +295,8 @@ class Stacked(RuleBasedStateMachine):
                 assert np.allclose(state["sum"][row].numpy(), entry.sum, rtol=1e-4), name
             else:
                 assert entry.sum == BEGIN
+            mask = self.sd._tables[self.sd._index[name] >> 40].frozen
+            assert (mask is not None and bool(mask[row])) == entry.frozen, name
             gradient = 0.0 if table.grad is None else table.grad.to_dense()[row].numpy()
             assert np.allclose(gradient, entry.gradient, atol=1e-4), name
 
