@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from pdrs import _optimizer_rows
 from pdrs._core import TableRows, sort_tensors
 from pdrs._named_rows import partition, row_of, table_of
-from pdrs._packed_names import Header, is_packed, pack, unpack
+from pdrs._packed_names import Header, is_packed, pack, same_bytes, unpack
 from pdrs._row_blocks import stack, write_rows
 from pdrs._tables import Table
 from pdrs._trained_rows import TrainedRows
@@ -29,10 +29,12 @@ class SavedRows(TrainedRows):
     # The names as they were last packed, and what was counted then: kept, because models are saved again and again, and
     # because to compare bytes is the fastest way to find out that what is loaded has the same names.
     _packed: tuple[Tensor, int, int, Header] | None
+    # What `load_state_dict` has taken the names from, until it is done.
+    _taken: Tensor | None
 
     def __init__(self) -> None:
         super().__init__()
-        self.__dict__["_packed"] = None
+        self.__dict__.update(_packed=None, _taken=None)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is only remembered to be faster."""
@@ -77,7 +79,8 @@ class SavedRows(TrainedRows):
         if not is_packed(state):
             raise ValueError("expected the packed names of a StackedParameterDict")
         with self._lock:
-            self._conform(state, {})
+            if state is not self._taken:
+                self._conform(state, {})
 
     def _load_from_state_dict(
         self,
@@ -100,10 +103,14 @@ class SavedRows(TrainedRows):
             except (ValueError, RuntimeError) as error:
                 error_msgs.append(f"While loading the names of {prefix or 'the dictionary'}: {error}")
                 return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        self._adopt()
+            self.__dict__["_taken"] = names
+            try:
+                super()._load_from_state_dict(
+                    state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+                )
+            finally:
+                self.__dict__["_taken"] = None
+            self._adopt()
 
     def _conform(self, packed: Any, saved: Mapping[str, Any]) -> None:
         """Become a dictionary of the packed names and rows, with tables as large as the saved ones; values are not set.
@@ -113,7 +120,7 @@ class SavedRows(TrainedRows):
         ours = self._packed_before()
         if packed.device.type == "meta":
             return
-        if ours is packed or torch.equal(self.get_extra_state(), packed.cpu()):
+        if ours is packed or same_bytes(self.get_extra_state(), packed.cpu()):
             self._fit_capacities(saved)
             return
         index, ids, header = unpack(packed)
