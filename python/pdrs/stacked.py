@@ -262,7 +262,7 @@ class StackedParameterDict(SavedRows):
         return popped
 
     def _popped(self, copied: Tensor | None, table: Table, row: int) -> Tensor:
-        """Do what is left to do for a row that has been taken back, and return a copy of it: ``pop_row`` asks for it."""
+        """Do what ``pop_row`` leaves to do for a row that has been taken back, and return a copy of it."""
         parameter = self._parameter(table)
         if copied is None:
             copied = parameter.detach()[row].clone()
