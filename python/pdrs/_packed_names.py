@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pdrs._core import IndexMap, pack_names, unpack_names
 
-__all__ = ["Header", "is_packed", "pack", "unpack"]
+__all__ = ["Header", "is_packed", "pack", "same_bytes", "unpack"]
 
 _MAGIC = b"pdrs\x00\x00\x00\x01"
 
@@ -47,6 +47,15 @@ def is_packed(value: Any) -> bool:
     if not isinstance(value, Tensor) or value.dtype != torch.uint8 or value.dim() != 1 or len(value) < 16:
         return False
     return value.device.type == "meta" or bytes(value[:8].tolist()) == _MAGIC
+
+
+def same_bytes(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors, uint8 ``[bytes]`` on the CPU, are equal. torch compares eight times as fast by eights."""
+    whole = len(one) - len(one) % 8
+    if len(one) != len(other) or one.storage_offset() % 8 or other.storage_offset() % 8:
+        return torch.equal(one, other)
+    words = (each[:whole].view(torch.int64) for each in (one.contiguous(), other.contiguous()))
+    return torch.equal(*words) and torch.equal(one[whole:], other[whole:])
 
 
 def pack(index: IndexMap, header: Header) -> Tensor:

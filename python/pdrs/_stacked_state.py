@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
+from torch.nn.modules.module import _IncompatibleKeys
 
 from pdrs import _optimizer_rows
 from pdrs._core import TableRows, sort_tensors
 from pdrs._named_rows import partition, row_of, table_of
-from pdrs._packed_names import Header, is_packed, pack, unpack
+from pdrs._packed_names import Header, is_packed, pack, same_bytes, unpack
 from pdrs._row_blocks import stack, write_rows
-from pdrs._state import Rest
+from pdrs._state import Rest, is_intercepted
 from pdrs._tables import Table, is_sharded, refuse_sharded, whole
 from pdrs._trained_rows import TrainedRows
 
@@ -32,10 +33,12 @@ class SavedRows(TrainedRows):
     # because to compare bytes is the fastest way to find out that what is loaded has the same names. Distributed
     # checkpoints are loaded into the tensors of a state dict in place: torch counts what is written to them.
     _packed: tuple[Tensor, int, int, int, Header] | None
+    # What `load_state_dict` has taken the names from, until it is done.
+    _taken: Tensor | None
 
     def __init__(self) -> None:
         super().__init__()
-        self.__dict__["_packed"] = None
+        self.__dict__.update(_packed=None, _taken=None)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is only remembered to be faster."""
@@ -84,7 +87,17 @@ class SavedRows(TrainedRows):
         if not is_packed(state):
             raise ValueError("expected the packed names of a StackedParameterDict")
         with self._lock:
-            self._conform(state, {})
+            if state is not self._taken:
+                self._conform(state, {})
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state dict as torch does; one of a ParameterDict that fits, much faster, unless there are hooks."""
+        own = type(self)._load_from_state_dict is SavedRows._load_from_state_dict
+        if own and not assign and not torch.compiler.is_compiling():
+            with self._lock:
+                if _load_whole(self, state_dict):
+                    return _IncompatibleKeys([], [])
+        return super().load_state_dict(state_dict, strict, assign)
 
     def _load_from_state_dict(
         self,
@@ -112,16 +125,16 @@ class SavedRows(TrainedRows):
             except (ValueError, RuntimeError) as error:
                 error_msgs.append(f"While loading the names of {prefix or 'the dictionary'}: {error}")
                 return
-        hooks = self.__dict__["_load_state_dict_pre_hooks"]
-        self.__dict__["_load_state_dict_pre_hooks"] = OrderedDict()
-        try:
-            with self._swappable():
-                super()._load_from_state_dict(
-                    state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-                )
-        finally:
-            self.__dict__["_load_state_dict_pre_hooks"] = hooks
-        self._adopt()
+            hooks = self.__dict__["_load_state_dict_pre_hooks"]
+            self.__dict__.update(_taken=names, _load_state_dict_pre_hooks=OrderedDict())
+            try:
+                with self._swappable():
+                    super()._load_from_state_dict(
+                        state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+                    )
+            finally:
+                self.__dict__.update(_taken=None, _load_state_dict_pre_hooks=hooks)
+            self._adopt()
 
     def _load_others(
         self,
@@ -164,7 +177,7 @@ class SavedRows(TrainedRows):
         ours = self._packed_before()
         if packed.device.type == "meta":
             return
-        if ours is packed or torch.equal(self.get_extra_state(), packed.cpu()):
+        if ours is packed or same_bytes(self.get_extra_state(), packed.cpu()):
             self._fit_capacities(saved)
             return
         index, ids, header = unpack(packed)
@@ -238,6 +251,40 @@ class SavedRows(TrainedRows):
 
 def _under(state_dict: Mapping[str, Any], prefix: str) -> list[str]:
     return [key for key in state_dict if key.startswith(prefix)] if prefix else list(state_dict)
+
+
+def _load_whole(sd: SavedRows, state_dict: Any) -> bool:
+    """Load what a ParameterDict saved, if it has all names of the only table, and tensors of its shape.
+
+    Of anything else nothing is loaded, and the result is false. torch's way begins with a copy of the whole state dict,
+    for the sake of those who might change it, which takes longer than this.
+    """
+    if (
+        type(state_dict) not in (dict, OrderedDict)
+        or len(sd._tables) != 1
+        or len(sd._parameters) != 1
+        or not 0 < len(state_dict) == len(sd._index)
+        or _EXTRA_STATE in state_dict
+        or sd._modules
+        or sd._buffers
+        or sd._load_state_dict_pre_hooks
+        or sd._load_state_dict_post_hooks
+        or is_intercepted()
+    ):
+        return False
+    parameter = sd._parameters.get(sd._tables[0].attribute)
+    # Past `OrderedDict`, which looks up every key that it gives; the order does not matter here.
+    names, values = list(dict.keys(state_dict)), list(dict.values(state_dict))
+    if type(parameter) is not Parameter or type(parameter.data) is not Tensor or set(map(type, names)) != {str}:
+        return False
+    ids = sd._index.lookup(names, -1)
+    if ids.min() < 0:
+        return False
+    classes, _ = sort_tensors(values)
+    if classes.any() or values[0].shape != parameter.shape[1:]:
+        return False
+    write_rows(parameter, row_of(ids), stack(values, values[0].detach()[None]))
+    return True
 
 
 def _load_named(

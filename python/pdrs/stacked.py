@@ -264,7 +264,7 @@ class StackedParameterDict(SavedRows):
         return popped
 
     def _popped(self, copied: Tensor | None, table: Table, row: int) -> Tensor:
-        """Do what is left to do for a row that has been taken back, as ``pop_row`` asks, and return a copy of it."""
+        """Do what ``pop_row`` leaves to do for a row that has been taken back, and return a copy of it."""
         parameter = self._parameter(table)
         if copied is None:
             copied = whole(parameter.detach()[row]).clone()

@@ -131,6 +131,17 @@ impl IndexMap {
         Ok(rows)
     }
 
+    /// Adds names that are not there yet to an empty map, each with the next row.
+    fn number(&self, py: Python<'_>, names: impl ExactSizeIterator<Item = Name>) -> PyResult<()> {
+        let mut locked = self.write(py);
+        let State { map, next_row } = &mut *locked.state;
+        let draw = || {
+            *next_row += 1;
+            *next_row - 1
+        };
+        map.get_or_insert_many(names, draw, |_| ()).map_err(refused)
+    }
+
     /// Inserts entries: all, or, if a row is negative or there are too many, none.
     pub(crate) fn insert_all(&self, py: Python<'_>, entries: Vec<(Name, i64)>) -> PyResult<()> {
         let Some(largest) = entries.iter().map(|(_, row)| *row).max() else {
@@ -238,6 +249,15 @@ pub(crate) fn to_names(names: &Bound<'_, PyAny>) -> PyResult<Vec<Name>> {
     Ok(converted)
 }
 
+/// The items of a list of exact `str`, which run no Python code.
+fn exact_texts<'a, 'py>(names: &'a Bound<'py, PyAny>) -> Option<impl ExactSizeIterator<Item = Bound<'py, PyString>>> {
+    let list = names.cast_exact::<PyList>().ok()?;
+    if !list.iter().all(|name| name.is_exact_instance_of::<PyString>()) {
+        return None;
+    }
+    Some(list.iter().map(|name| name.cast_into_exact().expect("nothing has changed the list")))
+}
+
 fn view<'py>(py: Python<'py>, class: &str, index: &Bound<'py, IndexMap>) -> PyResult<Bound<'py, PyAny>> {
     static VIEWS: PyOnceLock<Py<PyModule>> = PyOnceLock::new();
     let views = VIEWS.get_or_try_init(py, || PyModule::import(py, "pdrs._views").map(Bound::unbind))?;
@@ -261,10 +281,13 @@ impl IndexMap {
     fn from_names(names: &Bound<'_, PyAny>, rows: Option<PyReadonlyArray1<'_, i64>>) -> PyResult<Self> {
         let py = names.py();
         let index = Self::empty();
-        let names = to_names(names)?;
         match rows {
-            None => drop(index.append(py, names)?),
+            None => match exact_texts(names) {
+                Some(texts) => index.number(py, texts.map(Name::new))?,
+                None => index.number(py, to_names(names)?.into_iter())?,
+            },
             Some(rows) => {
+                let names = to_names(names)?;
                 let rows = rows.as_array();
                 if rows.len() != names.len() {
                     let (names, rows) = (names.len(), rows.len());

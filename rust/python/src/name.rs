@@ -150,9 +150,12 @@ fn hash(text: *mut ffi::PyObject) -> u32 {
 }
 
 fn full_hash(text: *mut ffi::PyObject) -> u64 {
-    // SAFETY: `text` is an exact `str` kept alive by its `Name` or `Query`. Hashing one runs no Python code, cannot
-    // fail, and after the first time only reads the cached value.
-    let hash = unsafe { ffi::PyObject_Hash(text) };
+    // SAFETY: `text` is an exact `str` kept alive by its `Name` or `Query`, and so begins as every `str` does. Hashing
+    // one runs no Python code, and cannot fail; afterwards the hash stands in it. -1 says that it does not yet.
+    let hash = unsafe {
+        let cached = (*text.cast::<ffi::PyASCIIObject>()).hash;
+        if cached == -1 { ffi::PyObject_Hash(text) } else { cached }
+    };
     hash.cast_unsigned() as u64
 }
 

@@ -1,0 +1,143 @@
+"""The short way by which a StackedParameterDict loads what a ParameterDict saved, beside the long one: torch's.
+
+The bugs that this hunts: a row that gets the value of another name, a message, a hook or an override that the short way
+passes over, a dictionary that is half loaded when the state dict does not fit after all.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import pdrs
+from pdrs import _stacked_state
+
+SD = pdrs.StackedParameterDict
+NAMES = [f"n{at}" for at in range(40)]
+
+
+def dictionary() -> pdrs.StackedParameterDict:
+    return SD.from_rows(NAMES, torch.zeros(40, 3))
+
+
+def saved() -> OrderedDict[str, Tensor]:
+    return OrderedDict((name, torch.full((3,), float(at))) for at, name in enumerate(NAMES))
+
+
+@pytest.fixture
+def ways(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Note each time whether the short way was taken."""
+    taken: list[bool] = []
+    short = _stacked_state._load_whole
+
+    def watched(*arguments: Any) -> bool:
+        taken.append(short(*arguments))
+        return taken[-1]
+
+    monkeypatch.setattr(_stacked_state, "_load_whole", watched)
+    return taken
+
+
+def first_numbers(sd: pdrs.StackedParameterDict) -> dict[str, float]:
+    return {name: row[0].item() for name, row in sd.items()}
+
+
+@pytest.mark.parametrize("order", ["same", "reversed", "moved"])
+@pytest.mark.parametrize("kind", [dict, OrderedDict])
+def test_values_go_to_their_names_in_any_order(kind: Any, order: str, ways: list[bool]) -> None:
+    state = kind(saved() if order != "reversed" else reversed(saved().items()))
+    if order == "moved" and kind is OrderedDict:
+        state.move_to_end("n3")
+        state.move_to_end("n5", last=False)
+    sd = dictionary()
+    del sd["n7"]
+    sd["n7"] = torch.ones(3)
+    sd["gone"] = torch.ones(3)
+    sd.popitem()
+    assert str(sd.load_state_dict(state)) == "<All keys matched successfully>"
+    assert ways == [True]
+    assert first_numbers(sd) == {name: float(name[1:]) for name in sd}
+
+
+def test_another_dtype_is_converted(ways: list[bool]) -> None:
+    sd = dictionary()
+    sd.load_state_dict({name: value.double() for name, value in saved().items()})
+    assert ways == [True]
+    assert sd.table((3,)).dtype == torch.float32
+    assert first_numbers(sd)["n39"] == 39
+
+
+def spoil_shape(state: dict[str, Any]) -> None:
+    state["n20"] = torch.zeros(4)
+
+
+def spoil_name(state: dict[str, Any]) -> None:
+    state["other"] = state.pop("n20")
+
+
+def spoil_value(state: dict[str, Any]) -> None:
+    state["n20"] = "nothing"
+
+
+def drop_name(state: dict[str, Any]) -> None:
+    del state["n20"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "match"),
+    [
+        (spoil_shape, "size mismatch for n20"),
+        (spoil_name, r"Missing key\(s\) in state_dict: \"n20\".*\n.*Unexpected key\(s\) in state_dict: \"other\""),
+        (spoil_value, r'parameter named "n20", expected torch\.Tensor'),
+        (drop_name, r"Missing key\(s\) in state_dict: \"n20\""),
+    ],
+)
+def test_what_does_not_fit_is_reported_by_the_long_way(spoil: Any, match: str, ways: list[bool]) -> None:
+    state = dict(saved())
+    spoil(state)
+    with pytest.raises(RuntimeError, match=match):
+        dictionary().load_state_dict(state)
+    assert ways == [False]
+
+
+def test_hooks_and_overrides_are_called(ways: list[bool]) -> None:
+    called = []
+    sd = dictionary()
+    sd.register_load_state_dict_post_hook(lambda *_: called.append("after"))
+    sd.load_state_dict(saved())
+    assert first_numbers(sd)["n39"] == 39
+
+    class Own(SD):
+        def _load_from_state_dict(self, *arguments: Any) -> None:
+            called.append("own")
+            super()._load_from_state_dict(*arguments)
+
+    own = Own.from_rows(NAMES, torch.zeros(40, 3))
+    own.load_state_dict(saved())
+    assert first_numbers(own)["n39"] == 39
+    assert called == ["after", "own"]
+    assert True not in ways
+
+
+def test_tables_of_two_kinds_and_children_take_the_long_way(ways: list[bool]) -> None:
+    sd = dictionary()
+    sd["matrix"] = torch.zeros(2, 2)
+    sd.load_state_dict({**saved(), "matrix": torch.ones(2, 2)})
+    assert sd["matrix"].sum() == 4
+    assert first_numbers(dictionary())["n39"] == 0
+    assert ways == [False]
+
+
+def test_packed_names_are_compared_by_all_their_bytes() -> None:
+    whole = torch.arange(27, dtype=torch.uint8)
+    for at in range(27):
+        other = whole.clone()
+        other[at] += 1
+        assert not _stacked_state.same_bytes(whole, other)
+    assert _stacked_state.same_bytes(whole, whole.clone())
+    assert _stacked_state.same_bytes(whole[3:], whole[3:].clone())
+    assert not _stacked_state.same_bytes(whole, whole[:-1])
