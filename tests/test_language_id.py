@@ -71,7 +71,7 @@ def test_it_learns_prunes_saves_loads_draws_and_answers(
 def test_the_peer_runs_and_is_drawn_where_it_is_asked(
     example: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    drawn = tmp_path / "drawn.png"
+    drawn = tmp_path / "new" / "drawn.png"
     example.main.main([*SMALL, "--peer", "--save", str(tmp_path / "model.pt"), "--plot", str(drawn)])
     printed = capsys.readouterr().out
     found = re.search(

@@ -115,11 +115,11 @@ def learn_separate(task: Task) -> Point:
     print(f"\npdrs.ParameterDict: the {len(names):,} most frequent n-grams, each a Parameter")
     print(f"  built in {ours:.3f} s, by torch's class in {theirs:.3f} s")
     model = Separate(task.languages, names)
-    point, _ = task.learn(model, options.seconds)
+    point, seconds = task.learn(model, options.seconds)
     model.zero_grad()  # torch's copy has no gradients that move along.
     ours, theirs = time_to_move(model.weights)
     print(f"  moved to float64 and back in {ours:.3f} s, by torch's class in {theirs:.3f} s")
-    return point
+    return replace(point, label=f"pdrs.ParameterDict, trained for {seconds:.0f} s")
 
 
 def learn_stacked(task: Task) -> tuple[Stacked, list[Point], Point | None]:
@@ -128,7 +128,7 @@ def learn_stacked(task: Task) -> tuple[Stacked, list[Point], Point | None]:
     print("\npdrs.StackedParameterDict: every n-gram, inserted when it is first met")
     model = Stacked(task.languages)
     point, seconds = task.learn(model)
-    curve = [point]
+    curve = [replace(point, label=f"every n-gram, trained for {seconds:.0f} s")]
     print(f"  {size(model)}")
     peer = learn_peer(task, seconds) if options.peer else None
 
@@ -139,7 +139,8 @@ def learn_stacked(task: Task) -> tuple[Stacked, list[Point], Point | None]:
     loaded = save_and_load(model, options.save)
     if task.accuracy(loaded) != curve[-1].accuracy:
         raise RuntimeError("the loaded model does not answer as the saved one did")
-    curve[0], curve[-1] = replace(curve[0], label="every n-gram"), replace(curve[-1], label="kept")
+    if len(curve) > 1:
+        curve[-1] = replace(curve[-1], label="saved")
     curve += task.prune(model, [size for size in sizes if size < len(model.weights)])
     return loaded, curve, peer
 
@@ -147,8 +148,8 @@ def learn_stacked(task: Task) -> tuple[Stacked, list[Point], Point | None]:
 def learn_peer(task: Task, seconds: float) -> Point:
     """Train the model that names every n-gram with torch's class for as long as pdrs took."""
     print(f"\ntorch.nn.ParameterDict: every n-gram, as many as it meets in {seconds:.1f} s")
-    point, _ = task.learn(Peer(task.languages), seconds)
-    return point
+    point, spent = task.learn(Peer(task.languages), seconds)
+    return replace(point, label=f"torch.nn.ParameterDict, trained for {spent:.0f} s")
 
 
 def save_and_load(model: Stacked, path: Path) -> Stacked:
@@ -218,12 +219,17 @@ def main(arguments: list[str]) -> list[Point]:
     """Train, prune, save, load, draw and answer; return the accuracy, from all names to the fewest."""
     options = parse(arguments)
     task = Task(options)
-    separate = replace(learn_separate(task), label="pdrs.ParameterDict")
+    separate = learn_separate(task)
     loaded, curve, peer = learn_stacked(task)
 
-    others = [separate] if peer is None else [separate, replace(peer, label="torch.nn.ParameterDict")]
     path = options.plot or options.save.with_suffix(".png")
-    draw(curve, others, task.majority, "Telling the language of a word by its named n-grams", path)
+    draw(
+        curve,
+        [separate] if peer is None else [separate, peer],
+        task.majority,
+        "Telling the language of a word by its named n-grams",
+        path,
+    )
     print(f"\naccuracy against names: {path}\n")
     for word in options.word or ["mountain", "Schmetterling", "queso", "fenêtre", "gatto", "книга", "スシ", "dziękuję"]:
         print(answer(loaded, word.lower()))

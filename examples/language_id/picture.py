@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-PRUNED, OTHERS, QUIET = "#00798c", ("#d1495b", "#edae49"), "0.45"
+PRUNED, OTHERS, QUIET = "#00798c", ("#d1495b", "#b36b00"), "0.45"
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,9 @@ def draw(curve: list[Point], others: list[Point], majority: float, title: str, p
         axes.annotate(
             f"{point.label}\n{point.names:,} names, {point.accuracy:.1%}",
             (point.names, point.accuracy),
-            xytext=(10, -4),
+            xytext=(0, -9),
             textcoords="offset points",
+            ha="center",
             va="top",
             color=colour,
             fontweight="bold",
@@ -82,4 +83,5 @@ def draw(curve: list[Point], others: list[Point], majority: float, title: str, p
     axes.set_xlabel("named n-grams (log scale)")
     axes.set_ylabel("accuracy on held-out words")
     axes.set_title(title, loc="left", fontweight="bold")
+    path.parent.mkdir(parents=True, exist_ok=True)
     chart.savefig(path, dpi=130)
