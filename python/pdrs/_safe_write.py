@@ -1,0 +1,181 @@
+"""A file that is replaced as a whole: whoever looks, at any instant, finds the old one or the new one.
+
+The new file grows under another name in the same folder. It gets its name when all its bytes are on the disk, and the
+folder is brought to the disk then, too. A process that is killed before leaves the old file, and the beginning of the
+new one under a name that begins with a dot and ends in ``.tmp``.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Progress", "WholeFile", "replacing"]
+
+# Seconds after which a save is long enough for a progress bar.
+_PATIENCE = 2.0
+
+# What is written in one call: between two calls the progress bar moves.
+_CHUNK = 16 << 20
+
+_LONGEST_NAME = 255
+
+
+class Progress:
+    """A progress bar over bytes: on a terminal, for what takes longer than two seconds, if tqdm is installed."""
+
+    def __init__(self, total: int, what: str) -> None:
+        self._bar: Any = None
+        with suppress(ImportError):
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total, desc=what, unit="B", unit_scale=True, disable=None, delay=_PATIENCE, leave=False
+            )
+
+    def add(self, count: int) -> None:
+        """Count bytes that are done."""
+        if self._bar is not None:
+            self._bar.update(count)
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class WholeFile:
+    """The new file while it is written; see :func:`replacing`.
+
+    Parameters
+    ----------
+    descriptor
+        Of the file, open for writing.
+    path
+        What errors call it.
+    progress
+        Is told of the bytes that are written.
+    """
+
+    def __init__(self, descriptor: int, path: str, progress: Progress) -> None:
+        self._descriptor = descriptor
+        self._path = path
+        self._progress = progress
+        self.position = 0
+
+    def write(self, data: Any) -> None:
+        """Append what has the buffer protocol and lies in one piece. Nothing is copied."""
+        self.position += self._write(data, None)
+
+    def rewrite(self, data: Any, start: int) -> None:
+        """Overwrite bytes that were written before."""
+        if start + memoryview(data).nbytes > self.position:
+            raise ValueError(f"only {self.position} bytes have been written")
+        self._write(data, start)
+
+    def _write(self, data: Any, start: int | None) -> int:
+        left = memoryview(data).cast("B") if memoryview(data).nbytes else memoryview(b"")
+        size = len(left)
+        try:
+            while left:
+                part = left[:_CHUNK]
+                if start is None:
+                    done = os.write(self._descriptor, part)
+                    self._progress.add(done)
+                else:
+                    done = os.pwrite(self._descriptor, part, start)
+                    start += done
+                left = left[done:]
+        except OSError as error:
+            raise _with_path(error, self._path) from error
+        return size
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str], size: int, *, sync: bool = True) -> Iterator[WholeFile]:
+    """Give a new file to write to, which takes the place of ``path`` at the end of the block, or goes if that fails.
+
+    Parameters
+    ----------
+    path
+        The file to be. If it is a symbolic link, the file that it points to is replaced and the link stays. The new
+        file gets the permissions of the old one, or those that the process gives to new files.
+    size
+        The number of bytes to come, for the progress bar.
+    sync
+        Whether to wait until the bytes are on the disk. Without it, a crash of the machine (not one of the process) may
+        leave a file without its contents.
+
+    Raises
+    ------
+    OSError
+        If the folder is missing or cannot be written to, the disk is full, and so on; the old file is as it was.
+        ``filename`` is the ``path``.
+    """
+    shown = os.fspath(path)
+    target = Path(os.path.realpath(shown))
+    mode = _mode_of(target, shown)
+    short = target.name.encode()[: _LONGEST_NAME - 32].decode(errors="ignore")
+    temporary = target.with_name(f".{short}.{secrets.token_hex(8)}.tmp")
+    try:
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    except OSError as error:
+        raise _with_path(error, shown) from error
+    progress = Progress(size, target.name)
+    try:
+        try:
+            if mode is not None:
+                os.fchmod(descriptor, mode)
+            yield WholeFile(descriptor, shown, progress)
+            if sync:
+                os.fsync(descriptor)
+        finally:
+            progress.close()
+            os.close(descriptor)
+        os.replace(temporary, target)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError) and error.filename in (None, os.fspath(temporary)):
+            raise _with_path(error, shown) from error
+        raise
+    if sync:
+        _sync_folder(target.parent)
+
+
+def _mode_of(target: Path, shown: str) -> int | None:
+    """Return the permissions of the file that is to be replaced, if there is one; refuse what is no file."""
+    try:
+        found = target.stat()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _with_path(error, shown) from error
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), shown)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "not an ordinary file, so it cannot be replaced", shown)
+    if not os.access(target, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), shown)
+    return stat.S_IMODE(found.st_mode)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring a folder to the disk, where the system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _with_path(error: OSError, path: str) -> OSError:
+    """Return the error with the path that the caller knows; OSError chooses the class by the number."""
+    return OSError(error.errno, error.strerror or str(error), path)

@@ -1,0 +1,430 @@
+"""Safetensors files: one tensor after another behind a header in JSON, mapped, and written so that nothing is lost.
+
+The format is that of https://github.com/huggingface/safetensors: 8 bytes with the size of the header, the header, and
+the data without gaps.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pdrs._safe_write import WholeFile, replacing
+
+__all__ = ["DTYPES", "PAGE", "CheckpointError", "NewTensor", "TensorFile", "is_padding", "write_tensors"]
+
+PAGE = 4096
+
+# What `write_tensors` copies at once, at most, of a tensor that does not lie in one piece.
+BLOCK = 64 << 20
+
+# Tensors below this size are read; larger ones are mapped.
+_MAPPED = 1 << 20
+
+_PADDING = "__padding__."
+
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+class CheckpointError(ValueError):
+    """A file is damaged, or is none that pdrs can read.
+
+    Parameters
+    ----------
+    path
+        The file.
+    what
+        What is wrong, and where.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], what: str) -> None:
+        super().__init__(os.fspath(path), what)
+        self.path = os.fspath(path)
+        self.what = what
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.what}"
+
+
+class NewTensor(NamedTuple):
+    """A tensor that is to be written.
+
+    Parameters
+    ----------
+    name
+        Any ``str`` but ``"__metadata__"``.
+    dtype, shape
+        What it is.
+    parts
+        Its bytes in C order, in any number of parts: tensors of any device and dtype, or what has the buffer protocol
+        and lies in one piece. An iterator makes the next part when the one before has been written.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: Sequence[int]
+    parts: Iterable[Any]
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> NewTensor:
+        """Describe a tensor that is there."""
+        return cls(name, tensor.dtype, tuple(tensor.shape), (tensor,))
+
+    @property
+    def nbytes(self) -> int:
+        """The size in bytes."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def is_padding(name: str) -> bool:
+    """Whether a name is that of a tensor which only makes the next one begin on a page."""
+    return name.startswith(_PADDING)
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+class TensorFile:
+    """A safetensors file, open for reading: the header is read, checked and kept, the data are not touched.
+
+    Parameters
+    ----------
+    path
+        The file.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is damaged, or no safetensors file.
+    OSError
+        If it cannot be opened.
+
+    Notes
+    -----
+    A file may be used by several threads, and as a context manager. Tensors stay what they are when it is closed, and
+    when the file is replaced by another; nobody must cut off a file that is mapped.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._descriptor = -1
+        self.path = os.fspath(path)
+        # Read-only, and not inherited by other programs.
+        self._descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        try:
+            self.size = os.fstat(self._descriptor).st_size
+            self._read_header()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_header(self) -> None:
+        if self.size < 8:
+            raise self.error(f"a safetensors file has at least 8 bytes, this one has {self.size}")
+        length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
+        if length > self.size - 8:
+            raise self.error(f"the header is said to have {length} bytes, but the file ends after {self.size}")
+        try:
+            fields = json.loads(self._read(8, 8 + length))
+            self.metadata: dict[str, str] = fields.pop("__metadata__", {})
+            self._tensors = {
+                str(name): (str(one["dtype"]), tuple(map(int, one["shape"])), tuple(map(int, one["data_offsets"])))
+                for name, one in fields.items()
+            }
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise self.error(f"the header cannot be read: {error}") from error
+        self.data_start = 8 + length
+        """The byte of the file at which the data begin."""
+
+    def error(self, what: str) -> CheckpointError:
+        """Return an error about this file, to be raised."""
+        return CheckpointError(self.path, what)
+
+    def close(self) -> None:
+        """Close the file; tensors that were taken from it stay valid."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    # -- what is in it -------------------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all tensors, in the order of the header. **O(n)**."""
+        return list(self._tensors)
+
+    def __len__(self) -> int:
+        """Return the number of tensors. **O(1)**."""
+        return len(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a tensor of that name. **O(1)**."""
+        return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def code(self, name: str) -> str:
+        """Return the dtype as the file names it, such as ``"F32"``; KeyError if there is no such tensor."""
+        return self._tensors[name][0]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype; CheckpointError if torch has none like it."""
+        code = self.code(name)
+        if code not in DTYPES:
+            raise self.error(f"the tensor {name!r} is of the dtype {code}, which torch does not have")
+        return DTYPES[code]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape; KeyError if there is no such tensor."""
+        return self._tensors[name][1]
+
+    def offsets(self, name: str) -> tuple[int, int]:
+        """Return the first byte of a tensor and the one behind its last, counted from the beginning of the file."""
+        start, stop = self._tensors[name][2]
+        return self.data_start + start, self.data_start + stop
+
+    # -- the data ------------------------------------------------------------------------------------------------------
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor of its own: writing to it changes neither the file nor what another call returns.
+
+        A large one (1 MiB or more) is a private map of the file: what is not touched is not read, and not in memory.
+        It has a storage of its own, so that ``torch.save`` writes no other tensor.
+
+        Raises
+        ------
+        KeyError
+            If there is no such tensor.
+        CheckpointError
+            If the file has become shorter, or torch does not have the dtype.
+        """
+        dtype, shape, (start, stop) = self.dtype(name), self.shape(name), self.offsets(name)
+        return self.view(start, stop, dtype).view(shape)
+
+    def view(self, start: int, stop: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+        """Return some bytes of the file as a flat tensor of its own; see :meth:`tensor`."""
+        if start == stop:
+            return torch.empty(0, dtype=dtype)
+        if stop - start < _MAPPED or start % dtype.itemsize:
+            # Also what is not aligned, as it may be in files of others.
+            data = torch.empty(stop - start, dtype=torch.uint8)
+            self._read_into(data.numpy().data, start)
+            return data.view(dtype)
+        base = start - start % mmap.ALLOCATIONGRANULARITY
+        return torch.frombuffer(self._map(base, stop), dtype=dtype, offset=start - base)
+
+    def tensors(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Return many tensors, by default all, as :meth:`tensor` would; small ones share one map of the file."""
+        chosen = self.names if names is None else names
+        found: dict[str, Tensor] = {}
+        shared: mmap.mmap | None = None
+        for name in chosen:
+            dtype, shape, (start, stop) = self.dtype(name), self.shape(name), self.offsets(name)
+            if start == stop or start % dtype.itemsize:
+                found[name] = self.view(start, stop, dtype).view(shape)
+                continue
+            if shared is None:
+                shared = self._map(0, self.size)
+            found[name] = torch.frombuffer(shared, dtype=dtype, offset=start, count=prod(shape)).view(shape)
+        return found
+
+    def _map(self, start: int, stop: int) -> mmap.mmap:
+        self._check_size()
+        return mmap.mmap(self._open(), stop - start, access=mmap.ACCESS_COPY, offset=start)
+
+    def _read(self, start: int, stop: int) -> bytearray:
+        data = bytearray(stop - start)
+        self._read_into(memoryview(data), start)
+        return data
+
+    def _read_into(self, data: memoryview, start: int) -> None:
+        while data:
+            count = os.preadv(self._open(), [data], start)
+            if count == 0:
+                self._check_size()
+                raise self.error(f"the file ends at byte {start}")
+            data, start = data[count:], start + count
+
+    def _open(self) -> int:
+        if self._descriptor < 0:
+            raise ValueError(f"{self.path}: the file has been closed")
+        return self._descriptor
+
+    def _check_size(self) -> None:
+        size = os.fstat(self._open()).st_size
+        if size < self.size:
+            raise self.error(f"the file has been cut off: it had {self.size} bytes and has {size}")
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def write_tensors(
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, str],
+    tensors: Iterable[NewTensor | tuple[str, torch.dtype, Sequence[int], Iterable[Any]]],
+    *,
+    aligned: Collection[str] = (),
+    finish: Callable[[], Mapping[str, str]] | None = None,
+    sync: bool = True,
+) -> int:
+    """Write a safetensors file in the place of another, if there is one: wholly or, if anything fails, not at all.
+
+    Parameters
+    ----------
+    path
+        The file. A symbolic link stays one; see :func:`pdrs._safe_write.replacing`.
+    metadata
+        Texts that the header is to have.
+    tensors
+        What is to be written, in this order; see :class:`NewTensor`. The data begin on a page.
+    aligned
+        The names of tensors that are to begin on a page: a tensor of padding is put in front of them where it must be
+        (see :func:`is_padding`), because the format allows no gaps.
+    finish
+        Is called when all data have been written. What it returns replaces values in ``metadata``, which must be of the
+        same length: checksums, for example, that are computed while the parts are made.
+    sync
+        Whether to wait until the file is on the disk.
+
+    Returns
+    -------
+    int
+        The size of the file.
+
+    Raises
+    ------
+    ValueError
+        If a name is given twice, or the parts of a tensor have more or fewer bytes than its shape says.
+    TypeError
+        If safetensors has no such dtype.
+    OSError
+        If the file cannot be written. After any error the old file is as it was.
+
+    Notes
+    -----
+    Extra memory: the header, and 64 MB for a part that does not lie in one piece, or lies on a device.
+
+    Examples
+    --------
+    >>> import os, tempfile, torch
+    >>> from pdrs._tensor_file import NewTensor, TensorFile, write_tensors
+    >>> path = os.path.join(tempfile.mkdtemp(), "a.safetensors")
+    >>> halves = (torch.full((2, 4), float(n)) for n in range(2))
+    >>> write_tensors(path, {"format": "pt"}, [("x", torch.float32, (4, 4), halves)])
+    4160
+    >>> TensorFile(path).tensor("x")[:, 0].tolist()
+    [0.0, 0.0, 1.0, 1.0]
+
+    """
+    placed, size = _placed([NewTensor(*one) for one in tensors], set(aligned))
+    fields = dict(metadata)
+    header = _header(fields, placed)
+    with replacing(path, len(header) + size, sync=sync) as file:
+        file.write(header)
+        for tensor, start in placed:
+            _write_parts(file, tensor, len(header) + start + tensor.nbytes)
+        if finish is not None:
+            fields.update(finish())
+            again = _header(fields, placed)
+            if len(again) != len(header):
+                raise ValueError("the metadata at the end need more bytes than those at the beginning")
+            file.rewrite(again, 0)
+    return len(header) + size
+
+
+def _placed(tensors: Sequence[NewTensor], aligned: set[str]) -> tuple[list[tuple[NewTensor, int]], int]:
+    """Give each tensor its place in the data; return their size, too."""
+    placed, end, padded = [], 0, 0
+    for tensor in tensors:
+        if tensor.dtype not in _CODES:
+            raise TypeError(f"safetensors has no dtype like {tensor.dtype}, of which {tensor.name!r} is")
+        gap = -end % PAGE
+        if tensor.name in aligned and gap:
+            padding = NewTensor(f"{_PADDING}{padded}", torch.uint8, (gap,), (bytes(gap),))
+            placed.append((padding, end))
+            end, padded = end + gap, padded + 1
+        placed.append((tensor, end))
+        end += tensor.nbytes
+    names = [tensor.name for tensor, _ in placed]
+    if len(set(names)) < len(names):
+        twice = next(name for at, name in enumerate(names) if name in names[:at])
+        raise ValueError(f"two tensors have the name {twice!r}")
+    if "__metadata__" in names:
+        raise ValueError("no tensor can have the name '__metadata__'")
+    return placed, end
+
+
+def _header(metadata: Mapping[str, str], placed: list[tuple[NewTensor, int]]) -> bytes:
+    """Return the header with its size in front, padded with spaces to whole pages."""
+    fields: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    for tensor, start in placed:
+        shape, stop = list(tensor.shape), start + tensor.nbytes
+        fields[tensor.name] = {"dtype": _CODES[tensor.dtype], "shape": shape, "data_offsets": [start, stop]}
+    encoded = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-(len(encoded) + 8) % PAGE)
+    return len(encoded).to_bytes(8, "little") + encoded
+
+
+def _write_parts(file: WholeFile, tensor: NewTensor, end: int) -> None:
+    for part in tensor.parts:
+        for piece in _pieces(part) if isinstance(part, Tensor) else (part,):
+            if memoryview(piece).nbytes > end - file.position:
+                raise ValueError(f"the parts of {tensor.name!r} have more than its {tensor.nbytes} bytes")
+            file.write(piece)
+    if file.position != end:
+        missing = end - file.position
+        raise ValueError(f"the parts of {tensor.name!r} have {missing} bytes less than its {tensor.nbytes}")
+
+
+def _pieces(tensor: Tensor) -> Iterator[Any]:
+    """Yield the bytes of a tensor in C order: in one piece where they lie so in memory, else copied in blocks."""
+    tensor = tensor.detach()
+    if tensor.numel() == 0:
+        return
+    there = tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+    size = tensor.numel() * tensor.element_size()
+    if there or size <= BLOCK:
+        flat = tensor.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+        yield flat.view(torch.uint8).numpy().data
+        return
+    rows = max(1, BLOCK * len(tensor) // size)
+    for part in torch.split(tensor, rows) if len(tensor) > 1 else tensor:
+        yield from _pieces(part)
