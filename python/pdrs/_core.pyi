@@ -1,6 +1,6 @@
 """The native part of pdrs."""
 
-from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from typing import Any, Literal, TypeVar, final, overload
 
 import numpy as np
@@ -15,9 +15,13 @@ __all__ = [
     "NameIterator",
     "TableRows",
     "TensorGroup",
+    "apply_names",
     "can_take_over",
+    "changed_rows",
     "clear_entries",
     "collect_parameters",
+    "crc32",
+    "diff_names",
     "group_tensors",
     "in_step",
     "insert_all",
@@ -41,6 +45,7 @@ __all__ = [
     "sort_tensors",
     "take_over",
     "unexpected_keys",
+    "unpack_first_version",
     "unpack_names",
     "unzip",
     "use_native_slots",
@@ -509,9 +514,23 @@ def insert_ids(index: IndexMap, names: Iterable[str], ids: NDArray[np.int64]) ->
 def missing_names(index: IndexMap, names: Iterable[str]) -> list[str]: ...
 def remove_names(index: IndexMap, names: Iterable[str]) -> NDArray[np.int64]: ...
 def replace_ids(index: IndexMap, ids: NDArray[np.int64]) -> None: ...
-def pack_names(index: IndexMap) -> tuple[NDArray[np.uint8], NDArray[np.uint32]]: ...
-def unpack_names(text: NDArray[np.uint8], lengths: NDArray[np.uint32], ids: NDArray[np.int64]) -> IndexMap: ...
 def pop_row(
     index: IndexMap, tables: list[_TableT], parameters: dict[str, Any], name: str | None, end: bool | None = None
 ) -> tuple[str, Tensor | None, tuple[_TableT, int] | None] | None: ...
 def sort_tensors(values: list[Any]) -> tuple[NDArray[np.int64], list[int]]: ...
+
+_TableTuple = tuple[str, int, bool, int, tuple[str, int, list[int]] | None]
+
+def apply_names(old: NDArray[np.uint8], delta: NDArray[np.uint8]) -> NDArray[np.uint8]: ...
+def changed_rows(old: NDArray[np.uint8], new: NDArray[np.uint8], row_bytes: int) -> NDArray[np.int64]: ...
+def crc32(data: NDArray[np.uint8], start: int = 0) -> int: ...
+def diff_names(old: NDArray[np.uint8], new: NDArray[np.uint8]) -> NDArray[np.uint8]: ...
+def pack_names(
+    index: IndexMap, tables: Sequence[_TableTuple], patterns: Sequence[str], ids: NDArray[np.int64] | None = None
+) -> NDArray[np.uint8]: ...
+def unpack_first_version(
+    packed: NDArray[np.uint8], start: int, names: int, has_ids: bool, used: list[int]
+) -> tuple[IndexMap, NDArray[np.int64]]: ...
+def unpack_names(
+    packed: NDArray[np.uint8], prefix: str | None = None
+) -> tuple[IndexMap, NDArray[np.int64], list[_TableTuple], list[str]]: ...
