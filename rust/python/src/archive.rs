@@ -50,17 +50,16 @@ pub(crate) fn pack_names<'py>(
     };
     let header =
         Header { tables: tables.into_iter().map(to_table).collect(), patterns: patterns.iter().map(to_utf8).collect() };
-    let ids: Vec<u64> = match ids {
-        Some(ids) => ids.as_array().iter().map(|id| id.cast_unsigned()).collect(),
-        None => {
-            let mut rows = Vec::with_capacity(index.get().len(py));
-            index.get().for_each(py, |_, row| rows.push(row.cast_unsigned()));
-            rows
-        }
-    };
-    let count = ids.len();
-    let plain = ids.iter().enumerate().all(|(at, id)| at as u64 == *id);
-    let mut encoder = Encoder::new(&header, count, (!plain).then_some(ids.into_iter()), 16 * count);
+    let mut listed = Vec::new();
+    if let Some(ids) = ids {
+        listed.extend(ids.as_array().iter().map(|id| id.cast_unsigned()));
+    } else {
+        listed.reserve(index.get().len(py));
+        index.get().for_each(py, |_, row| listed.push(row.cast_unsigned()));
+    }
+    let count = listed.len();
+    let plain = listed.iter().enumerate().all(|(at, id)| at as u64 == *id);
+    let mut encoder = Encoder::new(&header, count, (!plain).then_some(listed.into_iter()), 16 * count);
     let (mut buffer, mut pushed, mut result) = (Vec::new(), 0, Ok(()));
     index.get().for_each(py, |name, _| {
         pushed += 1;
@@ -197,7 +196,7 @@ pub(crate) fn changed_rows<'py>(
     }
     let rows = py.detach(|| {
         let pairs = old.chunks_exact(row_bytes).zip(new.chunks_exact(row_bytes)).enumerate();
-        pairs.filter(|(_, (old, new))| old != new).map(|(row, _)| row as i64).collect()
+        pairs.filter(|(_, (old, new))| old != new).map(|(row, _)| (row as u64).cast_signed()).collect()
     });
     Ok(PyArray1::from_vec(py, rows))
 }

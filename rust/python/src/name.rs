@@ -129,12 +129,20 @@ fn each_character(text: &Bound<'_, PyString>, mut take: impl FnMut(u32)) {
         let (length, data) = (ffi::PyUnicode_GET_LENGTH(text).unsigned_abs(), ffi::PyUnicode_DATA(text));
         match ffi::PyUnicode_KIND(text) {
             ffi::PyUnicode_1BYTE_KIND => {
-                std::slice::from_raw_parts(data.cast::<u8>(), length).iter().for_each(|one| take(u32::from(*one)));
+                for one in std::slice::from_raw_parts(data.cast::<u8>(), length) {
+                    take(u32::from(*one));
+                }
             }
             ffi::PyUnicode_2BYTE_KIND => {
-                std::slice::from_raw_parts(data.cast::<u16>(), length).iter().for_each(|one| take(u32::from(*one)));
+                for one in std::slice::from_raw_parts(data.cast::<u16>(), length) {
+                    take(u32::from(*one));
+                }
             }
-            _ => std::slice::from_raw_parts(data.cast::<u32>(), length).iter().for_each(|one| take(*one)),
+            _ => {
+                for one in std::slice::from_raw_parts(data.cast::<u32>(), length) {
+                    take(*one);
+                }
+            }
         }
     }
 }
