@@ -32,7 +32,8 @@ def stack(values: list[Tensor], like: Tensor) -> Tensor:
 
 
 def _gather(values: list[Tensor], out: Tensor) -> None:
-    groups, unusual = group_tensors(values)
+    # In C order, as rows of the table have it, whatever the order of a tensor in memory is.
+    groups, unusual = group_tensors(values, keep_strides=False)
     if unusual or len(groups) != 1 or groups[0].dtype != out.dtype:
         torch.stack([value.detach() for value in values], out=out)
         return
