@@ -113,7 +113,7 @@ def test_parts_are_made_one_after_another_and_may_be_any_buffer(tmp_path: Path) 
 def test_what_does_not_lie_in_one_piece_is_copied_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_tensor_file, "BLOCK", 256)
     tensors = {"a": numbers(40, 7).t(), "b": numbers(1, 30, 9).transpose(1, 2), "c": numbers(100)[::2]}
-    sizes = [memoryview(piece).nbytes for tensor in tensors.values() for piece in _tensor_file._pieces(tensor)]
+    sizes = [memoryview(piece).nbytes for tensor in tensors.values() for piece in _tensor_file.pieces_of(tensor)]
     assert max(sizes) <= 256
     write(tmp_path / "f", tensors)
     same(TensorFile(tmp_path / "f").tensors(), tensors)

@@ -13,6 +13,8 @@ __all__ = [
     "EntryIterator",
     "IndexMap",
     "NameIterator",
+    "SafetensorsHeader",
+    "SafetensorsStack",
     "TableRows",
     "TensorGroup",
     "apply_names",
@@ -39,6 +41,8 @@ __all__ = [
     "rebind_all",
     "remove_names",
     "replace_ids",
+    "safetensors_header",
+    "safetensors_shards",
     "save_parameters",
     "set_entry",
     "slab_views",
@@ -517,6 +521,108 @@ def replace_ids(index: IndexMap, ids: NDArray[np.int64]) -> None: ...
 def pop_row(
     index: IndexMap, tables: list[_TableT], parameters: dict[str, Any], name: str | None, end: bool | None = None
 ) -> tuple[str, Tensor | None, tuple[_TableT, int] | None] | None: ...
+
+@final
+class SafetensorsHeader:
+    """The header of a safetensors file, read and checked: it describes each byte of the data once, and no other.
+
+    Parameters
+    ----------
+    header
+        The header, without the 8 bytes in front of it.
+    file_bytes
+        The size of the whole file.
+
+    Raises
+    ------
+    ValueError
+        If something is wrong, with what and where.
+
+    Cost: **O(n)**, two to four times what a ``dict`` of the names takes.
+    """
+
+    def __new__(cls, header: bytes, file_bytes: int) -> SafetensorsHeader: ...
+    @staticmethod
+    def size(prefix: bytes, file_bytes: int) -> int:
+        """Return the size of the header, from the first 8 bytes of a file; ValueError if it has no room for it."""
+    def __len__(self) -> int:
+        """Return the number of tensors. **O(1)**."""
+    @property
+    def data_start(self) -> int:
+        """The byte of the file at which the data begin. **O(1)**."""
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The texts of the metadata."""
+    def find(self, name: str) -> int | None:
+        """Return the number of a tensor in the order of the header, or None if it is not there. **O(1)**."""
+    def entry(self, number: int) -> tuple[str, str, tuple[int, ...], int, int]:
+        """Return name, dtype, shape, and the first byte in the file and the one behind the last. **O(1)**."""
+    def names(self) -> list[str]:
+        """Return all names in the order of the header. **O(n)**."""
+    def kinds(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Return the dtype and shape of each kind of tensors that there is."""
+    def columns(self) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """Return the number of the kind of each tensor, and its first byte in the file. **O(n)**."""
+    def stack(self, prefix: str) -> SafetensorsStack:
+        """Make those tensors rows of tables whose names begin with ``prefix``, which is left out then. **O(n)**."""
+
+@final
+class SafetensorsStack:
+    """Tables whose rows are tensors of a safetensors file."""
+
+    def tables(self) -> list[tuple[str, tuple[int, ...], int, int | None]]:
+        """Return the tables: dtype, shape of a row, number of rows, and the byte of the file at which it begins.
+
+        There is none (``None``) where the rows do not lie together in the file, so that they must be copied.
+        """
+    def index(self) -> IndexMap:
+        """Return the names in the order of the header, with ids: the table in the upper bits, 40 bits for the row."""
+    def spans(self, gap: int) -> list[tuple[int, int]]:
+        """Return the parts of the file that must be copied; there are more than ``gap`` bytes between them."""
+    def copy_block(self, block: NDArray[np.uint8], start: int, targets: list[NDArray[np.uint8]]) -> None:
+        """Copy what a block of the file, which begins at ``start``, has of the tables that must be copied.
+
+        ``targets`` are the bytes of each such table, and for others no bytes.
+        """
+
+def safetensors_header(
+    metadata: list[tuple[str, str]],
+    names: list[str],
+    kinds: Sequence[tuple[str, Sequence[int]]],
+    kind_of: NDArray[np.uint32],
+    alignment: int,
+) -> NDArray[np.uint8]:
+    """Return the header, with its size in front, of tensors that lie one behind another.
+
+    Parameters
+    ----------
+    metadata
+        Texts; left out if there are none.
+    names
+        Distinct names; this is not looked at.
+    kinds, kind_of
+        Dtypes and shapes, and the number of that of each name.
+    alignment
+        The header is padded with spaces, so that the data begin at a multiple of it.
+
+    Raises
+    ------
+    ValueError
+        If a kind is none, or a name has half of a surrogate pair.
+    """
+
+def safetensors_shards(
+    names: list[str],
+    kinds: Sequence[tuple[str, Sequence[int]]],
+    kind_of: NDArray[np.uint32],
+    header_bytes: int,
+    data_bytes: int,
+) -> list[int]:
+    """Cut tensors into shards with headers and data of at most so many bytes; return how many tensors each has.
+
+    A single tensor may be larger. Arguments are those of ``safetensors_header``.
+    """
+
 def sort_tensors(values: list[Any]) -> tuple[NDArray[np.int64], list[int]]: ...
 
 _TableTuple = tuple[str, int, bool, int, tuple[str, int, list[int]] | None]

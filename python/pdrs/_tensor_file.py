@@ -6,19 +6,32 @@ the data without gaps.
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from pdrs._core import IndexMap, SafetensorsHeader, safetensors_header
 from pdrs._safe_write import WholeFile, replacing
 
-__all__ = ["DTYPES", "PAGE", "CheckpointError", "NewTensor", "TensorFile", "is_padding", "write_tensors"]
+__all__ = [
+    "BLOCK",
+    "CODES",
+    "DTYPES",
+    "PAGE",
+    "CheckpointError",
+    "NewTensor",
+    "TensorFile",
+    "is_padding",
+    "pieces_of",
+    "write_tensors",
+]
 
 PAGE = 4096
 
@@ -51,7 +64,7 @@ DTYPES = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class CheckpointError(ValueError):
@@ -146,21 +159,14 @@ class TensorFile:
             raise
 
     def _read_header(self) -> None:
-        if self.size < 8:
-            raise self.error(f"a safetensors file has at least 8 bytes, this one has {self.size}")
-        length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
-        if length > self.size - 8:
-            raise self.error(f"the header is said to have {length} bytes, but the file ends after {self.size}")
         try:
-            fields = json.loads(self._read(8, 8 + length))
-            self.metadata: dict[str, str] = fields.pop("__metadata__", {})
-            self._tensors = {
-                str(name): (str(one["dtype"]), tuple(map(int, one["shape"])), tuple(map(int, one["data_offsets"])))
-                for name, one in fields.items()
-            }
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise self.error(f"the header cannot be read: {error}") from error
-        self.data_start = 8 + length
+            length = SafetensorsHeader.size(self._read(0, min(8, self.size)), self.size)
+            self._header = SafetensorsHeader(self._read(8, 8 + length), self.size)
+        except ValueError as error:
+            raise self.error(str(error)) from None
+        self.metadata: dict[str, str] = self._header.metadata
+        """The texts of the header."""
+        self.data_start: int = self._header.data_start
         """The byte of the file at which the data begin."""
 
     def error(self, what: str) -> CheckpointError:
@@ -187,38 +193,49 @@ class TensorFile:
     @property
     def names(self) -> list[str]:
         """The names of all tensors, in the order of the header. **O(n)**."""
-        return list(self._tensors)
+        return self._header.names()
 
     def __len__(self) -> int:
         """Return the number of tensors. **O(1)**."""
-        return len(self._tensors)
+        return len(self._header)
 
     def __contains__(self, name: object) -> bool:
         """Whether there is a tensor of that name. **O(1)**."""
-        return name in self._tensors
+        return isinstance(name, str) and self._header.find(name) is not None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
+    def _entry(self, name: str) -> tuple[str, str, tuple[int, ...], int, int]:
+        number = self._header.find(name)
+        if number is None:
+            raise KeyError(name)
+        return self._header.entry(number)
+
     def code(self, name: str) -> str:
         """Return the dtype as the file names it, such as ``"F32"``; KeyError if there is no such tensor."""
-        return self._tensors[name][0]
+        return self._entry(name)[1]
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype; CheckpointError if torch has none like it."""
-        code = self.code(name)
+        return self._dtype(self.code(name))
+
+    def _dtype(self, code: str) -> torch.dtype:
         if code not in DTYPES:
-            raise self.error(f"the tensor {name!r} is of the dtype {code}, which torch does not have")
+            raise self.error(f"it has tensors of the dtype {code}, which torch does not have")
         return DTYPES[code]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape; KeyError if there is no such tensor."""
-        return self._tensors[name][1]
+        return self._entry(name)[2]
 
     def offsets(self, name: str) -> tuple[int, int]:
         """Return the first byte of a tensor and the one behind its last, counted from the beginning of the file."""
-        start, stop = self._tensors[name][2]
-        return self.data_start + start, self.data_start + stop
+        return self._entry(name)[3:]
+
+    def kinds(self) -> tuple[list[tuple[str, tuple[int, ...]]], NDArray[np.uint32]]:
+        """Return the dtypes (as the file names them) and shapes that there are, and the number of each tensor's."""
+        return self._header.kinds(), self._header.columns()[0]
 
     # -- the data ------------------------------------------------------------------------------------------------------
 
@@ -235,8 +252,8 @@ class TensorFile:
         CheckpointError
             If the file has become shorter, or torch does not have the dtype.
         """
-        dtype, shape, (start, stop) = self.dtype(name), self.shape(name), self.offsets(name)
-        return self.view(start, stop, dtype).view(shape)
+        _, code, shape, start, stop = self._entry(name)
+        return self.view(start, stop, self._dtype(code)).view(shape)
 
     def view(self, start: int, stop: int, dtype: torch.dtype = torch.uint8) -> Tensor:
         """Return some bytes of the file as a flat tensor of its own; see :meth:`tensor`."""
@@ -256,7 +273,8 @@ class TensorFile:
         found: dict[str, Tensor] = {}
         shared: mmap.mmap | None = None
         for name in chosen:
-            dtype, shape, (start, stop) = self.dtype(name), self.shape(name), self.offsets(name)
+            _, code, shape, start, stop = self._entry(name)
+            dtype = self._dtype(code)
             if start == stop or start % dtype.itemsize:
                 found[name] = self.view(start, stop, dtype).view(shape)
                 continue
@@ -265,22 +283,67 @@ class TensorFile:
             found[name] = torch.frombuffer(shared, dtype=dtype, offset=start, count=prod(shape)).view(shape)
         return found
 
+    def stacked(self, prefix: str = "") -> tuple[IndexMap, list[Tensor]]:
+        """Return the tensors as rows of tables, one for each dtype and shape. **O(n)**, without a tensor for each name.
+
+        Parameters
+        ----------
+        prefix
+            Takes those tensors only whose names begin so, and leaves it out of the names.
+
+        Returns
+        -------
+        index
+            The names in the order of the header, and for each the number of its table in the upper bits, and its row
+            in the lower 40, as in a :class:`~pdrs.StackedParameterDict`.
+        tables
+            Where the tensors of one kind lie together in the file, in any order, a private map of it; else a copy.
+
+        Raises
+        ------
+        CheckpointError
+            As for :meth:`tensor`.
+        """
+        stack = self._header.stack(prefix)
+        tables, targets = [], []
+        for code, shape, count, start in stack.tables():
+            dtype, size = self._dtype(code), (count, *shape)
+            if start is None:
+                table = torch.empty(size, dtype=dtype)
+                targets.append(table.reshape(-1).view(torch.uint8).numpy())
+            else:
+                table = self.view(start, start + prod(size) * dtype.itemsize, dtype).view(size)
+                targets.append(np.empty(0, np.uint8))
+            tables.append(table)
+        for start, stop in stack.spans(PAGE):
+            for first in range(start, stop, BLOCK):
+                block = np.frombuffer(self._read(first, min(first + BLOCK, stop)), np.uint8)
+                stack.copy_block(block, first, targets)
+        return stack.index(), tables
+
     def _map(self, start: int, stop: int) -> mmap.mmap:
         self._check_size()
         return mmap.mmap(self._open(), stop - start, access=mmap.ACCESS_COPY, offset=start)
 
-    def _read(self, start: int, stop: int) -> bytearray:
-        data = bytearray(stop - start)
-        self._read_into(memoryview(data), start)
-        return data
+    def _read(self, start: int, stop: int) -> bytes:
+        # The system reads less than 2 GiB at once.
+        parts = []
+        while start < stop:
+            parts.append(os.pread(self._open(), stop - start, start))
+            self._check_read(len(parts[-1]), start)
+            start += len(parts[-1])
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _read_into(self, data: memoryview, start: int) -> None:
         while data:
             count = os.preadv(self._open(), [data], start)
-            if count == 0:
-                self._check_size()
-                raise self.error(f"the file ends at byte {start}")
+            self._check_read(count, start)
             data, start = data[count:], start + count
+
+    def _check_read(self, count: int, start: int) -> None:
+        if count == 0:
+            self._check_size()
+            raise self.error(f"the file ends at byte {start}")
 
     def _open(self) -> int:
         if self._descriptor < 0:
@@ -374,7 +437,7 @@ def _placed(tensors: Sequence[NewTensor], aligned: set[str]) -> tuple[list[tuple
     """Give each tensor its place in the data; return their size, too."""
     placed, end, padded = [], 0, 0
     for tensor in tensors:
-        if tensor.dtype not in _CODES:
+        if tensor.dtype not in CODES:
             raise TypeError(f"safetensors has no dtype like {tensor.dtype}, of which {tensor.name!r} is")
         gap = -end % PAGE
         if tensor.name in aligned and gap:
@@ -392,20 +455,16 @@ def _placed(tensors: Sequence[NewTensor], aligned: set[str]) -> tuple[list[tuple
     return placed, end
 
 
-def _header(metadata: Mapping[str, str], placed: list[tuple[NewTensor, int]]) -> bytes:
+def _header(metadata: Mapping[str, str], placed: list[tuple[NewTensor, int]]) -> NDArray[np.uint8]:
     """Return the header with its size in front, padded with spaces to whole pages."""
-    fields: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    for tensor, start in placed:
-        shape, stop = list(tensor.shape), start + tensor.nbytes
-        fields[tensor.name] = {"dtype": _CODES[tensor.dtype], "shape": shape, "data_offsets": [start, stop]}
-    encoded = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
-    encoded += b" " * (-(len(encoded) + 8) % PAGE)
-    return len(encoded).to_bytes(8, "little") + encoded
+    names = [tensor.name for tensor, _ in placed]
+    kinds = [(CODES[tensor.dtype], list(tensor.shape)) for tensor, _ in placed]
+    return safetensors_header(list(metadata.items()), names, kinds, np.arange(len(names), dtype=np.uint32), PAGE)
 
 
 def _write_parts(file: WholeFile, tensor: NewTensor, end: int) -> None:
     for part in tensor.parts:
-        for piece in _pieces(part) if isinstance(part, Tensor) else (part,):
+        for piece in pieces_of(part) if isinstance(part, Tensor) else (part,):
             if memoryview(piece).nbytes > end - file.position:
                 raise ValueError(f"the parts of {tensor.name!r} have more than its {tensor.nbytes} bytes")
             file.write(piece)
@@ -414,7 +473,7 @@ def _write_parts(file: WholeFile, tensor: NewTensor, end: int) -> None:
         raise ValueError(f"the parts of {tensor.name!r} have {missing} bytes less than its {tensor.nbytes}")
 
 
-def _pieces(tensor: Tensor) -> Iterator[Any]:
+def pieces_of(tensor: Tensor) -> Iterator[Any]:
     """Yield the bytes of a tensor in C order: in one piece where they lie so in memory, else copied in blocks."""
     tensor = tensor.detach()
     if tensor.numel() == 0:
@@ -427,4 +486,4 @@ def _pieces(tensor: Tensor) -> Iterator[Any]:
         return
     rows = max(1, BLOCK * len(tensor) // size)
     for part in torch.split(tensor, rows) if len(tensor) > 1 else tensor:
-        yield from _pieces(part)
+        yield from pieces_of(part)

@@ -12,6 +12,7 @@ mod index_map;
 mod key;
 pub mod names_delta;
 mod rows;
+pub mod safetensors;
 pub mod staging;
 pub mod strides;
 mod words;

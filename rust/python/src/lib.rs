@@ -12,6 +12,7 @@ mod index_map;
 mod interpreter;
 mod name;
 mod row;
+mod safetensors;
 mod slab;
 mod slots;
 mod stable_abi;
@@ -44,6 +45,8 @@ mod _core {
     use super::index_map::{IndexMap, NameIterator};
     #[pymodule_export]
     use super::row::sort_tensors;
+    #[pymodule_export]
+    use super::safetensors::{SafetensorsHeader, SafetensorsStack, safetensors_header, safetensors_shards};
     #[pymodule_export]
     use super::slots::use_native_slots;
     #[pymodule_export]

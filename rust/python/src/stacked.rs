@@ -3,7 +3,6 @@
 use std::collections::HashSet;
 
 use numpy::{PyArray1, PyReadonlyArray1};
-use pdrs_core::archive::ROW_BITS;
 use pyo3::exceptions::PyValueError;
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -13,6 +12,8 @@ use crate::index_map::{IndexMap, to_names};
 use crate::name::{Name, to_text};
 use crate::row::copy_row;
 use crate::table_rows::TableRows;
+
+pub(crate) use pdrs_core::archive::ROW_BITS;
 
 /// Inserts names with their ids, in order: new ones at the end; those that are there keep their place.
 #[pyfunction]

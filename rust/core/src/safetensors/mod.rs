@@ -1,0 +1,430 @@
+//! The header of a safetensors file: a million tensors read, checked and written at a cost per tensor that is that of a
+//! dictionary.
+//!
+//! The header is JSON, `{"name":{"dtype":"F32","shape":[16],"data_offsets":[0,64]},...}`, and comes from anywhere. What
+//! is read here is kept in a few flat lists, and only if it describes the file: every byte of the data belongs to exactly
+//! one tensor, every name is there once, and every size can be counted. Nothing is allocated that is larger than a small
+//! multiple of the header itself, which is a part of the file.
+//!
+//! Stricter than the format: keys of the metadata must differ, and a tensor has at most [`MAX_DIMENSIONS`] dimensions.
+//! More lenient: the header may be of any size, and spaces may stand anywhere that JSON allows.
+
+mod dtype;
+mod error;
+mod layout;
+mod scanner;
+mod stack;
+mod write;
+
+use std::collections::{HashMap, HashSet};
+
+pub use dtype::Dtype;
+pub use error::{Fault, HeaderError};
+pub use stack::{Stack, Table};
+pub use write::HeaderWriter;
+
+use crate::index_map::MAX_ENTRIES;
+use crate::key::Hashed;
+use crate::words::Words;
+use error::Where;
+use scanner::Scanner;
+
+/// The largest number of dimensions of a tensor; `NumPy` has the same limit, and torch's are mostly lower.
+pub const MAX_DIMENSIONS: usize = 64;
+
+/// The bytes in front of the header, which give its size.
+pub const PREFIX: u64 = 8;
+
+/// How many names are looked for ahead, as in the [`IndexMap`](crate::IndexMap).
+const BATCH: usize = 32;
+
+/// The characters of a name that an error shows.
+const SHOWN: usize = 100;
+
+const METADATA: &str = "__metadata__";
+
+/// What tensors of one dtype and shape have in common.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Kind {
+    /// The type of the elements.
+    pub dtype: Dtype,
+    /// The size of each dimension.
+    pub shape: Box<[u64]>,
+    /// The bytes of one tensor.
+    pub bytes: u64,
+}
+
+/// One tensor.
+#[derive(Clone, Copy)]
+struct Entry {
+    /// Where its name ends in the names of all; it begins where the one before ends.
+    name_end: usize,
+    /// Where it begins in the data.
+    start: u64,
+    /// The number of its kind.
+    kind: u32,
+}
+
+/// A header that has been read and describes its file; tensors are numbered in its order.
+pub struct Header {
+    names: String,
+    entries: Vec<Entry>,
+    kinds: Vec<Kind>,
+    metadata: Vec<(String, String)>,
+    words: Words,
+    /// The tensors in the order of their data, where that is not the order of the header.
+    by_offset: Option<Box<[u32]>>,
+    data_start: u64,
+}
+
+impl Header {
+    /// The size of the header, from the first bytes of a file.
+    ///
+    /// # Errors
+    ///
+    /// If there are too few bytes, or the file has not room for it.
+    pub fn size(prefix: &[u8], file_bytes: u64) -> Result<u64, HeaderError> {
+        let fault = match prefix.first_chunk::<8>().map(|bytes| u64::from_le_bytes(*bytes)) {
+            Some(said) if said <= file_bytes.saturating_sub(PREFIX) => return Ok(said),
+            Some(said) => Fault::TooLong { said, file: file_bytes },
+            None => Fault::TooShort(file_bytes),
+        };
+        Err(HeaderError { fault, at: 0, tensor: None })
+    }
+
+    /// Reads the header of a file.
+    ///
+    /// # Errors
+    ///
+    /// If it is damaged, or describes another file than one of so many bytes.
+    ///
+    /// **O(n)**, or **O(n log n)** where the tensors do not lie in the order of the header.
+    pub fn read(header: &[u8], file_bytes: u64) -> Result<Self, HeaderError> {
+        let data_start = PREFIX + header.len() as u64;
+        let mut reader = Reader { found: Self::empty(data_start), known: HashMap::new(), places: Vec::new() };
+        let result = reader.read(header);
+        let Reader { mut found, places, .. } = reader;
+        if let Err((Where { fault, at }, about)) = result {
+            let tensor = about.map(|name| shortened(&name));
+            return Err(HeaderError { fault, at: PREFIX + at as u64, tensor });
+        }
+        let at = |number: usize| PREFIX + places[number] as u64;
+        let refused = |(number, fault): (usize, Fault)| HeaderError {
+            fault,
+            at: at(number),
+            tensor: Some(shortened(found.name(number))),
+        };
+        let data = file_bytes.saturating_sub(data_start);
+        let by_offset = found.checked_layout(data).map_err(|(number, fault)| match number {
+            Some(number) => refused((number, fault)),
+            None => HeaderError { fault, at: data_start, tensor: None },
+        })?;
+        let words = found.indexed().map_err(refused)?;
+        found.by_offset = by_offset;
+        found.words = words;
+        Ok(found)
+    }
+
+    fn empty(data_start: u64) -> Self {
+        Self {
+            names: String::new(),
+            entries: Vec::new(),
+            kinds: Vec::new(),
+            metadata: Vec::new(),
+            words: Words::default(),
+            by_offset: None,
+            data_start,
+        }
+    }
+
+    /// The table that finds a tensor by its name, or the first one whose name is listed twice.
+    fn indexed(&self) -> Result<Words, (usize, Fault)> {
+        let mut words = Words::default();
+        words.reserve(self.len());
+        let mut hashes = [0; BATCH];
+        for first in (0..self.len()).step_by(BATCH) {
+            let batch = &mut hashes[..BATCH.min(self.len() - first)];
+            for (at, hash) in batch.iter_mut().enumerate() {
+                *hash = stored_hash(self.name(first + at));
+            }
+            words.touch(batch.iter().copied());
+            for (number, &hash) in (first..).zip(batch.iter()) {
+                let name = self.name(number);
+                match words.search(hash, |other| self.name(other as usize) == name) {
+                    Ok(_) => return Err((number, Fault::Duplicate)),
+                    Err(empty) => words.fill(empty, hash, number as u32),
+                }
+            }
+        }
+        Ok(words)
+    }
+
+    /// The number of tensors. **O(1)**.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether there are none. **O(1)**.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// The byte of the file at which the data begin.
+    #[must_use]
+    pub fn data_start(&self) -> u64 {
+        self.data_start
+    }
+
+    /// The texts of the metadata, in order.
+    #[must_use]
+    pub fn metadata(&self) -> &[(String, String)] {
+        &self.metadata
+    }
+
+    /// The name of a tensor. **O(1)**.
+    ///
+    /// # Panics
+    ///
+    /// As all that asks for a tensor by its number, if there are fewer.
+    #[must_use]
+    pub fn name(&self, number: usize) -> &str {
+        let start = number.checked_sub(1).map_or(0, |before| self.entries[before].name_end);
+        &self.names[start..self.entries[number].name_end]
+    }
+
+    /// The dtype, shape and size of a tensor. **O(1)**.
+    #[must_use]
+    pub fn kind(&self, number: usize) -> &Kind {
+        &self.kinds[self.entries[number].kind as usize]
+    }
+
+    /// All kinds of tensors that there are, in the order of their first tensors.
+    #[must_use]
+    pub fn kinds(&self) -> &[Kind] {
+        &self.kinds
+    }
+
+    /// The number of the kind of a tensor. **O(1)**.
+    #[must_use]
+    pub fn kind_number(&self, number: usize) -> usize {
+        self.entries[number].kind as usize
+    }
+
+    /// The first byte of a tensor in the file, and the one behind its last. **O(1)**.
+    #[must_use]
+    pub fn bytes(&self, number: usize) -> (u64, u64) {
+        let start = self.data_start + self.entries[number].start;
+        (start, start + self.kind(number).bytes)
+    }
+
+    /// The number of the tensor of this name. **O(1)**.
+    #[must_use]
+    pub fn find(&self, name: &str) -> Option<usize> {
+        if self.is_empty() {
+            return None;
+        }
+        let slot = self.words.search(stored_hash(name), |number| self.name(number as usize) == name).ok()?;
+        Some(self.words.id(slot) as usize)
+    }
+
+    /// The number of the `place`-th tensor in the order of the data. **O(1)**.
+    #[must_use]
+    pub fn in_data(&self, place: usize) -> usize {
+        self.by_offset.as_ref().map_or(place, |order| order[place] as usize)
+    }
+}
+
+fn stored_hash(name: &str) -> u32 {
+    name.hash().max(1)
+}
+
+/// The beginning of a name: an error must not be as long as a header.
+fn shortened(name: &str) -> String {
+    match name.char_indices().nth(SHOWN) {
+        Some((end, _)) => format!("{}...", &name[..end]),
+        None => name.to_owned(),
+    }
+}
+
+/// Reads a header from left to right.
+struct Reader {
+    found: Header,
+    /// The numbers of the kinds.
+    known: HashMap<Kind, u32>,
+    /// The byte at which each tensor stands, for errors.
+    places: Vec<usize>,
+}
+
+/// A fault, and the name of the tensor that was being read.
+type Refused = (Where, Option<String>);
+
+impl Reader {
+    fn read(&mut self, header: &[u8]) -> Result<(), Refused> {
+        let text = std::str::from_utf8(header)
+            .map_err(|error| (Where { fault: Fault::NotUtf8, at: error.valid_up_to() }, None))?;
+        if !text.starts_with('{') {
+            return Err((Where { fault: Fault::NoHeader, at: 0 }, None));
+        }
+        let scanner = &mut Scanner::new(text);
+        let buffer = &mut String::new();
+        let mut has_metadata = false;
+        let nameless = |error| (error, None);
+        scanner.expect(b'{').map_err(nameless)?;
+        let mut first = true;
+        while scanner.next_element(first, b'}').map_err(nameless)? {
+            first = false;
+            scanner.skip_space();
+            let at = scanner.position();
+            let name = scanner.string(buffer).map_err(nameless)?;
+            if name == METADATA {
+                if std::mem::replace(&mut has_metadata, true) {
+                    return Err((Where { fault: Fault::DuplicateMetadata, at }, None));
+                }
+                scanner.expect(b':').map_err(nameless)?;
+                self.read_metadata(scanner).map_err(nameless)?;
+                continue;
+            }
+            if self.places.len() == MAX_ENTRIES {
+                return Err((Where { fault: Fault::Full(MAX_ENTRIES), at }, None));
+            }
+            let start = self.found.names.len();
+            self.found.names.push_str(name);
+            self.places.push(at);
+            match self.read_tensor(scanner, buffer) {
+                Ok(entry) => self.found.entries.push(entry),
+                Err(error) => return Err((error, Some(self.found.names[start..].to_owned()))),
+            }
+        }
+        if !scanner.at_end() {
+            return Err((Where { fault: Fault::Trailing, at: scanner.position() }, None));
+        }
+        Ok(())
+    }
+
+    fn read_metadata(&mut self, scanner: &mut Scanner<'_>) -> Result<(), Where> {
+        if scanner.take_literal("null") {
+            return Ok(());
+        }
+        let (mut key, mut value) = (String::new(), String::new());
+        let mut seen = HashSet::new();
+        scanner.expect(b'{')?;
+        let mut first = true;
+        while scanner.next_element(first, b'}')? {
+            first = false;
+            let at = scanner.position();
+            let key = scanner.string(&mut key)?.to_owned();
+            scanner.expect(b':')?;
+            let value = scanner.string(&mut value)?.to_owned();
+            if !seen.insert(key.clone()) {
+                return Err(Where { fault: Fault::DuplicateMetadata, at });
+            }
+            self.found.metadata.push((key, value));
+        }
+        Ok(())
+    }
+
+    /// Reads what stands behind a name.
+    fn read_tensor(&mut self, scanner: &mut Scanner<'_>, buffer: &mut String) -> Result<Entry, Where> {
+        let (mut dtype, mut shape, mut offsets) = (None, None, None);
+        let begin = scanner.position();
+        scanner.expect(b':')?;
+        scanner.expect(b'{')?;
+        let mut first = true;
+        while scanner.next_element(first, b'}')? {
+            first = false;
+            scanner.skip_space();
+            let at = scanner.position();
+            let twice = |field| Err(Where { fault: Fault::DuplicateField(field), at });
+            match scanner.string(buffer)? {
+                "dtype" => {
+                    scanner.expect(b':')?;
+                    scanner.skip_space();
+                    let at = scanner.position();
+                    let name = scanner.string(buffer)?;
+                    let unknown = || Where { fault: Fault::Dtype(shortened(name)), at };
+                    if dtype.replace(Dtype::from_name(name).ok_or_else(unknown)?).is_some() {
+                        return twice("dtype");
+                    }
+                }
+                "shape" => {
+                    scanner.expect(b':')?;
+                    if shape.replace((scanner.position(), Shape::read(scanner)?)).is_some() {
+                        return twice("shape");
+                    }
+                }
+                "data_offsets" => {
+                    scanner.expect(b':')?;
+                    if offsets.replace((scanner.position(), read_pair(scanner)?)).is_some() {
+                        return twice("data_offsets");
+                    }
+                }
+                _ => {
+                    scanner.expect(b':')?;
+                    scanner.skip_value(buffer)?;
+                }
+            }
+        }
+        let missing = |field| Where { fault: Fault::MissingField(field), at: begin };
+        let dtype = dtype.ok_or_else(|| missing("dtype"))?;
+        let (shape_at, shape) = shape.ok_or_else(|| missing("shape"))?;
+        let (offsets_at, (start, stop)) = offsets.ok_or_else(|| missing("data_offsets"))?;
+        let kind = self.kind_number(dtype, shape.sizes()).map_err(|fault| Where { fault, at: shape_at })?;
+        let needed = self.found.kinds[kind as usize].bytes;
+        if stop.checked_sub(start) != Some(needed) {
+            return Err(Where { fault: Fault::Size { start, stop, needed }, at: offsets_at });
+        }
+        Ok(Entry { name_end: self.found.names.len(), start, kind })
+    }
+
+    fn kind_number(&mut self, dtype: Dtype, shape: &[u64]) -> Result<u32, Fault> {
+        if let Some(last) = self.found.entries.last() {
+            let kind = &self.found.kinds[last.kind as usize];
+            if kind.dtype == dtype && *kind.shape == *shape {
+                return Ok(last.kind);
+            }
+        }
+        let kind = Kind { dtype, shape: shape.into(), bytes: dtype.bytes_of(shape)? };
+        let next = self.found.kinds.len() as u32;
+        let number = *self.known.entry(kind.clone()).or_insert(next);
+        if number == next {
+            self.found.kinds.push(kind);
+        }
+        Ok(number)
+    }
+}
+
+/// A shape while it is read.
+struct Shape {
+    sizes: [u64; MAX_DIMENSIONS],
+    len: usize,
+}
+
+impl Shape {
+    fn read(scanner: &mut Scanner<'_>) -> Result<Self, Where> {
+        let mut shape = Self { sizes: [0; MAX_DIMENSIONS], len: 0 };
+        scanner.expect(b'[')?;
+        while scanner.next_element(shape.len == 0, b']')? {
+            if shape.len == MAX_DIMENSIONS {
+                return scanner.fail(Fault::Dimensions);
+            }
+            shape.sizes[shape.len] = scanner.count()?;
+            shape.len += 1;
+        }
+        Ok(shape)
+    }
+
+    fn sizes(&self) -> &[u64] {
+        &self.sizes[..self.len]
+    }
+}
+
+fn read_pair(scanner: &mut Scanner<'_>) -> Result<(u64, u64), Where> {
+    scanner.expect(b'[')?;
+    let start = scanner.count()?;
+    scanner.expect(b',')?;
+    let stop = scanner.count()?;
+    scanner.expect(b']')?;
+    Ok((start, stop))
+}

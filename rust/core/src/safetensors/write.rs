@@ -1,0 +1,132 @@
+//! Writes headers.
+
+use super::{Dtype, METADATA};
+
+/// Writes a header, one tensor after another.
+///
+/// ```
+/// use pdrs_core::safetensors::{Dtype, HeaderWriter};
+///
+/// let mut writer = HeaderWriter::new(&[("format", "pt")]);
+/// writer.push("x", HeaderWriter::like(Dtype::F32, &[2]).as_str(), 0, 8);
+/// let text = br#"{"__metadata__":{"format":"pt"},"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#;
+/// assert_eq!(writer.finish(8)[8..][..text.len()], text[..]);
+/// ```
+pub struct HeaderWriter {
+    /// The size of the header will stand in its first bytes.
+    bytes: Vec<u8>,
+}
+
+impl HeaderWriter {
+    /// Begins a header with metadata, which are left out if there are none.
+    #[must_use]
+    pub fn new(metadata: &[(&str, &str)]) -> Self {
+        let mut writer = Self { bytes: vec![0; 8] };
+        writer.bytes.push(b'{');
+        if !metadata.is_empty() {
+            writer.string(METADATA);
+            writer.bytes.extend_from_slice(b":{");
+            for (key, value) in metadata {
+                writer.separate();
+                writer.string(key);
+                writer.bytes.push(b':');
+                writer.string(value);
+            }
+            writer.bytes.push(b'}');
+        }
+        writer
+    }
+
+    /// Makes room for as many tensors, whose names have so many bytes together.
+    pub fn reserve(&mut self, tensors: usize, name_bytes: usize) {
+        self.bytes.reserve(tensors.saturating_mul(80).saturating_add(name_bytes));
+    }
+
+    /// What stands between the name and the offsets of tensors of this kind.
+    #[must_use]
+    pub fn like(dtype: Dtype, shape: &[u64]) -> String {
+        let sizes: Vec<_> = shape.iter().map(u64::to_string).collect();
+        format!(":{{\"dtype\":\"{}\",\"shape\":[{}],\"data_offsets\":[", dtype.name(), sizes.join(","))
+    }
+
+    /// Adds a tensor that lies at `start` to `stop` of the data, of a kind for which [`like`](Self::like) gave the text.
+    pub fn push(&mut self, name: &str, like: &str, start: u64, stop: u64) {
+        self.separate();
+        self.string(name);
+        self.bytes.extend_from_slice(like.as_bytes());
+        self.number(start);
+        self.bytes.push(b',');
+        self.number(stop);
+        self.bytes.extend_from_slice(b"]}");
+    }
+
+    /// Ends the header: its size in front, and spaces up to a multiple of `alignment` behind it.
+    ///
+    /// # Panics
+    ///
+    /// If `alignment` is 0.
+    #[must_use]
+    pub fn finish(mut self, alignment: usize) -> Vec<u8> {
+        self.bytes.push(b'}');
+        self.bytes.resize(self.bytes.len().next_multiple_of(alignment), b' ');
+        let size = (self.bytes.len() - 8) as u64;
+        self.bytes[..8].copy_from_slice(&size.to_le_bytes());
+        self.bytes
+    }
+
+    /// No fewer bytes than a tensor of this name takes in a header.
+    #[must_use]
+    pub fn most_bytes(name: &str, like: &str) -> usize {
+        let escaped = name.bytes().filter(|byte| is_special(*byte)).count();
+        // Quotes, commas and brackets, and two numbers of 20 digits.
+        name.len() + 5 * escaped + like.len() + 46
+    }
+
+    fn separate(&mut self) {
+        if self.bytes.last() != Some(&b'{') {
+            self.bytes.push(b',');
+        }
+    }
+
+    fn string(&mut self, text: &str) {
+        self.bytes.push(b'"');
+        // All bytes are looked at, because that goes many at a time.
+        let special = text.bytes().fold(0, |any, byte| any | u8::from(is_special(byte)));
+        if special == 0 {
+            self.bytes.extend_from_slice(text.as_bytes());
+        } else {
+            self.escaped(text);
+        }
+        self.bytes.push(b'"');
+    }
+
+    #[cold]
+    fn escaped(&mut self, text: &str) {
+        for byte in text.bytes() {
+            match byte {
+                b'"' | b'\\' => self.bytes.extend_from_slice(&[b'\\', byte]),
+                0..0x20 => self.bytes.extend_from_slice(format!("\\u{byte:04x}").as_bytes()),
+                _ => self.bytes.push(byte),
+            }
+        }
+    }
+
+    fn number(&mut self, mut value: u64) {
+        let mut digits = [0; 20];
+        let mut first = digits.len();
+        loop {
+            first -= 1;
+            digits[first] = b'0' + (value % 10) as u8;
+            value /= 10;
+            if value == 0 {
+                break;
+            }
+        }
+        self.bytes.extend_from_slice(&digits[first..]);
+    }
+}
+
+/// Whether a byte of a string must be escaped.
+fn is_special(byte: u8) -> bool {
+    matches!(byte, 0..0x20 | b'"' | b'\\')
+}

@@ -1,0 +1,129 @@
+//! What a header must be, told by `serde_json` and plain loops: slow, simple, and nothing of it is that of the reader.
+
+use std::collections::HashSet;
+use std::fmt;
+
+use pdrs_core::safetensors::{Dtype, Fault, Header, HeaderWriter, MAX_DIMENSIONS};
+use serde::de::{Deserializer, MapAccess, Visitor};
+use serde_json::Value;
+
+/// A tensor as the model reads it: name, dtype, shape, start and end.
+pub(crate) type Tensor = (String, Dtype, Vec<u64>, u64, u64);
+
+/// The pairs of an object, also those of one name.
+struct Pairs(Vec<(String, Value)>);
+
+impl<'de> serde::Deserialize<'de> for Pairs {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Collect;
+        impl<'de> Visitor<'de> for Collect {
+            type Value = Pairs;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Pairs, A::Error> {
+                let mut pairs = Vec::new();
+                while let Some(pair) = map.next_entry()? {
+                    pairs.push(pair);
+                }
+                Ok(Pairs(pairs))
+            }
+        }
+        deserializer.deserialize_map(Collect)
+    }
+}
+
+/// The tensors of a header that describes so many bytes of data, or nothing.
+fn model(header: &[u8], data: u64) -> Option<Vec<Tensor>> {
+    let Pairs(pairs) = serde_json::from_slice(header).ok()?;
+    let mut tensors = Vec::new();
+    for (name, value) in pairs {
+        if name == "__metadata__" {
+            let texts = value.as_object().is_some_and(|object| object.values().all(Value::is_string));
+            if !texts && !value.is_null() {
+                return None;
+            }
+            continue;
+        }
+        let fields = value.as_object()?;
+        let numbers = |field| fields.get(field)?.as_array()?.iter().map(Value::as_u64).collect::<Option<Vec<_>>>();
+        let dtype = Dtype::from_name(fields.get("dtype")?.as_str()?)?;
+        let (shape, offsets) = (numbers("shape")?, numbers("data_offsets")?);
+        let &[start, stop] = &offsets[..] else { return None };
+        let mut sizes = shape.iter().map(|size| u128::from((*size).max(1)));
+        let counted = sizes.try_fold(u128::from(dtype.bits()), u128::checked_mul)?;
+        let bits = if shape.contains(&0) { 0 } else { counted };
+        if counted > i64::MAX as u128 || bits % 8 != 0 {
+            return None;
+        }
+        if u128::from(stop.checked_sub(start)?) != bits / 8 {
+            return None;
+        }
+        tensors.push((name, dtype, shape, start, stop));
+    }
+    let names: HashSet<_> = tensors.iter().map(|tensor| &tensor.0).collect();
+    if names.len() < tensors.len() {
+        return None;
+    }
+    let mut ranges: Vec<_> = tensors.iter().map(|tensor| (tensor.3, tensor.4)).collect();
+    ranges.sort_unstable();
+    let mut end = 0;
+    for (start, stop) in ranges {
+        if start != end {
+            return None;
+        }
+        end = stop;
+    }
+    (end == data).then_some(tensors)
+}
+
+/// Panics unless the reader and the model agree on a header.
+pub(crate) fn check(header: &[u8], data: u64) {
+    let file = 8 + header.len() as u64 + data;
+    match (Header::read(header, file), model(header, data)) {
+        (Ok(found), Some(expected)) => {
+            assert_eq!(found.len(), expected.len());
+            for (number, (name, dtype, shape, start, stop)) in expected.iter().enumerate() {
+                assert_eq!(found.name(number), name);
+                assert_eq!(found.find(name), Some(number));
+                assert_eq!((found.kind(number).dtype, &*found.kind(number).shape), (*dtype, &shape[..]));
+                let begin = found.data_start();
+                assert_eq!(found.bytes(number), (begin + start, begin + stop));
+            }
+            let order: Vec<_> = (0..found.len()).map(|place| found.bytes(found.in_data(place))).collect();
+            assert!(order.is_sorted(), "the order of the data");
+            assert_eq!(found.find("a name that is not there"), None);
+            rewritten(&found, &expected, data);
+        }
+        (Err(error), None) => {
+            assert!(error.at <= file, "{error}");
+            assert!(error.to_string().len() < 2000, "{error}");
+        }
+        (Ok(found), None) => panic!("{} tensors found where there are none", found.len()),
+        (Err(error), Some(_)) => {
+            // What the reader refuses and serde does not.
+            let strict = matches!(
+                error.fault,
+                Fault::DuplicateField(_) | Fault::DuplicateMetadata | Fault::Nested | Fault::NoHeader
+            );
+            let dimensions = error.fault == Fault::Dimensions && header.len() > 2 * MAX_DIMENSIONS;
+            assert!(strict || dimensions, "refused: {error}");
+        }
+    }
+}
+
+/// Panics unless what was read can be written and read again.
+fn rewritten(found: &Header, expected: &[Tensor], data: u64) {
+    let metadata: Vec<_> = found.metadata().iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
+    let mut writer = HeaderWriter::new(&metadata);
+    for (name, dtype, shape, start, stop) in expected {
+        writer.push(name, &HeaderWriter::like(*dtype, shape), *start, *stop);
+    }
+    let bytes = writer.finish(64);
+    assert_eq!(bytes.len() % 64, 0);
+    let file = bytes.len() as u64 + data;
+    assert_eq!(Header::size(&bytes, file), Ok(bytes.len() as u64 - 8));
+    let again = Header::read(&bytes[8..], file).expect("what was written can be read");
+    assert_eq!(again.metadata(), found.metadata());
+    assert_eq!(model(&bytes[8..], data).as_deref(), Some(expected));
+}
