@@ -1,0 +1,309 @@
+"""One tensor a name, for other tools: ordinary safetensors files, cut into shards where one would be too large.
+
+Shards are those of the Hugging Face tools: ``model-00001-of-00003.safetensors`` and so on, beside an index
+``model.safetensors.index.json`` that says which name is in which file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import Module
+
+from pdrs._core import IndexMap, safetensors_header, safetensors_shards, sort_tensors
+from pdrs._named_rows import partition, row_of, table_of
+from pdrs._row_blocks import stack
+from pdrs._safe_write import replacing
+from pdrs._tensor_file import BLOCK, CODES, PAGE, pieces_of
+from pdrs.stacked import StackedParameterDict
+
+__all__ = ["INDEX", "MAX_HEADER", "MAX_SHARD", "index_of", "write_named"]
+
+# What the index of shards has behind the name of the file that would be written without them.
+INDEX = ".index.json"
+
+# safetensors itself refuses headers of more than 100 MB.
+MAX_HEADER = 100_000_000
+
+# What the Hugging Face tools write at most into one file, unless they are told otherwise.
+MAX_SHARD = 5_000_000_000
+
+
+def index_of(path: str | os.PathLike[str]) -> Path:
+    """Return the path of the index that belongs to the file of this path when it is cut into shards."""
+    return Path(os.fspath(path) + INDEX)
+
+
+class _Rows:
+    """Names whose tensors are of one dtype and shape, and what gives their values, a block at a time.
+
+    Parameters
+    ----------
+    names
+        In the order in which they are to be written.
+    dtype, shape
+        Of each tensor.
+    block
+        Gives the tensors from one place to another, as ``[count, *shape]``.
+    """
+
+    def __init__(
+        self, names: list[str], dtype: torch.dtype, shape: Sequence[int], block: Callable[[int, int], Tensor]
+    ) -> None:
+        self.names, self.dtype, self.shape, self.block = names, dtype, list(shape), block
+        if dtype not in CODES:
+            raise TypeError(f"safetensors has no dtype like {dtype}, of which {names[0]!r} is")
+        self.nbytes = prod(self.shape) * dtype.itemsize
+
+    def blocks(self, start: int, stop: int) -> Iterator[Tensor]:
+        """Yield the tensors from one place to another, in blocks of 64 MB or of one tensor."""
+        step = max(1, BLOCK // max(self.nbytes, 1))
+        for first in range(start, stop if self.nbytes else start, step):
+            yield self.block(first, min(first + step, stop))
+
+
+def write_named(
+    path: str | os.PathLike[str],
+    source: Mapping[str, Tensor] | Module,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    max_shard_size: int = MAX_SHARD,
+    sync: bool = True,
+) -> list[Path]:
+    """Write a tensor for each name, as one safetensors file or in shards.
+
+    Parameters
+    ----------
+    path
+        The file, such as ``model.safetensors``. If it would be too large, ``model-00001-of-00003.safetensors`` and so
+        on, and ``model.safetensors.index.json``, are written in its place.
+    source
+        A StackedParameterDict, whose rows are written by name; another module, whose state dict is written, with the
+        rows by name of each StackedParameterDict in it; or a mapping from names to tensors.
+    metadata
+        Texts for the headers; ``{"format": "pt"}`` is there in any case.
+    max_shard_size
+        The bytes of tensors in a file, at most, unless a single tensor is larger. A header is cut off at 100 MB, beyond
+        which safetensors does not read it.
+    sync
+        Whether to wait until the files are on the disk.
+
+    Returns
+    -------
+    list
+        The files that hold tensors.
+
+    Raises
+    ------
+    TypeError
+        If something is no tensor, or of a dtype that safetensors does not have.
+    ValueError
+        If two tensors would have one name, or a name is ``__metadata__``, or no UTF-8.
+    OSError
+        If a file cannot be written.
+
+    Notes
+    -----
+    Whenever the process dies, a reader finds the old file or files, or the new ones: shards get names that no file
+    has, and the index, or the one file, is replaced in one step. What it replaces is deleted only then.
+    The order is that of the names, tensors with wider elements first, which keeps all of them aligned. Tensors that
+    share memory are written each. Extra memory: a block of 64 MB, and the header.
+
+    """
+    # Wider elements first: each tensor then begins at a multiple of the size of its elements.
+    parts = sorted(_parts(source), key=lambda part: -part.dtype.itemsize)
+    names = parts[0].names if len(parts) == 1 else [name for part in parts for name in part.names]
+    _check(names)
+    target = Path(os.fspath(path))
+    texts = list(({"format": "pt"} | dict(metadata or {})).items())
+    kinds = [(CODES[part.dtype], part.shape) for part in parts]
+    kind_of = np.repeat(np.arange(len(parts), dtype=np.uint32), [len(part.names) for part in parts])
+    room = MAX_HEADER - PAGE - len(safetensors_header(texts, [], [], kind_of[:0], 1))
+    counts = safetensors_shards(names, kinds, kind_of, room, max_shard_size) or [0]
+    ends = np.cumsum(counts).tolist()
+    before = _files_of(target)
+    files = [target] if len(counts) == 1 else _shard_paths(target, len(counts))
+    written: list[Path] = []
+    try:
+        for file, end, count in zip(files, ends, counts, strict=True):
+            first = end - count
+            header = safetensors_header(texts, names[first:end], kinds, kind_of[first:end], PAGE)
+            size = sum(count * part.nbytes for part, _, count in _overlaps(parts, first, end))
+            with replacing(file, len(header) + size, sync=sync) as out:
+                out.write(header)
+                for part, start, count in _overlaps(parts, first, end):
+                    for block in part.blocks(start, start + count):
+                        for piece in pieces_of(block):
+                            out.write(piece)
+            written.append(file)
+        if len(files) > 1:
+            total = sum(part.nbytes * len(part.names) for part in parts)
+            _write_index(index_of(target), names, files, counts, total, sync)
+    except BaseException:
+        for file in written if len(files) > 1 else []:
+            with suppress(OSError):
+                file.unlink()
+        raise
+    for file in before.difference(files, [index_of(target)] if len(files) > 1 else []):
+        with suppress(OSError):
+            file.unlink()
+    return files
+
+
+def _check(names: list[str]) -> None:
+    index = IndexMap.from_names(names)
+    if len(index) < len(names):
+        seen: set[str] = set()
+        twice = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"two tensors have the name {twice!r}")
+    if "__metadata__" in index:
+        raise ValueError("no tensor can have the name '__metadata__' in a safetensors file")
+
+
+def _overlaps(parts: list[_Rows], first: int, end: int) -> Iterator[tuple[_Rows, int, int]]:
+    """Yield what of each part lies between two places of the whole: the part, its first place, and how many."""
+    begin = 0
+    for part in parts:
+        start, stop = max(first - begin, 0), min(end - begin, len(part.names))
+        if start < stop:
+            yield part, start, stop - start
+        begin += len(part.names)
+
+
+# -- what there is to write --------------------------------------------------------------------------------------------
+
+
+def _parts(source: Mapping[str, Tensor] | Module) -> list[_Rows]:
+    if not isinstance(source, Module):
+        return _of_tensors(list(source), list(source.values()))
+    parts: list[_Rows] = []
+    stacked = {
+        prefix + "." if prefix else "": module
+        for prefix, module in source.named_modules()
+        if isinstance(module, StackedParameterDict)
+    }
+    owned = set()
+    for prefix, module in stacked.items():
+        parts += _of_stacked(module, prefix)
+        owned.update([prefix + key for key in (*(table.attribute for table in module._tables), "_extra_state")])
+    if isinstance(source, StackedParameterDict) and not _has_more(source):
+        return parts  # its state dict would pack the names
+    state = source.state_dict(keep_vars=True)
+    kept = [key for key in state if key not in owned]
+    return parts + _of_tensors(kept, [state[key] for key in kept])
+
+
+def _has_more(sd: StackedParameterDict) -> bool:
+    """Whether a StackedParameterDict, of a subclass then, has other state than its tables."""
+    return bool(sd._buffers or sd._modules) or len(sd._parameters) > len(sd._tables)
+
+
+def _of_stacked(sd: StackedParameterDict, prefix: str) -> list[_Rows]:
+    """Describe the rows of a StackedParameterDict, a part for each of its tables."""
+    with sd._lock:
+        names = [prefix + name for name in sd] if prefix else list(sd)
+        ids = sd._index.rows()
+        tables = [sd._parameter(table).detach() for table in sd._tables]
+    parts = []
+    for (number,), there in partition([table_of(ids)]):
+        table, rows = tables[number], row_of(ids[there])
+        chosen = names if len(there) == len(names) else [names[at] for at in there.tolist()]
+        parts.append(_Rows(chosen, table.dtype, table.shape[1:], _TableBlocks(table, rows)))
+    return parts
+
+
+class _TableBlocks:
+    """Gives rows of a table: where they follow each other, a view of it."""
+
+    def __init__(self, table: Tensor, rows: NDArray[np.int64]) -> None:
+        self.table = table
+        self.first = int(rows[0]) if (np.diff(rows) == 1).all() else None
+        self.rows = torch.from_numpy(rows)
+
+    def __call__(self, start: int, stop: int) -> Tensor:
+        if self.first is not None:
+            return self.table[self.first + start : self.first + stop]
+        return self.table.index_select(0, self.rows[start:stop].to(self.table.device))
+
+
+def _of_tensors(names: list[str], values: list[Any]) -> list[_Rows]:
+    """Describe tensors that lie by themselves, a part for each dtype, shape and device."""
+    if not names:
+        return []
+    classes = sort_tensors(values)[0]
+    kinds: dict[Any, int] = {}
+    for at in np.flatnonzero(classes < 0).tolist():
+        value = values[at]
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type == "meta":
+            what = type(value).__name__ if not isinstance(value, Tensor) else f"one of {value.layout} on {value.device}"
+            raise TypeError(f"expected a dense tensor for {names[at]!r}, got {what}")
+        kind = (value.dtype, tuple(value.shape), value.device)
+        classes[at] = -1 - kinds.setdefault(kind, len(kinds))
+    parts = []
+    for _, there in partition([classes]):
+        places = there.tolist()
+        first = values[places[0]]
+        chosen = [values[at] for at in places]
+        parts.append(_Rows([names[at] for at in places], first.dtype, first.shape, _ListBlocks(chosen)))
+    return parts
+
+
+class _ListBlocks:
+    """Gives tensors of a list, stacked; one alone is not copied."""
+
+    def __init__(self, values: list[Tensor]) -> None:
+        self.values = values
+
+    def __call__(self, start: int, stop: int) -> Tensor:
+        chosen = self.values[start:stop]
+        return stack(chosen, chosen[0].detach()[None])
+
+
+# -- the files ---------------------------------------------------------------------------------------------------------
+
+
+def _shard_paths(target: Path, count: int) -> list[Path]:
+    """Return paths of shards that are not there yet: the usual ones if they are free."""
+    tag = ""
+    while True:
+        ending = f"-of-{count:05}{target.suffix}"
+        paths = [target.with_name(f"{target.stem}{tag}-{number:05}{ending}") for number in range(1, count + 1)]
+        if not any(path.exists() or path.is_symlink() for path in paths):
+            return paths
+        tag = f"-{secrets.token_hex(4)}"
+
+
+def _files_of(target: Path) -> set[Path]:
+    """Return the files that a save to this path has left: the file itself, or its index and shards."""
+    found = {target} if target.is_file() else set()
+    index = index_of(target)
+    ours = re.compile(rf"{re.escape(target.stem)}(-[0-9a-f]{{8}})?-\d{{5}}-of-\d{{5}}{re.escape(target.suffix)}")
+    with suppress(OSError, ValueError, AttributeError, TypeError):
+        shards = set(json.loads(index.read_bytes())["weight_map"].values())
+        found.add(index)
+        found |= {target.with_name(shard) for shard in shards if ours.fullmatch(shard)}
+    return found
+
+
+def _write_index(path: Path, names: list[str], files: list[Path], counts: list[int], total: int, sync: bool) -> None:
+    """Write which name is in which file: the step by which a reader finds the new shards in the place of the old."""
+    weight_map: dict[str, str] = {}
+    first = 0
+    for file, count in zip(files, counts, strict=True):
+        weight_map.update(dict.fromkeys(names[first : first + count], file.name))
+        first += count
+    encoded = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2).encode() + b"\n"
+    with replacing(path, len(encoded), sync=sync) as out:
+        out.write(encoded)

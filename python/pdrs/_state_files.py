@@ -1,0 +1,335 @@
+"""Files that hold tensors by name, whoever wrote them: safetensors in one file or in shards, and torch's own.
+
+What kind of file it is, its first bytes say, not its name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from pdrs._core import IndexMap, TableRows, insert_ids, sort_tensors
+from pdrs._named_layout import index_of
+from pdrs._named_rows import id_of, row_of, table_of
+from pdrs._row_blocks import stack
+from pdrs._tables import Kind
+from pdrs._tensor_file import CheckpointError, TensorFile
+from pdrs.stacked import StackedParameterDict
+
+__all__ = ["ShardedFile", "StateFile", "TorchFile", "as_stacked", "open_state"]
+
+
+class StateFile(Protocol):
+    """Tensors by name in a file, or in several."""
+
+    @property
+    def path(self) -> str:
+        """The file that was opened."""
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Texts that the file has beside the tensors."""
+
+    @property
+    def names(self) -> list[str]:
+        """All names, in order."""
+
+    def __len__(self) -> int: ...
+    def __contains__(self, name: object) -> bool: ...
+    def __iter__(self) -> Iterator[str]: ...
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor of its own; KeyError if there is none of that name."""
+
+    def tensors(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Return many tensors, by default all."""
+
+    def stacked(self, prefix: str = "") -> tuple[IndexMap, list[Tensor]]:
+        """Return tensors as rows of tables: see :meth:`pdrs._tensor_file.TensorFile.stacked`."""
+
+    def close(self) -> None:
+        """Close what is open; tensors stay valid."""
+
+
+def open_state(path: str | os.PathLike[str]) -> TensorFile | ShardedFile | TorchFile:
+    """Open a file of tensors by name, of any kind.
+
+    Parameters
+    ----------
+    path
+        A safetensors file; the index of a sharded one (``model.safetensors.index.json``), or the file that was cut into
+        shards (``model.safetensors``, which then is not there); or what ``torch.save`` wrote of a state dict.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is damaged, or of another kind.
+    OSError
+        If it cannot be opened.
+    """
+    shown = os.fspath(path)
+    if not os.path.exists(shown) and index_of(shown).exists():
+        shown = os.fspath(index_of(shown))
+    if shown.endswith(".json"):
+        return ShardedFile(shown)
+    with open(shown, "rb") as file:
+        beginning = file.read(9)
+    # A zip archive, or a pickle: the beginning of a header of so many bytes would not be a brace.
+    if beginning.startswith(b"PK") or (beginning.startswith(b"\x80") and beginning[8:] != b"{"):
+        return TorchFile(shown)
+    return TensorFile(shown)
+
+
+class ShardedFile:
+    """Safetensors files, of whose tensors an index of the Hugging Face layout says where they are.
+
+    Parameters
+    ----------
+    path
+        The index.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self._files: dict[str, TensorFile] = {}
+        self._map = self._read_index()
+        folder = Path(self.path).parent
+        listed: dict[str, list[str]] = {}
+        for name, shard in self._map.items():
+            listed.setdefault(shard, []).append(name)
+        try:
+            for shard, names in listed.items():
+                try:
+                    file = self._files[shard] = TensorFile(folder / shard)
+                except FileNotFoundError:
+                    raise self._error(f"the shard {shard!r} is not there") from None
+                missing = next((name for name in names if name not in file), None)
+                if missing is not None:
+                    raise self._error(f"the shard {shard!r} has no tensor {missing!r}")
+        except BaseException:
+            self.close()
+            raise
+        self._listed = listed
+        self.metadata = next((file.metadata for file in self._files.values()), {})
+
+    def _error(self, what: str) -> CheckpointError:
+        return CheckpointError(self.path, what)
+
+    def _read_index(self) -> dict[str, str]:
+        try:
+            fields = json.loads(Path(self.path).read_bytes(), object_pairs_hook=_distinct)
+        except (ValueError, RecursionError) as error:
+            raise self._error(f"the index cannot be read: {error}") from error
+        found = fields.get("weight_map") if isinstance(fields, dict) else None
+        if not isinstance(found, dict):
+            raise self._error("the index has no 'weight_map'")
+        for shard in {str(shard) for shard in found.values()}:
+            # Whoever wrote the index must not choose files elsewhere.
+            if shard != os.path.basename(shard) or shard in ("", ".", "..") or "\0" in shard or "\\" in shard:
+                raise self._error(f"{shard!r} is no file in the folder of the index")
+        if not all(type(shard) is str for shard in found.values()):
+            raise self._error("the index names something that is no file")
+        return found
+
+    @property
+    def shards(self) -> list[TensorFile]:
+        """The files, in the order of their first names in the index."""
+        return list(self._files.values())
+
+    @property
+    def names(self) -> list[str]:
+        """The names, in the order of the index."""
+        return list(self._map)
+
+    def __len__(self) -> int:
+        return len(self._map)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._map
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._map)
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor: see :meth:`pdrs._tensor_file.TensorFile.tensor`."""
+        return self._files[self._map[name]].tensor(name)
+
+    def tensors(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Return many tensors, by default all, in the order of the index."""
+        chosen = self.names if names is None else list(names)
+        by_shard: dict[str, list[str]] = {}
+        for name in chosen:
+            by_shard.setdefault(self._map[name], []).append(name)
+        found: dict[str, Tensor] = {}
+        for shard, of_shard in by_shard.items():
+            found.update(self._files[shard].tensors(of_shard))
+        return {name: found[name] for name in chosen}
+
+    def stacked(self, prefix: str = "") -> tuple[IndexMap, list[Tensor]]:
+        """Return tensors as rows of tables: see :meth:`pdrs._tensor_file.TensorFile.stacked`.
+
+        Names are in the order of the shards. Where tensors of one kind are in several shards, they are copied.
+        """
+        numbers: dict[tuple[torch.dtype, torch.Size], int] = {}
+        parts: list[list[Tensor]] = []
+        index = IndexMap()
+        for shard, file in self._files.items():
+            of_shard, tables = file.stacked(prefix)
+            names, ids = list(of_shard), of_shard.rows()
+            listed = self._listed[shard]
+            if len(file) > len(listed):
+                # What the index does not list is not there.
+                wanted = set(listed)
+                kept = np.array([prefix + name in wanted for name in names], bool)
+                names, ids = [name for name, keeps in zip(names, kept.tolist(), strict=True) if keeps], ids[kept]
+            moved = np.empty_like(ids)
+            for number, table in enumerate(tables):
+                merged = numbers.setdefault((table.dtype, table.shape[1:]), len(numbers))
+                if merged == len(parts):
+                    parts.append([])
+                there = table_of(ids) == number
+                moved[there] = id_of(merged, row_of(ids[there]) + sum(map(len, parts[merged])))
+                parts[merged].append(table)
+            insert_ids(index, names, moved)
+        return index, [part[0] if len(part) == 1 else torch.cat(part) for part in parts]
+
+    def close(self) -> None:
+        """Close the files; tensors stay valid."""
+        for file in self._files.values():
+            file.close()
+
+    def __enter__(self) -> ShardedFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class TorchFile:
+    """A state dict that ``torch.save`` wrote, loaded with ``weights_only=True``: nothing in it is run.
+
+    Parameters
+    ----------
+    path
+        The file. Its tensors are mapped, privately, if it is of the format that torch has written since 1.6.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self.metadata: dict[str, str] = {}
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path))
+        except pickle.UnpicklingError as error:
+            said = str(error).splitlines()[-1] if str(error) else "it cannot be unpickled"
+            raise CheckpointError(self.path, f"torch.load(weights_only=True) refuses it: {said}") from error
+        except (RuntimeError, ValueError, EOFError, KeyError, IndexError, TypeError, AttributeError) as error:
+            raise CheckpointError(self.path, f"torch.load cannot read it: {error}") from error
+        if not isinstance(state, Mapping):
+            raise CheckpointError(self.path, f"expected a state dict, found a {type(state).__name__}")
+        for name, value in state.items():
+            if not isinstance(name, str) or not isinstance(value, Tensor):
+                raise CheckpointError(
+                    self.path, f"expected a state dict of tensors by name, found {type(value).__name__} at {name!r}"
+                )
+        self._state: dict[str, Tensor] = dict(state)
+
+    @property
+    def names(self) -> list[str]:
+        """The names, in order."""
+        return list(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._state
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor; calls for one name share their memory."""
+        return self._state[name]
+
+    def tensors(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Return many tensors, by default all."""
+        return dict(self._state) if names is None else {name: self._state[name] for name in names}
+
+    def stacked(self, prefix: str = "") -> tuple[IndexMap, list[Tensor]]:
+        """Return copies of tensors as rows of tables: see :meth:`pdrs._tensor_file.TensorFile.stacked`."""
+        keys = [name for name in self._state if name.startswith(prefix)]
+        values: list[Any] = [self._state[name] for name in keys]
+        classes, firsts = sort_tensors(values)
+        odd = np.flatnonzero(classes < 0)
+        if len(odd):
+            raise CheckpointError(
+                self.path, f"the tensor {keys[odd[0]]!r} is {type(values[odd[0]]).__name__}, not dense"
+            )
+        ids = np.empty(len(keys), np.int64)
+        tables = []
+        for class_ in range(len(firsts)):
+            there = np.flatnonzero(classes == class_)
+            ids[there] = id_of(class_, np.arange(len(there)))
+            chosen = [values[at] for at in there.tolist()]
+            tables.append(stack(chosen, chosen[0].detach()[None]))
+        return IndexMap.from_names([key[len(prefix) :] for key in keys], ids), tables
+
+    def close(self) -> None:
+        """Do nothing: all is loaded."""
+
+    def __enter__(self) -> TorchFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def as_stacked(file: StateFile, prefix: str = "") -> StackedParameterDict:
+    """Make the tensors of a file the rows of a StackedParameterDict. **O(n)**; see :meth:`StateFile.stacked`.
+
+    Tables of floating point and complex numbers require gradients; others are frozen.
+
+    Parameters
+    ----------
+    file
+        What :func:`open_state` gave.
+    prefix
+        Takes those tensors only whose names begin so, and leaves it out of their names.
+
+    Raises
+    ------
+    CheckpointError
+        If a name is empty, or torch does not have the dtype.
+    """
+    index, tables = file.stacked(prefix)
+    if "" in index:
+        raise CheckpointError(file.path, f"the tensor {prefix!r} has no name without its prefix")
+    made = StackedParameterDict()
+    numbers, rows = table_of(index.rows()), row_of(index.rows())
+    for number, tensor in enumerate(tables):
+        trainable = tensor.is_floating_point() or tensor.is_complex()
+        kind = Kind(tuple(tensor.shape[1:]), tensor.dtype, trainable)
+        made._add_table(kind.attribute(), Parameter(tensor, requires_grad=trainable), 0)
+        taken = rows[numbers == number] if len(tables) > 1 else rows
+        made._tables[number].rows = (
+            TableRows(len(tensor)) if len(taken) == len(tensor) else TableRows.of_live(len(tensor), taken)
+        )
+    made.__dict__["_index"] = index
+    return made
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name is listed twice")
+    return found

@@ -1,0 +1,464 @@
+"""Files with a tensor for each name: written as other tools read them, and read as other tools write them.
+
+The bugs that this hunts: a row under the name of another, a name that is lost between two shards, shards of two saves
+that are mixed, a file that pdrs alone can read, an index that makes pdrs open files elsewhere, a pickle that is run, a
+damaged file that is believed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import pdrs
+from pdrs import _named_layout, _safe_write, _tensor_file
+from pdrs._named_layout import index_of, write_named
+from pdrs._state_files import ShardedFile, TorchFile, as_stacked, open_state
+from pdrs._tensor_file import CheckpointError, TensorFile
+
+SD = pdrs.StackedParameterDict
+
+
+def same(found: dict[str, torch.Tensor], expected: dict[str, Any]) -> None:
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert found[name].shape == tensor.shape, name
+        assert torch.equal(found[name].detach(), tensor.detach()), name
+
+
+def theirs(path: Path) -> dict[str, torch.Tensor]:
+    """Load as the Hugging Face tools do: one file, or all the shards that an index lists."""
+    if path.exists():
+        return safetensors.torch.load_file(path)
+    weight_map = json.loads(index_of(path).read_bytes())["weight_map"]
+    found: dict[str, torch.Tensor] = {}
+    for shard in sorted(set(weight_map.values())):
+        loaded = safetensors.torch.load_file(path.with_name(shard))
+        assert {name for name, file in weight_map.items() if file == shard} == set(loaded)
+        found.update(loaded)
+    return found
+
+
+def rows(count: int, *shape: int, start: int = 0) -> torch.Tensor:
+    return torch.arange(start, start + count * int(torch.Size(shape).numel()), dtype=torch.float32).view(count, *shape)
+
+
+@pytest.fixture
+def sd() -> pdrs.StackedParameterDict:
+    """Give one of several tables, with rows that are free, out of order and frozen."""
+    made = SD.from_rows([f"a.{n}" for n in range(40)], rows(40, 3))
+    made.update([(f"b.{n}", torch.full((2, 2), float(n), dtype=torch.float64)) for n in range(10)])
+    made.update([(f"c.{n}", torch.full((5,), float(n), dtype=torch.bfloat16)) for n in range(3)])
+    made["frozen"] = nn.Parameter(torch.arange(3), requires_grad=False)
+    made['\u20ac "quoted"\\\n'] = torch.tensor(2.5)
+    made["none"] = torch.empty(0, 4)
+    made.drop(["a.3", "a.17", "b.0"])
+    made["late"] = torch.full((3,), -1.0)
+    return made
+
+
+# -- written for other tools -------------------------------------------------------------------------------------------
+
+
+def test_each_name_has_a_tensor_that_safetensors_loads(tmp_path: Path, sd: pdrs.StackedParameterDict) -> None:
+    path = tmp_path / "model.safetensors"
+    assert write_named(path, sd, metadata={"note": "a"}) == [path]
+    same(safetensors.torch.load_file(path), sd.named_state_dict())
+    with safetensors.safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt", "note": "a"}
+    with TensorFile(path) as ours:
+        assert all(ours.offsets(name)[0] % ours.dtype(name).itemsize == 0 for name in ours)
+        assert ours.names[:9] == [f"b.{n}" for n in range(1, 10)], "wider elements first, then as in the dictionary"
+
+
+@pytest.mark.parametrize("limit", [1, 64, 100, 500, 10_000])
+def test_shards_have_the_hugging_face_layout(tmp_path: Path, sd: pdrs.StackedParameterDict, limit: int) -> None:
+    path = tmp_path / "model.safetensors"
+    files = write_named(path, sd, max_shard_size=limit)
+    same(theirs(path), sd.named_state_dict())
+    same(open_state(path).tensors(), sd.named_state_dict())
+    expected = {"model.safetensors"}
+    if len(files) > 1:
+        count = len(files)
+        expected = {f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)} | {index_of(path).name}
+        index = json.loads(index_of(path).read_bytes())
+        assert index["metadata"] == {"total_size": sum(row.nbytes for row in sd.values())}
+        assert list(index) == ["metadata", "weight_map"]
+        for file in files:
+            with TensorFile(file) as shard:
+                assert len(shard) == 1 or shard.size - shard.data_start <= limit
+    assert set(os.listdir(tmp_path)) == expected
+    assert (len(files) > 1) == (limit < 10_000)
+
+
+def test_shards_are_cut_before_the_header_is_too_large(
+    tmp_path: Path, sd: pdrs.StackedParameterDict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_named_layout, "MAX_HEADER", 8192)
+    names = ['"' * (n % 7) + f"\u20ac{n}" for n in range(500)]
+    files = write_named(tmp_path / "m.safetensors", SD.from_rows(names, rows(500, 2)))
+    assert len(files) > 5
+    for file in files:
+        with TensorFile(file) as shard:
+            assert shard.data_start <= 8192
+    same(theirs(tmp_path / "m.safetensors"), dict(zip(names, rows(500, 2), strict=True)))
+
+
+def test_modules_are_written_with_the_rows_that_are_in_them(tmp_path: Path, sd: pdrs.StackedParameterDict) -> None:
+    model = nn.Module()
+    model.linear = nn.Linear(3, 4, dtype=torch.bfloat16)
+    model.register_buffer("seen", torch.tensor(7))
+    model.register_buffer("cache", torch.zeros(2), persistent=False)
+    model.stacked = nn.Sequential(sd)
+    model.plain = pdrs.ParameterDict({f"p{n}": torch.full((2,), float(n)) for n in range(50)})
+    model.tied = model.linear.weight
+    expected = model.state_dict()
+    for key in [key for key in expected if key.startswith("stacked.")]:
+        del expected[key]
+    expected.update({f"stacked.0.{name}": row for name, row in sd.named_state_dict().items()})
+    write_named(tmp_path / "m.safetensors", model)
+    same(safetensors.torch.load_file(tmp_path / "m.safetensors"), expected)
+    again = SD()
+    again.load_state_dict(as_stacked(open_state(tmp_path / "m.safetensors"), "stacked.0.").named_state_dict())
+    same(again.named_state_dict(), sd.named_state_dict())
+
+
+def test_mappings_of_tensors_of_any_layout_are_written(tmp_path: Path) -> None:
+    base = rows(6, 4)
+    tensors = {"t": base.t(), "step": base[::2], "same": base, "zero": torch.zeros(1).expand(6, 4), "one": base[0]}
+    tensors |= {f"small{n}": base[n % 6] for n in range(100)}
+    write_named(tmp_path / "m.safetensors", tensors)
+    same(safetensors.torch.load_file(tmp_path / "m.safetensors"), tensors)
+    write_named(tmp_path / "none.safetensors", {})
+    assert safetensors.torch.load_file(tmp_path / "none.safetensors") == {}
+
+
+def test_what_is_no_tensor_and_what_the_format_does_not_have_is_refused(tmp_path: Path) -> None:
+    for value, said in (
+        (3, "expected a dense tensor for 'x', got int"),
+        (torch.eye(2).to_sparse(), "expected a dense tensor for 'x', got one of torch.sparse_coo on cpu"),
+        (torch.empty(2, device="meta"), "got one of torch.strided on meta"),
+        (torch.zeros(2, dtype=torch.complex128), "no dtype like torch.complex128, of which 'x' is"),
+    ):
+        with pytest.raises(TypeError, match=said):
+            write_named(tmp_path / "m.safetensors", {"a": torch.zeros(2), "x": value})
+    with pytest.raises(ValueError, match="'__metadata__'"):
+        write_named(tmp_path / "m.safetensors", {"__metadata__": torch.zeros(2)})
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        write_named(tmp_path / "m.safetensors", {"\ud800": torch.zeros(2)})
+    assert os.listdir(tmp_path) == []
+
+
+def test_blocks_are_cut_where_tables_are_large(
+    tmp_path: Path, sd: pdrs.StackedParameterDict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_named_layout, "BLOCK", 50)
+    monkeypatch.setattr(_tensor_file, "BLOCK", 16)
+    write_named(tmp_path / "m.safetensors", sd, max_shard_size=200)
+    same(theirs(tmp_path / "m.safetensors"), sd.named_state_dict())
+    same(as_stacked(open_state(tmp_path / "m.safetensors")).named_state_dict(), sd.named_state_dict())
+
+
+# -- saved again -------------------------------------------------------------------------------------------------------
+
+
+def test_another_save_replaces_all_files_of_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    (tmp_path / "model-of-mine.safetensors").write_bytes(b"mine")
+    for round_, limit in enumerate([10**9, 40, 40, 20, 10**9, 40]):
+        tensors = {f"{n}": torch.full((4,), float(round_)) for n in range(8)}
+        files = write_named(path, tensors, max_shard_size=limit)
+        same(theirs(path), tensors)
+        same(open_state(path).tensors(), tensors)
+        left = {file.name for file in files} | ({index_of(path).name} if len(files) > 1 else set())
+        assert set(os.listdir(tmp_path)) == left | {"model-of-mine.safetensors"}
+
+
+@pytest.mark.parametrize("fails_at", range(12))
+@pytest.mark.parametrize("limit", [40, 10**9])
+def test_a_failure_at_any_file_leaves_the_old_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int, limit: int
+) -> None:
+    path = tmp_path / "model.safetensors"
+    old = {f"{n}": torch.zeros(4) for n in range(8)}
+    write_named(path, old, max_shard_size=limit)
+    before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
+    calls = 0
+    really = os.replace
+
+    def replace(*paths: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > fails_at:
+            raise OSError(28, "No space left on device")
+        really(*paths)
+
+    monkeypatch.setattr(_safe_write.os, "replace", replace)
+    new = {name: tensor + 1 for name, tensor in old.items()}
+    if fails_at >= 5:  # four shards and the index
+        write_named(path, new, max_shard_size=40)
+        same(theirs(path) if limit == 40 else open_state(index_of(path)).tensors(), new)
+        return
+    with pytest.raises(OSError, match="No space left"):
+        write_named(path, new, max_shard_size=40)
+    assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
+    same(open_state(path).tensors(), old)
+
+
+# -- read --------------------------------------------------------------------------------------------------------------
+
+
+@given(data=st.data())
+def test_what_safetensors_wrote_is_stacked_row_by_row(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "theirs.safetensors"
+    kinds = [
+        (torch.float32, (3,)),
+        (torch.float32, ()),
+        (torch.float64, (2, 2)),
+        (torch.int8, (1,)),
+        (torch.int64, (0,)),
+    ]
+    chosen = data.draw(st.lists(st.tuples(st.text(min_size=1, max_size=5), st.sampled_from(kinds)), max_size=20))
+    tensors = {
+        name: (torch.arange(int(torch.Size(shape).numel())) + n).to(dtype).view(shape)
+        for n, (name, (dtype, shape)) in enumerate(chosen)
+        if name != "__metadata__"
+    }
+    safetensors.torch.save_file(tensors, path)
+    with open_state(path) as file:
+        made = as_stacked(file)
+        same(dict(made.items()), tensors)
+        same(file.tensors(), tensors)
+        assert all(table.requires_grad == table.is_floating_point() for table in made.parameters())
+        part = as_stacked(file, "a") if "a" not in tensors else SD()
+        same(
+            dict(part.items()), {name[1:]: tensor for name, tensor in tensors.items() if name.startswith("a") and part}
+        )
+
+
+def test_a_stacked_file_can_be_trained_and_grown_and_stays_what_it_is(tmp_path: Path) -> None:
+    names = [f"{n:06}" for n in range(20_000)]
+    path = tmp_path / "m.safetensors"
+    safetensors.torch.save_file(dict(zip(names, rows(20_000, 16).unbind(), strict=True)), path)
+    before = path.read_bytes()
+    made = as_stacked(open_state(path))
+    assert torch.equal(made.table((16,)).detach(), rows(20_000, 16))
+    made.gather(["000007", "000009"]).sum().backward()
+    torch.optim.SGD(made.parameters(), lr=1.0).step()
+    assert torch.equal(made["000007"].detach(), rows(20_000, 16)[7] - 1)
+    made["new"] = torch.ones(16)
+    made.drop(["000000"])
+    assert path.read_bytes() == before
+
+
+def test_rows_that_do_not_lie_together_are_copied_into_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_tensor_file, "BLOCK", 1000)
+    tensors: dict[str, torch.Tensor] = {}
+    for n in range(300):
+        tensors[f"layer.{n}.weight"] = torch.full((3, 2), float(n))
+        tensors[f"layer.{n}.bias"] = torch.full((3,), float(-n))
+    shuffled = list(tensors.items())
+    random.Random(0).shuffle(shuffled)
+    _tensor_file.write_tensors(tmp_path / "m", {}, [_tensor_file.NewTensor.of(*one) for one in shuffled])
+    with open_state(tmp_path / "m") as file:
+        made = as_stacked(file)
+        assert list(made) == [name for name, _ in shuffled]
+        same(dict(made.items()), tensors)
+        same(dict(as_stacked(file, "layer.7").items()), {k[7:]: v for k, v in tensors.items() if k[:7] == "layer.7"})
+
+
+def test_a_name_that_is_only_the_prefix_is_refused(tmp_path: Path) -> None:
+    write_named(tmp_path / "m", {"a": torch.zeros(2), "ab": torch.zeros(2)})
+    with pytest.raises(CheckpointError, match="the tensor 'a' has no name without its prefix"):
+        as_stacked(open_state(tmp_path / "m"), "a")
+
+
+def damaged(path: Path, data: bytes) -> str:
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError) as caught:
+        open_state(path)
+    assert caught.value.path == str(path)
+    return caught.value.what
+
+
+def test_damaged_files_are_refused_and_the_error_says_where(tmp_path: Path) -> None:
+    good = tmp_path / "good"
+    write_named(good, {"x": torch.zeros(4), "y": torch.zeros(4)})
+    data = good.read_bytes()
+    bad = tmp_path / "bad"
+    assert damaged(bad, b"") == "no safetensors file: it has 0 bytes, and 8 give the size of the header (byte 0)"
+    outside = 'tensor "y": it ends at 32 of the data, of which the file has only 31 bytes (byte 94)'
+    assert damaged(bad, data[:-1]) == outside
+    assert damaged(bad, data + b"\0").startswith("the data from 32 to 33 belong to no tensor")
+    for old, new, said in (
+        (b"[4]", b"[5]", 'tensor "x": it lies at 0 to 16 of the data, but needs 20'),
+        (b'"y"', b'"x"', 'tensor "x": the name is listed twice'),
+        (b"F32", b"Q32", "tensor \"x\": the dtype 'Q32' is unknown"),
+        (data[:8], (1 << 60).to_bytes(8, "little"), "the header is said to have 1152921504606846976 bytes"),
+        (data[:8], b"\xff" * 8, "the header is said to have 18446744073709551615 bytes"),
+        (data, b"hello, this is a text", "the header is said to have"),
+    ):
+        assert damaged(bad, data.replace(old, new, 1)).startswith(said)
+    for cut in range(len(data)):
+        if cut < 300 or cut % 97 == 0:
+            damaged(bad, data[:cut])
+
+
+def test_any_flipped_bit_of_the_header_is_refused_or_gives_tensors_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    write_named(path, {"x": torch.ones(4), "y": torch.ones(4)})
+    data = bytearray(path.read_bytes())
+    end = data.index(b"}}") + 2
+    for bit in range(8 * end):
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        data[bit // 8] ^= 1 << bit % 8
+        try:
+            with open_state(path) as file:
+                found = file.tensors()
+        except CheckpointError:
+            continue
+        assert sum(tensor.nbytes for tensor in found.values()) == 32
+
+
+def test_a_dtype_that_torch_does_not_have_can_be_listed_and_not_loaded(tmp_path: Path) -> None:
+    header = b'{"x":{"dtype":"F6_E2M3","shape":[4],"data_offsets":[0,3]}}'
+    (tmp_path / "f").write_bytes(len(header).to_bytes(8, "little") + header + b"123")
+    with open_state(tmp_path / "f") as file:
+        assert isinstance(file, TensorFile)
+        assert (file.code("x"), file.shape("x")) == ("F6_E2M3", (4,))
+        for load in (lambda: file.tensor("x"), file.tensors, file.stacked):
+            with pytest.raises(CheckpointError, match="dtype F6_E2M3, which torch does not have"):
+                load()
+
+
+# -- shards ------------------------------------------------------------------------------------------------------------
+
+
+def sharded(folder: Path, shards: dict[str, dict[str, torch.Tensor]], weight_map: dict[str, Any] | None = None) -> Path:
+    for shard, tensors in shards.items():
+        safetensors.torch.save_file(tensors, folder / shard)
+    path = folder / "model.safetensors.index.json"
+    listed = {name: shard for shard, tensors in shards.items() for name in tensors}
+    path.write_text(json.dumps({"metadata": {}, "weight_map": listed if weight_map is None else weight_map}))
+    return path
+
+
+def test_shards_are_read_in_the_order_of_their_index(tmp_path: Path) -> None:
+    shards = {
+        "b.safetensors": {"x": torch.ones(2), "z": torch.ones(3)},
+        "a.safetensors": {"y": torch.zeros(2), "w": torch.zeros(4, dtype=torch.int32)},
+    }
+    path = sharded(tmp_path, shards)
+    everything = shards["b.safetensors"] | shards["a.safetensors"]
+    for opened in (path, tmp_path / "model.safetensors"):
+        with open_state(opened) as file:
+            assert isinstance(file, ShardedFile)
+            assert file.names == ["x", "z", "y", "w"]
+            assert len(file.shards) == 2
+            same(file.tensors(), everything)
+            assert list(file.tensors(["y", "x"])) == ["y", "x"]
+            assert file.tensor("y").tolist() == [0, 0]
+            same(dict(as_stacked(file).items()), everything)
+
+
+def test_tensors_that_the_index_does_not_list_are_not_there(tmp_path: Path) -> None:
+    shards = {"a": dict(zip("xyz", rows(3, 2), strict=True)), "b": {"v": torch.full((2,), 8.0)}}
+    path = sharded(tmp_path, shards, {"x": "a", "z": "a", "v": "b"})
+    with open_state(path) as file:
+        assert "y" not in file
+        made = as_stacked(file)
+        same(dict(made.items()), {"x": rows(3, 2)[0], "z": rows(3, 2)[2], **shards["b"]})
+        made["new"] = torch.full((2,), 9.0)  # gets the row that has no name
+        assert made.table((2,)).tolist() == [[0, 1], [9, 9], [4, 5], [8, 8]]
+
+
+def test_an_index_that_does_not_fit_its_shards_is_refused(tmp_path: Path) -> None:
+    shards = {"a": {"x": torch.ones(2)}}
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    safetensors.torch.save_file({"x": torch.ones(1)}, tmp_path / "secret")
+    for weight_map, said in (
+        ({"x": "a", "y": "a"}, "the shard 'a' has no tensor 'y'"),
+        ({"x": "b"}, "the shard 'b' is not there"),
+        ({"x": "../secret"}, "'../secret' is no file in the folder of the index"),
+        ({"x": str(tmp_path / "secret")}, "is no file in the folder of the index"),
+        ({"x": ".."}, "is no file in the folder of the index"),
+        ({"x": "a\0"}, "is no file in the folder of the index"),
+        ({"x": 3}, "the index names something that is no file"),
+        ([], "the index has no 'weight_map'"),
+    ):
+        path = sharded(elsewhere, shards, weight_map)  # type: ignore[arg-type]
+        with pytest.raises(CheckpointError, match=said):
+            open_state(path)
+    for text, said in (
+        ("", "cannot be read"),
+        ("[1]", "has no 'weight_map'"),
+        ('{"weight_map": {"x": "a", "x": "a"}}', "a name is listed twice"),
+        ("[" * 100_000, "cannot be read"),
+        ("\udcff", "cannot be read"),
+    ):
+        path.write_bytes(text.encode(errors="surrogateescape"))
+        with pytest.raises(CheckpointError, match=said):
+            open_state(path)
+
+
+# -- torch's own files -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
+def test_state_dicts_that_torch_saved_are_read(tmp_path: Path, new: bool) -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    torch.save(model.state_dict(), tmp_path / "m", _use_new_zipfile_serialization=new)
+    with open_state(tmp_path / "m") as file:
+        assert isinstance(file, TorchFile)
+        assert file.names == list(model.state_dict())
+        same(file.tensors(), model.state_dict())
+        same(file.tensors(["0.bias"]), {"0.bias": model[0].bias})
+        same(dict(as_stacked(file).items()), model.state_dict())
+        same(dict(as_stacked(file, "0.").items()), model[0].state_dict())
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return os.system, ("echo run > evil",)
+
+
+def test_nothing_in_a_pickle_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"x": Evil()}, tmp_path / "zip")
+    torch.save({"x": Evil()}, tmp_path / "legacy", _use_new_zipfile_serialization=False)
+    (tmp_path / "plain").write_bytes(pickle.dumps(Evil(), protocol=2))
+    for name in ("zip", "legacy", "plain"):
+        with pytest.raises(CheckpointError, match=r"refuses it|cannot read it"):
+            open_state(tmp_path / name)
+    assert not (tmp_path / "evil").exists()
+
+
+def test_files_of_torch_that_hold_something_else_or_are_cut_off_are_refused(tmp_path: Path) -> None:
+    for value, said in (
+        ({"model": {"x": torch.ones(1)}}, "expected a state dict of tensors by name, found dict at 'model'"),
+        ({3: torch.ones(1)}, "found Tensor at 3"),
+        (torch.ones(1), "expected a state dict, found a Tensor"),
+    ):
+        torch.save(value, tmp_path / "m")
+        with pytest.raises(CheckpointError, match=said):
+            open_state(tmp_path / "m")
+    torch.save({"x": torch.ones(100)}, tmp_path / "m")
+    data = (tmp_path / "m").read_bytes()
+    for cut in (2, 4, 100, 500, len(data) - 1):
+        damaged(tmp_path / "m", data[:cut])
