@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pdrs._archive_sources import EXTRA_STATE, Collected, Source
-from pdrs._core import apply_names, changed_rows, crc32, diff_names
+from pdrs._core import IndexMap, apply_names, changed_rows, crc32, diff_names
 from pdrs._packed_names import bytes_of, is_packed
 from pdrs._tensor_file import CheckpointError, NewTensor, TensorFile, is_padding, write_tensors
 
@@ -42,19 +42,20 @@ class Archive:
 
     Parameters
     ----------
-    path
-        The file. One that pdrs did not write is taken for a full one without checksums.
+    file
+        The file, which is closed with the archive. One that pdrs did not write is taken for a full one without
+        checksums.
 
     Raises
     ------
     CheckpointError
         If the file, or one that it continues, is damaged, missing, or another than when it was continued.
     OSError
-        If the file cannot be opened.
+        If one that it continues cannot be opened.
     """
 
-    def __init__(self, path: str | os.PathLike[str], _later: tuple[str, ...] = ()) -> None:
-        self.file = TensorFile(path)
+    def __init__(self, file: TensorFile, _later: tuple[str, ...] = ()) -> None:
+        self.file = file
         try:
             self._read(_later)
         except BaseException:
@@ -98,7 +99,7 @@ class Archive:
             raise self.error("the archives that continue each other have no beginning")
         before = os.path.join(os.path.dirname(self.file.path), name)
         try:
-            self.previous = Archive(before, (*later, real))
+            self.previous = Archive(TensorFile(before), (*later, real))
         except FileNotFoundError as error:
             raise self.error(f"it continues {before}, which is not there") from error
         if self.previous.id != wanted:
@@ -169,6 +170,14 @@ class Archive:
         if tuple(made.shape) != shape:
             raise self.error(f"the tensor {name!r} should have the shape {list(shape)}, got {list(made.shape)}")
         return made
+
+    def tensors(self, names: list[str]) -> dict[str, Tensor]:
+        """Return many tensors of their own."""
+        return {name: self.tensor(name) for name in names} if self._how else self.file.tensors(names)
+
+    def stacked(self, prefix: str) -> tuple[IndexMap, list[Tensor]]:
+        """Return the tensors below a prefix as rows of tables, if there is neither a dictionary nor a chain."""
+        return self.file.stacked(prefix)
 
     def _in_file(self, name: str, take: Callable[[str], Any]) -> Any:
         if name not in self.file:
