@@ -6,6 +6,7 @@ A checkpoint is anything that has names, and a tensor for each: an archive, or a
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from math import prod
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch.nn import Parameter
 
 from pdrs._archive import Archive
 from pdrs._archive_sources import EXTRA_STATE, sorted_parameters
-from pdrs._core import IndexMap, TableRows, group_tensors, insert_ids
+from pdrs._core import IndexMap, TableRows, group_tensors, insert_ids, slab_views
 from pdrs._named_rows import Names, as_list, id_of, row_of, table_of
 from pdrs._packed_names import Header, TableHeader, table_in_slab, unpack
 from pdrs._row_blocks import scatter
@@ -132,9 +133,7 @@ class SavedDictionary:
     ) -> None:
         """Fill the entries of a ParameterDict; an empty one takes over the names."""
         if not module._parameters and len(module) == 0:
-            sd = StackedParameterDict()
-            fill(sd, [self])
-            module.update(sd.unstack())
+            module._insert(list(self.index), self._parameters())
             return
         parameters, values, classes, firsts = sorted_parameters(module)
         names = list(parameters)
@@ -163,6 +162,25 @@ class SavedDictionary:
                 there_ = there_[fits]
                 chosen = [values[at] for at in there_.tolist()]
             scatter(rows, row_of(ids[there_]), chosen)
+
+    def _parameters(self) -> list[Any]:
+        """Return a new Parameter for each name, in order; those of a table share its memory."""
+        found = np.empty(len(self.ids), object)
+        numbers, rows = table_of(self.ids), row_of(self.ids)
+        for number, table in enumerate(self.header.tables):
+            there = np.flatnonzero(numbers == number)
+            data = self.table(table)
+            shape = list(data.shape[1:])
+            numel = prod(shape)
+            made: list[Any]
+            if numel:
+                offsets = (rows[there] * numel).tolist()
+                made = slab_views(data, offsets, [shape] * len(there), requires_grad=table.trainable)
+            else:
+                made = [Parameter(data[0].clone(), requires_grad=table.trainable) for _ in there]
+            for at, one in zip(there.tolist(), made, strict=True):
+                found[at] = one
+        return found.tolist()
 
     def state(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
         """Yield the entries as a state dict has them: for modules that know nothing of tables."""
