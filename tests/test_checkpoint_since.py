@@ -66,8 +66,18 @@ def test_names_that_come_and_go_cost_little(make: Callable[[], nn.Module], tmp_p
     del saved["word.4000"]
     saved["new"] = torch.ones(16)
     saved["other"] = torch.ones(16)
-    assert pdrs.save(saved, tmp_path / "1", since=tmp_path / "0") <= 0.06 * full  # a header of one page in it
+    assert pdrs.save(saved, tmp_path / "1", since=tmp_path / "0") <= 0.03 * full
     _assert_opens_as(tmp_path / "1", saved)
+
+
+def test_a_table_that_has_doubled_for_one_name_costs_little(tmp_path: Path) -> None:
+    sd = _stacked()
+    full = pdrs.save(sd, tmp_path / "0")
+    sd["new"] = torch.ones(16)
+    assert len(sd.table((16,))) == 2 * COUNT
+    assert pdrs.save(sd, tmp_path / "1", since=tmp_path / "0") <= 0.03 * full
+    _assert_opens_as(tmp_path / "1", sd)
+    assert len(pdrs.open(tmp_path / "1").table((16,))) == 2 * COUNT
 
 
 @pytest.mark.parametrize("sparse", [False, True])

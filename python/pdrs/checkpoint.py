@@ -91,7 +91,7 @@ def save(
     >>> path = os.path.join(tempfile.mkdtemp(), "words.safetensors")
     >>> sd = pdrs.StackedParameterDict.from_rows(["a", "b", "c"], torch.eye(3))
     >>> pdrs.save(sd, path)
-    4268
+    4279
     >>> pdrs.open(path)["b"].tolist()
     [0.0, 1.0, 0.0]
 
