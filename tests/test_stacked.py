@@ -401,3 +401,9 @@ def test_a_million_names() -> None:
     other = SD()
     other.load_state_dict(sd.state_dict())
     assert list(other) == list(sd)
+
+
+def test_tensors_that_lie_otherwise_in_memory_keep_their_values() -> None:
+    given = {name: torch.randn(3, 4).t() for name in "abc"} | {"d": torch.randn(8, 6)[::2, ::2]}
+    sd = pdrs.StackedParameterDict(given)
+    assert all(torch.equal(sd[name], value) for name, value in given.items())

@@ -3,9 +3,20 @@
 from importlib.metadata import version
 
 from pdrs._core import IndexMap
+from pdrs.checkpoint import CheckpointError, load, open, save  # noqa: A004  # read as pdrs.open
 from pdrs.parameter_dict import ParameterDict
 from pdrs.stacked import StackedParameterDict
 from pdrs.transfer import set_staging, to
 
-__all__ = ["IndexMap", "ParameterDict", "StackedParameterDict", "set_staging", "to"]
+__all__ = [
+    "CheckpointError",
+    "IndexMap",
+    "ParameterDict",
+    "StackedParameterDict",
+    "load",
+    "open",
+    "save",
+    "set_staging",
+    "to",
+]
 __version__ = version("pdrs")

@@ -18,11 +18,15 @@ __all__ = [
     "TableRows",
     "TensorGroup",
     "all_kept",
+    "apply_names",
     "can_take_over",
+    "changed_rows",
     "check_apart",
     "clear_entries",
     "collect_tensors",
     "convert_apart",
+    "crc32",
+    "diff_names",
     "group_tensors",
     "in_step",
     "insert_all",
@@ -48,6 +52,7 @@ __all__ = [
     "sort_tensors",
     "take_over",
     "unexpected_keys",
+    "unpack_first_version",
     "unpack_names",
     "unzip",
     "use_native_slots",
@@ -525,8 +530,6 @@ def insert_ids(index: IndexMap, names: Iterable[str], ids: NDArray[np.int64]) ->
 def missing_names(index: IndexMap, names: Iterable[str]) -> list[str]: ...
 def remove_names(index: IndexMap, names: Iterable[str]) -> NDArray[np.int64]: ...
 def replace_ids(index: IndexMap, ids: NDArray[np.int64]) -> None: ...
-def pack_names(index: IndexMap) -> tuple[NDArray[np.uint8], NDArray[np.uint32]]: ...
-def unpack_names(text: NDArray[np.uint8], lengths: NDArray[np.uint32], ids: NDArray[np.int64]) -> IndexMap: ...
 def pop_row(stacked: Any, name: str) -> Tensor | None: ...
 def pop_end_row(stacked: Any, last: bool) -> tuple[str, Tensor] | None: ...
 
@@ -632,3 +635,19 @@ def safetensors_shards(
     """
 
 def sort_tensors(values: list[Any]) -> tuple[NDArray[np.int64], list[int]]: ...
+
+_TableTuple = tuple[str, int, bool, int, tuple[str, int, list[int]] | None]
+
+def apply_names(old: NDArray[np.uint8], delta: NDArray[np.uint8]) -> NDArray[np.uint8]: ...
+def changed_rows(old: NDArray[np.uint8], new: NDArray[np.uint8], row_bytes: int) -> NDArray[np.int64]: ...
+def crc32(data: NDArray[np.uint8], start: int = 0) -> int: ...
+def diff_names(old: NDArray[np.uint8], new: NDArray[np.uint8]) -> NDArray[np.uint8]: ...
+def pack_names(
+    index: IndexMap, tables: Sequence[_TableTuple], patterns: Sequence[str], ids: NDArray[np.int64] | None = None
+) -> NDArray[np.uint8]: ...
+def unpack_first_version(
+    packed: NDArray[np.uint8], start: int, names: int, has_ids: bool, used: list[int]
+) -> tuple[IndexMap, NDArray[np.int64]]: ...
+def unpack_names(
+    packed: NDArray[np.uint8], prefix: str | None = None
+) -> tuple[IndexMap, NDArray[np.int64], list[_TableTuple], list[str]]: ...

@@ -1,29 +1,69 @@
-"""The names of a StackedParameterDict as one tensor of bytes, as it stands in a state dict.
+"""The names of a StackedParameterDict as one tensor of bytes, as it stands in a state dict and in an archive.
 
-magic    8 bytes   b"pdrs" and the version of the layout
-size     8 bytes   the size of the header, a multiple of 8
-header   JSON      the number of names; what there is to know of each table; the patterns of groups
-ids      int64     the table and row of each name, in order; left out where the n-th name has row n of table 0
-lengths  uint32    the bytes of each name, in UTF-8 with surrogates; padded to 8 bytes
-text     bytes     the names, one behind another
+The layout is described, written and checked in ``rust/core/src/archive.rs``. Its first version had a header in JSON,
+which is read here; what follows that is the same.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pdrs._core import IndexMap, pack_names, unpack_names
+from pdrs._core import IndexMap, pack_names, unpack_first_version, unpack_names
 
-__all__ = ["Header", "is_packed", "pack", "same_bytes", "unpack"]
+__all__ = ["Header", "Slab", "TableHeader", "bytes_of", "is_packed", "pack", "same_bytes", "table_in_slab", "unpack"]
 
-_MAGIC = b"pdrs\x00\x00\x00\x01"
+_MAGIC = b"pdrs\x00\x00\x00"
+_FIRST, _CURRENT = 1, 2
+
+
+class Slab(NamedTuple):
+    """Where the rows of a table lie that has no tensor of its own.
+
+    Parameters
+    ----------
+    tensor
+        The name of a one-dimensional tensor, behind the prefix of the dictionary.
+    offset
+        The element at which the first row begins.
+    shape
+        The shape of a row.
+    """
+
+    tensor: str
+    offset: int
+    shape: list[int]
+
+
+class TableHeader(NamedTuple):
+    """What is packed of a table.
+
+    Parameters
+    ----------
+    attribute
+        The name under which it is registered.
+    group
+        The number of its group of options.
+    trainable
+        Whether it requires gradients.
+    used
+        How many rows were ever given.
+    slab
+        Where its rows lie, if it has no tensor of its own.
+    """
+
+    attribute: str
+    group: int
+    trainable: bool
+    used: int
+    slab: Slab | None = None
 
 
 @dataclass(frozen=True)
@@ -33,20 +73,20 @@ class Header:
     Parameters
     ----------
     tables
-        Of each table, in the order of their numbers: attribute, group, trainability, and how many rows were ever given.
+        In the order of their numbers.
     patterns
         The patterns of names that have groups of options of their own.
     """
 
-    tables: tuple[tuple[str, int, bool, int], ...]
-    patterns: tuple[str, ...]
+    tables: tuple[TableHeader, ...]
+    patterns: tuple[str, ...] = ()
 
 
 def is_packed(value: Any) -> bool:
     """Whether a value of a state dict is a tensor of packed names."""
     if not isinstance(value, Tensor) or value.dtype != torch.uint8 or value.dim() != 1 or len(value) < 16:
         return False
-    return value.device.type == "meta" or bytes(value[:8].tolist()) == _MAGIC
+    return value.device.type == "meta" or bytes(value[:7].tolist()) == _MAGIC
 
 
 def same_bytes(one: Tensor, other: Tensor) -> bool:
@@ -58,53 +98,76 @@ def same_bytes(one: Tensor, other: Tensor) -> bool:
     return torch.equal(*words) and torch.equal(one[whole:], other[whole:])
 
 
-def pack(index: IndexMap, header: Header) -> Tensor:
-    """Return the names of an index, their ids and a header: uint8 ``[bytes]``. **O(n)**."""
-    text, lengths = pack_names(index)
-    ids = index.rows()
-    plain = bool((ids == np.arange(len(ids))).all())
-    fields = {"names": len(ids), "ids": not plain, "tables": header.tables, "patterns": header.patterns}
-    encoded = json.dumps(fields).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    parts: list[Any] = [_MAGIC, len(encoded).to_bytes(8, "little"), encoded]
-    if not plain:
-        parts.append(ids.astype("<i8", copy=False))
-    parts += [lengths.astype("<u4", copy=False), b"\0" * (-lengths.nbytes % 8), text]
-    flat = [np.frombuffer(part, np.uint8) if isinstance(part, bytes) else part.view(np.uint8) for part in parts]
-    return torch.from_numpy(np.concatenate(flat))
+def pack(index: IndexMap, header: Header, ids: NDArray[np.int64] | None = None) -> Tensor:
+    """Return the names of an index, their ids and a header: uint8 ``[bytes]``. **O(n)**.
+
+    The ids are the index's rows, or others, one for each name.
+    """
+    return torch.from_numpy(pack_names(index, list(header.tables), list(header.patterns), ids))
 
 
-def unpack(packed: Tensor) -> tuple[IndexMap, NDArray[np.int64], Header]:
+def unpack(packed: Tensor, prefix: str | None = None) -> tuple[IndexMap, NDArray[np.int64], Header]:
     """Return the index, its ids in order, and the header that were packed. **O(n)**.
+
+    Parameters
+    ----------
+    packed
+        uint8 ``[bytes]``.
+    prefix
+        Is put in front of every name of the index.
 
     Raises
     ------
     ValueError
-        If the bytes are damaged.
+        If the bytes are damaged, or of a version that is not known.
     """
-    data = packed.detach().cpu().contiguous().numpy()
-    size = int.from_bytes(data[8:16].tobytes(), "little")
+    data = bytes_of(packed)
+    version = int(data[7]) if len(data) > 7 else 0
+    if version > _CURRENT:
+        raise ValueError(f"the names were packed by a later version of pdrs (layout {version}, this one reads 2)")
+    if version == _FIRST:
+        return _unpack_first(data)
+    index, ids, tables, patterns = unpack_names(data, prefix)
+    headers = (TableHeader(*table[:4], None if table[4] is None else Slab(*table[4])) for table in tables)
+    return index, ids, Header(tuple(headers), tuple(patterns))
+
+
+def table_in_slab(table: TableHeader, slab: Any) -> Tensor:
+    """Return the rows of a table, ``[used, *shape]``, as a view of the slab in which they lie.
+
+    Raises
+    ------
+    ValueError
+        If the slab is not there, or too short.
+    """
+    assert table.slab is not None
+    name, offset, shape = table.slab
+    size = table.used * prod(shape)
+    if not isinstance(slab, Tensor) or slab.dim() != 1:
+        raise ValueError(f"the tensor '{name}', in which the table '{table.attribute}' lies, is missing")
+    if offset + size > len(slab):
+        raise ValueError(f"the table '{table.attribute}' ends at {offset + size}, and its slab '{name}' at {len(slab)}")
+    return slab[offset : offset + size].view(table.used, *shape)
+
+
+def bytes_of(packed: Tensor) -> NDArray[np.uint8]:
+    """Return the bytes of a tensor, without a copy if it lies on the CPU in one piece."""
+    array: NDArray[np.uint8] = packed.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return array
+
+
+def _unpack_first(data: NDArray[np.uint8]) -> tuple[IndexMap, NDArray[np.int64], Header]:
+    start = 16 + int.from_bytes(data[8:16].tobytes(), "little")
     try:
-        fields = json.loads(data[16 : 16 + size].tobytes())
-        count, start = int(fields["names"]), 16 + size
-        tables = tuple((str(name), int(group), bool(flag), int(used)) for name, group, flag, used in fields["tables"])
-        patterns = tuple(map(str, fields["patterns"]))
-        has_ids = bool(fields["ids"])
-    except (ValueError, KeyError, TypeError) as error:
+        fields = json.loads(data[16:start].tobytes())
+        tables = tuple(
+            TableHeader(str(name), int(group), bool(flag), int(used)) for name, group, flag, used in fields["tables"]
+        )
+        header = Header(tables, tuple(map(str, fields["patterns"])))
+        count, has_ids, used = int(fields["names"]), bool(fields["ids"]), [table.used for table in tables]
+        if start % 8 or count < 0 or not all(0 <= rows <= 1 << 40 for rows in used):
+            raise ValueError("a number is out of range")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError("the packed names are damaged: their header cannot be read") from error
-    ids = np.arange(count)
-    if has_ids:
-        ids = _part(data, start, 8 * count).view("<i8").astype(np.int64)
-        start += 8 * count
-    lengths = _part(data, start, 4 * count).view("<u4").astype(np.uint32)
-    start += 4 * count + (-4 * count % 8)
-    if (ids < 0).any():
-        raise ValueError("the packed names are damaged: an id is negative")
-    return unpack_names(data[start:].copy(), lengths, ids), ids, Header(tables, patterns)
-
-
-def _part(data: NDArray[np.uint8], start: int, size: int) -> NDArray[np.uint8]:
-    part = data[start : start + size]
-    if len(part) != size:
-        raise ValueError("the packed names are damaged: they end too early")
-    return part.copy()
+    index, ids = unpack_first_version(data, start, count, has_ids, used)
+    return index, ids, header

@@ -9,10 +9,13 @@ from torch import Tensor
 
 from pdrs._core import group_tensors
 
-__all__ = ["stack", "write_rows"]
+__all__ = ["copy_in_pieces", "scatter", "stack", "write_rows"]
 
 # How many tensors are gathered at a time: what was gathered is still in the cache when it is copied on.
 _CHUNK = 1 << 13
+
+# How many elements are copied at a time.
+_PIECE = 1 << 15
 
 
 def stack(values: list[Tensor], like: Tensor) -> Tensor:
@@ -32,7 +35,8 @@ def stack(values: list[Tensor], like: Tensor) -> Tensor:
 
 
 def _gather(values: list[Tensor], out: Tensor) -> None:
-    groups, unusual = group_tensors(values)
+    # In C order, as rows of the table have it, whatever the order of a tensor in memory is.
+    groups, unusual = group_tensors(values, keep_strides=False)
     if unusual or len(groups) != 1 or groups[0].dtype != out.dtype:
         torch.stack([value.detach() for value in values], out=out)
         return
@@ -46,7 +50,14 @@ def _gather(values: list[Tensor], out: Tensor) -> None:
     else:
         # A tensor that is listed twice has one place.
         placed = slab[torch.from_numpy(offsets)[:, None] + torch.arange(numel, device="cpu")]
-    out.view(len(values), numel).copy_(placed)
+    copy_in_pieces(out.view(len(values), numel), placed)
+
+
+def copy_in_pieces(target: Tensor, source: Tensor) -> None:
+    """Copy ``[n, numel]`` a few rows at a time: so few that torch does not wake its threads, which costs more."""
+    rows = max(1, _PIECE // max(1, target.shape[1]))
+    for start in range(0, len(target), rows):
+        target[start : start + rows].copy_(source[start : start + rows])
 
 
 @torch.no_grad()
@@ -58,3 +69,32 @@ def write_rows(table: Tensor, rows: NDArray[np.int64], values: Tensor) -> None:
         table[int(rows[0]) : int(rows[-1]) + 1].copy_(values)
     else:
         table.index_copy_(0, torch.from_numpy(rows).to(table.device), values.to(table.device, table.dtype))
+
+
+@torch.no_grad()
+def scatter(table: Tensor, rows: NDArray[np.int64], values: list[Tensor]) -> None:
+    """Copy rows of a table into tensors of the shape of a row; dtypes are converted as ``tensor.copy_`` does."""
+    numel = table.shape[1:].numel()
+    for start in range(0, len(values), _CHUNK):
+        chunk, of_chunk = values[start : start + _CHUNK], rows[start : start + _CHUNK]
+        groups, unusual = group_tensors(chunk, keep_strides=False)
+        left = [index for index, _ in unusual]
+        for group in groups:
+            offsets = group.offsets
+            if group.device.type != "cpu" or numel == 0 or group.overlapping or len(set(offsets.tolist())) < len(group):
+                left += group.indices.tolist()
+                continue
+            chosen = of_chunk[group.indices]
+            if (np.diff(chosen) == 1).all():
+                block = table[int(chosen[0]) : int(chosen[-1]) + 1]
+            else:
+                block = table[torch.from_numpy(chosen)]
+            step = int(offsets[1] - offsets[0]) if len(offsets) > 1 else numel
+            if step == numel and block.dtype == group.dtype:
+                group.scatter(block.reshape(-1))
+                continue
+            slab = torch.empty(max(group.length, len(offsets) * step), dtype=group.dtype, device="cpu")
+            copy_in_pieces(slab.as_strided((len(offsets), numel), (step, 1)), block.reshape(-1, numel))
+            group.scatter(slab[: group.length])
+        for index in sorted(left):
+            chunk[index].copy_(table[int(of_chunk[index])])

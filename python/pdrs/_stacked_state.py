@@ -15,10 +15,11 @@ from torch.nn.modules.module import _IncompatibleKeys
 from pdrs import _optimizer_rows
 from pdrs._core import TableRows, sort_tensors
 from pdrs._named_rows import partition, row_of, table_of
-from pdrs._packed_names import Header, is_packed, pack, same_bytes, unpack
+from pdrs._packed_names import Header, TableHeader, is_packed, pack, same_bytes, table_in_slab, unpack
 from pdrs._row_blocks import stack, write_rows
 from pdrs._state import Rest, is_intercepted
 from pdrs._tables import Table, is_sharded, refuse_sharded, whole
+from pdrs._tensor_file import is_padding
 from pdrs._trained_rows import TrainedRows
 
 __all__ = ["SavedRows"]
@@ -65,7 +66,7 @@ class SavedRows(TrainedRows):
 
     def _header(self) -> Header:
         tables = tuple(
-            (table.attribute, table.group, self._parameter(table).requires_grad, table.rows.used)
+            TableHeader(table.attribute, table.group, self._parameter(table).requires_grad, table.rows.used)
             for table in self._tables
         )
         return Header(tables, self._patterns)
@@ -112,21 +113,26 @@ class SavedRows(TrainedRows):
         # Before the names are read: a hook may rename keys of an old checkpoint.
         for hook in self._load_state_dict_pre_hooks.values():
             hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        names = state_dict.get(prefix + _EXTRA_STATE)
+        names: Any = state_dict.get(prefix + _EXTRA_STATE)
         if not is_packed(names):
             problems = missing_keys, unexpected_keys, error_msgs
             with self._lock:
                 state_dict = self._load_others(state_dict, prefix, local_metadata, strict, *problems)
                 _load_named(self, state_dict, prefix, strict, *problems)
             return
+        saved = {key[len(prefix) :]: state_dict[key] for key in _under(state_dict, prefix) if not is_padding(key)}
         with self._lock:
             try:
-                self._conform(names, {key[len(prefix) :]: state_dict[key] for key in _under(state_dict, prefix)})
+                self._conform(names, saved)
             except (ValueError, RuntimeError) as error:
                 error_msgs.append(f"While loading the names of {prefix or 'the dictionary'}: {error}")
                 return
+            if names.device.type != "meta":
+                # torch hands it to `set_extra_state`, which has nothing left to do.
+                saved[_EXTRA_STATE] = self.get_extra_state()
+            state_dict = {prefix + key: value for key, value in saved.items()}
             hooks = self.__dict__["_load_state_dict_pre_hooks"]
-            self.__dict__.update(_taken=names, _load_state_dict_pre_hooks=OrderedDict())
+            self.__dict__.update(_taken=saved.get(_EXTRA_STATE), _load_state_dict_pre_hooks=OrderedDict())
             try:
                 with self._swappable():
                     super()._load_from_state_dict(
@@ -169,10 +175,11 @@ class SavedRows(TrainedRows):
     def _is_owned(self, key: str, others: Mapping[str, Any]) -> bool:
         return key in others or key in self._buffers or key.split(".", 1)[0] in self._modules
 
-    def _conform(self, packed: Any, saved: Mapping[str, Any]) -> None:
+    def _conform(self, packed: Any, saved: dict[str, Any]) -> None:
         """Become a dictionary of the packed names and rows, with tables as large as the saved ones; values are not set.
 
-        Nothing has changed if the names are damaged, or an optimizer that is not attached has state for the rows.
+        In ``saved``, views of tables take the place of the slabs that they lie in. Nothing has changed if the names are
+        damaged, or an optimizer that is not attached has state for the rows.
         """
         ours = self._packed_before()
         if packed.device.type == "meta":
@@ -181,19 +188,20 @@ class SavedRows(TrainedRows):
             self._fit_capacities(saved)
             return
         index, ids, header = unpack(packed)
+        _take_out_of_slabs(header, saved)
         old = {table.attribute: (number, table) for number, table in enumerate(self._tables)}
         for attribute, *_ in header.tables:
             if attribute not in old and hasattr(self, attribute):
                 raise ValueError(f"the table '{attribute}' cannot be made: there is another attribute of that name")
         numbers, rows = table_of(ids), row_of(ids)
-        if len(ids) and numbers.max() >= len(header.tables):
-            raise ValueError("the packed names are damaged: a name lies in a table that is not there")
         before = self._index.lookup(list(index), -1)
         plan = []
-        for number, (attribute, group, trainable, used) in enumerate(header.tables):
+        for number, (attribute, group, trainable, used, _) in enumerate(header.tables):
             there = numbers == number
-            of_table = TableRows.of_live(used, rows[there])
             tensor = saved.get(attribute)
+            if isinstance(tensor, Tensor) and tensor.dim() and used > len(tensor):
+                raise ValueError(f"the table '{attribute}' has {len(tensor)} rows, and {used} are in use")
+            of_table = TableRows.of_live(used, rows[there])
             if tensor is None and attribute in old:
                 tensor = self._parameter(old[attribute][1])
             capacity = max(used, len(tensor) if isinstance(tensor, Tensor) and tensor.dim() else 0)
@@ -247,6 +255,15 @@ class SavedRows(TrainedRows):
             raise ValueError(f"the table '{attribute}' is missing")
         data = torch.zeros((capacity, *tensor.shape[1:]), dtype=tensor.dtype, device=self._device())
         return self._tables[self._add_table(attribute, Parameter(data, requires_grad=trainable), group)]
+
+
+def _take_out_of_slabs(header: Header, saved: dict[str, Any]) -> None:
+    """Replace slabs in a state dict by views of the tables that lie in them."""
+    names = {table.slab.tensor for table in header.tables if table.slab is not None}
+    slabs = {name: saved.pop(name, None) for name in names}
+    for table in header.tables:
+        if table.slab is not None:
+            saved[table.attribute] = table_in_slab(table, slabs[table.slab.tensor])
 
 
 def _under(state_dict: Mapping[str, Any], prefix: str) -> list[str]:

@@ -19,6 +19,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from torch.nn.utils.parametrize import is_parametrized
 
 from pdrs import _copies, transfer
+from pdrs._checkpoint_hooks import given_to, takes_down
 from pdrs._core import (
     IndexMap,
     can_take_over,
@@ -396,6 +397,11 @@ class ParameterDict(torch.nn.ParameterDict):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         own_state = type(self).get_extra_state is not Module.get_extra_state
+        if not own_state and takes_down(self, prefix):
+            for name, buffer in self._buffers.items():
+                if buffer is not None and name not in self._non_persistent_buffers_set:
+                    destination[prefix + name] = buffer.detach()
+            return
         if keep_vars or own_state or self._buffers:
             super()._save_to_state_dict(destination, prefix, keep_vars)
             return
@@ -422,6 +428,11 @@ class ParameterDict(torch.nn.ParameterDict):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        given = given_to(prefix)
+        if given is not None:
+            with _collector_paused():
+                given.load_into(self, prefix, strict, missing_keys, unexpected_keys, error_msgs)
+            return
         following = super()._load_from_state_dict
         if _tracing() or getattr(following, "__func__", None) is not Module._load_from_state_dict:
             # Another base class of a subclass has its own.

@@ -22,6 +22,49 @@ pub enum Error {
         /// What it has to be a positive multiple of.
         multiple_of: u64,
     },
+    /// Packed names are not what they claim to be.
+    Damaged {
+        /// The byte at which that shows.
+        at: u64,
+        /// What is wrong.
+        what: Damage,
+    },
+}
+
+/// What is wrong with packed names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Damage {
+    /// They do not begin as they must.
+    Magic,
+    /// They end before something that they announce.
+    Ends {
+        /// The bytes that should have followed.
+        wanted: u64,
+    },
+    /// There are more or fewer ids than names.
+    Ids,
+    /// What is told of a table contradicts itself.
+    Header,
+    /// A text is not UTF-8.
+    Text,
+    /// A name is empty.
+    Empty,
+    /// The lengths of the names do not add up to their text.
+    Lengths {
+        /// The sum.
+        wanted: u64,
+        /// The bytes of text.
+        got: u64,
+    },
+    /// A name has a row that no table has given.
+    NoRow,
+    /// A name has the row of another.
+    SharedRow,
+    /// What should be zero is not.
+    Padding,
+    /// A place among names does not lie behind the one before it, or there is no such name.
+    Place,
 }
 
 /// The result of an operation that may be refused.
@@ -37,6 +80,25 @@ impl fmt::Display for Error {
             Self::BlockSize { got, multiple_of } => {
                 write!(f, "the size of a block must be a positive multiple of {multiple_of} bytes, got {got}")
             }
+            Self::Damaged { at, what } => write!(f, "the packed names are damaged at byte {at}: {what}"),
+        }
+    }
+}
+
+impl fmt::Display for Damage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Magic => write!(f, "they do not begin with \"pdrs\" and a version that is known"),
+            Self::Ends { wanted } => write!(f, "they end where {wanted} bytes more should follow"),
+            Self::Ids => write!(f, "there are not as many ids as names"),
+            Self::Header => write!(f, "what is told of a table cannot be"),
+            Self::Text => write!(f, "a text is not UTF-8"),
+            Self::Empty => write!(f, "a name is empty"),
+            Self::Lengths { wanted, got } => write!(f, "the names should have {wanted} bytes, and there are {got}"),
+            Self::NoRow => write!(f, "a name lies in a table or a row that is not there"),
+            Self::SharedRow => write!(f, "two names have one row"),
+            Self::Place => write!(f, "a place does not lie behind the one before, or is that of no name"),
+            Self::Padding => write!(f, "what should be zero is not"),
         }
     }
 }

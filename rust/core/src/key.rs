@@ -28,6 +28,12 @@ pub trait Matches<Q: ?Sized>: Hashed {
 /// collide. The key is drawn once in a process.
 impl Hashed for str {
     fn hash(&self) -> u32 {
+        self.as_bytes().hash()
+    }
+}
+
+impl Hashed for [u8] {
+    fn hash(&self) -> u32 {
         static STATE: OnceLock<RandomState> = OnceLock::new();
         let hash = STATE.get_or_init(RandomState::new).hash_one(self);
         (hash ^ (hash >> 32)) as u32

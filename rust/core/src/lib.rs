@@ -6,16 +6,18 @@
 //! binding keys by shared `str` objects and their cached hash, other users by Rust strings.
 #![forbid(unsafe_code)]
 
+pub mod archive;
 mod error;
 mod index_map;
 mod key;
+pub mod names_delta;
 mod rows;
 pub mod safetensors;
 pub mod staging;
 pub mod strides;
 mod words;
 
-pub use error::{Error, Result};
+pub use error::{Damage, Error, Result};
 pub use index_map::{IndexMap, Iter, MAX_ENTRIES};
 pub use key::{Hashed, Matches};
 pub use rows::Rows;

@@ -76,6 +76,11 @@ impl IndexMap {
         self.read(py).map.iter().map(|(name, _)| name.clone_ref(py)).collect()
     }
 
+    /// Looks at every name and its row in order, under the lock: `take` must run no Python code.
+    pub(crate) fn for_each(&self, py: Python<'_>, mut take: impl FnMut(&Name, i64)) {
+        self.read(py).map.iter().for_each(|(name, row)| take(name, *row));
+    }
+
     pub(crate) fn len(&self, py: Python<'_>) -> usize {
         self.read(py).map.len()
     }

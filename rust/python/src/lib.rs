@@ -3,6 +3,7 @@
 #![allow(clippy::needless_pass_by_value, reason = "PyO3 asks for owned arguments")]
 
 mod apart;
+mod archive;
 mod bulk;
 mod copy;
 mod dlpack;
@@ -31,6 +32,10 @@ mod _core {
     #[pymodule_export]
     use super::apart::{check_apart, convert_apart};
     #[pymodule_export]
+    use super::archive::{
+        apply_names, changed_rows, crc32, diff_names, pack_names, unpack_first_version, unpack_names,
+    };
+    #[pymodule_export]
     use super::bulk::{
         can_take_over, clear_entries, in_step, insert_all, pop_end, pop_entry, prepare, save_parameters, set_entry,
         take_over, unzip,
@@ -50,9 +55,7 @@ mod _core {
     #[pymodule_export]
     use super::slots::use_native_slots;
     #[pymodule_export]
-    use super::stacked::{
-        insert_ids, missing_names, pack_names, pop_end_row, pop_row, remove_names, replace_ids, unpack_names,
-    };
+    use super::stacked::{insert_ids, missing_names, pop_end_row, pop_row, remove_names, replace_ids};
     #[pymodule_export]
     use super::state::{load_matching, not_copied_yet, place_copies, unexpected_keys};
     #[pymodule_export]

@@ -5,6 +5,7 @@
 //! enumeration does), so it is first made an exact `str` with the same characters.
 #![allow(unsafe_code)] // The C API's view of a string: its cached hash and its characters in place.
 
+use pdrs_core::archive::push_character;
 use pdrs_core::{Hashed, Matches};
 use pyo3::exceptions::PyTypeError;
 use pyo3::ffi;
@@ -40,20 +41,22 @@ impl Name {
         self.0.bind(py).clone()
     }
 
-    /// Appends the characters in UTF-8, surrogates too, as Python's error handler `surrogatepass` writes them.
-    pub(crate) fn append_utf8(&self, py: Python<'_>, bytes: &mut Vec<u8>) -> PyResult<()> {
+    /// Hands the characters in UTF-8, surrogates too, as Python's error handler `surrogatepass` writes them.
+    ///
+    /// `buffer` is used where they do not lie in memory like that.
+    pub(crate) fn with_utf8<R>(&self, py: Python<'_>, buffer: &mut Vec<u8>, take: impl FnOnce(&[u8]) -> R) -> R {
         let text = self.0.bind(py);
         match latin1(text) {
-            Some(ascii) if ascii.is_ascii() => bytes.extend_from_slice(ascii),
+            Some(ascii) if ascii.is_ascii() => take(ascii),
             _ => {
-                let encoded = text.call_method1(intern!(py, "encode"), ("utf-8", "surrogatepass"))?;
-                bytes.extend_from_slice(encoded.cast::<PyBytes>()?.as_bytes());
+                buffer.clear();
+                each_character(text, |character| push_character(character, buffer));
+                take(buffer)
             }
         }
-        Ok(())
     }
 
-    /// The name that [`append_utf8`](Self::append_utf8) wrote; an error if the bytes are no such name.
+    /// The name that [`with_utf8`](Self::with_utf8) handed out; an error if the bytes are no such name.
     pub(crate) fn from_utf8(py: Python<'_>, bytes: &[u8]) -> PyResult<Self> {
         if let Ok(text) = std::str::from_utf8(bytes) {
             return Ok(Self::new(PyString::new(py, text)));
@@ -120,6 +123,33 @@ fn latin1<'a>(text: &'a Bound<'_, PyString>) -> Option<&'a [u8]> {
         let length = ffi::PyUnicode_GET_LENGTH(text).unsigned_abs();
         (ffi::PyUnicode_KIND(text) == ffi::PyUnicode_1BYTE_KIND)
             .then(|| std::slice::from_raw_parts(ffi::PyUnicode_DATA(text).cast(), length))
+    }
+}
+
+/// Hands the code points of an exact `str` to `take`.
+fn each_character(text: &Bound<'_, PyString>, mut take: impl FnMut(u32)) {
+    let text = text.as_ptr();
+    // SAFETY: `text` is a live `str`, kept alive and unchanged as long as the borrow; its length counts characters, and
+    // its kind says which numbers they are.
+    unsafe {
+        let (length, data) = (ffi::PyUnicode_GET_LENGTH(text).unsigned_abs(), ffi::PyUnicode_DATA(text));
+        match ffi::PyUnicode_KIND(text) {
+            ffi::PyUnicode_1BYTE_KIND => {
+                for one in std::slice::from_raw_parts(data.cast::<u8>(), length) {
+                    take(u32::from(*one));
+                }
+            }
+            ffi::PyUnicode_2BYTE_KIND => {
+                for one in std::slice::from_raw_parts(data.cast::<u16>(), length) {
+                    take(u32::from(*one));
+                }
+            }
+            _ => {
+                for one in std::slice::from_raw_parts(data.cast::<u32>(), length) {
+                    take(*one);
+                }
+            }
+        }
     }
 }
 

@@ -212,14 +212,18 @@ pub(crate) fn safetensors_shards(
     let (mut tensors, mut header, mut data) = (0, 0, 0_u64);
     for (name, kind) in names.iter().zip(kind_of) {
         let (like, bytes) = &kinds[*kind as usize];
-        let entry = HeaderWriter::most_bytes(name.cast::<PyString>()?.to_str()?, like);
-        if tensors > 0 && (header + entry > header_bytes || data.saturating_add(*bytes) > data_bytes) {
+        let name = name.cast::<PyString>()?.to_str()?;
+        let mut stop = data.saturating_add(*bytes);
+        let mut entry = HeaderWriter::bytes_of(name, like, data, stop);
+        if tensors > 0 && (header + entry > header_bytes || stop > data_bytes) {
             shards.push(tensors);
-            (tensors, header, data) = (0, 0, 0);
+            stop = *bytes;
+            entry = HeaderWriter::bytes_of(name, like, 0, stop);
+            (tensors, header) = (0, 0);
         }
         tensors += 1;
         header += entry;
-        data = data.saturating_add(*bytes);
+        data = stop;
     }
     if tensors > 0 {
         shards.push(tensors);

@@ -14,8 +14,7 @@ use crate::row::copy_row;
 use crate::table_rows::TableRows;
 use crate::tensor::Torch;
 
-/// An id is the number of a table and, in so many lower bits, a row of it.
-pub(crate) const ROW_BITS: u32 = 40;
+pub(crate) use pdrs_core::archive::ROW_BITS;
 
 /// Inserts names with their ids, in order: new ones at the end; those that are there keep their place.
 #[pyfunction]
@@ -171,50 +170,6 @@ pub(crate) fn replace_ids(index: &Bound<'_, IndexMap>, ids: PyReadonlyArray1<'_,
         return Ok(());
     }
     Err(PyValueError::new_err(format!("got {} ids for another number of names", ids.len())))
-}
-
-/// All names, in order, as UTF-8 one behind another, and the number of bytes of each.
-#[pyfunction]
-#[allow(clippy::type_complexity)]
-pub(crate) fn pack_names<'py>(
-    index: &Bound<'py, IndexMap>,
-) -> PyResult<(Bound<'py, PyArray1<u8>>, Bound<'py, PyArray1<u32>>)> {
-    let py = index.py();
-    let names = index.get().names(py);
-    let mut text = Vec::with_capacity(16 * names.len());
-    let mut lengths = Vec::with_capacity(names.len());
-    for name in &names {
-        let start = text.len();
-        name.append_utf8(py, &mut text)?;
-        lengths.push(u32::try_from(text.len() - start)?);
-    }
-    Ok((PyArray1::from_vec(py, text), PyArray1::from_vec(py, lengths)))
-}
-
-/// The index of names that were packed, with these ids.
-#[pyfunction]
-pub(crate) fn unpack_names(
-    py: Python<'_>,
-    text: PyReadonlyArray1<'_, u8>,
-    lengths: PyReadonlyArray1<'_, u32>,
-    ids: PyReadonlyArray1<'_, i64>,
-) -> PyResult<IndexMap> {
-    let (mut text, lengths, ids) = (text.as_slice()?, lengths.as_slice()?, ids.as_slice()?);
-    if lengths.len() != ids.len() || lengths.iter().map(|length| *length as usize).sum::<usize>() != text.len() {
-        return Err(PyValueError::new_err("the packed names are damaged: their lengths do not fit"));
-    }
-    let mut entries = Vec::with_capacity(ids.len());
-    for (length, id) in lengths.iter().zip(ids) {
-        let name;
-        (name, text) = text.split_at(*length as usize);
-        entries.push((Name::from_utf8(py, name)?, *id));
-    }
-    let index = IndexMap::empty();
-    index.insert_all(py, entries)?;
-    if index.len(py) != ids.len() {
-        return Err(PyValueError::new_err("the packed names are damaged: one is listed twice"));
-    }
-    Ok(index)
 }
 
 /// A name in a set of the standard library.

@@ -101,7 +101,8 @@ impl Header {
     /// **O(n)**, or **O(n log n)** where the tensors do not lie in the order of the header.
     pub fn read(header: &[u8], file_bytes: u64) -> Result<Self, HeaderError> {
         let data_start = PREFIX + header.len() as u64;
-        let mut reader = Reader { found: Self::empty(data_start), known: HashMap::new(), places: Vec::new() };
+        let found = Self::empty(data_start);
+        let mut reader = Reader { found, known: HashMap::new(), places: Vec::new(), repeated: None };
         let result = reader.read(header);
         let Reader { mut found, places, .. } = reader;
         if let Err((Where { fault, at }, about)) = result {
@@ -249,8 +250,10 @@ fn shortened(name: &str) -> String {
 }
 
 /// Reads a header from left to right.
-struct Reader {
+struct Reader<'a> {
     found: Header,
+    /// What stood between name and offsets of a tensor, and its kind: most often the next tensor's are the same.
+    repeated: Option<(&'a str, u32)>,
     /// The numbers of the kinds.
     known: HashMap<Kind, u32>,
     /// The byte at which each tensor stands, for errors.
@@ -260,8 +263,8 @@ struct Reader {
 /// A fault, and the name of the tensor that was being read.
 type Refused = (Where, Option<String>);
 
-impl Reader {
-    fn read(&mut self, header: &[u8]) -> Result<(), Refused> {
+impl<'a> Reader<'a> {
+    fn read(&mut self, header: &'a [u8]) -> Result<(), Refused> {
         let text = std::str::from_utf8(header)
             .map_err(|error| (Where { fault: Fault::NotUtf8, at: error.valid_up_to() }, None))?;
         if !text.starts_with('{') {
@@ -326,14 +329,20 @@ impl Reader {
     }
 
     /// Reads what stands behind a name.
-    fn read_tensor(&mut self, scanner: &mut Scanner<'_>, buffer: &mut String) -> Result<Entry, Where> {
+    fn read_tensor(&mut self, scanner: &mut Scanner<'a>, buffer: &mut String) -> Result<Entry, Where> {
+        if let Some(entry) = self.read_like_before(scanner) {
+            return Ok(entry);
+        }
         let (mut dtype, mut shape, mut offsets) = (None, None, None);
         let begin = scanner.position();
         scanner.expect(b':')?;
         scanner.expect(b'{')?;
         let mut first = true;
+        // Where the offsets begin, if they are the last field.
+        let mut last = None;
         while scanner.next_element(first, b'}')? {
             first = false;
+            last = None;
             scanner.skip_space();
             let at = scanner.position();
             let twice = |field| Err(Where { fault: Fault::DuplicateField(field), at });
@@ -356,6 +365,7 @@ impl Reader {
                 }
                 "data_offsets" => {
                     scanner.expect(b':')?;
+                    last = Some(scanner.position());
                     if offsets.replace((scanner.position(), read_pair(scanner)?)).is_some() {
                         return twice("data_offsets");
                     }
@@ -375,7 +385,26 @@ impl Reader {
         if stop.checked_sub(start) != Some(needed) {
             return Err(Where { fault: Fault::Size { start, stop, needed }, at: offsets_at });
         }
+        self.repeated = last.map(|end| (scanner.between(begin, end), kind));
         Ok(Entry { name_end: self.found.names.len(), start, kind })
+    }
+
+    /// Reads what stands behind a name if it differs from that of a tensor before in the offsets only.
+    ///
+    /// Nothing has been read if it does not, or if the offsets are wrong: that is for the long way to say.
+    fn read_like_before(&self, scanner: &mut Scanner<'a>) -> Option<Entry> {
+        let (like, kind) = self.repeated?;
+        let begin = scanner.position();
+        let bytes = self.found.kinds[kind as usize].bytes;
+        if scanner.take_literal(like)
+            && let Ok((start, stop)) = read_pair(scanner)
+            && scanner.take(b'}')
+            && stop.checked_sub(start) == Some(bytes)
+        {
+            return Some(Entry { name_end: self.found.names.len(), start, kind });
+        }
+        scanner.go_back(begin);
+        None
     }
 
     fn kind_number(&mut self, dtype: Dtype, shape: &[u64]) -> Result<u32, Fault> {

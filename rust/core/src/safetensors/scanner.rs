@@ -23,6 +23,16 @@ impl<'a> Scanner<'a> {
         self.at
     }
 
+    /// What has been read from one byte to another.
+    pub(super) fn between(&self, start: usize, end: usize) -> &'a str {
+        &self.text[start..end]
+    }
+
+    /// Goes on at a byte that has been read before.
+    pub(super) fn go_back(&mut self, at: usize) {
+        self.at = at;
+    }
+
     pub(super) fn fail<T>(&self, fault: Fault) -> Result<T> {
         Err(Where { fault, at: self.at })
     }

@@ -15,13 +15,15 @@ use super::{Dtype, METADATA};
 pub struct HeaderWriter {
     /// The size of the header will stand in its first bytes.
     bytes: Vec<u8>,
+    /// The number that was written last.
+    last: Digits,
 }
 
 impl HeaderWriter {
     /// Begins a header with metadata, which are left out if there are none.
     #[must_use]
     pub fn new(metadata: &[(&str, &str)]) -> Self {
-        let mut writer = Self { bytes: vec![0; 8] };
+        let mut writer = Self { bytes: vec![0; 8], last: Digits::of(0) };
         writer.bytes.push(b'{');
         if !metadata.is_empty() {
             writer.string(METADATA);
@@ -74,12 +76,14 @@ impl HeaderWriter {
         self.bytes
     }
 
-    /// No fewer bytes than a tensor of this name takes in a header.
+    /// The bytes that [`push`](Self::push) writes.
     #[must_use]
-    pub fn most_bytes(name: &str, like: &str) -> usize {
-        let escaped = name.bytes().filter(|byte| is_special(*byte)).count();
-        // Quotes, commas and brackets, and two numbers of 20 digits.
-        name.len() + 5 * escaped + like.len() + 46
+    pub fn bytes_of(name: &str, like: &str, start: u64, stop: u64) -> usize {
+        let special = name.bytes().filter(|byte| is_special(*byte));
+        let added: usize = special.map(|byte| if byte < 0x20 { 5 } else { 1 }).sum();
+        let digits = |number: u64| number.checked_ilog10().unwrap_or(0) as usize + 1;
+        // A comma in front, quotes around the name, a comma between the numbers, brackets behind.
+        name.len() + added + like.len() + digits(start) + digits(stop) + 6
     }
 
     fn separate(&mut self) {
@@ -111,18 +115,34 @@ impl HeaderWriter {
         }
     }
 
-    fn number(&mut self, mut value: u64) {
-        let mut digits = [0; 20];
-        let mut first = digits.len();
-        loop {
-            first -= 1;
-            digits[first] = b'0' + (value % 10) as u8;
-            value /= 10;
-            if value == 0 {
-                break;
-            }
+    fn number(&mut self, value: u64) {
+        // Where one tensor ends, the next one usually begins.
+        if value != self.last.value {
+            self.last = Digits::of(value);
         }
-        self.bytes.extend_from_slice(&digits[first..]);
+        self.bytes.extend_from_slice(&self.last.text[self.last.first..]);
+    }
+}
+
+/// A number in decimal.
+struct Digits {
+    value: u64,
+    text: [u8; 20],
+    /// Where the digits begin.
+    first: usize,
+}
+
+impl Digits {
+    fn of(value: u64) -> Self {
+        let (mut text, mut first, mut left) = ([b'0'; 20], 19, value);
+        loop {
+            text[first] = b'0' + (left % 10) as u8;
+            left /= 10;
+            if left == 0 {
+                return Self { value, text, first };
+            }
+            first -= 1;
+        }
     }
 }
 

@@ -116,10 +116,16 @@ pub(crate) fn check(header: &[u8], data: u64) {
 fn rewritten(found: &Header, expected: &[Tensor], data: u64) {
     let metadata: Vec<_> = found.metadata().iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
     let mut writer = HeaderWriter::new(&metadata);
+    let mut size = HeaderWriter::new(&metadata).finish(1).len();
     for (name, dtype, shape, start, stop) in expected {
-        writer.push(name, &HeaderWriter::like(*dtype, shape), *start, *stop);
+        let like = HeaderWriter::like(*dtype, shape);
+        writer.push(name, &like, *start, *stop);
+        size += HeaderWriter::bytes_of(name, &like, *start, *stop);
     }
     let bytes = writer.finish(64);
+    let used = bytes.trim_ascii_end().len();
+    // A first comma is counted where nothing stands in front of it.
+    assert_eq!(size, used + usize::from(metadata.is_empty() && !expected.is_empty()));
     assert_eq!(bytes.len() % 64, 0);
     let file = bytes.len() as u64 + data;
     assert_eq!(Header::size(&bytes, file), Ok(bytes.len() as u64 - 8));

@@ -1,0 +1,352 @@
+"""Dictionaries from the tensors of a checkpoint: their tables are the tensors, and nothing else is read.
+
+A checkpoint is anything that has names, and a tensor for each: an archive, or a state dict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from math import prod
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import Parameter
+
+from pdrs._archive import Archive
+from pdrs._archive_sources import EXTRA_STATE, sorted_parameters
+from pdrs._core import IndexMap, TableRows, group_tensors, insert_ids, slab_views
+from pdrs._named_rows import Names, as_list, id_of, row_of, table_of
+from pdrs._packed_names import Header, TableHeader, table_in_slab, unpack
+from pdrs._row_blocks import scatter
+from pdrs._staging import upload
+from pdrs._tables import Kind
+from pdrs._tensor_file import CheckpointError
+from pdrs.parameter_dict import ParameterDict
+from pdrs.stacked import StackedParameterDict
+
+__all__ = ["Checkpoint", "SavedDictionary", "open_dictionary"]
+
+
+class Checkpoint(Protocol):
+    """Names, and a tensor for each."""
+
+    @property
+    def names(self) -> list[str]:
+        """The names, in order."""
+
+    def prefixes(self) -> list[str]:
+        """Return the prefixes of the dictionaries."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of a tensor."""
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor of its own."""
+
+    def tensors(self, names: list[str]) -> dict[str, Tensor]:
+        """Return many tensors, which may share maps."""
+
+    def stacked(self, prefix: str) -> tuple[IndexMap, list[Tensor]]:
+        """Return tensors below a prefix as rows of tables, where there are no dictionaries."""
+
+    def error(self, what: str) -> CheckpointError:
+        """Return an error about the checkpoint."""
+
+
+class SavedDictionary:
+    """A dictionary of a checkpoint: its names, and its tables as they lie there.
+
+    Parameters
+    ----------
+    checkpoint
+        Where it is.
+    prefix
+        Of the dictionary.
+    shown
+        Is put in front of its names.
+
+    Raises
+    ------
+    CheckpointError
+        If names and tables disagree, or the names are damaged.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, prefix: str, shown: str = "") -> None:
+        self.checkpoint, self.prefix = checkpoint, prefix
+        name = prefix + EXTRA_STATE
+        self._there = set(checkpoint.names)
+        self._slabs: dict[str, Tensor] = {}
+        self.header: Header
+        try:
+            self.index, self.ids, self.header = unpack(checkpoint.tensor(name), shown)
+        except CheckpointError:
+            raise
+        except ValueError as error:
+            raise checkpoint.error(f"the tensor {name!r}: {error}") from error
+        attributes = [table.attribute for table in self.header.tables]
+        if len(set(attributes)) < len(attributes):
+            raise checkpoint.error(f"the tensor {name!r} names a table twice")
+
+    def members(self) -> set[str]:
+        """Return the names of the tensors that make up the dictionary."""
+        parts = (table.attribute if table.slab is None else table.slab.tensor for table in self.header.tables)
+        return {self.prefix + part for part in (*parts, EXTRA_STATE)}
+
+    def table(self, table: TableHeader) -> Tensor:
+        """Return the rows of a table, ``[capacity, *shape]``."""
+        name = self.prefix + (table.attribute if table.slab is None else table.slab.tensor)
+        if name not in self._there:
+            raise self._error(table, f"there is no tensor {name!r}")
+        if table.slab is not None:
+            if name not in self._slabs:
+                self._slabs[name] = self.checkpoint.tensor(name)
+            try:
+                found = table_in_slab(table, self._slabs[name])
+            except ValueError as error:
+                raise self.checkpoint.error(str(error)) from error
+        else:
+            found = self.checkpoint.tensor(name)
+        if found.dim() == 0 or len(found) < table.used:
+            raise self._error(table, f"{table.used} rows are in use, and its shape is {list(found.shape)}")
+        if table.trainable and not (found.is_floating_point() or found.is_complex()):
+            raise self._error(table, f"it cannot be trained, for it is of the dtype {found.dtype}")
+        return found
+
+    def _error(self, table: TableHeader, what: str) -> CheckpointError:
+        return self.checkpoint.error(
+            f"names and tables disagree about the table {self.prefix + table.attribute!r}: {what}"
+        )
+
+    # -- into a ParameterDict ------------------------------------------------------------------------------------------
+
+    def load_into(
+        self,
+        module: ParameterDict,
+        prefix: str,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Fill the entries of a ParameterDict; an empty one takes over the names."""
+        if not module._parameters and len(module) == 0:
+            module._insert(list(self.index), self._parameters())
+            return
+        parameters, values, classes, firsts = sorted_parameters(module)
+        names = list(parameters)
+        ids = self.index.lookup(names, -1)
+        missing_keys += [prefix + names[at] for at in np.flatnonzero(ids < 0).tolist()]
+        if strict and int((ids >= 0).sum()) < len(self.index):
+            there = set(names)
+            unexpected_keys += [prefix + name for name in self.index if name not in there]
+        numbers = table_of(ids)
+        for number, table in enumerate(self.header.tables):
+            there_ = np.flatnonzero(numbers == number)
+            if len(there_) == 0:
+                continue
+            rows = self.table(table)
+            chosen = [values[at] for at in there_.tolist()] if len(there_) < len(values) else values
+            of_class = np.array([values[at].shape == rows.shape[1:] for at in firsts] + [False])
+            fits = of_class[classes[there_]]
+            for at in np.flatnonzero(classes[there_] < 0).tolist():
+                fits[at] = chosen[at].shape == rows.shape[1:]
+            if not fits.all():
+                error_msgs += [
+                    f"size mismatch for {prefix + names[at]}: copying a param with shape {rows.shape[1:]} from "
+                    f"checkpoint, the shape in current model is {values[at].shape}."
+                    for at in there_[~fits].tolist()
+                ]
+                there_ = there_[fits]
+                chosen = [values[at] for at in there_.tolist()]
+            scatter(rows, row_of(ids[there_]), chosen)
+
+    def _parameters(self) -> list[Any]:
+        """Return a new Parameter for each name, in order; those of a table share its memory."""
+        found = np.empty(len(self.ids), object)
+        numbers, rows = table_of(self.ids), row_of(self.ids)
+        for number, table in enumerate(self.header.tables):
+            there = np.flatnonzero(numbers == number)
+            data = self.table(table)
+            shape = list(data.shape[1:])
+            numel = prod(shape)
+            made: list[Any]
+            if numel:
+                offsets = (rows[there] * numel).tolist()
+                made = slab_views(data, offsets, [shape] * len(there), requires_grad=table.trainable)
+            else:
+                made = [Parameter(data[0].clone(), requires_grad=table.trainable) for _ in there]
+            for at, one in zip(there.tolist(), made, strict=True):
+                found[at] = one
+        return found.tolist()
+
+    def state(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
+        """Yield the entries as a state dict has them: for modules that know nothing of tables."""
+        tables = [self.table(table).unbind() for table in self.header.tables]
+        for name, id_ in zip(self.index, self.ids.tolist(), strict=True):
+            yield prefix + name, tables[table_of(id_)][row_of(id_)]
+
+
+class _Stacked:
+    """The tensors of a file in which each name has one, as a dictionary."""
+
+    def __init__(self, checkpoint: Checkpoint, prefix: str) -> None:
+        self.prefix = ""
+        self.index, self._tables = checkpoint.stacked(prefix)
+        if "" in self.index:
+            raise checkpoint.error(f"the tensor {prefix!r} has no name without its prefix")
+        self.ids = self.index.rows()
+        headers = []
+        for number, table in enumerate(self._tables):
+            trainable = table.is_floating_point() or table.is_complex()
+            attribute = Kind(tuple(table.shape[1:]), table.dtype, trainable).attribute()
+            headers.append(TableHeader(f"{attribute}.{number}", 0, trainable, len(table)))
+        self.header = Header(tuple(headers))
+
+    def table(self, table: TableHeader) -> Tensor:
+        """Return the rows of a table, ``[capacity, *shape]``."""
+        return self._tables[self.header.tables.index(table)]
+
+
+# -- a StackedParameterDict --------------------------------------------------------------------------------------------
+
+
+def open_dictionary(
+    checkpoint: Checkpoint,
+    prefix: str = "",
+    names: Names | None = None,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> StackedParameterDict:
+    """Return a StackedParameterDict of everything below a prefix; see :func:`pdrs.open`."""
+    dictionaries = {
+        one: SavedDictionary(checkpoint, one, one.removeprefix(prefix))
+        for one in checkpoint.prefixes()
+        if one.startswith(prefix)
+    }
+    if not dictionaries and not _continues(checkpoint):
+        sd = StackedParameterDict()
+        part = _Stacked(checkpoint, prefix)
+        if prefix and not len(part.index):
+            raise KeyError(f"nothing in the checkpoint begins with {prefix!r}")
+        fill(sd, [part], checkpoint, prefix, None if names is None else as_list(names), device, dtype)
+        return sd
+    members = {name: one for one, saved in dictionaries.items() for name in saved.members()}
+    parts: dict[Any, SavedDictionary | str] = {}
+    for name in checkpoint.names:
+        if name in members:
+            parts[members[name], None] = dictionaries[members[name]]
+        elif name.startswith(prefix) and len(name) > len(prefix):
+            parts[name] = name
+    if not parts and prefix:
+        raise KeyError(f"nothing in the checkpoint begins with {prefix!r}")
+    sd = StackedParameterDict()
+    chosen = None if names is None else as_list(names)
+    fill(sd, list(parts.values()), checkpoint, prefix, chosen, device, dtype)
+    return sd
+
+
+def _continues(checkpoint: Checkpoint) -> bool:
+    return isinstance(checkpoint, Archive) and checkpoint.previous is not None
+
+
+def fill(
+    sd: StackedParameterDict,
+    parts: Iterable[SavedDictionary | _Stacked | str],
+    checkpoint: Checkpoint | None = None,
+    prefix: str = "",
+    names: list[str] | None = None,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Fill an empty dictionary with those of a checkpoint, and with single tensors, given by their names."""
+    parts = list(parts)
+    alone = len(parts) == 1
+    indices: list[tuple[IndexMap | list[str], NDArray[np.int64]]] = []
+    tables: list[tuple[SavedDictionary | _Stacked | None, str, TableHeader]] = []
+    for part in parts:
+        first = len(tables)
+        if not isinstance(part, str):
+            indices.append((part.index, part.ids + id_of(first, 0) if first else part.ids))
+            tables += [(part, part.prefix + table.attribute, table) for table in part.header.tables]
+            if alone:
+                sd.__dict__["_patterns"] = part.header.patterns
+            continue
+        assert checkpoint is not None
+        differentiable = checkpoint.dtype(part).is_floating_point or checkpoint.dtype(part).is_complex
+        indices.append(([part.removeprefix(prefix)], np.array([id_of(first, 0)])))
+        tables.append((None, part, TableHeader("", 0, differentiable, 1)))
+    index, ids = _joined(indices, checkpoint)
+    chosen = None
+    if names is not None:
+        chosen = index.lookup(names)
+        index = IndexMap()
+    new_ids = []
+    numbers = table_of(ids if chosen is None else chosen)
+    for number, (part_, name, table) in enumerate(tables):
+        there = np.flatnonzero(numbers == number) if len(tables) > 1 else np.arange(len(numbers))
+        if chosen is not None and len(there) == 0:
+            continue
+        if part_ is None:
+            assert checkpoint is not None
+            rows = checkpoint.tensor(name)[None]
+        else:
+            rows = part_.table(table)
+        used = table.used
+        if chosen is not None:
+            rows, used = rows[torch.from_numpy(row_of(chosen[there]))], len(there)
+        data = _moved(rows, device, dtype)
+        trainable = table.trainable and (data.is_floating_point() or data.is_complex())
+        attribute = table.attribute
+        if not isinstance(part_, SavedDictionary) or hasattr(sd, attribute):
+            attribute = Kind(tuple(rows.shape[1:]), rows.dtype, trainable).attribute()
+        at = sd._add_table(attribute, Parameter(data, requires_grad=trainable), table.group if alone else 0)
+        if chosen is None:
+            live = row_of(ids[there])
+            full = len(there) == used
+            sd._tables[at].rows = TableRows(used) if full else TableRows.of_live(used, live)
+        else:
+            sd._tables[at].rows = TableRows(used)
+            new_ids.append((there, id_of(at, np.arange(used))))
+    if chosen is not None:
+        assert names is not None
+        renamed = np.empty(len(names), np.int64)
+        for there, of_table in new_ids:
+            renamed[there] = of_table
+        insert_ids(index, names, renamed)
+        if len(index) < len(names):
+            raise ValueError("expected each name once, got one twice")
+    sd.__dict__["_index"] = index
+
+
+def _joined(
+    indices: list[tuple[IndexMap | list[str], NDArray[np.int64]]], checkpoint: Checkpoint | None
+) -> tuple[IndexMap, NDArray[np.int64]]:
+    if not indices:
+        return IndexMap(), np.empty(0, np.int64)
+    if len(indices) == 1 and isinstance(indices[0][0], IndexMap):
+        return indices[0][0], indices[0][1]
+    joined = IndexMap()
+    for index, ids in indices:
+        insert_ids(joined, list(index), ids)
+    if len(joined) < sum(len(ids) for _, ids in indices):
+        assert checkpoint is not None
+        raise checkpoint.error("a name is listed twice: as that of a tensor, or in two dictionaries")
+    return joined, np.concatenate([ids for _, ids in indices])
+
+
+def _moved(tensor: Tensor, device: torch.device | None, dtype: torch.dtype | None) -> Tensor:
+    wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+    if device is None or device.type == "cpu":
+        return tensor.to(wanted)
+    if device.type != "cuda" or tensor.numel() == 0:
+        return tensor.to(device, wanted)
+    # What is read from the file goes through page-locked blocks, one at a time.
+    groups, unusual = group_tensors([tensor], keep_strides=False)
+    if unusual:
+        return tensor.to(device, wanted)
+    slab = torch.empty(groups[0].length, dtype=wanted, device=device)
+    upload(groups[0], slab, wait=True)
+    return slab[: tensor.numel()].view(tensor.shape)

@@ -1,0 +1,321 @@
+"""Checkpoints: a million names in a legal safetensors file, saved and opened at the speed of the disk.
+
+docs/checkpoints.md shows how to use them, docs/archive.md describes the file.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from pdrs._archive import Archive, packed_before, same_file, write_archive
+from pdrs._archive_sources import EXTRA_STATE, collect
+from pdrs._checkpoint_hooks import giving
+from pdrs._core import IndexMap
+from pdrs._named_layout import MAX_SHARD, write_named
+from pdrs._named_rows import Names
+from pdrs._opened import Checkpoint, SavedDictionary, open_dictionary
+from pdrs._packed_names import is_packed
+from pdrs._state_files import StateFile, open_state
+from pdrs._tensor_file import CheckpointError, TensorFile
+from pdrs.parameter_dict import ParameterDict
+from pdrs.stacked import StackedParameterDict
+
+__all__ = ["CheckpointError", "load", "open", "save", "verify"]
+
+_Path = str | os.PathLike[str]
+
+
+def save(
+    obj: Module,
+    path: _Path,
+    *,
+    layout: Literal["archive", "named"] = "archive",
+    since: _Path | None = None,
+    max_shard_size: int = MAX_SHARD,
+    sync: bool = True,
+) -> int:
+    """Save a dictionary, or any module that holds some, as an archive: one safetensors file. **O(n)**.
+
+    A :class:`pdrs.ParameterDict` is saved as its ``stack()`` would be, without making it; a StackedParameterDict as its
+    tables lie in memory. Other tensors of a module are saved under their names in the state dict.
+
+    Parameters
+    ----------
+    obj
+        A module. Its state dict must have nothing but dense tensors.
+    path
+        The file. An old one is replaced when the new one is complete, and stays as it is if anything fails or the
+        process dies.
+    layout
+        ``"named"`` writes a tensor for each name instead, for other tools: slower, larger, and in shards with an index,
+        as the Hugging Face tools read them, where one file would be too large for safetensors.
+    since
+        An archive in the same folder. Only what differs from it is written: rows whose bytes are others, and names that
+        came, went or moved. All that it holds is read and compared, so nobody needs to keep track of changes. To open
+        the new file takes both. Saving again without ``since`` makes one that stands alone.
+    max_shard_size
+        The bytes of tensors in a file of the named layout, at most.
+    sync
+        Whether to wait until the file is on the disk.
+
+    Returns
+    -------
+    int
+        The size of the file, or of all shards, in bytes.
+
+    Raises
+    ------
+    TypeError
+        If the state dict has something else than dense tensors with memory, or of a dtype that safetensors lacks.
+    ValueError
+        If ``since`` lies in another folder, is no archive, or would be replaced by ``path``.
+    CheckpointError
+        If ``since`` is damaged.
+    OSError
+        If the file cannot be written.
+
+    Notes
+    -----
+    Beside the names, which are packed in memory, it takes 64 MB at most: entries, and what lies on a device, come in
+    blocks. Nobody must change the parameters meanwhile.
+
+    Examples
+    --------
+    >>> import os, tempfile, torch, pdrs
+    >>> path = os.path.join(tempfile.mkdtemp(), "words.safetensors")
+    >>> sd = pdrs.StackedParameterDict.from_rows(["a", "b", "c"], torch.eye(3))
+    >>> pdrs.save(sd, path)
+    4279
+    >>> pdrs.open(path)["b"].tolist()
+    [0.0, 1.0, 0.0]
+
+    """
+    if layout == "named":
+        if since is not None:
+            raise ValueError("expected layout 'archive' with since, got 'named'")
+        return sum(os.path.getsize(one) for one in write_named(path, obj, max_shard_size=max_shard_size, sync=sync))
+    if layout != "archive":
+        raise ValueError(f"expected layout 'archive' or 'named', got {layout!r}")
+    if since is None:
+        return write_archive(path, collect(obj), sync=sync)
+    with _read(since) as before:
+        if not isinstance(before, Archive) or before.id is None:
+            raise ValueError(f"{os.fspath(since)} was not written by pdrs.save, and cannot be continued")
+        here, there = (os.path.dirname(os.path.realpath(one)) for one in (path, since))
+        if here != there:
+            raise ValueError(f"expected since in the folder of the new file, {here}, got one in {there}")
+        if same_file(path, before.files()):
+            raise ValueError(f"{os.fspath(path)} is needed to read {os.fspath(since)}, and cannot be replaced by it")
+        return write_archive(path, collect(obj, packed_before(before)), before, sync=sync)
+
+
+def open(  # noqa: A001  # read as pdrs.open
+    path: _Path,
+    *,
+    device: torch.device | str | int | None = None,
+    dtype: torch.dtype | None = None,
+    names: Names | None = None,
+    prefix: str = "",
+    verify: bool = False,
+) -> StackedParameterDict:
+    """Open a checkpoint as a StackedParameterDict whose tables are maps of the file. **O(n)** in the names.
+
+    Parameters
+    ----------
+    path
+        An archive, any other safetensors file, the index of one in shards, or a state dict that ``torch.save`` wrote.
+    device
+        Where the tables are to lie. By default they are private maps of the file: what is looked at is read, what is
+        written stays in memory, and the file is never changed. To a CUDA device they go through page-locked blocks.
+    dtype
+        Of floating point tables; by default what the file has.
+    names
+        Take these only, in this order. Their rows are read.
+    prefix
+        Take only what begins with it, and cut it off: ``"weights."`` opens the dictionary ``weights`` of a module.
+        Without one, everything that the file holds is an entry, under its name in the state dict.
+    verify
+        Whether to read everything and compare checksums first.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is damaged, or is no checkpoint.
+    KeyError
+        If one of ``names``, or everything below ``prefix``, is missing.
+    OSError
+        If the file cannot be opened.
+
+    Notes
+    -----
+    The file may be replaced (by ``pdrs.save``, say) or removed meanwhile: what was opened stays what it is. It must not
+    be cut off or written to: whoever then touches what is gone is killed by the system, as with any mapped file.
+
+    Examples
+    --------
+    >>> import os, tempfile, torch, pdrs
+    >>> path = os.path.join(tempfile.mkdtemp(), "model.safetensors")
+    >>> weights = pdrs.ParameterDict({"a.x": torch.zeros(2), "b": torch.ones(2)})
+    >>> model = torch.nn.ModuleDict({"weights": weights, "head": torch.nn.Linear(2, 1)})
+    >>> _ = pdrs.save(model, path)
+    >>> list(pdrs.open(path))
+    ['weights.a.x', 'weights.b', 'head.weight', 'head.bias']
+    >>> pdrs.open(path, prefix="weights.")["b"].tolist()
+    [1.0, 1.0]
+
+    """
+    device = None if device is None else torch.device(device)
+    with _read(path) as checkpoint:
+        if verify:
+            checkpoint.verify()
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            return open_dictionary(checkpoint, prefix, names, device, dtype)
+        finally:
+            if collects:
+                gc.enable()
+
+
+def load(path: _Path, module: Module, strict: bool = True, *, verify: bool = False) -> Any:
+    """Fill a module with what a checkpoint holds, as ``load_state_dict`` does. **O(n)**.
+
+    Parameters
+    ----------
+    path
+        An archive, any other safetensors file, the index of one in shards, or a state dict that ``torch.save`` wrote.
+    module
+        Its dictionaries may be of another class than those that were saved. An empty one takes over the names.
+    strict
+        Whether missing and unexpected names are errors.
+    verify
+        Whether to read everything and compare checksums first.
+
+    Returns
+    -------
+    NamedTuple
+        ``missing_keys`` and ``unexpected_keys``, as of ``load_state_dict``.
+
+    Raises
+    ------
+    RuntimeError
+        If names or shapes do not fit, with torch's message.
+    CheckpointError
+        If the file is damaged, or is no checkpoint.
+    OSError
+        If the file cannot be opened.
+
+    Examples
+    --------
+    >>> import os, tempfile, torch, pdrs
+    >>> path = os.path.join(tempfile.mkdtemp(), "words.safetensors")
+    >>> _ = pdrs.save(pdrs.StackedParameterDict({"a": torch.ones(2)}), path)
+    >>> pd = pdrs.ParameterDict({"a": torch.zeros(2)})
+    >>> pdrs.load(path, pd)
+    <All keys matched successfully>
+    >>> pd["a"].tolist()
+    [1.0, 1.0]
+
+    """
+    with _read(path) as checkpoint:
+        if verify:
+            checkpoint.verify()
+        state, given = _state_for(module, checkpoint)
+        with giving(given):
+            if isinstance(module, ParameterDict):
+                # Its own method has a way round for state dicts that fit as they are.
+                return Module.load_state_dict(module, state, strict)
+            return module.load_state_dict(state, strict)
+
+
+def verify(path: _Path) -> None:
+    """Read all of an archive, and of those that it continues, and compare the checksums.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is damaged; it says where.
+    OSError
+        If the file cannot be opened.
+    """
+    with _read(path) as checkpoint:
+        checkpoint.verify()
+        for prefix in checkpoint.prefixes():
+            saved = SavedDictionary(checkpoint, prefix)
+            for table in saved.header.tables:
+                saved.table(table)
+
+
+def _state_for(module: Module, checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, SavedDictionary]]:
+    """Return a state dict for a module, and what its ParameterDicts load their entries from, by their prefixes."""
+    modules = {name + "." if name else "": one for name, one in module.named_modules(remove_duplicate=False)}
+    state: dict[str, Tensor] = {}
+    given: dict[str, SavedDictionary] = {}
+    members: set[str] = set()
+    for prefix in checkpoint.prefixes():
+        saved = SavedDictionary(checkpoint, prefix)
+        target = modules.get(prefix)
+        members |= saved.members()
+        if isinstance(target, ParameterDict):
+            given[prefix] = saved
+        elif isinstance(target, StackedParameterDict):
+            for table in saved.header.tables:
+                saved.table(table)  # Names and tables must agree before anything is changed.
+            state.update((name, checkpoint.tensor(name)) for name in saved.members())
+        else:
+            state.update(saved.state(prefix))
+    state.update(checkpoint.tensors([name for name in checkpoint.names if name not in members]))
+    return state, given
+
+
+# -- which kind of file ------------------------------------------------------------------------------------------------
+
+
+class _States:
+    """Shards, or a state dict that ``torch.save`` wrote, as a checkpoint."""
+
+    def __init__(self, file: StateFile) -> None:
+        self.file = file
+
+    @property
+    def names(self) -> list[str]:
+        return self.file.names
+
+    def prefixes(self) -> list[str]:
+        found = [name for name in self.file if name.endswith(EXTRA_STATE) and is_packed(self.file.tensor(name))]
+        return [name[: -len(EXTRA_STATE)] for name in found]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.file.tensor(name).dtype
+
+    def tensor(self, name: str) -> Tensor:
+        return self.file.tensor(name)
+
+    def tensors(self, names: list[str]) -> dict[str, Tensor]:
+        return self.file.tensors(names)
+
+    def stacked(self, prefix: str) -> tuple[IndexMap, list[Tensor]]:
+        return self.file.stacked(prefix)
+
+    def error(self, what: str) -> CheckpointError:
+        return CheckpointError(self.file.path, what)
+
+    def verify(self) -> None:
+        """Do nothing: there are no checksums, but those of its archive in a file of torch's, which torch reads."""
+
+    def __enter__(self) -> _States:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+
+def _read(path: _Path) -> Archive | _States:
+    file = open_state(path)
+    return Archive(file) if isinstance(file, TensorFile) else _States(file)

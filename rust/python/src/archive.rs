@@ -1,0 +1,202 @@
+//! What checkpoints ask for natively: packed names, their deltas, checksums, and which rows of two tables differ.
+
+use numpy::{PyArray1, PyReadonlyArray1};
+use pdrs_core::archive::{self, Encoder, Header, Names, Slab, Table};
+use pdrs_core::names_delta;
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::PyString;
+
+use crate::index_map::IndexMap;
+use crate::name::Name;
+
+/// A slab as Python has it: its name, the element at which a table begins, and the shape of a row.
+type SlabTuple<'py> = (Bound<'py, PyString>, u64, Vec<u64>);
+
+/// A table as Python has it: attribute, group, trainability, rows that were given, and where it lies in a slab.
+type TableTuple<'py> = (Bound<'py, PyString>, u64, bool, u64, Option<SlabTuple<'py>>);
+
+fn damaged(error: pdrs_core::Error) -> PyErr {
+    PyValueError::new_err(error.to_string())
+}
+
+fn to_utf8(text: &Bound<'_, PyString>) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    Name::new(text.clone()).with_utf8(text.py(), &mut Vec::new(), |utf8| bytes.extend_from_slice(utf8));
+    bytes
+}
+
+fn from_utf8<'py>(py: Python<'py>, bytes: &[u8]) -> PyResult<Bound<'py, PyString>> {
+    Ok(Name::from_utf8(py, bytes)?.into_text(py))
+}
+
+/// The names of an index, with its rows or others as ids, behind a header.
+#[pyfunction]
+#[pyo3(signature = (index, tables, patterns, ids = None))]
+pub(crate) fn pack_names<'py>(
+    index: &Bound<'py, IndexMap>,
+    tables: Vec<TableTuple<'py>>,
+    patterns: Vec<Bound<'py, PyString>>,
+    ids: Option<PyReadonlyArray1<'py, i64>>,
+) -> PyResult<Bound<'py, PyArray1<u8>>> {
+    let py = index.py();
+    let to_slab = |(tensor, offset, shape): SlabTuple<'_>| Slab { tensor: to_utf8(&tensor), offset, shape };
+    let to_table = |(attribute, group, trainable, used, slab): TableTuple<'_>| Table {
+        attribute: to_utf8(&attribute),
+        group,
+        trainable,
+        used,
+        slab: slab.map(to_slab),
+    };
+    let header =
+        Header { tables: tables.into_iter().map(to_table).collect(), patterns: patterns.iter().map(to_utf8).collect() };
+    let mut listed = Vec::new();
+    if let Some(ids) = ids {
+        listed.extend(ids.as_array().iter().map(|id| id.cast_unsigned()));
+    } else {
+        listed.reserve(index.get().len(py));
+        index.get().for_each(py, |_, row| listed.push(row.cast_unsigned()));
+    }
+    let count = listed.len();
+    let plain = listed.iter().enumerate().all(|(at, id)| at as u64 == *id);
+    let mut encoder = Encoder::new(&header, count, (!plain).then_some(listed.into_iter()), 16 * count);
+    let (mut buffer, mut pushed, mut result) = (Vec::new(), 0, Ok(()));
+    index.get().for_each(py, |name, _| {
+        pushed += 1;
+        if result.is_ok() {
+            result = name.with_utf8(py, &mut buffer, |text| encoder.push(text));
+        }
+    });
+    if pushed != count {
+        return Err(PyValueError::new_err(format!("got {pushed} names and {count} ids")));
+    }
+    result.map_err(damaged)?;
+    Ok(PyArray1::from_vec(py, encoder.finish()))
+}
+
+/// The index of packed names, each behind a prefix, and what the header tells of tables and patterns.
+#[pyfunction]
+#[pyo3(signature = (packed, prefix = None))]
+#[allow(clippy::type_complexity)]
+pub(crate) fn unpack_names<'py>(
+    py: Python<'py>,
+    packed: PyReadonlyArray1<'py, u8>,
+    prefix: Option<&Bound<'py, PyString>>,
+) -> PyResult<(IndexMap, Bound<'py, PyArray1<i64>>, Vec<TableTuple<'py>>, Vec<Bound<'py, PyString>>)> {
+    let packed = packed.as_slice()?;
+    let (header, names) = py.detach(|| archive::decode(packed)).map_err(damaged)?;
+    let (index, ids) = to_index(py, &names, prefix)?;
+    let from_slab =
+        |slab: Slab| -> PyResult<SlabTuple<'py>> { Ok((from_utf8(py, &slab.tensor)?, slab.offset, slab.shape)) };
+    let mut tables = Vec::with_capacity(header.tables.len());
+    for table in header.tables {
+        let slab = table.slab.map(from_slab).transpose()?;
+        tables.push((from_utf8(py, &table.attribute)?, table.group, table.trainable, table.used, slab));
+    }
+    let patterns = header.patterns.iter().map(|pattern| from_utf8(py, pattern)).collect::<PyResult<_>>()?;
+    Ok((index, ids, tables, patterns))
+}
+
+/// The index of names that the first version of the layout packed, whose header Python has read.
+#[pyfunction]
+pub(crate) fn unpack_first_version<'py>(
+    py: Python<'py>,
+    packed: PyReadonlyArray1<'py, u8>,
+    start: usize,
+    names: u64,
+    has_ids: bool,
+    used: Vec<u64>,
+) -> PyResult<(IndexMap, Bound<'py, PyArray1<i64>>)> {
+    let packed = packed.as_slice()?;
+    let names = py.detach(|| Names::parse(packed, start, names, has_ids, &used)).map_err(damaged)?;
+    to_index(py, &names, None)
+}
+
+fn to_index<'py>(
+    py: Python<'py>,
+    names: &Names<'_>,
+    prefix: Option<&Bound<'py, PyString>>,
+) -> PyResult<(IndexMap, Bound<'py, PyArray1<i64>>)> {
+    let mut entries = Vec::with_capacity(names.len());
+    let mut ids = Vec::with_capacity(names.len());
+    let mut joined = prefix.map(to_utf8).unwrap_or_default();
+    let behind = joined.len();
+    for (name, id) in names.iter() {
+        let id = id.cast_signed();
+        let name = if behind == 0 {
+            Name::from_utf8(py, name)?
+        } else {
+            joined.truncate(behind);
+            joined.extend_from_slice(name);
+            Name::from_utf8(py, &joined)?
+        };
+        entries.push((name, id));
+        ids.push(id);
+    }
+    let index = IndexMap::empty();
+    index.insert_all(py, entries)?;
+    if index.len(py) != names.len() {
+        let twice = names.repeated().and_then(|at| names.iter().nth(at));
+        let name = twice.map(|(name, _)| String::from_utf8_lossy(name).into_owned()).unwrap_or_default();
+        return Err(PyValueError::new_err(format!("the packed names are damaged: {name:?} is listed twice")));
+    }
+    Ok((index, PyArray1::from_vec(py, ids)))
+}
+
+/// What changed from some packed names to others, in few bytes if it is little.
+#[pyfunction]
+pub(crate) fn diff_names<'py>(
+    py: Python<'py>,
+    old: PyReadonlyArray1<'py, u8>,
+    new: PyReadonlyArray1<'py, u8>,
+) -> PyResult<Bound<'py, PyArray1<u8>>> {
+    let (old, new) = (old.as_slice()?, new.as_slice()?);
+    let delta = py.detach(|| names_delta::diff(old, new)).map_err(damaged)?;
+    Ok(PyArray1::from_vec(py, delta))
+}
+
+/// The names that [`diff_names`] was given as the new ones.
+#[pyfunction]
+pub(crate) fn apply_names<'py>(
+    py: Python<'py>,
+    old: PyReadonlyArray1<'py, u8>,
+    delta: PyReadonlyArray1<'py, u8>,
+) -> PyResult<Bound<'py, PyArray1<u8>>> {
+    let (old, delta) = (old.as_slice()?, delta.as_slice()?);
+    let new = py.detach(|| names_delta::apply(old, delta)).map_err(damaged)?;
+    Ok(PyArray1::from_vec(py, new))
+}
+
+/// The CRC-32 of bytes, as zlib computes it; `start` is that of what came before.
+#[pyfunction]
+#[pyo3(signature = (data, start = 0))]
+pub(crate) fn crc32(py: Python<'_>, data: PyReadonlyArray1<'_, u8>, start: u32) -> PyResult<u32> {
+    let data = data.as_slice()?;
+    Ok(py.detach(|| {
+        let mut hasher = crc32fast::Hasher::new_with_initial(start);
+        hasher.update(data);
+        hasher.finalize()
+    }))
+}
+
+/// The rows in which two tables of as many bytes differ, ascending.
+#[pyfunction]
+pub(crate) fn changed_rows<'py>(
+    py: Python<'py>,
+    old: PyReadonlyArray1<'py, u8>,
+    new: PyReadonlyArray1<'py, u8>,
+    row_bytes: usize,
+) -> PyResult<Bound<'py, PyArray1<i64>>> {
+    let (old, new) = (old.as_slice()?, new.as_slice()?);
+    if row_bytes == 0 || old.len() != new.len() || !old.len().is_multiple_of(row_bytes) {
+        let (old, new) = (old.len(), new.len());
+        return Err(PyValueError::new_err(format!(
+            "expected two tables of rows of {row_bytes} bytes, got {old} and {new}"
+        )));
+    }
+    let rows = py.detach(|| {
+        let pairs = old.chunks_exact(row_bytes).zip(new.chunks_exact(row_bytes)).enumerate();
+        pairs.filter(|(_, (old, new))| old != new).map(|(row, _)| (row as u64).cast_signed()).collect()
+    });
+    Ok(PyArray1::from_vec(py, rows))
+}

@@ -1,0 +1,187 @@
+"""Archives, read by a reader that was written from docs/archive.md alone: plain Python and its standard library.
+
+The bugs that this hunts: a document that says something else than the code does.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from array import array
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+
+import pdrs
+from pdrs import _archive_sources
+
+SIZES = {"F32": ("f", 4), "I64": ("q", 8), "I32": ("i", 4), "U8": ("B", 1)}
+
+
+class Reader:
+    """An archive and those that it continues."""
+
+    def __init__(self, path: Path) -> None:
+        data = path.read_bytes()
+        (size,) = struct.unpack_from("<Q", data)
+        header = json.loads(data[8 : 8 + size])
+        metadata = header.pop("__metadata__")
+        assert (8 + size) % 4096 == 0
+        assert metadata["pdrs.crc32"] == f"{zlib.crc32(metadata['pdrs'].encode()):08x}"
+        self.fields = json.loads(metadata["pdrs"])
+        assert self.fields["version"] == 1
+        self.own: dict[str, tuple[str, list[int], bytes]] = {}
+        for name, one in header.items():
+            start, stop = one["data_offsets"]
+            part = data[8 + size + start : 8 + size + stop]
+            if name.startswith("__padding__."):
+                assert not any(part)
+                continue
+            said = f"{name}\0{one['dtype']}\0{','.join(map(str, one['shape']))}\0"
+            assert self.fields["sums"].pop(name) == f"{zlib.crc32(said.encode() + part):08x}"
+            self.own[name] = (one["dtype"], one["shape"], part)
+            if len(part) >= 1 << 16 and not name.endswith("__"):
+                assert (8 + size + start) % 4096 == 0
+        assert self.fields["sums"] == {}
+        self.before = None
+        if "since" in self.fields:
+            self.before = Reader(path.parent / self.fields["since"]["file"])
+            assert self.before.fields["id"] == self.fields["since"]["id"]
+
+    def names(self) -> list[str]:
+        return list(self.fields["tensors"] if self.before else self.own)
+
+    def tensor(self, name: str) -> tuple[str, list[int], bytes]:
+        if not self.before:
+            return self.own[name]
+        how, shape, total = self.fields["tensors"][name]
+        if how == "whole":
+            found = self.own[name]
+        elif how == "same":
+            found = self.before.tensor(name)
+        elif how == "names":
+            found = ("U8", shape, _apply(self.before.tensor(name)[2], self.own[name + ".__names__"][2]))
+        else:
+            assert how == "rows"
+            dtype, _, data = self.before.tensor(name)
+            row = prod(shape[1:]) * SIZES[dtype][1]
+            made = bytearray(data[: shape[0] * row].ljust(shape[0] * row, b"\0"))
+            numbers, values = self.own[name + ".__rows__"], self.own[name + ".__values__"][2]
+            for at, number in enumerate(array(SIZES[numbers[0]][0], numbers[2])):
+                made[number * row : (number + 1) * row] = values[at * row : (at + 1) * row]
+            found = (dtype, shape, bytes(made))
+        assert found[1] == shape
+        assert f"{zlib.crc32(found[2]):08x}" == total
+        return found
+
+    def entries(self, prefix: str) -> dict[str, list[float]]:
+        tables, patterns, names = _unpack(self.tensor(prefix + "_extra_state")[2])
+        assert patterns == []
+        found = {}
+        for name, id_ in names:
+            table, row = tables[id_ >> 40], id_ & (1 << 40) - 1
+            assert row < table["used"]
+            if table["slab"]:
+                dtype, _, data = self.tensor(prefix + table["slab"])
+                size, start = prod(table["shape"]), table["offset"]
+            else:
+                dtype, shape, data = self.tensor(prefix + table["attribute"])
+                size, start = prod(shape[1:]), 0
+            code, width = SIZES[dtype]
+            first = (start + row * size) * width
+            found[name] = array(code, data[first : first + size * width]).tolist()
+        assert len(found) == len(names)
+        return found
+
+
+def _unpack(data: bytes) -> tuple[list[dict], list[str], list[tuple[str, int]]]:
+    assert data[:8] == b"pdrs\0\0\0\2"
+    names, ids, tables, patterns, dims, labels = struct.unpack_from("<6Q", data, 8)
+    at = 56
+    records = [struct.unpack_from("<7Q", data, at + 56 * n) for n in range(tables)]
+    at += 56 * tables
+    pattern_sizes = struct.unpack_from(f"<{patterns}Q", data, at)
+    at += 8 * patterns
+    shapes = list(struct.unpack_from(f"<{dims}Q", data, at))
+    at += 8 * dims
+    end = at + labels
+
+    def text(size: int) -> str:
+        nonlocal at
+        at += size
+        return data[at - size : at].decode("utf-8", "surrogatepass")
+
+    made = []
+    for attribute, group, flags, used, slab, offset, ndim in records:
+        shape, shapes = shapes[:ndim], shapes[ndim:]
+        one = {"attribute": text(attribute), "group": group, "trainable": flags & 1, "used": used, "slab": text(slab)}
+        assert bool(one["slab"]) == bool(flags & 2)
+        made.append(one | {"offset": offset, "shape": shape})
+    found = [text(size) for size in pattern_sizes]
+    assert at == end
+    at += -at % 8
+    numbers = struct.unpack_from(f"<{ids}Q", data, at) if ids else range(names)
+    at += 8 * ids
+    lengths = struct.unpack_from(f"<{names}I", data, at)
+    at += 4 * names + -4 * names % 8
+    entries = [(text(length), number) for length, number in zip(lengths, numbers, strict=True)]
+    assert at == len(data)
+    return made, found, entries
+
+
+def _apply(old: bytes, delta: bytes) -> bytes:
+    assert delta[:8] == b"pdrd\0\0\0\1"
+    removed, moved = struct.unpack_from("<2Q", delta, 8)
+    at = 24
+    gone = set(struct.unpack_from(f"<{removed}I", delta, at))
+    at += 4 * removed + -4 * removed % 8
+    places = struct.unpack_from(f"<{moved}I", delta, at)
+    at += 4 * moved + -4 * moved % 8
+    new_ids = dict(zip(places, struct.unpack_from(f"<{moved}Q", delta, at), strict=True))
+    at += 8 * moved
+    _, _, before = _unpack(old)
+    _, _, added = _unpack(delta[at:])
+    entries = [(name, new_ids.get(n, id_)) for n, (name, id_) in enumerate(before) if n not in gone] + added
+    # The header is that of the delta, with the counts of the whole.
+    _, _, tables, patterns, dims, labels = struct.unpack_from("<6Q", delta, at + 8)
+    plain = all(id_ == n for n, (_, id_) in enumerate(entries))
+    counts = struct.pack("<6Q", len(entries), 0 if plain else len(entries), tables, patterns, dims, labels)
+    head = delta[at + 56 : at + 56 + 56 * tables + 8 * (patterns + dims) + labels + -labels % 8]
+    texts = [name.encode("utf-8", "surrogatepass") for name, _ in entries]
+    listed = b"" if plain else struct.pack(f"<{len(entries)}Q", *(id_ for _, id_ in entries))
+    lengths = struct.pack(f"<{len(texts)}I", *map(len, texts))
+    return b"pdrs\0\0\0\2" + counts + head + listed + lengths + bytes(-len(lengths) % 8) + b"".join(texts)
+
+
+@pytest.fixture
+def few_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let tables go to slabs when there are more than three."""
+    monkeypatch.setattr(_archive_sources, "_TABLES", 3)
+
+
+@pytest.mark.usefixtures("few_tables")
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_reader_from_the_document_finds_every_name(stacked: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shapes = [(2,), (), (3, 2), (2,), (5,), (1, 2, 3), (400, 60)]
+    pd = pdrs.ParameterDict([(f"é.{n}.\ud800", torch.randn(shape)) for n, shape in enumerate(shapes * 3)])
+    module = torch.nn.ModuleDict({"w": pd.stack() if stacked else pd, "l": torch.nn.Linear(2, 2)})
+    pdrs.save(module, tmp_path / "0")
+    held = module["w"]
+    with torch.no_grad():
+        held["é.3.\ud800"].add_(1)
+        held["é.6.\ud800"][7].add_(1)
+    held.pop("é.4.\ud800")
+    held["new"] = torch.ones(2)
+    held["other"] = torch.randn(9)
+    pdrs.save(module, tmp_path / "1", since=tmp_path / "0")
+    held["new"] = torch.zeros(2)
+    pdrs.save(module, tmp_path / "2", since=tmp_path / "1")
+    reader = Reader(tmp_path / "2")
+    assert reader.entries("w.") == {name: value.reshape(-1).tolist() for name, value in held.items()}
+    assert list(reader.entries("w.")) == list(held)
+    assert array("f", reader.tensor("l.weight")[2]).tolist() == module["l"].weight.reshape(-1).tolist()
+    assert "w.float32_slab" in reader.names()

@@ -1,0 +1,393 @@
+"""Archives: what is saved opens and loads as it was, by names, from a file that any safetensors reader understands.
+
+The bugs that this hunts: a value, a name, an order or a flag that comes back as another; an entry that lies otherwise
+in memory and is saved scrambled; training that writes to the file; a file that a reader of safetensors refuses; memory,
+or a header, that grows with the number of names; a save that replaces a good file by a broken one.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import os
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file, save_model
+from torch import Tensor, nn
+
+import pdrs
+from pdrs import _archive_sources
+from pdrs._tensor_file import TensorFile, is_padding
+
+NAMES = ["a", "layer.0.weight", "type", "é\ud800", "日本", "b"]
+
+
+def _values() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return {
+        "a": torch.randn(3),
+        "layer.0.weight": torch.randn(4, 2).t(),
+        "type": torch.randn(2, 4),
+        "é\ud800": torch.randn(3),
+        "日本": torch.tensor(2.5),
+        "short": torch.randn(5).bfloat16(),
+        "empty": torch.empty(0, 3),
+        "frozen": nn.Parameter(torch.randn(3), requires_grad=False),
+        "gaps": torch.randn(8, 6)[::2, ::3],
+        "counts": nn.Parameter(torch.arange(4), requires_grad=False),
+    }
+
+
+def _dictionary(cls: type[pdrs.ParameterDict | pdrs.StackedParameterDict]) -> nn.Module:
+    return cls(list(_values().items()))
+
+
+def _assert_same(found: object, expected: object) -> None:
+    """Compare names, order, values, dtypes and flags of two dictionaries of any class."""
+    assert list(found) == list(expected)  # type: ignore[call-overload]
+    for name in expected:  # type: ignore[attr-defined]
+        one, other = found[name], expected[name]  # type: ignore[index]
+        assert (one.dtype, one.shape, one.requires_grad) == (other.dtype, other.shape, other.requires_grad), name
+        assert torch.equal(one, other), name
+
+
+BOTH = pytest.mark.parametrize("cls", [pdrs.ParameterDict, pdrs.StackedParameterDict])
+
+
+@BOTH
+def test_what_was_saved_opens_as_it_was(cls: type[nn.Module], tmp_path: Path) -> None:
+    saved = _dictionary(cls)
+    size = pdrs.save(saved, tmp_path / "a.safetensors")
+    assert size == (tmp_path / "a.safetensors").stat().st_size
+    _assert_same(pdrs.open(tmp_path / "a.safetensors", verify=True), saved)
+
+
+@BOTH
+@pytest.mark.parametrize("target", [pdrs.ParameterDict, pdrs.StackedParameterDict, nn.ParameterDict])
+def test_any_class_loads_what_any_class_saved(cls: type[nn.Module], target: type[nn.Module], tmp_path: Path) -> None:
+    saved = _dictionary(cls)
+    if target is nn.ParameterDict:  # It takes neither dots nor the names of attributes.
+        for name in ("layer.0.weight", "type"):
+            del saved[name]
+    pdrs.save(saved, tmp_path / "a.safetensors")
+    filled = target({name: nn.Parameter(torch.zeros_like(saved[name]), saved[name].requires_grad) for name in saved})
+    assert str(pdrs.load(tmp_path / "a.safetensors", filled)) == "<All keys matched successfully>"
+    expected = {name: saved[name] for name in filled}
+    _assert_same(filled, expected)
+
+
+@BOTH
+@pytest.mark.parametrize("target", [pdrs.ParameterDict, pdrs.StackedParameterDict])
+def test_an_empty_dictionary_takes_the_names_over(
+    cls: type[nn.Module], target: type[nn.Module], tmp_path: Path
+) -> None:
+    saved = _dictionary(cls)
+    pdrs.save(saved, tmp_path / "a.safetensors")
+    filled = target()
+    pdrs.load(tmp_path / "a.safetensors", filled)
+    _assert_same(filled, saved)
+
+
+def _model() -> nn.Module:
+    model = nn.Module()
+    model.words = pdrs.ParameterDict({"x.y": torch.randn(2), "z": torch.randn(3)})
+    model.words["child"] = pdrs.StackedParameterDict({"deep": torch.randn(2, 2)})
+    model.stacked = pdrs.StackedParameterDict({f"n{n}": torch.randn(4) for n in range(5)})
+    model.head = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    model.tied = model.head[0]
+    model.words.register_buffer("steps", torch.tensor(3))
+    return model
+
+
+def test_a_module_is_saved_whole_and_loads_whole(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model, other = _model(), _model()
+    pdrs.save(model, tmp_path / "m.safetensors")
+    assert not torch.equal(other.words["z"], model.words["z"])
+    pdrs.load(tmp_path / "m.safetensors", other, verify=True)
+    state, expected = other.state_dict(), model.state_dict()
+    assert list(state) == list(expected)
+    assert all(torch.equal(state[name], expected[name]) for name in state)
+    opened = pdrs.open(tmp_path / "m.safetensors")
+    for name in ("words.x.y", "words.child.deep", "stacked.n3", "head.0.weight", "tied.bias", "words.steps"):
+        assert name in opened, name
+    assert torch.equal(opened["words.child.deep"], model.words["child"]["deep"])
+    assert torch.equal(opened["head.1.num_batches_tracked"], torch.tensor(0))
+    assert not opened["head.1.num_batches_tracked"].requires_grad
+    _assert_same(pdrs.open(tmp_path / "m.safetensors", prefix="stacked."), model.stacked)
+    assert list(pdrs.open(tmp_path / "m.safetensors", prefix="words.")) == ["x.y", "z", "steps", "child.deep"]
+    with pytest.raises(KeyError, match="nothing in the checkpoint begins with 'wrong'"):
+        pdrs.open(tmp_path / "m.safetensors", prefix="wrong")
+
+
+@BOTH
+def test_what_does_not_fit_is_told_as_torch_tells_it(cls: type[nn.Module], tmp_path: Path) -> None:
+    pdrs.save(pdrs.ParameterDict({"a": torch.ones(2), "b": torch.ones(3), "c": torch.ones(2)}), tmp_path / "a")
+    module = nn.ModuleDict({"w": cls({"a": torch.zeros(2)})})
+    with pytest.raises(RuntimeError, match=r"(Missing|Unexpected) key"):
+        pdrs.load(tmp_path / "a", module)
+    other = pdrs.ParameterDict({"a": torch.zeros(2), "b": torch.zeros(4), "d": torch.zeros(1)})
+    with pytest.raises(RuntimeError) as raised:
+        pdrs.load(tmp_path / "a", other)
+    for part in ('Missing key(s) in state_dict: "d"', 'Unexpected key(s) in state_dict: "c"', "size mismatch for b"):
+        assert part in str(raised.value)
+    del other["b"]
+    result = pdrs.load(tmp_path / "a", other, strict=False)
+    assert (result.missing_keys, result.unexpected_keys) == (["d"], ["b", "c"])
+    assert other["a"].tolist() == [1.0, 1.0]
+
+
+@BOTH
+def test_part_of_a_file_opens_in_the_order_asked_for(cls: type[nn.Module], tmp_path: Path) -> None:
+    saved = _dictionary(cls)
+    pdrs.save(saved, tmp_path / "a")
+    names = ["frozen", "日本", "a", "counts"]
+    _assert_same(pdrs.open(tmp_path / "a", names=names), {name: saved[name] for name in names})
+    assert list(pdrs.open(tmp_path / "a", names=np.array(["a"]))) == ["a"]
+    with pytest.raises(KeyError, match="missing"):
+        pdrs.open(tmp_path / "a", names=["a", "missing"])
+    with pytest.raises(ValueError, match="each name once"):
+        pdrs.open(tmp_path / "a", names=["a", "a"])
+    converted = pdrs.open(tmp_path / "a", dtype=torch.float64)
+    assert (converted["short"].dtype, converted["counts"].dtype) == (torch.float64, torch.int64)
+    assert torch.equal(converted["a"], saved["a"].double())
+
+
+def test_popped_rows_patterns_and_groups_survive(tmp_path: Path) -> None:
+    sd = pdrs.StackedParameterDict({f"{n}.bias": torch.full((2,), float(n)) for n in range(6)})
+    sd.optimizer_groups(by={r"^[0-2]": {"weight_decay": 0.0}})
+    sd.pop("1.bias")
+    sd.popitem()
+    pdrs.save(sd, tmp_path / "a")
+    opened = pdrs.open(tmp_path / "a")
+    _assert_same(opened, sd)
+    assert [name for name, _ in opened.named_parameters()] == [name for name, _ in sd.named_parameters()]
+    assert opened.state_dict()["_extra_state"].tolist() == sd.state_dict()["_extra_state"].tolist()
+    opened["0.new"] = torch.zeros(2)
+    opened["9.new"] = torch.zeros(2)
+    sd["0.new"] = torch.zeros(2)
+    sd["9.new"] = torch.zeros(2)
+    _assert_same(opened, sd)
+
+
+def test_training_an_opened_dictionary_leaves_the_file_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    rows = torch.randn(20_000, 16)
+    names = [f"n{n}" for n in range(20_000)]
+    pdrs.save(pdrs.StackedParameterDict.from_rows(names, rows), path)
+    before = path.read_bytes()
+    opened = pdrs.open(path)
+    optimizer = torch.optim.Adam(opened.parameters())
+    opened.attach(optimizer)
+    opened.gather(["n3", "n19999"]).sum().backward()
+    optimizer.step()
+    opened["new"] = torch.ones(16)
+    opened.pop("n7")
+    assert path.read_bytes() == before
+    assert not torch.equal(opened["n3"], rows[3])
+    assert torch.equal(opened["n5"], rows[5])
+    # Two that were opened from one file are two.
+    assert torch.equal(pdrs.open(path)["n3"], rows[3])
+
+
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+def test_an_opened_dictionary_outlives_its_file(how: str, tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    rows = torch.randn(20_000, 16)
+    pdrs.save(pdrs.StackedParameterDict.from_rows([f"n{n}" for n in range(20_000)], rows), path)
+    opened = pdrs.open(path)
+    if how == "removed":
+        path.unlink()
+    else:
+        pdrs.save(pdrs.StackedParameterDict({"other": torch.ones(2)}), path)
+    assert torch.equal(opened.table((16,)), rows)
+
+
+def test_an_opened_dictionary_is_copied_and_pickled_by_value(tmp_path: Path) -> None:
+    rows = torch.randn(20_000, 16)
+    sd = pdrs.StackedParameterDict.from_rows([f"n{n}" for n in range(20_000)], rows)
+    sd["x"] = torch.ones(3)
+    pdrs.save(sd, tmp_path / "a")
+    opened = pdrs.open(tmp_path / "a")
+    _assert_same(copy.deepcopy(opened), sd)
+    file = io.BytesIO()
+    torch.save(opened, file)
+    file.seek(0)
+    _assert_same(torch.load(file, weights_only=False), sd)
+    one = io.BytesIO()
+    torch.save(opened.table((3,)), one)
+    assert len(one.getvalue()) < 10_000
+
+
+def test_a_save_over_the_file_that_is_open_is_right(tmp_path: Path) -> None:
+    pdrs.save(
+        pdrs.StackedParameterDict.from_rows([f"n{n}" for n in range(20_000)], torch.randn(20_000, 16)), tmp_path / "a"
+    )
+    opened = pdrs.open(tmp_path / "a")
+    with torch.no_grad():
+        opened["n77"].fill_(1)
+    pdrs.save(opened, tmp_path / "a")
+    _assert_same(pdrs.open(tmp_path / "a", verify=True), opened)
+
+
+# -- the file ----------------------------------------------------------------------------------------------------------
+
+
+@BOTH
+def test_readers_of_safetensors_see_the_tables(cls: type[nn.Module], tmp_path: Path) -> None:
+    module = nn.ModuleDict({"w": _dictionary(cls), "l": nn.Linear(2, 2)})
+    pdrs.save(module, tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert {"w.float32_3", "w._extra_state", "l.weight"} < set(file.keys())
+        assert file.metadata()["format"] == "pt"
+        fields = json.loads(file.metadata()["pdrs"])
+        assert fields["dictionaries"] == {"w.": cls.__name__}
+    state = load_file(tmp_path / "a.safetensors")
+    loaded = nn.ModuleDict({"w": pdrs.StackedParameterDict(), "l": nn.Linear(2, 2)})
+    loaded.load_state_dict({name: value for name, value in state.items() if not is_padding(name)})
+    _assert_same(loaded["w"], module["w"])
+
+
+def test_what_safetensors_wrote_opens(tmp_path: Path) -> None:
+    sd = pdrs.StackedParameterDict({"x": torch.ones(2), "y": torch.zeros(3)})
+    save_model(sd, str(tmp_path / "model"))
+    _assert_same(pdrs.open(tmp_path / "model"), sd)
+    save_file({"x": torch.ones(2), "n": torch.tensor([1, 2])}, tmp_path / "plain")
+    opened = pdrs.open(tmp_path / "plain", verify=True)
+    assert {name: value.tolist() for name, value in opened.items()} == {"x": [1.0, 1.0], "n": [1, 2]}
+    filled = pdrs.ParameterDict({"x": torch.zeros(2), "n": nn.Parameter(torch.zeros(2, dtype=torch.int64), False)})
+    pdrs.load(tmp_path / "plain", filled)
+    assert filled["n"].tolist() == [1, 2]
+
+
+def test_what_torch_wrote_opens(tmp_path: Path) -> None:
+    model = _model()
+    torch.save(model.state_dict(), tmp_path / "m.pt")
+    opened = pdrs.open(tmp_path / "m.pt")
+    assert torch.equal(opened["stacked.n3"], model.stacked["n3"])
+    other = _model()
+    pdrs.load(tmp_path / "m.pt", other)
+    assert torch.equal(other.words["z"], model.words["z"])
+    torch.save({"x": [1]}, tmp_path / "odd.pt")
+    with pytest.raises(pdrs.CheckpointError, match="found list at 'x'"):
+        pdrs.open(tmp_path / "odd.pt")
+    (tmp_path / "odd.pt").write_bytes(b"PK\3\4 no archive at all")
+    with pytest.raises(pdrs.CheckpointError, match=r"odd\.pt: torch.load cannot read it"):
+        pdrs.open(tmp_path / "odd.pt")
+
+
+def test_many_shapes_share_tensors_and_the_header_stays_short(tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    shapes = [(n % 50 + 1, n // 50 + 1) for n in range(350)]
+    values = {f"n{n}": torch.randn(shape) for n, shape in enumerate(shapes)}
+    values |= {f"h{n}": torch.randn(n + 1).half() for n in range(20)}
+    pd = pdrs.ParameterDict(list(values.items()))
+    for saved, name in ((pd, "pd"), (pd.stack(), "sd")):
+        pdrs.save(saved, tmp_path / name)
+        with TensorFile(tmp_path / name) as file:
+            assert len(file) < 2 * _archive_sources._TABLES + 10
+            assert file.data_start < 100_000
+        opened = pdrs.open(tmp_path / name, verify=True)
+        _assert_same(opened, pd)
+        # What was opened from a slab is a dictionary like any other.
+        opened["new"] = torch.ones(2, 7)
+        opened.pop("n3")
+        pdrs.save(opened, tmp_path / "again")
+        _assert_same(pdrs.open(tmp_path / "again"), opened)
+        filled = pdrs.ParameterDict({one: torch.zeros_like(value) for one, value in values.items()})
+        pdrs.load(tmp_path / name, filled)
+        assert all(torch.equal(filled[one], pd[one]) for one in pd)
+        loaded = pdrs.StackedParameterDict()
+        state = load_file(tmp_path / name)
+        loaded.load_state_dict(state)
+        _assert_same(loaded, pd)
+
+
+def test_large_tables_begin_on_a_page_and_names_cost_few_bytes(tmp_path: Path) -> None:
+    count = 20_000
+    sd = pdrs.StackedParameterDict.from_rows([f"n{n}" for n in range(count)], torch.randn(count, 15))
+    sd.update({f"m{n}": torch.randn(7) for n in range(count)})
+    pdrs.save(sd, tmp_path / "a")
+    with TensorFile(tmp_path / "a") as file:
+        for name in ("float32_15", "float32_7"):
+            assert file.offsets(name)[0] % 4096 == 0
+    data = count * 4 * 15 + len(sd.table((7,))) * 4 * 7
+    assert (tmp_path / "a").stat().st_size <= data + sum(map(len, sd)) + 24 * len(sd)
+
+
+@BOTH
+def test_extra_memory_is_a_block_at_most(cls: type[nn.Module], tmp_path: Path) -> None:
+    pd = pdrs.ParameterDict([(str(n), torch.zeros(1 << 18)) for n in range(100)])
+    saved = pd if cls is pdrs.ParameterDict else pd.stack()
+    largest = 0
+    empty = torch.empty
+
+    def counting(*args: object, **kwargs: object) -> Tensor:
+        nonlocal largest
+        made = empty(*args, **kwargs)
+        largest = max(largest, made.nbytes)
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", counting)
+        tracemalloc.start()
+        pdrs.save(saved, tmp_path / "a")
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert largest <= 64 << 20
+    assert peak <= 64 << 20
+
+
+# -- what cannot be saved ----------------------------------------------------------------------------------------------
+
+
+class _WithState(nn.Module):
+    def get_extra_state(self) -> object:
+        return {"steps": 3}
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (nn.ModuleDict({"m": _WithState()}), "'m._extra_state' of the state dict is of type dict"),
+        (pdrs.ParameterDict({"s": torch.eye(2).to_sparse()}), "'s' is of layout torch.sparse_coo"),
+        (nn.Linear(2, 2, device="meta"), "'weight' is a Tensor on the meta device"),
+        ({"a": torch.ones(2)}, "expected a torch.nn.Module"),
+    ],
+)
+def test_what_cannot_be_saved_is_named_and_nothing_is_lost(module: object, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"old")
+    with pytest.raises(TypeError, match=message):
+        pdrs.save(module, tmp_path / "a")  # type: ignore[arg-type]
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_missing_folder_and_a_missing_file_are_ordinary_errors(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="missing"):
+        pdrs.save(pdrs.ParameterDict(), tmp_path / "missing" / "a")
+    with pytest.raises(FileNotFoundError):
+        pdrs.open(tmp_path / "missing")
+
+
+def test_an_empty_dictionary_and_a_module_without_one_are_saved(tmp_path: Path) -> None:
+    for module in (pdrs.ParameterDict(), pdrs.StackedParameterDict()):
+        pdrs.save(module, tmp_path / "a")
+        assert len(pdrs.open(tmp_path / "a", verify=True)) == 0
+        pdrs.load(tmp_path / "a", type(module)())
+    linear = nn.Linear(2, 3)
+    pdrs.save(linear, tmp_path / "a")
+    assert torch.equal(pdrs.open(tmp_path / "a")["weight"], linear.weight)
+
+
+def test_hooks_and_subclasses_are_asked(tmp_path: Path) -> None:
+    pd = pdrs.ParameterDict({"a": torch.ones(2)})
+    pd.register_state_dict_post_hook(lambda module, state, prefix, _: state.update({prefix + "b": torch.zeros(1)}))
+    pdrs.save(nn.ModuleDict({"w": pd}), tmp_path / "a")
+    assert list(pdrs.open(tmp_path / "a")) == ["w.a", "w.b"]
