@@ -23,7 +23,7 @@ __all__ = [
     "changed_rows",
     "check_apart",
     "clear_entries",
-    "collect_tensors",
+    "collect_parameters",
     "convert_apart",
     "crc32",
     "diff_names",
@@ -376,11 +376,13 @@ class TensorGroup:
         counters.
         """
 
-def all_kept(modules: list[Module], keeps: Callable[[Tensor], bool]) -> bool: ...
+def all_kept(
+    parameters: list[dict[str, Any]], buffers: list[dict[str, Any]], keeps: Callable[[Tensor], bool]
+) -> bool: ...
 def can_take_over(source: dict[Any, Any], parameter: type[Parameter], sorted: bool) -> bool: ...
 def check_apart(groups: list[TensorGroup]) -> None: ...
 def clear_entries(index: IndexMap, parameters: dict[str, Any]) -> list[str]: ...
-def collect_tensors(modules: list[Module]) -> tuple[list[Tensor], list[Tensor], list[tuple[Module, str]]]: ...
+def collect_parameters(dicts: list[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor]]: ...
 def convert_apart(conversions: list[tuple[TensorGroup, torch.dtype, Callable[[], Tensor]]]) -> None: ...
 def group_tensors(
     tensors: list[Any], *, keep_strides: bool = True, narrowest: int | None = None, large_bytes: int | None = None
@@ -398,7 +400,7 @@ def group_tensors(
         The size in bytes of the narrowest elements that a slab with these places will have, if they are narrower than
         the tensors' own: the places stay aligned for those.
     large_bytes
-        Tensors on the CPU of so many bytes or more get groups of their own, if given.
+        Tensors on the CPU that take so many bytes or more, also with the narrowest elements, get groups of their own.
 
     Returns
     -------
@@ -483,7 +485,9 @@ def unexpected_keys(
 ) -> list[str]: ...
 def unzip(pairs: list[Any]) -> tuple[list[Any], list[Any]] | None: ...
 def use_native_slots(class_: type[Module]) -> None: ...
-def walk_modules(module: Module, usual_applies: tuple[Any, ...]) -> tuple[list[Module], list[Module]]: ...
+def walk_modules(
+    modules: list[Module], usual_applies: tuple[Any, ...] | None = None
+) -> tuple[list[Module], list[Module], list[dict[str, Any]], list[tuple[Module, dict[str, Any]]]]: ...
 
 @final
 class TableRows:

@@ -2,7 +2,7 @@
 
 torch moves a module's tensors one by one: microseconds of Python each, and one small copy each. Here the tensors of one
 dtype and device are gathered into one *slab*, the slab is converted or copied, and the tensors become views of the
-result. They stay the same objects, as under torch's ``Module.to``.
+result. They stay the same objects, as under torch's ``Module.to``. Large ones that stay on the CPU are converted apart.
 
 What moves is learnt from the function that torch hands to ``Module._apply``. Anything unusual about it, or about a
 tensor, is left to torch, with torch's own result.
@@ -30,7 +30,7 @@ from pdrs._core import (
     TensorGroup,
     all_kept,
     check_apart,
-    collect_tensors,
+    collect_parameters,
     convert_apart,
     group_tensors,
     rebind_all,
@@ -48,9 +48,9 @@ _Function = Callable[[Tensor], Tensor]
 # and torch does not share so few among threads, which would cost more than it saves.
 _PIECE = 1 << 15
 
-# From how many bytes on a tensor that is converted on the CPU gets memory of its own: mostly that of one before it. Of a
-# slab each page is new, which costs a fault.
-_LARGE = 1 << 14
+# From how many bytes on (a page, before and after) a tensor that is converted on the CPU gets memory of its own: mostly
+# that of one before it. Of a slab each page is new, which costs a fault.
+_LARGE = 1 << 12
 
 # Memory of this size comes from the system and goes back there, whatever malloc does with smaller sizes: where nobody
 # writes, it is only addresses.
@@ -164,9 +164,9 @@ def apply(module: Module, function: _Function, recurse: bool) -> bool:
     move = recognise(function)
     if move is None:
         return False
-    usual, others = walk_modules(module, _usual_applies()) if recurse else ([module], [])
-    _move(usual, move)
-    for other in others:
+    held = _Held(*walk_modules([module], _usual_applies() if recurse else None))
+    _move(held, move)
+    for other in held.others:
         other._apply(function)  # type: ignore[no-untyped-call]
     return True
 
@@ -185,7 +185,8 @@ def to(module: ModuleT, *args: Any, **kwargs: Any) -> ModuleT:
     Returns
     -------
     torch.nn.Module
-        ``module`` itself. Its Parameters are the same objects; those of a dtype and device lie in one block of memory.
+        ``module`` itself. Its Parameters are the same objects; those of a dtype and device lie in one block of memory,
+        but for large ones on the CPU.
 
     Raises
     ------
@@ -198,8 +199,9 @@ def to(module: ModuleT, *args: Any, **kwargs: Any) -> ModuleT:
 
     Notes
     -----
-    Old and new memory exist side by side until the move is complete. ``non_blocking`` returns before copies to a device
-    end; the host tensors may change or die all the same, and work queued on the current stream finds the data complete.
+    Old and new memory exist side by side until the move is complete, but for large tensors on the CPU. ``non_blocking``
+    returns before copies to a device end; the host tensors may change or die all the same, and work queued on the
+    current stream finds the data complete.
     docs/transfers.md says more. **O(n)**, with a small part of torch's cost an entry.
 
     Examples
@@ -222,7 +224,7 @@ def pin_memory(module: Module) -> None:
     """Put the parameters, gradients and buffers of a module that lie on the CPU into page-locked memory."""
     if not torch.cuda.is_available():
         raise RuntimeError("expected a CUDA device, for which memory can be page-locked; torch finds none")
-    _move(list(module.modules()), Move(lambda tensor: tensor, "pin_memory"))
+    _move(_Held(*walk_modules(list(module.modules()))), Move(lambda tensor: tensor, "pin_memory"))
 
 
 class _Asked(Module):
@@ -245,6 +247,15 @@ def _is_usual(module: Module) -> bool:
     """Whether ``Module._apply`` itself moves what a module holds. TorchScript's modules hold it elsewhere."""
     own = type(module)._apply not in _usual_applies() or "_apply" in vars(module)
     return not own and isinstance(module._parameters, dict)
+
+
+class _Held(NamedTuple):
+    """Modules that are moved together, and those inside that move themselves; and the dicts that hold anything."""
+
+    modules: list[Module]
+    others: list[Module]
+    parameters: list[dict[str, Any]]
+    buffers: list[tuple[Module, dict[str, Any]]]
 
 
 class _Place(NamedTuple):
@@ -274,12 +285,12 @@ class _Prepared:
     left: list[int] = field(default_factory=list)
 
 
-def _move(modules: list[Module], move: Move) -> None:
+def _move(held: _Held, move: Move) -> None:
     """Move the parameters, gradients and buffers of some modules: all, or, if there is an error, none."""
-    if _is_nothing(modules, move):
+    if not move.anew and all_kept(held.parameters, [buffers for _, buffers in held.buffers], move.keeps):
         return
-    parameters, gradients, buffers = collect_tensors(modules)
-    places, odd_places, twins = _buffer_places([_Place(*each) for each in buffers], parameters)
+    parameters, gradients = collect_parameters(held.parameters)
+    places, odd_places, twins = _buffer_places(held, parameters)
     with torch.no_grad():
         # Gradients get slabs of their own, whose memory goes when the gradients are set to None.
         of_parameters = _prepare(parameters, move, move.large_bytes())
@@ -301,7 +312,7 @@ def _move(modules: list[Module], move: Move) -> None:
     undo: list[Callable[[], None]] = []
     try:
         if left or odd_places:
-            _leave_to_torch(modules, left, odd_places, move, undo)
+            _leave_to_torch(held.modules, left, odd_places, move, undo)
         try:
             check_apart([group for group, *_ in apart])
             rebind_all([group for group, _ in slabs], [slab for _, slab in slabs], door=move.door)
@@ -309,7 +320,7 @@ def _move(modules: list[Module], move: Move) -> None:
             # A tensor from inference mode is among them, of which torch has its own mind (but none of pin_memory).
             if move.method == "pin_memory":
                 raise
-            _leave_to_torch(modules, {id(one) for one in parameters + gradients}, [], move, undo)
+            _leave_to_torch(held.modules, {id(one) for one in parameters + gradients}, [], move, undo)
             apart = []
     except BaseException:
         for put_back in reversed(undo):
@@ -325,23 +336,19 @@ def _move(modules: list[Module], move: Move) -> None:
         place.set(move.function(place.get()))
 
 
-def _is_nothing(modules: list[Module], move: Move) -> bool:
-    """Whether everything is where it is to go already: one look at each Parameter, which stops where it can."""
-    return not move.anew and all_kept(modules, move.keeps)
-
-
-def _buffer_places(places: list[_Place], parameters: list[Tensor]) -> tuple[list[_Place], list[_Place], list[_Place]]:
-    """Sort the places of buffers: usual ones; Parameters and those that require gradients; and twins.
+def _buffer_places(held: _Held, parameters: list[Tensor]) -> tuple[list[_Place], list[_Place], list[_Place]]:
+    """Return where buffers are; where those that are Parameters or require gradients; and where twins are.
 
     A twin is a Parameter of these modules that is registered as a buffer, too. When it has moved as a Parameter it is
     mostly there already, and stays the same object.
     """
     usual: list[_Place] = []
     odd: list[_Place] = []
-    for place in places:
-        buffer = place.get()
-        is_odd = isinstance(buffer, Parameter) or buffer.requires_grad
-        (odd if is_odd else usual).append(place)
+    for module, buffers in held.buffers:
+        for name, buffer in buffers.items():
+            if buffer is not None:
+                is_odd = isinstance(buffer, Parameter) or buffer.requires_grad
+                (odd if is_odd else usual).append(_Place(module, name))
     ids = set(map(id, parameters)) if odd else set()
     twins = [place for place in odd if id(place.get()) in ids]
     return usual, [place for place in odd if id(place.get()) not in ids], twins

@@ -90,7 +90,8 @@ pub(crate) fn group_tensors(
                     continue;
                 }
             };
-            let large = found.device.is_cpu() && large_bytes.is_some_and(|least| found.numel * found.itemsize >= least);
+            let bytes = found.numel * found.itemsize.min(narrowest);
+            let large = found.device.is_cpu() && large_bytes.is_some_and(|least| bytes >= least);
             let fits = |group: &TensorGroup| {
                 group.device == found.device && group.dtype == found.dtype && group.large == large
             };

@@ -47,7 +47,7 @@ mod _core {
     #[pymodule_export]
     use super::index_map::{IndexMap, NameIterator};
     #[pymodule_export]
-    use super::modules::{all_kept, collect_tensors, walk_modules};
+    use super::modules::{all_kept, collect_parameters, walk_modules};
     #[pymodule_export]
     use super::row::sort_tensors;
     #[pymodule_export]

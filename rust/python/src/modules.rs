@@ -3,14 +3,14 @@
 //! A model has thousands of modules, most of them with nothing of their own, so a few steps of Python for each would
 //! take as long as the move. Classes are looked at once a sweep; modules, and what they hold, once each.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyList, PyTuple, PyType};
+use pyo3::types::{PyDict, PyList, PyString, PyTuple, PyType};
 
 use crate::dlpack::{Device, Dtype};
-use crate::tensor::{Torch, prefetch};
+use crate::tensor::{Torch, prefetch, prefetch_dict};
 
 /// How many Parameters are looked at ahead, so that their cache misses overlap.
 const BATCH: usize = 32;
@@ -22,6 +22,8 @@ struct Class {
     applies: bool,
     /// Whether its children are what lies in `_modules`.
     has_children: bool,
+    /// Whether what it holds lies in the attributes of each module.
+    is_open: bool,
 }
 
 struct Classes<'a, 'py> {
@@ -58,141 +60,187 @@ impl<'a, 'py> Classes<'a, 'py> {
     fn look_at(&self, class: &Bound<'py, PyType>) -> PyResult<Class> {
         let py = class.py();
         let apply = class.getattr(intern!(py, "_apply"))?;
-        let mut has_children = true;
+        let (mut has_children, mut is_open) = (true, true);
         for name in [intern!(py, "children"), intern!(py, "named_children")] {
             has_children &= class.getattr(name)?.is(&self.module.getattr(name)?);
         }
-        Ok(Class { applies: self.usual.iter().any(|usual| usual.is(&apply)), has_children })
+        for name in [intern!(py, "_parameters"), intern!(py, "_buffers"), intern!(py, "_modules")] {
+            is_open &= !class.hasattr(name)?;
+        }
+        Ok(Class { applies: self.usual.iter().any(|usual| usual.is(&apply)), has_children, is_open })
     }
 }
 
-/// A module and those inside that are moved with it, in order, and those that move themselves; each once.
+/// A module that the walk has come across, and its attributes.
+struct Waiting<'py> {
+    module: Bound<'py, PyAny>,
+    own: Bound<'py, PyDict>,
+}
+
+impl<'py> Waiting<'py> {
+    fn new(module: Bound<'py, PyAny>) -> PyResult<Self> {
+        let own = module.getattr(intern!(module.py(), "__dict__"))?.cast_into::<PyDict>()?;
+        Ok(Self { module, own })
+    }
+
+    /// An attribute of the module, without looking it up in the class if that has none of the name.
+    fn attribute(&self, class: Class, name: &Bound<'py, PyString>) -> PyResult<Bound<'py, PyAny>> {
+        match if class.is_open { self.own.get_item(name)? } else { None } {
+            Some(found) => Ok(found),
+            None => self.module.getattr(name),
+        }
+    }
+
+    fn children(&self, class: Class) -> PyResult<Vec<Bound<'py, PyAny>>> {
+        let py = self.module.py();
+        if class.has_children
+            && !self.own.contains(intern!(py, "children"))?
+            && !self.own.contains(intern!(py, "named_children"))?
+            && let Ok(modules) = self.attribute(class, intern!(py, "_modules"))?.cast_exact::<PyDict>()
+        {
+            if modules.is_empty() {
+                return Ok(Vec::new());
+            }
+            let children = modules.iter().map(|(_, child)| child);
+            return Ok(children.filter(|child| !child.is_none()).collect());
+        }
+        self.module.call_method0(intern!(py, "children"))?.try_iter()?.collect()
+    }
+}
+
+/// Modules that are moved together, and those that move themselves; where their Parameters and their buffers are.
+type Walked<'py> = (
+    Vec<Bound<'py, PyAny>>,
+    Vec<Bound<'py, PyAny>>,
+    Vec<Bound<'py, PyDict>>,
+    Vec<(Bound<'py, PyAny>, Bound<'py, PyDict>)>,
+);
+
+/// Modules and those inside that are moved with them, in order, and those that move themselves; each once.
 ///
 /// `usual_applies` are the functions `_apply` of classes that leave the move to their caller. A module moves itself if
-/// it has another one, or if what it holds lies elsewhere than in a dict, as that of `TorchScript` does. The first module
-/// is never asked.
+/// it has another one, or if what it holds lies elsewhere than in a dict, as that of `TorchScript` does. The modules that
+/// are given are never asked; without `usual_applies`, they are all.
 #[pyfunction]
+#[pyo3(signature = (modules, usual_applies = None))]
 pub(crate) fn walk_modules<'py>(
-    module: Bound<'py, PyAny>,
-    usual_applies: &Bound<'py, PyTuple>,
-) -> PyResult<(Vec<Bound<'py, PyAny>>, Vec<Bound<'py, PyAny>>)> {
-    let mut classes = Classes::new(usual_applies)?;
-    let (mut usual, mut others) = (Vec::new(), Vec::new());
+    modules: Vec<Bound<'py, PyAny>>,
+    usual_applies: Option<&Bound<'py, PyTuple>>,
+) -> PyResult<Walked<'py>> {
+    let (mut usual, mut others, mut parameters, mut buffers) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let Some(first) = modules.first() else {
+        return Ok((usual, others, parameters, buffers));
+    };
+    let py = first.py();
+    let none = PyTuple::empty(py);
+    let mut classes = Classes::new(usual_applies.unwrap_or(&none))?;
     let mut seen = HashSet::new();
-    let mut waiting = vec![module];
+    let given: HashSet<_> = modules.iter().map(|module| module.as_ptr() as usize).collect();
+    let mut waiting = modules.into_iter().rev().map(Waiting::new).collect::<PyResult<Vec<_>>>()?;
     while let Some(one) = waiting.pop() {
-        if !seen.insert(one.as_ptr() as usize) {
+        let address = one.module.as_ptr() as usize;
+        if !seen.insert(address) {
             continue;
         }
-        let class = classes.of(&one)?;
-        let own = one.getattr(intern!(one.py(), "__dict__"))?.cast_into::<PyDict>()?;
-        if !usual.is_empty() && !is_moved_by_others(&one, class, &own)? {
-            others.push(one);
+        let class = classes.of(&one.module)?;
+        let is_given = given.contains(&address);
+        if !is_given && (!class.applies || one.own.contains(intern!(py, "_apply"))?) {
+            others.push(one.module);
             continue;
         }
-        let first = waiting.len();
-        for_each_child(&one, class, &own, |child| waiting.push(child))?;
-        waiting[first..].reverse();
-        usual.push(one);
+        let held = one.attribute(class, intern!(py, "_parameters"))?.cast_into::<PyDict>();
+        let held_buffers = one.attribute(class, intern!(py, "_buffers"))?.cast_into::<PyDict>();
+        if !is_given && (held.is_err() || held_buffers.is_err()) {
+            others.push(one.module);
+            continue;
+        }
+        let (held, held_buffers) = (held?, held_buffers?);
+        if usual_applies.is_some() {
+            let children = one.children(class)?;
+            // Sisters are looked at together, so that their cache misses overlap.
+            children.iter().for_each(prefetch);
+            let first = waiting.len();
+            for child in children.into_iter().rev() {
+                waiting.push(Waiting::new(child)?);
+            }
+            waiting[first..].iter().for_each(|child| prefetch_dict(&child.own));
+        }
+        if !held.is_empty() {
+            parameters.push(held);
+        }
+        if !held_buffers.is_empty() {
+            buffers.push((one.module.clone(), held_buffers));
+        }
+        usual.push(one.module);
     }
-    Ok((usual, others))
+    Ok((usual, others, parameters, buffers))
 }
 
-fn is_moved_by_others(module: &Bound<'_, PyAny>, class: Class, own: &Bound<'_, PyDict>) -> PyResult<bool> {
-    let py = module.py();
-    Ok(class.applies
-        && !own.contains(intern!(py, "_apply"))?
-        && module.getattr(intern!(py, "_parameters"))?.is_instance_of::<PyDict>()
-        && module.getattr(intern!(py, "_buffers"))?.is_instance_of::<PyDict>())
-}
-
-fn for_each_child<'py>(
-    module: &Bound<'py, PyAny>,
-    class: Class,
-    own: &Bound<'py, PyDict>,
-    mut each: impl FnMut(Bound<'py, PyAny>),
-) -> PyResult<()> {
-    let py = module.py();
-    if class.has_children
-        && !own.contains(intern!(py, "children"))?
-        && !own.contains(intern!(py, "named_children"))?
-        && let Ok(modules) = module.getattr(intern!(py, "_modules"))?.cast_exact::<PyDict>()
-    {
-        modules.iter().filter(|(_, child)| !child.is_none()).for_each(|(_, child)| each(child));
-        return Ok(());
-    }
-    for child in module.call_method0(intern!(py, "children"))?.try_iter()? {
-        each(child?);
-    }
-    Ok(())
-}
-
-/// Calls `each` with every Parameter of a module that is not None and its gradient, until it gives false.
+/// Calls `each` with every Parameter that is not None and its gradient, until it gives false.
 fn for_each_parameter<'py>(
     torch: &Torch,
-    module: &Bound<'py, PyAny>,
+    dicts: &[Bound<'py, PyDict>],
     mut each: impl FnMut(Bound<'py, PyAny>, Option<Bound<'py, PyAny>>) -> PyResult<bool>,
 ) -> PyResult<bool> {
-    let py = module.py();
-    let parameters = module.getattr(intern!(py, "_parameters"))?.cast_into::<PyDict>()?;
-    if parameters.is_empty() {
-        return Ok(true);
+    let mut look_at = |parameter: Bound<'py, PyAny>| {
+        let plain = torch.is_plain(&parameter);
+        let grad = intern!(parameter.py(), "grad");
+        let gradient = if plain { torch.gradient(&parameter)? } else { parameter.getattr(grad)? };
+        each(parameter, (!gradient.is_none()).then_some(gradient))
+    };
+    let mut ahead = VecDeque::with_capacity(BATCH);
+    for parameters in dicts {
+        // A list of them, because what a `grad` property of a subclass runs might change the dict.
+        for parameter in parameters.values() {
+            if parameter.is_none() {
+                continue;
+            }
+            prefetch(&parameter);
+            if ahead.len() == BATCH
+                && let Some(next) = ahead.pop_front()
+                && !look_at(next)?
+            {
+                return Ok(false);
+            }
+            ahead.push_back(parameter);
+        }
     }
-    // A list of them, because what a `grad` property of a subclass runs might change the dict.
-    let values = parameters.values();
-    let mut ahead = values.iter();
-    ahead.by_ref().take(BATCH).for_each(|value| prefetch(&value));
-    for value in &values {
-        if let Some(next) = ahead.next() {
-            prefetch(&next);
-        }
-        if value.is_none() {
-            continue;
-        }
-        let gradient = if torch.is_plain(&value) { torch.gradient(&value)? } else { value.getattr(intern!(py, "grad"))? };
-        if !each(value, (!gradient.is_none()).then_some(gradient))? {
+    for parameter in ahead {
+        if !look_at(parameter)? {
             return Ok(false);
         }
     }
     Ok(true)
 }
 
-fn buffers_of<'py>(module: &Bound<'py, PyAny>) -> PyResult<Option<Bound<'py, PyDict>>> {
-    let buffers = module.getattr(intern!(module.py(), "_buffers"))?.cast_into::<PyDict>()?;
-    Ok((!buffers.is_empty()).then_some(buffers))
-}
-
-/// What modules hold: the Parameters, their gradients, and the module and the name of each buffer; without None.
-type Held<'py> = (Bound<'py, PyList>, Bound<'py, PyList>, Vec<(Bound<'py, PyAny>, Bound<'py, PyAny>)>);
-
-/// Lists what modules hold. A Parameter is listed as often as it is held.
+/// Lists the Parameters in some dicts, as often as they are there, and their gradients; without None.
 #[pyfunction]
-pub(crate) fn collect_tensors<'py>(modules: &Bound<'py, PyList>) -> PyResult<Held<'py>> {
-    let py = modules.py();
-    let torch = Torch::get(py)?;
-    let (parameters, gradients, mut buffers) = (PyList::empty(py), PyList::empty(py), Vec::new());
-    for module in modules {
-        for_each_parameter(torch, &module, |parameter, gradient| {
-            if let Some(gradient) = gradient {
-                gradients.append(gradient)?;
-            }
-            parameters.append(parameter)?;
-            Ok(true)
-        })?;
-        if let Some(held) = buffers_of(&module)? {
-            let named = held.iter().filter(|(_, buffer)| !buffer.is_none());
-            buffers.extend(named.map(|(name, _)| (module.clone(), name)));
+pub(crate) fn collect_parameters<'py>(
+    py: Python<'py>,
+    dicts: Vec<Bound<'py, PyDict>>,
+) -> PyResult<(Bound<'py, PyList>, Bound<'py, PyList>)> {
+    let (parameters, gradients) = (PyList::empty(py), PyList::empty(py));
+    for_each_parameter(Torch::get(py)?, &dicts, |parameter, gradient| {
+        if let Some(gradient) = gradient {
+            gradients.append(gradient)?;
         }
-    }
-    Ok((parameters, gradients, buffers))
+        parameters.append(parameter)?;
+        Ok(true)
+    })?;
+    Ok((parameters, gradients))
 }
 
-/// Whether `keeps` says so of one tensor of each dtype and device among all that modules hold.
+/// Whether `keeps` says so of one tensor of each dtype and device among Parameters, their gradients and buffers.
 ///
 /// Not if there is an unusual one, which `group_tensors` would leave to torch.
 #[pyfunction]
-pub(crate) fn all_kept(modules: &Bound<'_, PyList>, keeps: &Bound<'_, PyAny>) -> PyResult<bool> {
-    let torch = Torch::get(modules.py())?;
+pub(crate) fn all_kept(
+    py: Python<'_>,
+    parameters: Vec<Bound<'_, PyDict>>,
+    buffers: Vec<Bound<'_, PyDict>>,
+    keeps: &Bound<'_, PyAny>,
+) -> PyResult<bool> {
+    let torch = Torch::get(py)?;
     let mut kept: Vec<(Device, Dtype)> = Vec::new();
     let mut dims = Vec::new();
     let mut is_kept = |tensor: &Bound<'_, PyAny>| {
@@ -210,19 +258,15 @@ pub(crate) fn all_kept(modules: &Bound<'_, PyList>, keeps: &Bound<'_, PyAny>) ->
         }
         PyResult::Ok(true)
     };
-    for module in modules {
-        let go_on = for_each_parameter(torch, &module, |parameter, gradient| {
-            Ok(is_kept(&parameter)? && gradient.map_or(Ok(true), |gradient| is_kept(&gradient))?)
-        })?;
-        if !go_on {
+    let are_kept = for_each_parameter(torch, &parameters, |parameter, gradient| {
+        Ok(is_kept(&parameter)? && gradient.map_or(Ok(true), |gradient| is_kept(&gradient))?)
+    })?;
+    if !are_kept {
+        return Ok(false);
+    }
+    for buffer in buffers.iter().flat_map(PyDictMethods::values) {
+        if !buffer.is_none() && !is_kept(&buffer)? {
             return Ok(false);
-        }
-        if let Some(buffers) = buffers_of(&module)? {
-            for buffer in buffers.values().iter().filter(|buffer| !buffer.is_none()) {
-                if !is_kept(&buffer)? {
-                    return Ok(false);
-                }
-            }
         }
     }
     Ok(true)
