@@ -60,18 +60,13 @@ def same_bytes(one: Tensor, other: Tensor) -> bool:
 
 def pack(index: IndexMap, header: Header) -> Tensor:
     """Return the names of an index, their ids and a header: uint8 ``[bytes]``. **O(n)**."""
-    text, lengths = pack_names(index)
     ids = index.rows()
     plain = bool((ids == np.arange(len(ids))).all())
     fields = {"names": len(ids), "ids": not plain, "tables": header.tables, "patterns": header.patterns}
     encoded = json.dumps(fields).encode()
     encoded += b" " * (-len(encoded) % 8)
-    parts: list[Any] = [_MAGIC, len(encoded).to_bytes(8, "little"), encoded]
-    if not plain:
-        parts.append(ids.astype("<i8", copy=False))
-    parts += [lengths.astype("<u4", copy=False), b"\0" * (-lengths.nbytes % 8), text]
-    flat = [np.frombuffer(part, np.uint8) if isinstance(part, bytes) else part.view(np.uint8) for part in parts]
-    return torch.from_numpy(np.concatenate(flat))
+    head = _MAGIC + len(encoded).to_bytes(8, "little") + encoded
+    return torch.from_numpy(pack_names(index, head if plain else head + ids.astype("<i8", copy=False).tobytes()))
 
 
 def unpack(packed: Tensor) -> tuple[IndexMap, NDArray[np.int64], Header]:

@@ -173,22 +173,22 @@ pub(crate) fn replace_ids(index: &Bound<'_, IndexMap>, ids: PyReadonlyArray1<'_,
     Err(PyValueError::new_err(format!("got {} ids for another number of names", ids.len())))
 }
 
-/// All names, in order, as UTF-8 one behind another, and the number of bytes of each.
+/// Some bytes, and behind them the number of bytes of each name, in order, and all names as UTF-8 one behind another.
 #[pyfunction]
-#[allow(clippy::type_complexity)]
-pub(crate) fn pack_names<'py>(
-    index: &Bound<'py, IndexMap>,
-) -> PyResult<(Bound<'py, PyArray1<u8>>, Bound<'py, PyArray1<u32>>)> {
+pub(crate) fn pack_names<'py>(index: &Bound<'py, IndexMap>, head: &[u8]) -> PyResult<Bound<'py, PyArray1<u8>>> {
     let py = index.py();
     let names = index.get().names(py);
-    let mut text = Vec::with_capacity(16 * names.len());
-    let mut lengths = Vec::with_capacity(names.len());
-    for name in &names {
-        let start = text.len();
-        name.append_utf8(py, &mut text)?;
-        lengths.push(u32::try_from(text.len() - start)?);
+    let text = head.len() + (4 * names.len()).next_multiple_of(8);
+    let mut packed = Vec::with_capacity(text + 16 * names.len());
+    packed.extend_from_slice(head);
+    packed.resize(text, 0);
+    for (at, name) in names.iter().enumerate() {
+        let start = packed.len();
+        name.append_utf8(py, &mut packed)?;
+        let length = u32::try_from(packed.len() - start)?;
+        packed[head.len() + 4 * at..][..4].copy_from_slice(&length.to_le_bytes());
     }
-    Ok((PyArray1::from_vec(py, text), PyArray1::from_vec(py, lengths)))
+    Ok(PyArray1::from_vec(py, packed))
 }
 
 /// The index of names that were packed, with these ids.
