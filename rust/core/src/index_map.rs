@@ -337,8 +337,9 @@ impl<K: Hashed, V> IndexMap<K, V> {
                 (0..keys.len()).for_each(|at| each(batch * BATCH + at, None));
                 continue;
             }
+            self.words.touch(hashes.iter().copied());
             for (position, &hash) in positions.iter_mut().zip(hashes) {
-                *position = self.position(self.words.first_id(hash));
+                *position = self.words.first_id(hash).map_or(usize::MAX, |id| self.position(id));
             }
             let entries = positions[..keys.len()].iter().filter_map(|at| self.entries.get(*at)?.as_ref());
             black_box(entries.fold(0, |mixed, (key, _)| mixed ^ key.touch()));

@@ -87,9 +87,10 @@ impl Words {
         id_of(self.words[slot])
     }
 
-    /// The id in the first slot that a search for `hash` would look into; any number if that is empty.
-    pub(crate) fn first_id(&self, hash: u32) -> u32 {
-        id_of(self.words[self.home(hash)])
+    /// The id of the first entry that a search for `hash` would ask about. There must be words.
+    pub(crate) fn first_id(&self, hash: u32) -> Option<u32> {
+        let slot = self.search(hash, |_| true).ok()?;
+        Some(id_of(self.words[slot]))
     }
 
     /// Writes a word into a slot that is empty, or is the entry's own.

@@ -255,7 +255,7 @@ pub(crate) fn to_names(names: &Bound<'_, PyAny>) -> PyResult<Vec<Name>> {
 }
 
 /// The items of a list of exact `str`, which run no Python code.
-fn exact_texts<'a, 'py>(names: &'a Bound<'py, PyAny>) -> Option<impl ExactSizeIterator<Item = Bound<'py, PyString>>> {
+fn exact_texts<'py>(names: &Bound<'py, PyAny>) -> Option<impl ExactSizeIterator<Item = Bound<'py, PyString>>> {
     let list = names.cast_exact::<PyList>().ok()?;
     if !list.iter().all(|name| name.is_exact_instance_of::<PyString>()) {
         return None;

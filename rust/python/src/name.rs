@@ -84,7 +84,7 @@ impl Hashed for Name {
     fn touch(&self) -> u32 {
         // SAFETY: the `str` is alive; its length stands in the object, and short characters behind it, mostly in the
         // same cache line.
-        unsafe { ffi::PyUnicode_GET_LENGTH(self.0.as_ptr()) as u32 }
+        unsafe { ffi::PyUnicode_GET_LENGTH(self.0.as_ptr()).unsigned_abs() as u32 }
     }
 }
 
