@@ -9,6 +9,7 @@
 mod error;
 mod index_map;
 mod key;
+pub mod lines;
 mod rows;
 pub mod staging;
 pub mod strides;

@@ -42,13 +42,17 @@ pub(crate) fn collect_parameters(
     found: &Bound<'_, PyList>,
     gradients: &Bound<'_, PyList>,
 ) -> PyResult<()> {
+    let mut all = Vec::with_capacity(parameters.len());
     walk(Torch::get(parameters.py())?, parameters, |parameter, gradient| {
         if let Some(gradient) = gradient {
             gradients.append(gradient)?;
         }
-        found.append(parameter)?;
+        all.push(parameter);
         Ok(true)
-    })
+    })?;
+    // At once: an `append` for each takes as long as all the rest that is not torch's.
+    let end = found.len();
+    found.set_slice(end, end, PyList::new(parameters.py(), all)?.as_any())
 }
 
 /// One tensor of each dtype and device among the Parameters of a module and their gradients.
