@@ -191,7 +191,12 @@ def test_a_block_that_shares_memory_with_a_tensor_is_refused() -> None:
         with pytest.raises(ValueError, match=r"shares memory with tensors\[[12]\]"):
             group.gather(block)
     assert torch.equal(base, torch.arange(64.0))
-    group.gather(base[28:36])
+    for block in (base[28:36], base[29:34], base[28:36]):
+        group.gather(block)
+    # What shares nothing is remembered, but not what reaches beyond it.
+    for block in (base[27:35], base[27:37], base[56:61]):
+        with pytest.raises(ValueError, match=r"shares memory with tensors\[[12]\]"):
+            group.gather(block)
 
 
 def test_a_block_that_requires_gradients_is_no_place_to_gather_to() -> None:

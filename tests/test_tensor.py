@@ -16,6 +16,7 @@ import sys
 import threading
 import warnings
 import weakref
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,17 @@ def test_places_are_aligned_for_the_narrowest_dtype(tensors: list[torch.Tensor],
     assert all(offset * narrowest % 16 == 0 for offset in group.offsets)
 
 
+def test_what_is_listed_twice_or_overlaps_is_found_among_many_in_no_order() -> None:
+    tensors = [torch.full((16,), float(n)) for n in range(200)]
+    Random(0).shuffle(tensors)
+    assert not group_of(tensors).overlapping
+    twice = group_of([*tensors, tensors[7]])
+    assert len(set(twice.offsets.tolist())) == 200
+    assert twice.offsets[200] == twice.offsets[7]
+    assert not twice.overlapping
+    assert group_of([*tensors, tensors[7][15:]]).overlapping
+
+
 def test_groups_come_by_dtype_in_the_order_of_the_list() -> None:
     tensors = [torch.ones(3), torch.ones(2, dtype=torch.int8), torch.ones(5), torch.ones((), dtype=torch.int8)]
     groups, unusual = group_tensors(tensors)
@@ -87,6 +99,7 @@ def test_groups_come_by_dtype_in_the_order_of_the_list() -> None:
     assert [group.indices.tolist() for group in groups] == [[0, 2], [1, 3]]
     assert [group.device for group in groups] == [torch.device("cpu")] * 2
     assert [group.nbytes for group in groups] == [32, 3]
+    assert [group.largest for group in groups] == [20, 2]
     assert [len(group) for group in groups] == [2, 2]
     assert unusual == []
 

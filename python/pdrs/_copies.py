@@ -154,7 +154,7 @@ def _groups_of_small(tensors: list[Any]) -> tuple[list[Any], list[TensorGroup]]:
     Gives the list that the groups refer to, too: the same, or, in the same order, a part.
     """
     groups = _groups_on_cpu(tensors)
-    if not any(_has_large(group) for group in groups):
+    if all(group.largest <= LARGEST for group in groups):
         return tensors, groups
     grouped = sorted(at for group in groups for at in group.indices.tolist())
     small = [tensors[at] for at in grouped if tensors[at].nbytes <= LARGEST]
@@ -164,16 +164,6 @@ def _groups_of_small(tensors: list[Any]) -> tuple[list[Any], list[TensorGroup]]:
 def _groups_on_cpu(tensors: list[Any]) -> list[TensorGroup]:
     groups, _ = group_tensors(tensors)
     return [group for group in groups if group.device.type == "cpu"]
-
-
-def _has_large(group: TensorGroup) -> bool:
-    if group.nbytes <= LARGEST:
-        return False
-    begins = group.offsets
-    sizes = np.diff(begins, append=group.length)
-    if (sizes < 0).any():  # A tensor that is listed twice has its first place.
-        sizes = np.diff(np.sort(begins), append=group.length)
-    return bool((sizes > LARGEST // group.dtype.itemsize).any())
 
 
 # -- pickles -----------------------------------------------------------------------------------------------------------

@@ -234,6 +234,8 @@ class TensorGroup:
         The number of elements of the slab: those of the tensors, and gaps for alignment.
     nbytes
         The bytes of the tensors, without gaps.
+    largest
+        The bytes of the largest of them.
     dtype, device
         Of the tensors.
     overlapping
@@ -268,6 +270,8 @@ class TensorGroup:
     def length(self) -> int: ...
     @property
     def nbytes(self) -> int: ...
+    @property
+    def largest(self) -> int: ...
     @property
     def dtype(self) -> torch.dtype: ...
     @property

@@ -10,6 +10,7 @@ pub mod archive;
 mod error;
 mod index_map;
 mod key;
+pub mod lines;
 pub mod names_delta;
 mod rows;
 pub mod safetensors;

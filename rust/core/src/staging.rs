@@ -1,7 +1,7 @@
 //! Where many regions of memory lie in one slab, and how a slab is cut into blocks: arithmetic only.
 //!
 //! A *slab* is one stretch of bytes that holds many regions, one after another, with gaps only for alignment
-//! ([`lay_out`]). It may be too large to be carried at once, so that it is cut into *blocks* ([`cut`]); a block holds
+//! ([`Layout`]). It may be too large to be carried at once, so that it is cut into *blocks* ([`cut`]); a block holds
 //! regions, or a part of a large one, as they lie in the slab. Regions so large that carrying them by way of a block
 //! costs more than it saves are left to go by themselves.
 //!
@@ -41,25 +41,34 @@ pub fn alignment(size: u64) -> u64 {
     size.min(MOST_ALIGNMENT).next_power_of_two().max(LEAST_ALIGNMENT)
 }
 
-/// Lays regions of these sizes out in a slab, in order. Gives where each begins, and where the last one ends.
-///
-/// Regions of no size have a place, too, but take none. Computes in **O(n)** time.
-///
-/// # Errors
-///
-/// [`Error::TooLarge`] if the slab would be larger than an `i64` can tell: torch counts in those.
-pub fn lay_out(sizes: impl IntoIterator<Item = u64>) -> Result<(Vec<u64>, u64)> {
-    let sizes = sizes.into_iter();
-    let mut offsets = Vec::with_capacity(sizes.size_hint().0);
-    let mut end = 0_u64;
-    for size in sizes {
+/// Lays regions out in a slab, one after another.
+#[derive(Debug, Default)]
+pub struct Layout {
+    end: u64,
+}
+
+impl Layout {
+    /// Gives a region of `size` bytes the next place: where it begins. Computes in **O(1)** time.
+    ///
+    /// A region of no size has a place, too, but takes none.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::TooLarge`] if the slab would be larger than an `i64` can tell: torch counts in those.
+    #[inline]
+    pub fn place(&mut self, size: u64) -> Result<u64> {
         // The alignment is a power of two.
         let mask = alignment(size) - 1;
-        let offset = end.checked_add(mask).ok_or(Error::TooLarge)? & !mask;
-        end = offset.checked_add(size).filter(|end| i64::try_from(*end).is_ok()).ok_or(Error::TooLarge)?;
-        offsets.push(offset);
+        let offset = self.end.checked_add(mask).ok_or(Error::TooLarge)? & !mask;
+        self.end = offset.checked_add(size).filter(|end| i64::try_from(*end).is_ok()).ok_or(Error::TooLarge)?;
+        Ok(offset)
     }
-    Ok((offsets, end))
+
+    /// Where the last region ends.
+    #[must_use]
+    pub fn end(&self) -> u64 {
+        self.end
+    }
 }
 
 /// Cuts a slab into blocks of at most `block_size` bytes, in order.

@@ -7,6 +7,10 @@ use pyo3::types::{PyDict, PyList, PyString, PyTuple, PyType};
 
 use crate::index_map::IndexMap;
 use crate::name::{Name, exact_text, precedes};
+use crate::tensor::prefetch;
+
+/// How many entries are looked at ahead, so that their cache misses overlap.
+const AHEAD: usize = 32;
 
 /// Readies names and values for `_parameters`, in place. Gives the places of what needs a closer look.
 ///
@@ -241,7 +245,10 @@ pub(crate) fn save_parameters(
     let bare = prefix.is_empty()?;
     // Taken together first: what a `detach` of a subclass runs, or another thread meanwhile, may change the dict.
     let all: Vec<_> = parameters.iter().collect();
-    for (name, value) in all {
+    for (at, (name, value)) in all.iter().enumerate() {
+        if let Some((_, next)) = all.get(at + AHEAD) {
+            prefetch(next);
+        }
         if value.is_none() {
             continue;
         }

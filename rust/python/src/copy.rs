@@ -12,9 +12,10 @@
 use std::hint::black_box;
 use std::ops::Range;
 use std::ptr;
+use std::sync::{Mutex, PoisonError};
 
 use pdrs_core::staging::MOST_ALIGNMENT;
-use pdrs_core::strides::{self, Loop, for_each_row, is_contiguous, may_fold};
+use pdrs_core::strides::{self, Loop, for_each_row, may_fold};
 use pyo3::exceptions::PyValueError;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
@@ -53,6 +54,11 @@ pub(crate) struct Regions {
     /// The lowest address, and the one behind the highest.
     lowest: usize,
     end: usize,
+    /// Addresses that no region shares, as was seen when the last block was looked at.
+    ///
+    /// A slab is often copied by way of one small block, again and again, and to look at all regions each time would
+    /// take time that grows with the square of their number.
+    apart: Mutex<Range<usize>>,
 }
 
 /// The memory of a contiguous tensor on the CPU.
@@ -73,14 +79,14 @@ impl<'a, 'py> Block<'a, 'py> {
         let found = torch
             .find(tensor, &mut dims)?
             .map_err(|unusual| PyValueError::new_err(format!("expected a plain tensor as block, but it {unusual}")))?;
-        let (shape, strides) = dims.split_at(found.ndim);
         if !found.device.is_cpu() {
             return Err(PyValueError::new_err("expected a block on the CPU"));
         }
         if found.dtype != dtype {
             return Err(PyValueError::new_err("expected a block of the dtype of the group"));
         }
-        if !is_contiguous(shape, strides) {
+        if !found.contiguous {
+            let strides = &dims[found.ndim..];
             return Err(PyValueError::new_err(format!("expected a contiguous block, got strides {strides:?}")));
         }
         Ok(Self { _owner: tensor, memory: Stretch { pointer: found.pointer, bytes: found.numel * found.itemsize } })
@@ -140,6 +146,7 @@ impl Regions {
             loops: Vec::new(),
             lowest: usize::MAX,
             end: 0,
+            apart: Mutex::new(0..0),
         }
     }
 
@@ -213,19 +220,19 @@ impl Regions {
         });
     }
 
-    /// The sizes of all regions, in bytes.
-    pub(crate) fn sizes(&self) -> impl Iterator<Item = u64> {
-        self.list.iter().map(|region| region.bytes)
-    }
-
-    /// Gives all regions their places in the slab: ascending and apart.
-    pub(crate) fn place(&mut self, offsets: impl IntoIterator<Item = u64>) {
+    /// Gives all regions their places in the slab, ascending and apart, by the place of each of these sizes.
+    ///
+    /// # Errors
+    ///
+    /// That of `place`; then the regions have no places.
+    pub(crate) fn place<E>(&mut self, mut place: impl FnMut(u64) -> Result<u64, E>) -> Result<(), E> {
         let mut end = 0;
-        for (region, offset) in self.list.iter_mut().zip(offsets) {
-            debug_assert!(offset >= end, "places in a slab are apart");
-            region.offset = offset;
-            end = offset + region.bytes;
+        for region in &mut self.list {
+            region.offset = place(region.bytes)?;
+            debug_assert!(region.offset >= end, "places in a slab are apart");
+            end = region.offset + region.bytes;
         }
+        Ok(())
     }
 
     /// The places in the slab.
@@ -271,9 +278,14 @@ impl Regions {
         let Stretch { pointer, bytes } = block.memory;
         let end = pointer + bytes as usize;
         if bytes > 0 && self.lowest < end && self.end > pointer {
-            let shares = |region: &Region| region.bytes > 0 && region.pointer < end && self.end_of(region) > pointer;
-            if let Some(at) = self.list.iter().position(shares) {
-                return Err(at);
+            let mut apart = self.apart.lock().unwrap_or_else(PoisonError::into_inner);
+            if !(apart.start <= pointer && end <= apart.end) {
+                let shares =
+                    |region: &Region| region.bytes > 0 && region.pointer < end && self.end_of(region) > pointer;
+                if let Some(at) = self.list.iter().position(shares) {
+                    return Err(at);
+                }
+                *apart = pointer..end;
             }
         }
         debug_assert!(start.is_multiple_of(self.itemsize) && bytes.is_multiple_of(self.itemsize));

@@ -4,8 +4,9 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use numpy::{PyArray1, PyArrayLike1};
-use pdrs_core::staging;
-use pdrs_core::strides::{is_contiguous, is_dense, make_dense, order_of};
+use pdrs_core::lines::Lines;
+use pdrs_core::staging::{self, Layout};
+use pdrs_core::strides::{is_dense, make_dense, order_of};
 use pyo3::exceptions::{PyIndexError, PyTypeError, PyValueError};
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::intern;
@@ -23,9 +24,40 @@ const BATCH: usize = 32;
 /// A tensor of the list. There are millions of these: they are kept small.
 struct Entry {
     index: u32,
-    ndim: u32,
-    /// Where shape and strides begin in `dims`.
-    dims: usize,
+    /// The number of its form.
+    form: u32,
+}
+
+/// Shapes and strides of tensors. Those that follow each other are mostly the same.
+struct Forms {
+    dims: Vec<i64>,
+    /// Where each form ends in `dims`.
+    ends: Vec<usize>,
+}
+
+impl Forms {
+    fn dims(&self, form: u32) -> &[i64] {
+        let form = form as usize;
+        let begin = if form == 0 { 0 } else { self.ends[form - 1] };
+        &self.dims[begin..self.ends[form]]
+    }
+
+    /// The number of a form, which is a new one if it is not that of the latest.
+    fn add(&mut self, dims: &[i64]) -> u32 {
+        if let Some(last) = (self.ends.len() as u32).checked_sub(1)
+            && self.dims(last) == dims
+        {
+            return last;
+        }
+        self.dims.extend_from_slice(dims);
+        self.ends.push(self.dims.len());
+        self.ends.len() as u32 - 1
+    }
+
+    fn shape_and_strides(&self, form: u32) -> (&[i64], &[i64]) {
+        let dims = self.dims(form);
+        dims.split_at(dims.len() / 2)
+    }
 }
 
 /// Tensors of one dtype and device, and the place of each in one slab.
@@ -38,7 +70,7 @@ pub(crate) struct TensorGroup {
     regions: Regions,
     /// The entries that have a region of their own, in order, and their shapes and strides in the slab.
     entries: Vec<Entry>,
-    dims: Vec<i64>,
+    forms: Forms,
     /// Entries that are the tensor of an earlier one: their index, and the region.
     repeated: Vec<(u32, usize)>,
     overlapping: bool,
@@ -128,7 +160,7 @@ impl TensorGroup {
             length: 0,
             regions: Regions::new(tensors, found.itemsize, capacity),
             entries: Vec::with_capacity(capacity),
-            dims: Vec::with_capacity(2 * capacity),
+            forms: Forms { dims: Vec::new(), ends: Vec::new() },
             repeated: Vec::new(),
             overlapping: false,
             large,
@@ -139,23 +171,22 @@ impl TensorGroup {
     /// Adds a tensor; `dims` are its shape and its strides.
     fn add(&mut self, index: u32, found: &Found, dims: &mut [i64], keep_strides: bool) {
         self.regions.push(found.pointer, found.numel);
-        let (shape, strides) = dims.split_at_mut(found.ndim);
-        if !is_contiguous(shape, strides) {
+        if !found.contiguous {
+            let (shape, strides) = dims.split_at_mut(found.ndim);
             let order = if keep_strides { order_of(shape, strides) } else { (0..found.ndim).collect() };
             self.regions.stride_last(shape, strides, &order);
             if !(keep_strides && is_dense(shape, strides, &order)) {
                 make_dense(shape, strides, &order);
             }
         }
-        self.entries.push(Entry { index, ndim: found.ndim as u32, dims: self.dims.len() });
-        self.dims.extend_from_slice(dims);
+        self.entries.push(Entry { index, form: self.forms.add(dims) });
     }
 
     /// Whether it is easily seen that no two tensors share memory, and none is empty.
     ///
     /// What was made in order lies in order, in a few long stretches of memory; so it is looked whether stretches of
     /// ascending addresses are apart.
-    fn are_apart(&self) -> bool {
+    fn are_in_order(&self) -> bool {
         let mut stretches: Vec<Range<usize>> = Vec::new();
         for at in 0..self.entries.len() {
             let addresses = self.regions.addresses(at);
@@ -174,9 +205,18 @@ impl TensorGroup {
         stretches.windows(2).all(|pair| pair[0].end <= pair[1].start)
     }
 
+    /// The same of what comes in no order, but begins a cache line, as most that was allocated does.
+    fn are_on_lines_of_their_own(&self) -> bool {
+        let mut lines = Lines::new(self.entries.len());
+        (0..self.entries.len()).all(|at| {
+            let addresses = self.regions.addresses(at);
+            !addresses.is_empty() && lines.take(addresses)
+        })
+    }
+
     /// Takes out what is listed again, and notes whether other entries share memory.
     fn take_repeated(&mut self, py: Python<'_>) -> PyResult<()> {
-        if self.are_apart() {
+        if self.are_in_order() || self.are_on_lines_of_their_own() {
             return Ok(());
         }
         let tensors = self.regions.tensors(py);
@@ -232,14 +272,15 @@ impl TensorGroup {
     /// Gives every entry its place in the slab, which stays aligned when each element is made as narrow as this.
     fn lay_out(&mut self, narrowest: u64) -> PyResult<()> {
         let scale = self.regions.itemsize() / narrowest.min(self.regions.itemsize());
-        let (offsets, end) = staging::lay_out(self.regions.sizes().map(|bytes| bytes / scale))
-            .map_err(|error| PyValueError::new_err(error.to_string()))?;
+        let too_large = |error: pdrs_core::Error| PyValueError::new_err(error.to_string());
+        let mut layout = Layout::default();
+        self.regions.place(|bytes| Ok(layout.place(bytes / scale)? * scale)).map_err(too_large)?;
+        let end = layout.end();
         // Not even with the widest elements may a slab be larger than torch can count.
         self.length = end * scale / self.regions.itemsize();
         if end.checked_mul(16).is_none_or(|bytes| i64::try_from(bytes).is_err()) {
-            return Err(PyValueError::new_err(pdrs_core::Error::TooLarge.to_string()));
+            return Err(too_large(pdrs_core::Error::TooLarge));
         }
-        self.regions.place(offsets.into_iter().map(|offset| offset * scale));
         Ok(())
     }
 }
@@ -337,6 +378,11 @@ impl TensorGroup {
     }
 
     #[getter]
+    fn largest(&self) -> u64 {
+        self.regions.places().map(|place| place.end - place.start).max().unwrap_or(0)
+    }
+
+    #[getter]
     fn dtype<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         self.tensor(py, 0)?.getattr(intern!(py, "dtype"))
     }
@@ -389,7 +435,7 @@ impl TensorGroup {
             if let Err(why) = torch.check_rebindable(&tensor, true)? {
                 return Err(PyValueError::new_err(format!("tensors[{}] {why}", self.entries[at].index)));
             }
-            written.push(tensor);
+            written.push(tensor.to_owned());
         }
         torch.increment_version(&PyList::new(py, written)?)?;
         part.scatter(py, threads);
@@ -413,6 +459,7 @@ impl TensorGroup {
         let _paused = Paused::new(py)?;
         let mut made = Vec::with_capacity(self.entries.len());
         for (at, entry) in self.entries.iter().enumerate() {
+            self.fetch_ahead(py, at)?;
             let like = self.tensor(py, at)?;
             let requires_grad = !detached && trainable && torch.requires_grad(&like)?;
             made.push(if !detached && torch.is_parameter(&like) {
@@ -446,7 +493,7 @@ impl TensorGroup {
         let torch = Torch::get(py)?;
         self.check_in_place()?;
         match self.regions.base() {
-            Some((base, first)) => flat(torch, &self.tensor(py, first)?, base, self.dtype, self.device, self.length),
+            Some((base, first)) => flat(torch, &*self.tensor(py, first)?, base, self.dtype, self.device, self.length),
             None => Ok(None),
         }
     }
@@ -462,14 +509,13 @@ impl TensorGroup {
         self.entries.len()
     }
 
-    pub(crate) fn tensor<'py>(&self, py: Python<'py>, at: usize) -> PyResult<Bound<'py, PyAny>> {
+    pub(crate) fn tensor<'a, 'py: 'a>(&'a self, py: Python<'py>, at: usize) -> PyResult<Borrowed<'a, 'py, PyAny>> {
         let entry = self.entries.get(at).ok_or_else(|| PyIndexError::new_err("the group is empty"))?;
-        self.regions.tensors(py).get_item(entry.index as usize)
+        self.regions.tensors(py).get_borrowed_item(entry.index as usize)
     }
 
     fn shape_and_strides(&self, entry: &Entry) -> (&[i64], &[i64]) {
-        let ndim = entry.ndim as usize;
-        self.dims[entry.dims..entry.dims + 2 * ndim].split_at(ndim)
+        self.forms.shape_and_strides(entry.form)
     }
 
     /// What `give` says of each entry, in the order of the list; it gets the index and the region.
@@ -517,7 +563,7 @@ impl TensorGroup {
     /// Brings a tensor that is needed soon into the cache.
     fn fetch_ahead(&self, py: Python<'_>, at: usize) -> PyResult<()> {
         if at + BATCH < self.entries.len() {
-            prefetch(&self.tensor(py, at + BATCH)?);
+            prefetch(&*self.tensor(py, at + BATCH)?);
         }
         Ok(())
     }
@@ -532,7 +578,7 @@ impl TensorGroup {
         let py = slab.py();
         self.check_in_place()?;
         let slab = self.slab_of(torch, slab, door)?;
-        if !self.entries.is_empty() && !torch.can_hold(&self.tensor(py, 0)?, &self.view(&slab, 0)?)? {
+        if !self.entries.is_empty() && !torch.can_hold(&*self.tensor(py, 0)?, &self.view(&slab, 0)?)? {
             return Err(PyValueError::new_err("tensors of this device cannot become tensors of the slab's device"));
         }
         self.check_rebindable(torch, py, slab.found.dtype.is_differentiable())?;
@@ -544,7 +590,7 @@ impl TensorGroup {
         self.check_in_place()?;
         for (at, entry) in self.entries.iter().enumerate() {
             self.fetch_ahead(py, at)?;
-            if let Err(why) = torch.check_rebindable(&self.tensor(py, at)?, trainable)? {
+            if let Err(why) = torch.check_rebindable(&*self.tensor(py, at)?, trainable)? {
                 return Err(PyValueError::new_err(format!("tensors[{}] {why}", entry.index)));
             }
         }
@@ -560,7 +606,7 @@ impl TensorGroup {
         self.begin_to_move();
         for at in 0..self.entries.len() {
             self.fetch_ahead(slab.py(), at)?;
-            torch.set_data(&self.tensor(slab.py(), at)?, &self.view(slab, at)?)?;
+            torch.set_data(&*self.tensor(slab.py(), at)?, &self.view(slab, at)?)?;
         }
         slab.remember();
         Ok(())

@@ -219,15 +219,16 @@ pub(crate) fn collect_parameters<'py>(
     py: Python<'py>,
     dicts: Vec<Bound<'py, PyDict>>,
 ) -> PyResult<(Bound<'py, PyList>, Bound<'py, PyList>)> {
-    let (parameters, gradients) = (PyList::empty(py), PyList::empty(py));
+    let (mut parameters, gradients) = (Vec::new(), PyList::empty(py));
     for_each_parameter(Torch::get(py)?, &dicts, |parameter, gradient| {
         if let Some(gradient) = gradient {
             gradients.append(gradient)?;
         }
-        parameters.append(parameter)?;
+        parameters.push(parameter);
         Ok(true)
     })?;
-    Ok((parameters, gradients))
+    // At once: an `append` for each takes as long as all the rest that is not torch's.
+    Ok((PyList::new(py, parameters)?, gradients))
 }
 
 /// Whether `keeps` says so of one tensor of each dtype and device among Parameters, their gradients and buffers.

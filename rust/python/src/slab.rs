@@ -18,7 +18,7 @@ use std::ffi::c_void;
 use std::ptr;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use pdrs_core::strides::{extent, is_contiguous};
+use pdrs_core::strides::extent;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -125,8 +125,8 @@ impl<'py> Slab<'py> {
         let found = torch
             .find(tensor, &mut dims)?
             .map_err(|unusual| PyValueError::new_err(format!("expected a plain tensor as slab, but it {unusual}")))?;
-        let (shape, strides) = dims.split_at(found.ndim);
-        if !is_contiguous(shape, strides) {
+        if !found.contiguous {
+            let strides = &dims[found.ndim..];
             return Err(PyValueError::new_err(format!("expected a contiguous slab, got strides {strides:?}")));
         }
         if torch.requires_grad(tensor)? {
@@ -185,16 +185,21 @@ impl<'py> Slab<'py> {
 
     /// A tensor of these elements of the slab; a plain Tensor without gradients.
     pub(crate) fn view(&self, offset: u64, shape: &[i64], strides: &[i64]) -> PyResult<Bound<'py, PyAny>> {
-        self.check(offset, shape, strides)?;
         let py = self.tensor.py();
+        let check = || self.check(offset, shape, strides);
         match &self.maker {
             Maker::FromBlob(abi, ..) => abi.to_python(py, &self.lent(offset, shape, strides)?, None),
-            Maker::Dlpack(memory) => memory.view(self.torch, py, offset * self.found.itemsize, shape, strides),
+            Maker::Dlpack(memory) => {
+                check()?;
+                memory.view(self.torch, py, offset * self.found.itemsize, shape, strides)
+            }
             Maker::StableAbi(abi, slab) => {
+                check()?;
                 let view = abi.view(slab, offset.cast_signed(), shape, strides)?;
                 abi.to_python(py, &view, None)
             }
             Maker::AsStrided { offset: start } => {
+                check()?;
                 let (shape, strides) = (PyTuple::new(py, shape)?, PyTuple::new(py, strides)?);
                 let offset = start + offset.cast_signed();
                 let view = self.tensor.call_method1(intern!(py, "as_strided"), (shape, strides, offset))?;
@@ -222,7 +227,9 @@ impl<'py> Slab<'py> {
             _ => None,
         };
         if let Some((abi, view)) = made {
-            abi.set_requires_grad(&view, requires_grad)?;
+            if requires_grad {
+                abi.require_grad(&view)?;
+            }
             return abi.to_python(self.tensor.py(), &view, Some(class));
         }
         let view = self.view(offset, shape, strides)?;

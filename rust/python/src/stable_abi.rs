@@ -212,9 +212,9 @@ impl StableAbi {
         }
     }
 
-    pub(crate) fn set_requires_grad(&self, tensor: &Handle, requires_grad: bool) -> PyResult<()> {
+    pub(crate) fn require_grad(&self, tensor: &Handle) -> PyResult<()> {
         // SAFETY: `tensor` is a live handle.
-        let status = unsafe { (self.set_requires_grad)(tensor.tensor, requires_grad) };
+        let status = unsafe { (self.set_requires_grad)(tensor.tensor, true) };
         if status == 0 { Ok(()) } else { Err(self.error()) }
     }
 

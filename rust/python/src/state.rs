@@ -9,7 +9,8 @@
 use std::ops::Range;
 use std::ptr;
 
-use pdrs_core::strides::{extent, is_contiguous, is_dense, order_of};
+use pdrs_core::lines::Lines;
+use pdrs_core::strides::{extent, is_dense, order_of};
 use pyo3::ffi;
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -20,6 +21,9 @@ use crate::tensor::{Found, Torch, prefetch};
 
 /// How many entries are looked at ahead, so that their cache misses overlap.
 const BATCH: usize = 32;
+
+/// About how many versions are counted up in one call of torch's function, which is written in Python.
+const WRITTEN_AT_ONCE: usize = 4 * BATCH;
 
 /// Bytes to copy from one tensor to another.
 struct Pair {
@@ -54,7 +58,7 @@ pub(crate) fn load_matching<'py>(
     let mut keys = Keys::new(state, prefix);
     let (mut to_dims, mut from_dims) = (Vec::new(), Vec::new());
     let mut found = Vec::with_capacity(BATCH);
-    let mut written = Vec::with_capacity(BATCH);
+    let mut written = Vec::with_capacity(WRITTEN_AT_ONCE + BATCH);
     for begin in (0..entries.len()).step_by(BATCH) {
         let batch = &entries[begin..entries.len().min(begin + BATCH)];
         found.clear();
@@ -67,15 +71,14 @@ pub(crate) fn load_matching<'py>(
             }
             found.push(source);
         }
-        written.clear();
         for (at, (source, (_, to))) in found.drain(..).zip(batch).enumerate() {
             let Some(from) = source else {
                 continue;
             };
             let at = begin + at;
-            let into = Place::of(torch, to, &mut to_dims)?;
-            let out_of = Place::of(torch, &from, &mut from_dims)?;
-            if let (Place::Plain(into), Place::Plain(out_of)) = (&into, &out_of)
+            let into = plain(torch, to, &mut to_dims)?;
+            let out_of = plain(torch, &from, &mut from_dims)?;
+            if let (Some(into), Some(out_of)) = (&into, &out_of)
                 && let Some(bytes) = copied_as_bytes(into, out_of, &to_dims, &from_dims)
                 && bytes <= largest
                 // A tensor that was made in inference mode has no version, and may not be written outside.
@@ -85,16 +88,18 @@ pub(crate) fn load_matching<'py>(
                 sources.push(from);
                 written.push(to);
             } else {
-                others.push(Stretch { addresses: into.addresses(&to_dims), at, is_written: true });
-                others.push(Stretch { addresses: out_of.addresses(&from_dims), at, is_written: false });
+                others.push(Stretch { addresses: addresses(into, to, &to_dims), at, is_written: true });
+                others.push(Stretch { addresses: addresses(out_of, &from, &from_dims), at, is_written: false });
             }
         }
         if whole && pairs.len() < begin + batch.len() {
             return Ok((entries.into_iter().map(|(name, _)| name).collect(), 0));
         }
-        // Now, while all that this touches is in the cache: it takes half of the time of the whole otherwise. For those
+        // Soon, while all that this touches is in the cache: it takes half of the time of the whole otherwise. For those
         // that are left to torch in the end it happens twice, which does no harm.
-        torch.increment_version(&PyList::new(py, &written)?)?;
+        if written.len() >= WRITTEN_AT_ONCE || begin + BATCH >= entries.len() {
+            torch.increment_version(&PyList::new(py, written.drain(..))?)?;
+        }
     }
     let crowded = in_a_crowd(&pairs, others);
     if !crowded.is_empty() {
@@ -120,48 +125,37 @@ fn copied_as_bytes(to: &Found, from: &Found, to_dims: &[i64], from_dims: &[i64])
     let (shape, strides) = to_dims.split_at(to.ndim);
     let (from_shape, from_strides) = from_dims.split_at(from.ndim);
     let alike = shape == from_shape
-        && ((is_contiguous(shape, strides) && is_contiguous(shape, from_strides))
+        && ((to.contiguous && from.contiguous)
             || (strides == from_strides && is_dense(shape, strides, &order_of(shape, strides))));
     alike.then(|| to.numel * to.itemsize)
 }
 
-/// Where the values of a tensor lie, as far as it can be told.
-enum Place {
-    Plain(Found),
-    /// The memory of an unusual tensor, which may be somebody else's, too.
-    Storage(Range<usize>),
-    /// No memory, or none that a plain tensor could share.
-    Elsewhere,
+/// Where a tensor lies, and in `dims` its shape and its strides, if it is a plain one.
+fn plain(torch: &Torch, value: &Bound<'_, PyAny>, dims: &mut Vec<i64>) -> PyResult<Option<Found>> {
+    dims.clear();
+    if torch.is_plain(value) { Ok(torch.find(value, dims)?.ok()) } else { Ok(None) }
 }
 
-impl Place {
-    fn of(torch: &Torch, value: &Bound<'_, PyAny>, dims: &mut Vec<i64>) -> PyResult<Self> {
-        dims.clear();
-        if torch.is_plain(value)
-            && let Ok(found) = torch.find(value, dims)?
-        {
-            return Ok(Self::Plain(found));
+/// The memory that a tensor takes, as far as it can be told: none of what no plain tensor could share.
+fn addresses(found: Option<Found>, value: &Bound<'_, PyAny>, dims: &[i64]) -> Range<usize> {
+    let py = value.py();
+    match found {
+        Some(found) if found.device.is_cpu() && found.numel > 0 => {
+            let (shape, strides) = dims.split_at(found.ndim);
+            let elements = extent(shape, strides).unwrap_or(found.numel);
+            found.pointer..found.pointer + (elements * found.itemsize) as usize
         }
-        let py = value.py();
-        let range = || -> PyResult<Range<usize>> {
-            let storage = value.call_method0(intern!(py, "untyped_storage"))?;
-            let start: usize = storage.call_method0(intern!(py, "data_ptr"))?.extract()?;
-            let bytes: usize = storage.call_method0(intern!(py, "nbytes"))?.extract()?;
-            Ok(start..start.saturating_add(bytes))
-        };
-        // Sparse tensors have no storage, and what is no tensor has none either.
-        Ok(range().map_or(Self::Elsewhere, Self::Storage))
-    }
-
-    fn addresses(&self, dims: &[i64]) -> Range<usize> {
-        match self {
-            Self::Plain(found) if found.device.is_cpu() && found.numel > 0 => {
-                let (shape, strides) = dims.split_at(found.ndim);
-                let elements = extent(shape, strides).unwrap_or(found.numel);
-                found.pointer..found.pointer + (elements * found.itemsize) as usize
-            }
-            Self::Storage(range) => range.clone(),
-            _ => 0..0,
+        Some(_) => 0..0,
+        None => {
+            // All of its storage, which may be somebody else's, too.
+            let range = || -> PyResult<Range<usize>> {
+                let storage = value.call_method0(intern!(py, "untyped_storage"))?;
+                let start: usize = storage.call_method0(intern!(py, "data_ptr"))?.extract()?;
+                let bytes: usize = storage.call_method0(intern!(py, "nbytes"))?.extract()?;
+                Ok(start..start.saturating_add(bytes))
+            };
+            // Sparse tensors have no storage, and what is no tensor has none either.
+            range().unwrap_or(0..0)
         }
     }
 }
@@ -177,6 +171,9 @@ struct Stretch {
 ///
 /// A tensor that is filled from its own memory is in no crowd by that alone.
 fn in_a_crowd(pairs: &[Pair], others: Vec<Stretch>) -> Vec<usize> {
+    if are_apart(pairs, &others) {
+        return Vec::new();
+    }
     let stretch = |start: usize, pair: &Pair, is_written| Stretch {
         addresses: start..start + pair.bytes as usize,
         at: pair.at,
@@ -208,6 +205,16 @@ fn in_a_crowd(pairs: &[Pair], others: Vec<Stretch>) -> Vec<usize> {
     crowded.sort_unstable();
     crowded.dedup();
     crowded
+}
+
+/// Whether it is easily seen that nobody is in a crowd: that what is written shares no cache line with anything.
+fn are_apart(pairs: &[Pair], others: &[Stretch]) -> bool {
+    let mut lines = Lines::new(pairs.len() + others.len());
+    let stretch = |start: usize, pair: &Pair| start..start + pair.bytes as usize;
+    pairs.iter().all(|pair| lines.take(stretch(pair.to, pair)))
+        && others.iter().filter(|other| other.is_written).all(|other| lines.take(other.addresses.clone()))
+        && pairs.iter().all(|pair| lines.are_free(stretch(pair.from, pair)))
+        && others.iter().filter(|other| !other.is_written).all(|other| lines.are_free(other.addresses.clone()))
 }
 
 /// # Safety
@@ -346,14 +353,28 @@ pub(crate) fn not_copied_yet<'py>(
     memo: &Bound<'py, PyDict>,
 ) -> PyResult<Bound<'py, PyList>> {
     let torch = Torch::get(parameters.py())?;
-    let known = !memo.is_empty();
+    let ids = few_ids(memo);
     let mut values = Vec::with_capacity(parameters.len());
     for (_, value) in parameters {
-        if torch.is_parameter(&value) && !(known && memo.contains(value.as_ptr() as usize)?) {
+        let id = value.as_ptr() as usize;
+        let is_new = || match &ids {
+            Some(ids) => Ok(!ids.contains(&id)),
+            None => Ok::<_, PyErr>(!memo.contains(id)?),
+        };
+        if torch.is_parameter(&value) && is_new()? {
             values.push(value);
         }
     }
     PyList::new(parameters.py(), values)
+}
+
+/// The keys of a memo that has few, as it has when a deep copy begins: those are faster looked through.
+fn few_ids(memo: &Bound<'_, PyDict>) -> Option<Vec<usize>> {
+    const FEW: usize = 16;
+    if memo.len() > FEW {
+        return None;
+    }
+    memo.keys().iter().map(|id| id.extract().ok()).collect()
 }
 
 /// Replaces Parameters in `target`, a copy of the dict `parameters`, by copies, and enters these in the memo of a deep

@@ -31,6 +31,8 @@ pub(crate) struct Found {
     pub(crate) itemsize: u64,
     pub(crate) ndim: usize,
     pub(crate) numel: u64,
+    /// Whether elements in C order are neighbours.
+    pub(crate) contiguous: bool,
 }
 
 /// Why a tensor must be left to torch.
@@ -147,12 +149,12 @@ impl Torch {
 
     /// Whether the class is exactly Tensor or Parameter.
     pub(crate) fn is_plain(&self, object: &Bound<'_, PyAny>) -> bool {
-        let class = object.get_type();
-        class.is(&self.parameter) || class.is(&self.tensor)
+        let class = object.get_type_ptr().cast();
+        class == self.parameter.as_ptr() || class == self.tensor.as_ptr()
     }
 
     pub(crate) fn is_parameter(&self, object: &Bound<'_, PyAny>) -> bool {
-        object.get_type().is(&self.parameter)
+        object.get_type_ptr().cast() == self.parameter.as_ptr()
     }
 
     /// `tensor.grad` of a plain tensor, without looking the attribute up.
@@ -251,19 +253,19 @@ impl Torch {
             // have been copied.
             unsafe { (std::slice::from_raw_parts(seen.shape, ndim), std::slice::from_raw_parts(seen.strides, ndim)) }
         };
-        let numel = if shape.contains(&0) { 0 } else { shape.iter().map(|size| size.cast_unsigned()).product() };
         let start = dims.len();
-        dims.extend_from_slice(shape);
-        dims.extend_from_slice(strides);
+        // As a loop: there are few, and a call of `memcpy` takes longer.
+        dims.extend(shape.iter().chain(strides));
         let found = Found {
             pointer: (seen.data as usize).wrapping_add(seen.byte_offset as usize),
             device: seen.device,
             dtype: seen.dtype,
             itemsize,
             ndim,
-            numel,
+            numel: if shape.contains(&0) { 0 } else { shape.iter().map(|size| size.cast_unsigned()).product() },
+            contiguous: is_contiguous(shape, strides),
         };
-        let unusual = self.look_closer(tensor, &found, &dims[start..])?;
+        let unusual = self.look_closer(tensor, &found)?;
         if unusual.is_some() {
             dims.truncate(start);
         }
@@ -271,7 +273,7 @@ impl Torch {
     }
 
     /// Asks for what the exchange API does not tell, where it can matter.
-    fn look_closer(&self, tensor: &Bound<'_, PyAny>, found: &Found, dims: &[i64]) -> PyResult<Option<Unusual>> {
+    fn look_closer(&self, tensor: &Bound<'_, PyAny>, found: &Found) -> PyResult<Option<Unusual>> {
         let py = tensor.py();
         if found.numel > 0 && found.pointer == 0 {
             return Ok(Some(Unusual::NoMemory));
@@ -288,9 +290,8 @@ impl Torch {
         if complex && self.is_conj.bind(py).call1((tensor,))?.is_truthy()? {
             return Ok(Some(Unusual::Lazy));
         }
-        let (shape, strides) = dims.split_at(found.ndim);
         if found.dtype.is_differentiable()
-            && (complex || found.numel == 1 || !is_contiguous(shape, strides))
+            && (complex || found.numel == 1 || !found.contiguous)
             && self.is_neg.bind(py).call1((tensor,))?.is_truthy()?
         {
             return Ok(Some(Unusual::Lazy));
