@@ -167,6 +167,7 @@ def test_popped_rows_patterns_and_groups_survive(tmp_path: Path) -> None:
     pdrs.save(sd, tmp_path / "a")
     opened = pdrs.open(tmp_path / "a")
     _assert_same(opened, sd)
+    assert repr(opened) == repr(sd)  # It tells how many rows are free.
     assert [name for name, _ in opened.named_parameters()] == [name for name, _ in sd.named_parameters()]
     assert opened.state_dict()["_extra_state"].tolist() == sd.state_dict()["_extra_state"].tolist()
     opened["0.new"] = torch.zeros(2)

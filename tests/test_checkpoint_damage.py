@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import pdrs
-from pdrs._packed_names import Header, Slab, TableHeader, pack
+from pdrs._core import diff_names
+from pdrs._packed_names import Header, Slab, TableHeader, bytes_of, pack
 from pdrs._tensor_file import TensorFile
 from pdrs.checkpoint import verify
 
@@ -241,6 +242,37 @@ def test_forged_metadata_are_refused(fields: object, message: str, tmp_path: Pat
     _forged(tmp_path / "base", {"x": torch.ones(2)}, FIELDS)
     with pytest.raises(pdrs.CheckpointError, match=message):
         pdrs.open(_forged(tmp_path / "bad", {"z": torch.ones(2)}, fields))
+
+
+def test_names_that_do_not_come_out_as_they_were_are_refused(tmp_path: Path) -> None:
+    table = TableHeader("t", 0, True, 2)
+    old, new = _names({"a": 0, "b": 1}, table), _names({"b": 1, "c": 0}, table)
+    delta = torch.from_numpy(diff_names(bytes_of(old), bytes_of(new)))
+    rows = torch.ones(2, 2)
+    _forged(tmp_path / "base", {"t": rows, "_extra_state": old}, FIELDS)
+    for total, message in ((zlib.crc32(bytes_of(new)), None), (0, "are not what they were")):
+        how = {"t": ["same", [2, 2], "0"], "_extra_state": ["names", list(new.shape), f"{total:08x}"]}
+        path = _forged(tmp_path / "delta", {"_extra_state.__names__": delta}, SINCE | {"tensors": how})
+        if message is None:
+            assert list(pdrs.open(path)) == ["b", "c"]
+            continue
+        with pytest.raises(pdrs.CheckpointError, match=message):
+            pdrs.open(path)
+
+
+def test_metadata_whose_checksum_differs_or_that_are_half_gone_are_refused(tmp_path: Path) -> None:
+    text = json.dumps(FIELDS)
+    good = f"{zlib.crc32(text.encode()):08x}"
+    cases = (
+        {"pdrs": text},
+        {"pdrs.crc32": good},
+        {"pdrs": text, "pdrs.crc32": "00000000"},
+        {"pdrs": text + " ", "pdrs.crc32": good},
+    )
+    for metadata in cases:
+        save_file({"x": torch.ones(2)}, tmp_path / "bad", metadata)
+        with pytest.raises(pdrs.CheckpointError, match=r"bad: the metadata 'pdrs' are (missing|damaged)"):
+            pdrs.open(tmp_path / "bad")
 
 
 ROWS: list[tuple[list[int], tuple[int, ...], list[int]]] = [
