@@ -69,9 +69,14 @@ class WholeFile:
         self._progress = progress
         self.position = 0
 
-    def write(self, data: Any) -> None:
-        """Append what has the buffer protocol and lies in one piece. Nothing is copied."""
-        self.position += self._write(data, None)
+    def write(self, data: Any) -> int:
+        """Append what has the buffer protocol and lies in one piece, and return its size. Nothing is copied."""
+        size = self._write(data, None)
+        self.position += size
+        return size
+
+    def flush(self) -> None:
+        """Do nothing, as nothing is kept back: ``torch.save`` asks for it."""
 
     def rewrite(self, data: Any, start: int) -> None:
         """Overwrite bytes that were written before."""

@@ -48,6 +48,12 @@ class StateFile(Protocol):
     def __contains__(self, name: object) -> bool: ...
     def __iter__(self) -> Iterator[str]: ...
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of a tensor; KeyError if there is none of that name."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor; KeyError if there is none of that name."""
+
     def tensor(self, name: str) -> Tensor:
         """Return a tensor of its own; KeyError if there is none of that name."""
 
@@ -160,6 +166,18 @@ class ShardedFile:
     def __iter__(self) -> Iterator[str]:
         return iter(self._map)
 
+    def code(self, name: str) -> str:
+        """Return the dtype as the file names it; KeyError if there is no such tensor."""
+        return self._files[self._map[name]].code(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype; CheckpointError if torch has none like it."""
+        return self._files[self._map[name]].dtype(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape; KeyError if there is no such tensor."""
+        return self._files[self._map[name]].shape(name)
+
     def tensor(self, name: str) -> Tensor:
         """Return a tensor: see :meth:`pdrs._tensor_file.TensorFile.tensor`."""
         return self._files[self._map[name]].tensor(name)
@@ -256,6 +274,14 @@ class TorchFile:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._state)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype; KeyError if there is no such tensor."""
+        return self._state[name].dtype
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape; KeyError if there is no such tensor."""
+        return tuple(self._state[name].shape)
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor; calls for one name share their memory."""

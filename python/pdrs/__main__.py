@@ -1,0 +1,8 @@
+"""``python -m pdrs``: look into checkpoints, convert them, verify them."""
+
+import sys
+
+from pdrs._command_line import main
+
+if __name__ == "__main__":
+    sys.exit(main())

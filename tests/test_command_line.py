@@ -1,0 +1,252 @@
+"""``python -m pdrs``: what it prints, what it writes, and what it returns.
+
+The bugs that this hunts: a conversion that loses a name or a dtype, a damaged file that is called good, a name from a
+file that moves the cursor, a million lines that nobody asked for, an error that is a traceback, exit codes that lie.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+import pdrs
+from pdrs import _command_line
+from pdrs._command_line import main
+from pdrs._state_files import open_state
+
+
+def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name].detach(), tensor.detach()), name
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    names = [f"word.{n}" for n in range(200)]
+    words = pdrs.StackedParameterDict.from_rows(names, torch.arange(800.0).view(200, 4))
+    return nn.ModuleDict({"words": words, "head": nn.Linear(4, 2, dtype=torch.bfloat16)})
+
+
+@pytest.fixture
+def named(model: nn.Module) -> dict[str, torch.Tensor]:
+    head = {f"head.{name}": tensor for name, tensor in model["head"].state_dict().items()}
+    return head | {f"words.{name}": row for name, row in model["words"].named_state_dict().items()}
+
+
+@pytest.fixture
+def archive(tmp_path: Path, model: nn.Module) -> Path:
+    path = tmp_path / "model.safetensors"
+    pdrs.save(model, path)
+    return path
+
+
+def inspected(capsys: pytest.CaptureFixture[str], *arguments: Any) -> Any:
+    assert main(["inspect", "--json", *map(str, arguments)]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+# -- inspect -----------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_shows_tables_kinds_and_the_first_names(capsys: pytest.CaptureFixture[str], archive: Path) -> None:
+    assert main(["inspect", str(archive)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{archive}: archive, ")
+    assert lines[1] == "202 names, 3.2 KB of values"
+    assert "checksums: good" in lines
+    assert "  words.float32_4  float32 [200, 4]" in lines
+    assert any(line.split() == ["200", "float32", "[4]", "3.2", "KB"] for line in lines)
+    assert lines[-1] == "  ... and 182 more: --all lists them, --prefix and --match choose some"
+    assert len(lines) < 40
+
+
+def test_inspect_prints_json_of_every_format(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, archive: Path, named: dict[str, torch.Tensor]
+) -> None:
+    safetensors.torch.save_file(named, tmp_path / "one")
+    torch.save(named, tmp_path / "t.pt")
+    assert main(["convert", str(archive), str(tmp_path / "s.st"), "--layout", "named", "--max-shard-size", "1KB"]) == 0
+    capsys.readouterr()
+    for file, kind in (
+        (archive, "archive"),
+        (tmp_path / "one", "safetensors"),
+        (tmp_path / "t.pt", "torch"),
+        (tmp_path / "s.st", "sharded safetensors"),
+    ):
+        found = inspected(capsys, file, "--all")
+        assert found["format"] == kind
+        assert (found["names"], found["value_bytes"]) == (202, 3220)
+        assert {entry["name"]: (entry["dtype"], entry["shape"]) for entry in found["entries"]} == {
+            name: (str(tensor.dtype).removeprefix("torch."), list(tensor.shape)) for name, tensor in named.items()
+        }
+        assert {(kind["dtype"], *kind["shape"]): kind["names"] for kind in found["kinds"]} == {
+            ("float32", 4): 200,
+            ("bfloat16", 2, 4): 1,
+            ("bfloat16", 2): 1,
+        }
+        assert found["verified"] is (True if kind == "archive" else None)
+        assert len(inspected(capsys, file)["entries"]) == 20
+
+
+def test_names_are_chosen_by_prefix_and_by_pattern(capsys: pytest.CaptureFixture[str], archive: Path) -> None:
+    for arguments, names in (
+        (["--prefix", "head."], ["head.bias", "head.weight"]),
+        (["--match", "*.9?"], [f"words.word.{n}" for n in range(90, 100)]),
+        (["--prefix", "words", "--match", "*7"], [f"words.word.{n}" for n in range(7, 200, 10)]),
+        (["--match", "nothing"], []),
+    ):
+        found = inspected(capsys, archive, "--all", *arguments)
+        assert sorted(entry["name"] for entry in found["entries"]) == sorted(names)
+        assert found["names"] == len(names)
+
+
+def test_names_that_could_move_the_cursor_are_printed_as_python_writes_them(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    safetensors.torch.save_file({"\x1b[2Jgone": torch.zeros(1), "\u00fc": torch.zeros(1)}, tmp_path / "f")
+    assert main(["inspect", str(tmp_path / "f")]) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert "  '\\x1b[2Jgone'  float32 [1]" in shown
+    assert "  \u00fc  float32 [1]" in shown
+
+
+def test_dtypes_that_torch_does_not_have_are_shown(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    header = b'{"x":{"dtype":"F6_E2M3","shape":[4],"data_offsets":[0,3]}}'
+    (tmp_path / "f").write_bytes(len(header).to_bytes(8, "little") + header + b"123")
+    found = inspected(capsys, tmp_path / "f")
+    assert found["kinds"] == [{"dtype": "F6_E2M3", "shape": [4], "names": 1, "bytes": 3}]
+    assert main(["verify", str(tmp_path / "f")]) == 0
+
+
+# -- convert -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("many", [False, True], ids=["few", "many"])
+def test_every_format_becomes_every_other(
+    tmp_path: Path,
+    archive: Path,
+    named: dict[str, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    model: nn.Module,
+    many: bool,
+) -> None:
+    if many:
+        monkeypatch.setattr(_command_line, "_MANY", 10)
+    sources = {"archive": archive}
+    for kind, name, options in (
+        ("torch", "t.pt", []),
+        ("named", "n.safetensors", ["--layout", "named"]),
+        ("sharded", "s.safetensors", ["--layout", "named", "--max-shard-size", "0.5kb"]),
+    ):
+        sources[kind] = tmp_path / name
+        assert main(["convert", str(archive), str(tmp_path / name), *options]) == 0
+        same(open_state(sources[kind]).tensors(), named)
+    for kind, source in sources.items():
+        for layout in ("archive", "named", "torch"):
+            target = tmp_path / f"{kind}-to-{layout}"
+            assert main(["convert", str(source), str(target), "--layout", layout]) == 0
+            if layout != "archive":
+                same(open_state(target).tensors(), named)
+                continue
+            same(dict(pdrs.open(target).items()), named)
+            before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.zero_()
+            pdrs.load(target, model)
+            same({name: tensor for name, tensor in model.state_dict().items()}, before)
+
+
+def test_an_archive_that_continues_others_becomes_one_in_its_own_place(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, archive: Path, model: nn.Module
+) -> None:
+    with torch.no_grad():
+        model["words"]["word.7"].fill_(-1)
+    delta = tmp_path / "delta.safetensors"
+    pdrs.save(model, delta, since=archive)
+    found = inspected(capsys, delta)
+    assert [os.path.basename(file) for file in found["files"]] == ["delta.safetensors", "model.safetensors"]
+    assert main(["convert", str(delta), str(delta)]) == 0
+    archive.unlink()
+    assert main(["verify", str(delta)]) == 0
+    opened = pdrs.open(delta)
+    assert opened["words.word.7"].tolist() == [-1] * 4
+    assert opened["words.word.8"].tolist() == [32, 33, 34, 35]
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+def test_damaged_and_missing_files_are_said_in_one_line_with_exit_code_1(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, archive: Path
+) -> None:
+    data = bytearray(archive.read_bytes())
+    data[4096 + 100] ^= 1  # in the table
+    flipped, cut = tmp_path / "flipped", tmp_path / "cut"
+    flipped.write_bytes(data)
+    cut.write_bytes(data[:-10])
+    for arguments, said in (
+        (["verify", str(flipped)], "is damaged: its checksum is"),
+        (["inspect", str(flipped)], "is damaged: its checksum is"),
+        (["verify", str(cut)], "of which the file has only"),
+        (["convert", str(cut), str(tmp_path / "out")], "of which the file has only"),
+        (["inspect", str(tmp_path / "no")], "No such file or directory"),
+        (["convert", str(archive), str(tmp_path / "no" / "out")], "No such file or directory"),
+        (["inspect", str(tmp_path)], "Is a directory"),
+    ):
+        assert main(arguments) == 1
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert printed.err.startswith(f"pdrs: {tmp_path}")
+        assert printed.err.count("\n") == 1
+        assert said in printed.err
+    assert main(["inspect", "--no-verify", str(flipped)]) == 0
+    assert "checksums: good" not in capsys.readouterr().out
+
+
+def test_what_has_no_checksums_is_read_through(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    torch.save({"x": torch.zeros(3)}, tmp_path / "t.pt")
+    assert main(["verify", str(tmp_path / "t.pt")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 't.pt'}: can be read; it has no checksums\n"
+
+
+@pytest.mark.parametrize("text", ["5", "5MB", "5mb", "1.5 GB", "2K"])
+def test_sizes_are_understood(text: str) -> None:
+    expected = {"5": 5, "5MB": 5 * 10**6, "5mb": 5 * 10**6, "1.5 GB": 1_500_000_000, "2K": 2000}
+    assert _command_line._size(text) == expected[text]
+
+
+@pytest.mark.parametrize("arguments", [[], ["frob"], ["inspect"], ["convert", "a", "b", "--max-shard-size", "0"]])
+def test_commands_that_are_not_understood_have_exit_code_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    assert "usage: python -m pdrs" in capsys.readouterr().err
+
+
+def test_the_module_can_be_run_and_a_reader_may_stop_reading(tmp_path: Path) -> None:
+    names = [f"name.{n}" for n in range(100_000)]
+    pdrs.save(pdrs.StackedParameterDict.from_rows(names, torch.zeros(100_000, 1)), tmp_path / "f")
+    command = [sys.executable, "-m", "pdrs", "inspect", "--all", str(tmp_path / "f")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith(f"{tmp_path / 'f'}: archive, ")
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait() == 1
