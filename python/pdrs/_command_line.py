@@ -175,7 +175,11 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _is_archive(file: StateFile) -> bool:
-    return isinstance(file, TensorFile) and "pdrs" in file.metadata
+    return isinstance(file, TensorFile) and any(map(_is_of_pdrs, file.metadata))
+
+
+def _is_of_pdrs(key: str) -> bool:
+    return key == "pdrs" or key.startswith("pdrs.")
 
 
 def _contents(path: str, file: StateFile) -> _Contents:
@@ -222,7 +226,7 @@ def _describe(file: StateFile, options: argparse.Namespace) -> dict[str, Any]:
         "path": file.path,
         "format": "archive" if archive else _formats[type(file)],
         "bytes": sum(os.path.getsize(path) for path in _paths(file)),
-        "metadata": {key: value for key, value in file.metadata.items() if key != "pdrs"},
+        "metadata": {key: value for key, value in file.metadata.items() if not _is_of_pdrs(key)},
         "names": len(contents.names),
         "value_bytes": sum(kind["bytes"] for kind in contents.summary()),
         "kinds": contents.summary(),
@@ -231,7 +235,7 @@ def _describe(file: StateFile, options: argparse.Namespace) -> dict[str, Any]:
     if isinstance(file, ShardedFile):
         found["shards"] = [{"path": shard.path, "bytes": shard.size, "names": len(shard)} for shard in file.shards]
     if archive:
-        with Archive(options.file) as opened:
+        with Archive(TensorFile(options.file)) as opened:
             found["files"] = opened.files()
             found["dictionaries"] = opened.dictionaries
             found["tables"] = [
@@ -254,7 +258,10 @@ _formats: dict[type, str] = {TensorFile: "safetensors", ShardedFile: "sharded sa
 def _paths(file: StateFile) -> list[str]:
     if isinstance(file, ShardedFile):
         return [file.path, *(shard.path for shard in file.shards)]
-    return Archive(file.path).files() if _is_archive(file) else [file.path]
+    if not _is_archive(file):
+        return [file.path]
+    with Archive(TensorFile(file.path)) as archive:
+        return archive.files()
 
 
 def _print(found: dict[str, Any]) -> None:
@@ -338,7 +345,7 @@ def _convert(options: argparse.Namespace) -> int:
 def _for_archive(path: str, file: StateFile) -> Module:
     if _is_archive(file):
         # As it is: a chain of archives becomes one.
-        with Archive(path) as archive:
+        with Archive(TensorFile(path)) as archive:
             return _Loaded({name: archive.tensor(name) for name in archive.names})
     return as_stacked(file) if len(file) > _MANY else _Loaded(file.tensors())
 
