@@ -27,7 +27,7 @@ from pdrs._archive import Archive
 from pdrs._named_layout import MAX_SHARD, write_named
 from pdrs._named_rows import table_of
 from pdrs._safe_write import Progress, replacing
-from pdrs._state_files import ShardedFile, StateFile, TorchFile, as_stacked, open_state
+from pdrs._state_files import ShardedFile, StateFile, TorchFile, open_state
 from pdrs._tensor_file import DTYPES, CheckpointError, TensorFile
 from pdrs.stacked import StackedParameterDict
 
@@ -347,13 +347,11 @@ def _for_archive(path: str, file: StateFile) -> Module:
         # As it is: a chain of archives becomes one.
         with Archive(TensorFile(path)) as archive:
             return _Loaded({name: archive.tensor(name) for name in archive.names})
-    return as_stacked(file) if len(file) > _MANY else _Loaded(file.tensors())
+    return checkpoint.open(path) if len(file) > _MANY else _Loaded(file.tensors())
 
 
 def _by_name(path: str, file: StateFile) -> StackedParameterDict | dict[str, Tensor]:
-    if _is_archive(file):
-        return checkpoint.open(path)
-    return as_stacked(file) if len(file) > _MANY else file.tensors()
+    return checkpoint.open(path) if _is_archive(file) or len(file) > _MANY else file.tensors()
 
 
 def _save_torch(target: Path, named: StackedParameterDict | dict[str, Tensor]) -> list[Path]:

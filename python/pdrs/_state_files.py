@@ -16,17 +16,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
-from pdrs._core import IndexMap, TableRows, insert_ids, sort_tensors
+from pdrs._core import IndexMap, insert_ids, sort_tensors
 from pdrs._named_layout import index_of
 from pdrs._named_rows import id_of, row_of, table_of
 from pdrs._row_blocks import stack
-from pdrs._tables import Kind
 from pdrs._tensor_file import CheckpointError, TensorFile
-from pdrs.stacked import StackedParameterDict
 
-__all__ = ["ShardedFile", "StateFile", "TorchFile", "as_stacked", "open_state"]
+__all__ = ["ShardedFile", "StateFile", "TorchFile", "open_state"]
 
 
 class StateFile(Protocol):
@@ -318,40 +315,6 @@ class TorchFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def as_stacked(file: StateFile, prefix: str = "") -> StackedParameterDict:
-    """Make the tensors of a file the rows of a StackedParameterDict. **O(n)**; see :meth:`StateFile.stacked`.
-
-    Tables of floating point and complex numbers require gradients; others are frozen.
-
-    Parameters
-    ----------
-    file
-        What :func:`open_state` gave.
-    prefix
-        Takes those tensors only whose names begin so, and leaves it out of their names.
-
-    Raises
-    ------
-    CheckpointError
-        If a name is empty, or torch does not have the dtype.
-    """
-    index, tables = file.stacked(prefix)
-    if "" in index:
-        raise CheckpointError(file.path, f"the tensor {prefix!r} has no name without its prefix")
-    made = StackedParameterDict()
-    numbers, rows = table_of(index.rows()), row_of(index.rows())
-    for number, tensor in enumerate(tables):
-        trainable = tensor.is_floating_point() or tensor.is_complex()
-        kind = Kind(tuple(tensor.shape[1:]), tensor.dtype, trainable)
-        made._add_table(kind.attribute(), Parameter(tensor, requires_grad=trainable), 0)
-        taken = rows[numbers == number] if len(tables) > 1 else rows
-        made._tables[number].rows = (
-            TableRows(len(tensor)) if len(taken) == len(tensor) else TableRows.of_live(len(tensor), taken)
-        )
-    made.__dict__["_index"] = index
-    return made
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
