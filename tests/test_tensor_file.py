@@ -299,3 +299,10 @@ def test_the_file_and_then_its_folder_are_brought_to_the_disk(tmp_path: Path, mo
     assert seen == ["file", "rename", "folder"]
     write(tmp_path / "f", {"x": numbers(1)}, sync=False)
     assert seen[3:] == ["rename"]
+
+
+def test_names_are_chosen_by_their_end(tmp_path: Path) -> None:
+    write(tmp_path / "f", {name: numbers(1) for name in ("a.end", "end", "end.b", "\u00e9end")})
+    with TensorFile(tmp_path / "f") as file:
+        assert file.names_ending("end") == ["a.end", "end", "\u00e9end"]
+        assert file.names_ending("") == file.names

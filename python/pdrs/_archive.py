@@ -230,9 +230,8 @@ class Archive:
 
     def prefixes(self) -> list[str]:
         """Return the prefixes of all dictionaries: of those that say so by their names."""
-        return [
-            name[: -len(EXTRA_STATE)] for name in self.names if name.endswith(EXTRA_STATE) and self._holds_names(name)
-        ]
+        found = self._how if self._how else self.file.names_ending(EXTRA_STATE)
+        return [name[: -len(EXTRA_STATE)] for name in found if name.endswith(EXTRA_STATE) and self._holds_names(name)]
 
     def _holds_names(self, name: str) -> bool:
         behind_dot = len(name) == len(EXTRA_STATE) or name[-len(EXTRA_STATE) - 1] == "."

@@ -578,6 +578,8 @@ class SafetensorsHeader:
         """Return name, dtype, shape, and the first byte in the file and the one behind the last. **O(1)**."""
     def names(self) -> list[str]:
         """Return all names in the order of the header. **O(n)**."""
+    def names_ending(self, ending: str) -> list[str]:
+        """Return those names that end so, in the order of the header. **O(n)**."""
     def kinds(self) -> list[tuple[str, tuple[int, ...]]]:
         """Return the dtype and shape of each kind of tensors that there is."""
     def columns(self) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:

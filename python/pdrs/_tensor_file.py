@@ -195,6 +195,10 @@ class TensorFile:
         """The names of all tensors, in the order of the header. **O(n)**."""
         return self._header.names()
 
+    def names_ending(self, ending: str) -> list[str]:
+        """Return those names that end so, without a ``str`` for each of the others. **O(n)**."""
+        return self._header.names_ending(ending)
+
     def __len__(self) -> int:
         """Return the number of tensors. **O(1)**."""
         return len(self._header)

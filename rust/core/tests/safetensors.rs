@@ -133,6 +133,29 @@ fn tensors_that_do_not_share_out_the_data_are_refused() {
 }
 
 #[test]
+fn a_tensor_that_is_like_the_one_before_it_is_read_with_the_same_care() {
+    let first = tensor("a", "U8", "4", "0,4");
+    let like = |offsets: &str| format!("{{{first},{}}}", tensor("b", "U8", "4", offsets));
+    for (offsets, said) in [
+        ("4,9", "it lies at 4 to 9 of the data, but needs 4 bytes"),
+        ("8,4", "it lies at 8 to 4 of the data, but needs 4 bytes"),
+        ("18446744073709551615,3", "it lies at 18446744073709551615 to 3 of the data, but needs 4 bytes"),
+    ] {
+        let header = like(offsets).replace(&format!("[{offsets}]"), &format!("^[{offsets}]"));
+        refused(&header, 8, &format!("tensor \"b\": {said}"));
+    }
+    for number in ["^-4", "^04", "^4.0", "^"] {
+        refused(&like(&format!("{number},8")), 8, "tensor \"b\": expected a whole number, 0 or larger");
+    }
+    refused(&like("4,8").replace("[4,8]", "[4,8^,9]"), 8, "tensor \"b\": expected ']'");
+    let twice = like("4,8").replace("[4,8]", "[4,8],^\"dtype\":\"U8\"");
+    refused(&twice, 8, "tensor \"b\": 'dtype' is given twice");
+    let more = like("4,8").replace("[4,8]", "[4,8],\"new\":1");
+    check(more.as_bytes(), 8);
+    assert!(read(&more, 8).is_ok());
+}
+
+#[test]
 fn a_header_of_an_absurd_size_is_refused_before_it_is_read() {
     for (bytes, file, said) in [
         (&b""[..], 0, "no safetensors file: it has 0 bytes, and 8 give the size of the header (byte 0)"),

@@ -72,6 +72,11 @@ impl SafetensorsHeader {
         PyList::new(py, (0..self.header.len()).map(|number| self.header.name(number)))
     }
 
+    fn names_ending<'py>(&self, py: Python<'py>, ending: &str) -> PyResult<Bound<'py, PyList>> {
+        let names = (0..self.header.len()).map(|number| self.header.name(number));
+        PyList::new(py, names.filter(|name| name.ends_with(ending)).collect::<Vec<_>>())
+    }
+
     fn kinds<'py>(&self, py: Python<'py>) -> PyResult<Vec<(&'static str, Bound<'py, PyTuple>)>> {
         let kinds = self.header.kinds().iter();
         kinds.map(|kind| Ok((kind.dtype.name(), PyTuple::new(py, &kind.shape)?))).collect()
