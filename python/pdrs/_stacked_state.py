@@ -43,17 +43,16 @@ class SavedRows(TrainedRows):
 
     def get_extra_state(self) -> Tensor:
         """Return the names, their rows, and what there is to know of the tables: uint8 ``[bytes]``. **O(n)**."""
+        # A copy: distributed checkpoints load into the tensors of a state dict, and what is kept here must not change.
         with self._lock:
-            packed = self._packed_before()
-            if packed is None:
-                packed = pack(self._index, self._header())
-                self.__dict__["_packed"] = (packed, self._moves, self._inserts, self._header())
-            return packed
+            return self._packed_names().clone()
 
-    def _packed_before(self) -> Tensor | None:
-        if self._packed is None or self._packed[1:] != (self._moves, self._inserts, self._header()):
-            return None
-        return self._packed[0]
+    def _packed_names(self) -> Tensor:
+        """Return what :meth:`get_extra_state` gives a copy of."""
+        counted, kept = (self._moves, self._inserts, self._header()), self._packed
+        if kept is None or kept[1:] != counted:
+            kept = self.__dict__["_packed"] = (pack(self._index, self._header()), *counted)
+        return kept[0]
 
     def _header(self) -> Header:
         tables = tuple(
@@ -117,10 +116,9 @@ class SavedRows(TrainedRows):
         In ``saved``, views of tables take the place of the slabs that they lie in. Nothing has changed if the names are
         damaged, or an optimizer that is not attached has state for the rows.
         """
-        ours = self._packed_before()
         if packed.device.type == "meta":
             return
-        if ours is packed or torch.equal(self.get_extra_state(), packed.cpu()):
+        if torch.equal(self._packed_names(), packed.cpu()):
             self._fit_capacities(saved)
             return
         index, ids, header = unpack(packed)
