@@ -2,19 +2,25 @@
 
 The new file grows under another name in the same folder. It gets its name when all its bytes are on the disk, and the
 folder is brought to the disk then, too. A process that is killed before leaves the old file, and the beginning of the
-new one under a name that begins with a dot and ends in ``.tmp``.
+new one under a name that begins with a dot and ends in ``.tmp``. Who writes to such a file has a lock on it
+(``flock``), so the next save of the same file sees which ones have been left behind, and removes them.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+if sys.platform != "win32":
+    import fcntl
 
 __all__ = ["Progress", "WholeFile", "replacing"]
 
@@ -121,23 +127,19 @@ def replacing(path: str | os.PathLike[str], size: int, *, sync: bool = True) -> 
     shown = os.fspath(path)
     target = Path(os.path.realpath(shown))
     mode = _mode_of(target, shown)
-    short = target.name.encode()[: _LONGEST_NAME - 32].decode(errors="ignore")
-    temporary = target.with_name(f".{short}.{secrets.token_hex(8)}.tmp")
     try:
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        _remove_left_behind(target)
+        descriptor, temporary = _create_beside(target)
     except OSError as error:
         raise _with_path(error, shown) from error
     progress = Progress(size, target.name)
     try:
-        try:
-            if mode is not None:
-                os.fchmod(descriptor, mode)
-            yield WholeFile(descriptor, shown, progress)
-            if sync:
-                os.fsync(descriptor)
-        finally:
-            progress.close()
-            os.close(descriptor)
+        if mode is not None:
+            os.fchmod(descriptor, mode)
+        yield WholeFile(descriptor, shown, progress)
+        if sync:
+            os.fsync(descriptor)
+        # Before it is closed: until then the lock keeps others from removing it.
         os.replace(temporary, target)
     except BaseException as error:
         with suppress(OSError):
@@ -145,8 +147,59 @@ def replacing(path: str | os.PathLike[str], size: int, *, sync: bool = True) -> 
         if isinstance(error, OSError) and error.filename in (None, os.fspath(temporary)):
             raise _with_path(error, shown) from error
         raise
+    finally:
+        progress.close()
+        os.close(descriptor)
     if sync:
         _sync_folder(target.parent)
+
+
+def _create_beside(target: Path) -> tuple[int, Path]:
+    """Make a new file in the same folder, and lock it."""
+    while True:
+        temporary = target.with_name(f".{_shortened(target)}.{secrets.token_hex(8)}.tmp")
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        # Another process may have seen it, and removed it, before it was locked.
+        if _is_free(descriptor) is not False and os.fstat(descriptor).st_nlink:
+            return descriptor, temporary
+        os.close(descriptor)
+
+
+def _remove_left_behind(target: Path) -> None:
+    """Remove what killed processes have left in the folder of a file on their way to write it."""
+    if sys.platform == "win32":
+        return
+    pattern = re.compile(rf"\.{re.escape(_shortened(target))}\.[0-9a-f]{{16}}\.tmp")
+    names: list[str] = []
+    with suppress(OSError):  # A folder that cannot be listed may still be written to.
+        names = list(filter(pattern.fullmatch, os.listdir(target.parent)))
+    for name in names:
+        # Others may remove it at the same time, and may have put anything there.
+        with suppress(OSError):
+            descriptor = os.open(target.with_name(name), os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                if _is_free(descriptor):
+                    os.unlink(target.with_name(name))
+            finally:
+                os.close(descriptor)
+
+
+def _is_free(descriptor: int) -> bool | None:
+    """Lock a file unless another process has locked it; None where files cannot be locked."""
+    if sys.platform == "win32":
+        return None  # What is left behind stays there.
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _shortened(target: Path) -> str:
+    """Return as much of the name of a file as leaves room for what makes it another."""
+    return target.name.encode()[: _LONGEST_NAME - 32].decode(errors="ignore")
 
 
 def _mode_of(target: Path, shown: str) -> int | None:

@@ -1,0 +1,358 @@
+"""Saving when the process is killed, the disk is full, the folder is read-only, or others save the same file.
+
+The bugs that this hunts: a file that is neither the old nor the new one, an old one that is gone though the new one
+failed, what killed processes leave behind and nobody removes, a save that removes what another is writing.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import resource
+import signal
+import subprocess
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pdrs
+from pdrs._safe_write import replacing
+from pdrs._tensor_file import NewTensor, TensorFile, write_tensors
+
+# Children are forked: to import torch anew would take seconds a child. They do nothing but save, on one thread.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+
+ENTRIES = 3000
+FLOATS = 16
+NOBODY = 65534
+
+
+def version(number: int) -> pdrs.StackedParameterDict:
+    """Return a dictionary all of which says which version it is."""
+    names = [f"v{number}.{at}" for at in range(ENTRIES)]
+    return pdrs.StackedParameterDict.from_rows(names, torch.full((ENTRIES, FLOATS), float(number)))
+
+
+def save(saved: pdrs.StackedParameterDict, path: Path) -> None:
+    write_tensors(path, {"format": "pt"}, [NewTensor.of(*item) for item in saved.state_dict().items()])
+
+
+def version_in(path: Path) -> int:
+    """Return the number of the version in a file; it must be whole."""
+    sd = pdrs.StackedParameterDict()
+    sd.load_state_dict(TensorFile(path).tensors())
+    table = sd.table((FLOATS,))
+    number = int(table[0, 0])
+    assert torch.equal(table, torch.full((ENTRIES, FLOATS), float(number)))
+    assert list(sd) == [f"v{number}.{at}" for at in range(ENTRIES)]
+    return number
+
+
+def fork(work: Callable[[], Any]) -> int:
+    """Do something in a child process: its exit code is 0 if it returns, 1 if it raises."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        torch.set_num_threads(1)
+        work()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def wait_for(child: int) -> int:
+    """Return the exit code of a child, or the negative number of the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def in_child(work: Callable[[], Any]) -> int:
+    return wait_for(fork(work))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Give a file with version 1, alone in its folder."""
+    (tmp_path / "folder").mkdir()
+    path = tmp_path / "folder" / "saved.safetensors"
+    save(version(1), path)
+    return path
+
+
+def beside(path: Path) -> list[str]:
+    """Return what else is in the folder."""
+    return sorted(set(os.listdir(path.parent)) - {path.name})
+
+
+# -- kill -9 -----------------------------------------------------------------------------------------------------------
+
+STEPS = ("open", "close", "write", "pwrite", "fsync", "fchmod", "fstat", "listdir", "replace", "unlink")
+
+
+def killed_at(step: int | str, work: Callable[[], Any], *, torn: bool = False) -> Callable[[], Any]:
+    """Let ``work`` be killed before a call to the system, of a number or a name, or, if it writes, in the middle."""
+    left = step if isinstance(step, int) else 0
+
+    def counting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal left
+            left -= isinstance(step, int) or function.__name__ == step
+            if left < 0:
+                if torn and function.__name__ in ("write", "pwrite"):
+                    descriptor, data, *place = arguments
+                    function(descriptor, data[: len(data) // 2], *place)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **options)
+
+        return call
+
+    def run() -> None:
+        for name in STEPS:
+            setattr(os, name, counting(getattr(os, name)))
+        work()
+
+    return run
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_a_process_that_is_killed_at_any_step_leaves_the_old_file_or_the_new_one(path: Path, torn: bool) -> None:
+    found = []
+    for step in range(1000):
+        code = in_child(killed_at(step, lambda: save(version(2), path), torn=torn))
+        found.append(version_in(path))
+        assert len(beside(path)) <= 1
+        save(version(1), path)
+        assert beside(path) == [], "what the killed process left is removed by the next save"
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+    # It opens, writes a header and two tensors, and waits for the disk, with version 1 in the place; then comes 2.
+    assert found.count(1) > 5
+    assert found == sorted(found)
+    assert found[-1] == 2
+
+
+def test_a_process_that_is_killed_at_any_time_leaves_a_whole_file(path: Path) -> None:
+    draw = random.Random(0)
+    begin = time.perf_counter()
+    save(version(1), path)
+    duration = time.perf_counter() - begin
+
+    def save_for_ever() -> None:
+        numbers = [version(number) for number in range(2, 10)]
+        os.write(ready, b".")
+        while True:
+            for one in numbers:
+                save(one, path)
+
+    for _ in range(20):
+        begun, ready = os.pipe()
+        child = fork(save_for_ever)
+        os.read(begun, 1)
+        time.sleep(draw.uniform(0, 3 * duration))
+        os.kill(child, signal.SIGKILL)
+        assert wait_for(child) == -signal.SIGKILL
+        os.close(begun)
+        os.close(ready)
+        assert version_in(path) in range(1, 10)
+        assert len(beside(path)) <= 1, "each save removes what the one before it left"
+    save(version(10), path)
+    assert version_in(path) == 10
+    assert beside(path) == []
+
+
+def test_what_is_open_stays_whole_while_its_file_is_replaced(path: Path) -> None:
+    opened = TensorFile(path).tensor("float32_16")
+    for number in (2, 3):
+        in_child(killed_at(3 * number, lambda number=number: save(version(number), path)))
+        save(version(number), path)
+    assert torch.equal(opened, torch.full((ENTRIES, FLOATS), 1.0))
+
+
+# -- several at once ---------------------------------------------------------------------------------------------------
+
+
+def test_processes_that_save_the_same_file_at_once_do_not_disturb_each_other(path: Path) -> None:
+    def save_often(number: int) -> None:
+        saved = version(number)
+        for _ in range(20):
+            save(saved, path)
+
+    children = [fork(lambda number=number: save_often(number)) for number in (2, 3, 4)]
+    for _ in range(20):
+        assert version_in(path) in (1, 2, 3, 4)
+    assert [wait_for(child) for child in children] == [0, 0, 0]
+    assert version_in(path) in (2, 3, 4)
+    assert beside(path) == []
+
+
+def test_what_somebody_is_writing_is_not_removed(path: Path) -> None:
+    with replacing(path, 5) as file:
+        save(version(2), path)
+        assert len(beside(path)) == 1
+        file.write(b"later")
+    assert path.read_bytes() == b"later"
+    assert beside(path) == []
+
+
+def test_only_what_was_left_of_this_file_is_removed(path: Path) -> None:
+    others = [".saved.safetensors.tmp", f".saved.safetensors.{'g' * 16}.tmp", f".other.{'0' * 16}.tmp", "saved.tmp"]
+    for name in (*others, f".saved.safetensors.{'0' * 16}.tmp"):
+        (path.parent / name).touch()
+    (path.parent / f".saved.safetensors.{'1' * 16}.tmp").mkdir()
+    (path.parent / f".saved.safetensors.{'2' * 16}.tmp").symlink_to(others[-1])
+    save(version(2), path)
+    kept = [*others, f".saved.safetensors.{'1' * 16}.tmp", f".saved.safetensors.{'2' * 16}.tmp"]
+    assert beside(path) == sorted(kept)
+
+
+# -- no room -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", [0, 0.01, 0.3, 0.9, 0.9999])
+def test_a_file_that_grows_too_large_leaves_the_old_one(path: Path, part: float) -> None:
+    saved, limit = version(2), int(path.stat().st_size * part)
+
+    def try_to() -> None:
+        # Python ignores the signal that would come.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        with pytest.raises(OSError, match="File too large") as caught:
+            save(saved, path)
+        assert caught.value.errno == errno.EFBIG
+        assert caught.value.filename == str(path)
+
+    assert in_child(try_to) == 0
+    assert version_in(path) == 1
+    assert beside(path) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", folder], stderr=subprocess.PIPE)
+    if mounted.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_leaves_the_old_file_and_gives_the_room_back(small_disk: Path) -> None:
+    path = small_disk / "saved.safetensors"
+    save(version(1), path)
+    for _ in range(2):
+        (small_disk / "other").write_bytes(bytes(300_000))
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            save(version(2), path)
+        assert caught.value.errno == errno.ENOSPC
+        assert caught.value.filename == str(path)
+        assert version_in(path) == 1
+        assert beside(path) == ["other"]
+        (small_disk / "other").unlink()
+    in_child(killed_at("replace", lambda: save(version(2), path)))
+    assert len(beside(path)) == 1
+    save(version(2), path)
+    assert version_in(path) == 2, "there is no room but that of what was left behind"
+
+
+# -- places that are no good -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["a new file", "an old file"])
+def test_a_read_only_folder_is_refused_and_nothing_is_lost(there: bool) -> None:
+    # Not in `tmp_path`, which is closed to others: to root no folder is read-only, so the child gives its rights up.
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "saved.safetensors"
+        if there:
+            save(version(1), path)
+            path.chmod(0o666)
+        Path(folder).chmod(0o555)
+
+        def try_to() -> None:
+            if os.getuid() == 0:
+                os.setuid(NOBODY)
+            with pytest.raises(PermissionError) as caught:
+                save(version(2), path)
+            assert caught.value.filename == str(path)
+
+        assert in_child(try_to) == 0
+        assert os.listdir(folder) == ([path.name] if there else [])
+        if there:
+            assert version_in(path) == 1
+        Path(folder).chmod(0o755)
+
+
+def test_a_file_that_must_not_be_written_is_not_replaced() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "saved.safetensors"
+        save(version(1), path)
+        path.chmod(0o444)
+        Path(folder).chmod(0o777)
+
+        def try_to() -> None:
+            if os.getuid() == 0:
+                os.setuid(NOBODY)
+            with pytest.raises(PermissionError):
+                save(version(2), path)
+
+        assert in_child(try_to) == 0
+        assert version_in(path) == 1
+        assert beside(path) == []
+
+
+def test_a_missing_folder_is_not_made(tmp_path: Path) -> None:
+    path = tmp_path / "missing" / "saved.safetensors"
+    with pytest.raises(FileNotFoundError) as caught:
+        save(version(1), path)
+    assert caught.value.filename == str(path)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("make", "error"),
+    [
+        (Path.mkdir, IsADirectoryError),
+        (os.mkfifo, OSError),
+        (lambda path: path.symlink_to(path.parent), IsADirectoryError),
+        (lambda path: path.symlink_to(path), OSError),
+        (lambda path: path.symlink_to("missing/file"), FileNotFoundError),
+    ],
+    ids=["folder", "fifo", "link to a folder", "link to itself", "link into a missing folder"],
+)
+def test_what_is_no_file_is_not_replaced(make: Callable[[Path], None], error: type[OSError], tmp_path: Path) -> None:
+    path = tmp_path / "saved.safetensors"
+    make(path)
+    before = path.lstat()
+    with pytest.raises(error) as caught:
+        save(version(1), path)
+    assert caught.value.filename == str(path)
+    assert path.lstat().st_ino == before.st_ino
+    assert beside(path) == []
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["dangling", "to a file"])
+def test_a_link_stays_a_link_and_its_file_is_replaced_when_it_is_whole(there: bool, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    target, path = tmp_path / "elsewhere" / "file", tmp_path / "saved.safetensors"
+    path.symlink_to("elsewhere/file")
+    if there:
+        save(version(1), target)
+    in_child(killed_at("replace", lambda: save(version(2), path)))
+    assert target.exists() == there
+    save(version(3), path)
+    assert path.is_symlink()
+    assert version_in(target) == 3
+    assert beside(target) == []
+    assert beside(path) == ["elsewhere"]
