@@ -32,12 +32,13 @@ class Target:
     ----------
     kind
         ``"ratio"``: the baseline's cost over ours is at least ``bound``. ``"beyond"``: ours is at most the baseline's
-        and ``bound`` more. ``"total"``: ours is at most ``bound``.
+        and ``bound`` more. ``"total"``: ours is at most ``bound``. ``"growth"``: ours, an entry, is at most ``bound``
+        times what it is at the smallest size.
     baseline
-        The container to compare with.
+        The container to compare with; of growth, ours.
     """
 
-    kind: Literal["ratio", "beyond", "total"]
+    kind: Literal["ratio", "beyond", "total", "growth"]
     baseline: str
     bound: float
     entries: int = 1_000_000
@@ -46,6 +47,8 @@ class Target:
         """Whether the medians of both fulfil the requirement."""
         if self.kind == "ratio":
             return baseline / ours >= self.bound
+        if self.kind == "growth":
+            return ours <= baseline * self.bound
         return ours <= self.bound + (baseline if self.kind == "beyond" else 0)
 
 
@@ -88,6 +91,8 @@ class Case(Generic[DataT]):
         The largest size for a container that would take too long at larger ones.
     extra_sizes
         Sizes to measure besides those asked for, where they are smaller than the largest of these.
+    larger_sizes
+        Sizes to measure besides those asked for, where the largest of these is a tenth of them or more.
     only_sizes
         Sizes to measure instead of those asked for, of a case with data of its own.
     needs
@@ -105,6 +110,7 @@ class Case(Generic[DataT]):
     unit: Literal["ns", "B"] = "ns"
     up_to: Mapping[str, int] = field(default_factory=dict)
     extra_sizes: tuple[int, ...] = ()
+    larger_sizes: tuple[int, ...] = ()
     only_sizes: tuple[int, ...] = ()
     needs: Callable[[], bool] = lambda: True
     note: str = ""
@@ -121,7 +127,7 @@ class Case(Generic[DataT]):
 
     def is_planned(self, entries: int, sizes: Sequence[int]) -> bool:
         """Whether to measure at a size, of those asked for or not."""
-        planned = self.only_sizes or (*sizes, *self.extra_sizes)
+        planned = self.only_sizes or (*sizes, *self.extra_sizes, *self.larger_sizes)
         return entries in planned and self.needs()
 
 
@@ -133,6 +139,8 @@ class Suite(Generic[DataT]):
     ----------
     readme_marker
         What marks the place of the short table in the README; none for a suite that has no place there.
+    growth_at_most
+        How much the cost an entry may grow from the smallest size on.
     """
 
     name: str
@@ -143,6 +151,7 @@ class Suite(Generic[DataT]):
     make_data: Callable[[int], DataT]
     intro: str
     readme_marker: str = ""
+    growth_at_most: float = 2
 
     @property
     def ours(self) -> str:
@@ -228,6 +237,7 @@ def measure(
 def all_sizes(cases: Sequence[Case[Any]], sizes: Sequence[int]) -> list[int]:
     """Return the sizes asked for and those of cases, ascending."""
     extra = {size for case in cases for size in case.extra_sizes if size < max(sizes)}
+    extra |= {size for case in cases for size in case.larger_sizes if size <= 10 * max(sizes)}
     own_sizes = {size for case in cases for size in case.only_sizes}
     return sorted(extra | own_sizes | set(sizes))
 

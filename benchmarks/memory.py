@@ -88,6 +88,24 @@ def _parameter_dict(make: Callable[[Any], Any], entries: int) -> int:
     return taken
 
 
+def _stacked(subject: str, entries: int) -> int:
+    """Count what a container takes beyond names and rows that exist."""
+    import torch
+
+    from cases_stacked import BUILD
+
+    names, rows = names_of(entries), torch.zeros(entries, 16)
+    # The first of its kind loads what is needed.
+    BUILD[subject](["warm"], torch.zeros(1, 16))
+    gc.collect()
+    before = allocated()
+    container = BUILD[subject](names, rows)
+    gc.collect()
+    taken = allocated() - before
+    assert len(container) == entries
+    return taken
+
+
 def _map(make: Callable[[list[str]], Any], entries: int) -> int:
     """Count what a map takes with all that only it keeps alive: its names, its rows."""
     make(names_of(2))
@@ -124,6 +142,9 @@ MEASURES: dict[str, Callable[[int], int]] = {
     "parameter_dict/dict": lambda entries: _parameter_dict(dict, entries),
     "parameter_dict/torch": lambda entries: _parameter_dict(_torch_parameter_dict, entries),
     "parameter_dict/pdrs": lambda entries: _parameter_dict(_pdrs_parameter_dict, entries),
+    "stacked/by hand": lambda entries: _stacked("by hand", entries),
+    "stacked/torch": lambda entries: _stacked("torch", entries),
+    "stacked/pdrs": lambda entries: _stacked("pdrs", entries),
     "index_map/dict": lambda entries: _map(lambda names: dict(zip(names, range(entries), strict=False)), entries),
     "index_map/OrderedDict": lambda entries: _map(
         lambda names: OrderedDict(zip(names, range(entries), strict=False)), entries

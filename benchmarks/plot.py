@@ -14,6 +14,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter
 
 import cases_transfer
+from cases_stacked import GATHERED, INSERTED, POPPED
 from report import TIMES, Results, figure
 
 if TYPE_CHECKING:
@@ -76,6 +77,16 @@ PICTURES = {
             Line(DRAIN, "dict", "dict", (9, -3), "left", "top"),
             Line(DRAIN, "torch", "torch.nn.ParameterDict", (0, 8), "center", "bottom"),
             Line(DRAIN, "pdrs", "pdrs.ParameterDict", (4, -24), "right", "top"),
+        ),
+    ),
+    "stacked": Picture(
+        "pdrs.StackedParameterDict beside torch.nn.ParameterDict",
+        "insert, pop and gather as the names grow",
+        "name",
+        (
+            Line(POPPED, "pdrs", "pop", (0, 8), "right", "bottom"),
+            Line(INSERTED, "pdrs", "insert in batches", (0, 8), "right", "bottom", "s-"),
+            Line(GATHERED, "pdrs", "gather in batches", (0, -8), "right", "top", "o--"),
         ),
     ),
     "transfer": Picture(

@@ -16,6 +16,7 @@ from typing import Any
 
 import cases_index_map
 import cases_parameter_dict
+import cases_stacked
 import cases_transfer
 import plot
 from machine import describe
@@ -27,6 +28,7 @@ RESULTS = HERE / "results"
 README = HERE.parent / "README.md"
 SUITES: tuple[Suite[Any], ...] = (
     cases_parameter_dict.SUITE,
+    cases_stacked.SUITE,
     cases_transfer.SUITE,
     cases_index_map.SUITE,
 )
