@@ -45,7 +45,7 @@ class ByHand:
 
     def __init__(self, names: list[str], rows: Tensor) -> None:
         self.ids = {name: n for n, name in enumerate(names)}
-        self.table = Embedding(*rows.shape, sparse=True, _weight=rows)
+        self.table = Embedding(len(rows), rows.shape[1], sparse=True, _weight=rows)
 
     def __len__(self) -> int:
         """Return the number of names."""
