@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,25 @@ def allocated() -> int:
     return int(info.uordblks) + int(info.hblkhd)
 
 
+def peak_beyond(run: Callable[[], Any]) -> int:
+    """Return how far the memory of this process grows at most while something runs, and what it returns is there."""
+    # What has been freed and could be used again goes back to the system. The peak is from now on.
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    result = run()
+    peak = _status("VmHWM")
+    del result
+    return peak - before
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return 1024 * int(line.split()[1])
+    raise NotImplementedError(f"peaks of memory need {field} in /proc/self/status, which Linux has")
+
+
 def names_of(entries: int) -> list[str]:
     """Make names of 14 characters, in sorted order."""
     return [f"entity_{at:07d}" for at in range(entries)]
@@ -104,6 +124,13 @@ def _stacked(subject: str, entries: int) -> int:
     taken = allocated() - before
     assert len(container) == entries
     return taken
+
+
+def _checkpoint(what: str, subject: str, entries: int) -> int:
+    """Count what saving, opening or loading takes at its peak."""
+    from cases_checkpoint import extra_memory
+
+    return extra_memory(what, subject, entries)
 
 
 def _map(make: Callable[[list[str]], Any], entries: int) -> int:
@@ -145,6 +172,11 @@ MEASURES: dict[str, Callable[[int], int]] = {
     "stacked/by hand": lambda entries: _stacked("by hand", entries),
     "stacked/torch": lambda entries: _stacked("torch", entries),
     "stacked/pdrs": lambda entries: _stacked("pdrs", entries),
+    **{
+        f"checkpoint/{what}/{subject}": partial(_checkpoint, what, subject)
+        for what in ("save", "open", "load")
+        for subject in ("torch", "safetensors", "pdrs")
+    },
     "index_map/dict": lambda entries: _map(lambda names: dict(zip(names, range(entries), strict=False)), entries),
     "index_map/OrderedDict": lambda entries: _map(
         lambda names: OrderedDict(zip(names, range(entries), strict=False)), entries
