@@ -103,7 +103,7 @@ class SavedRows(TrainedRows):
                 return
         if names.device.type != "meta":
             # torch hands it to `set_extra_state`, which has nothing left to do.
-            saved[_EXTRA_STATE] = self.get_extra_state()
+            saved[_EXTRA_STATE] = self._packed_names()
         state_dict = {prefix + key: value for key, value in saved.items()}
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -118,7 +118,8 @@ class SavedRows(TrainedRows):
         """
         if packed.device.type == "meta":
             return
-        if torch.equal(self._packed_names(), packed.cpu()):
+        ours = self._packed_names()
+        if packed is ours or torch.equal(ours, packed.cpu()):
             self._fit_capacities(saved)
             return
         index, ids, header = unpack(packed)
