@@ -19,12 +19,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tensordict import TensorDict
 from torch import Tensor
-from torch.distributed import checkpoint
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 import pdrs
 from measure import LARGE_FROM_ENTRIES, Case, Suite, Target, Task, timed
 from memory import bytes_per_entry, names_of, peak_beyond
 from page_cache import can_drop, drop
+from pdrs._named_layout import write_named
 
 FLOATS = 16
 NAME_BYTES = 14
@@ -143,15 +147,19 @@ def _save_distributed(state: dict[str, Tensor], path: Path) -> None:
     with warnings.catch_warnings():
         # That there is one process.
         warnings.simplefilter("ignore")
-        checkpoint.save(dict(state), checkpoint_id=path, no_dist=True)
+        save_distributed(dict(state), checkpoint_id=path, no_dist=True)
 
 
 def _load_distributed(path: Path) -> dict[str, Tensor]:
-    entries = checkpoint.FileSystemReader(path).read_metadata().state_dict_metadata
-    state = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in entries.items()}
+    entries = FileSystemReader(path).read_metadata().state_dict_metadata
+    state = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        checkpoint.load(state, checkpoint_id=path, no_dist=True)
+        load_distributed(state, checkpoint_id=path, no_dist=True)
     return state
 
 
@@ -226,7 +234,7 @@ def _save_named(subject: str, data: Data) -> Task:
     folder.mkdir()
     os.sync()
     return Task(
-        lambda: pdrs.save(data.stacked, folder / "model.safetensors", layout="named"),
+        lambda: write_named(folder / "model.safetensors", data.stacked),
         data.entries,
         lambda _: size_of(folder) > data.rows.nbytes,
     )
@@ -407,7 +415,7 @@ CASES: tuple[Case[Data], ...] = (
         _save_named,
         (SAFETENSORS, PDRS),
         (Target("ratio", SAFETENSORS, 30),),
-        note='`pdrs.save(sd, path, layout="named")`: safetensors files that other tools read.',
+        note="safetensors files that other tools read, of a StackedParameterDict.",
     ),
     _case(
         "open",
