@@ -24,7 +24,6 @@ import torch
 
 import pdrs
 from pdrs._safe_write import replacing
-from pdrs._tensor_file import NewTensor, TensorFile, write_tensors
 
 # Children are forked: to import torch anew would take seconds a child. They do nothing but save, on one thread.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
@@ -41,13 +40,12 @@ def version(number: int) -> pdrs.StackedParameterDict:
 
 
 def save(saved: pdrs.StackedParameterDict, path: Path) -> None:
-    write_tensors(path, {"format": "pt"}, [NewTensor.of(*item) for item in saved.state_dict().items()])
+    pdrs.save(saved, path)
 
 
 def version_in(path: Path) -> int:
     """Return the number of the version in a file; it must be whole."""
-    sd = pdrs.StackedParameterDict()
-    sd.load_state_dict(TensorFile(path).tensors())
+    sd = pdrs.open(path, verify=True)
     table = sd.table((FLOATS,))
     number = int(table[0, 0])
     assert torch.equal(table, torch.full((ENTRIES, FLOATS), float(number)))
@@ -172,11 +170,35 @@ def test_a_process_that_is_killed_at_any_time_leaves_a_whole_file(path: Path) ->
 
 
 def test_what_is_open_stays_whole_while_its_file_is_replaced(path: Path) -> None:
-    opened = TensorFile(path).tensor("float32_16")
+    opened = pdrs.open(path)
     for number in (2, 3):
         in_child(killed_at(3 * number, lambda number=number: save(version(number), path)))
         save(version(number), path)
-    assert torch.equal(opened, torch.full((ENTRIES, FLOATS), 1.0))
+    with torch.no_grad():
+        opened["v1.0"].fill_(5)
+    assert torch.equal(opened.table((FLOATS,))[1:], torch.full((ENTRIES - 1, FLOATS), 1.0))
+    assert version_in(path) == 3
+    save(opened, path)
+    assert pdrs.open(path)["v1.0"].tolist() == [5.0] * FLOATS
+
+
+def test_a_process_that_is_killed_while_it_saves_changes_leaves_all_versions(path: Path) -> None:
+    after = path.with_name("after.safetensors")
+    changed = version(1)
+    with torch.no_grad():
+        changed["v1.7"].fill_(7)
+    codes = []
+    for step in range(1000):
+        codes.append(in_child(killed_at(step, lambda: pdrs.save(changed, after, since=path))))
+        assert version_in(path) == 1
+        if after.exists():
+            assert pdrs.open(after, verify=True)["v1.7"].tolist() == [7.0] * FLOATS
+            after.unlink()
+        if codes[-1] == 0:
+            break
+    assert set(codes) == {0, -signal.SIGKILL}
+    pdrs.save(changed, after, since=path)
+    assert beside(path) == [after.name]
 
 
 # -- several at once ---------------------------------------------------------------------------------------------------
