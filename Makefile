@@ -12,8 +12,8 @@ PATHS := python tests benchmarks examples
 help: ## Print the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
-demo: $(VENV)/built ## Train, save, load and ask the language identifier (about two minutes)
-	$(BIN)/python examples/language_id.py
+demo: $(VENV)/built ## Train, prune, save, load and ask the language identifier (about two minutes)
+	$(BIN)/python examples/language_id/main.py
 
 test: $(VENV)/built ## Run all tests
 	cargo test --package pdrs-core
