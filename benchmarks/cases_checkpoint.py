@@ -9,8 +9,7 @@ import subprocess
 import tempfile
 import warnings
 from collections.abc import Callable
-from functools import cached_property
-from multiprocessing import get_context
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_distribut
 
 import pdrs
 from measure import LARGE_FROM_ENTRIES, Case, Suite, Target, Task, timed
-from memory import bytes_per_entry, names_of, peak_beyond
+from memory import all_bytes_per_entry, names_of, peak_beyond
 from page_cache import can_drop, drop
 from pdrs._named_layout import write_named
 
@@ -60,6 +59,7 @@ class Data:
         self._folder = tempfile.TemporaryDirectory(prefix="pdrs-benchmark-")
         self.folder = Path(self._folder.name)
         self._saved: set[str] = set()
+        self._peaks: dict[str, tuple[float, ...]] = {}
 
     @cached_property
     def names(self) -> list[str]:
@@ -99,6 +99,17 @@ class Data:
     def some_names(self) -> list[str]:
         """Their names."""
         return [self.names[row] for row in self.some_rows.tolist()]
+
+    def forget(self) -> None:
+        """Free what has been made, but for the files."""
+        for name in ("names", "rows", "state", "stacked"):
+            self.__dict__.pop(name, None)
+
+    def peaks(self, subject: str) -> tuple[float, ...]:
+        """Return the bytes an entry that saving, opening and loading take at their peaks, beside what was there."""
+        if subject not in self._peaks:
+            self._peaks[subject] = all_bytes_per_entry(f"checkpoint/{subject}", self.entries)
+        return self._peaks[subject]
 
     def source(self, subject: str) -> Any:
         """Return what a container saves."""
@@ -335,31 +346,22 @@ def _bytes_of_file(subject: str, data: Data) -> float:
     return size_of(data.saved(subject)) / data.entries
 
 
-def _peak(what: str) -> Callable[[str, Data], float]:
-    return lambda subject, data: bytes_per_entry(f"checkpoint/{what}/{subject}", data.entries)
+def _peak(what: int) -> Callable[[str, Data], float]:
+    return lambda subject, data: data.peaks(subject)[what]
 
 
-def extra_memory(what: str, subject: str, entries: int) -> int:
-    """Count the bytes of memory that an operation takes at its peak, beside what was there; in a fresh process."""
+def extra_memory(subject: str, entries: int) -> tuple[int, int, int]:
+    """Count what saving, opening and loading take at their peaks, beside what was there; for a fresh process."""
     # Whatever is done for the first time loads libraries.
     warm = Data(10)
-    _once(what, subject, warm)
+    for use in (OPEN, LOAD):
+        use[subject](warm.saved(subject))
     data = Data(entries)
-    if what == "save":
-        data.source(subject)
-    else:
-        # Somewhere else: what was freed here could be used again, and would not be counted.
-        saving = get_context("fork").Process(target=data.saved, args=(subject,))
-        saving.start()
-        saving.join()
-        data._saved.add(subject)
-    return peak_beyond(lambda: _once(what, subject, data))
-
-
-def _once(what: str, subject: str, data: Data) -> Any:
-    if what == "save":
-        return SAVE[subject](data.source(subject), data.path(subject))
-    return LOAD[subject](data.saved(subject)) if what == "load" else OPEN[subject](data.saved(subject))
+    path, save = data.path(subject), partial(SAVE[subject], data.source(subject), data.path(subject))
+    saving = peak_beyond(save)
+    del save
+    data.forget()
+    return saving, peak_beyond(lambda: OPEN[subject](path)), peak_beyond(lambda: LOAD[subject](path))
 
 
 def _from_disk(
@@ -489,14 +491,14 @@ CASES: tuple[Case[Data], ...] = (
     ),
     _bytes(
         "extra memory while saving",
-        _peak("save"),
+        _peak(0),
         (Target("total", PDRS, BLOCK_BYTES / MILLION),),
         subjects=(TORCH, SAFETENSORS, PDRS),
         up_to=APART,
         note="The peak beyond what was there, in a process of its own (`VmHWM` of Linux), here and in the next two.",
     ),
-    _bytes("extra memory, opened", _peak("open"), subjects=(TORCH, SAFETENSORS, PDRS), up_to=APART),
-    _bytes("extra memory, everything loaded", _peak("load"), subjects=(TORCH, SAFETENSORS, PDRS), up_to=APART),
+    _bytes("extra memory, opened", _peak(1), subjects=(TORCH, SAFETENSORS, PDRS), up_to=APART),
+    _bytes("extra memory, everything loaded", _peak(2), subjects=(TORCH, SAFETENSORS, PDRS), up_to=APART),
 )
 
 SUITE = Suite(

@@ -44,6 +44,11 @@ def bytes_per_entry(what: str, entries: int) -> float:
     what
         A key of ``MEASURES``.
     """
+    return all_bytes_per_entry(what, entries)[0]
+
+
+def all_bytes_per_entry(what: str, entries: int) -> tuple[float, ...]:
+    """Measure in a fresh process what gives several figures."""
     finished = subprocess.run(
         [sys.executable, str(Path(__file__).resolve()), what, str(entries)],
         env={**os.environ, "PYTHONMALLOC": "malloc"},
@@ -52,7 +57,7 @@ def bytes_per_entry(what: str, entries: int) -> float:
         check=True,
         text=True,
     )
-    return float(finished.stdout)
+    return tuple(map(float, finished.stdout.split()))
 
 
 def allocated() -> int:
@@ -126,11 +131,11 @@ def _stacked(subject: str, entries: int) -> int:
     return taken
 
 
-def _checkpoint(what: str, subject: str, entries: int) -> int:
-    """Count what saving, opening or loading takes at its peak."""
+def _checkpoint(subject: str, entries: int) -> tuple[int, ...]:
+    """Count what saving, opening and loading take at their peaks."""
     from cases_checkpoint import extra_memory
 
-    return extra_memory(what, subject, entries)
+    return extra_memory(subject, entries)
 
 
 def _map(make: Callable[[list[str]], Any], entries: int) -> int:
@@ -165,18 +170,14 @@ def _index_map(names: list[str]) -> Any:
     return pdrs.IndexMap.from_names(names)
 
 
-MEASURES: dict[str, Callable[[int], int]] = {
+MEASURES: dict[str, Callable[[int], int | tuple[int, ...]]] = {
     "parameter_dict/dict": lambda entries: _parameter_dict(dict, entries),
     "parameter_dict/torch": lambda entries: _parameter_dict(_torch_parameter_dict, entries),
     "parameter_dict/pdrs": lambda entries: _parameter_dict(_pdrs_parameter_dict, entries),
     "stacked/by hand": lambda entries: _stacked("by hand", entries),
     "stacked/torch": lambda entries: _stacked("torch", entries),
     "stacked/pdrs": lambda entries: _stacked("pdrs", entries),
-    **{
-        f"checkpoint/{what}/{subject}": partial(_checkpoint, what, subject)
-        for what in ("save", "open", "load")
-        for subject in ("torch", "safetensors", "pdrs")
-    },
+    **{f"checkpoint/{subject}": partial(_checkpoint, subject) for subject in ("torch", "safetensors", "pdrs")},
     "index_map/dict": lambda entries: _map(lambda names: dict(zip(names, range(entries), strict=False)), entries),
     "index_map/OrderedDict": lambda entries: _map(
         lambda names: OrderedDict(zip(names, range(entries), strict=False)), entries
@@ -189,7 +190,8 @@ def main() -> None:
     """Measure what the command line asks for."""
     what, entries = sys.argv[1], int(sys.argv[2])
     gc.disable()
-    print(MEASURES[what](entries) / entries)
+    counted = MEASURES[what](entries)
+    print(*(each / entries for each in (counted if isinstance(counted, tuple) else (counted,))))
 
 
 if __name__ == "__main__":
