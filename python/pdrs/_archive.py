@@ -19,13 +19,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pdrs._archive_sources import EXTRA_STATE, Collected, Source
-from pdrs._core import apply_names, changed_rows, crc32, diff_names
+from pdrs._core import IndexMap, apply_names, changed_rows, crc32, diff_names
 from pdrs._packed_names import bytes_of, is_packed
-from pdrs._tensor_file import CheckpointError, NewTensor, TensorFile, is_padding, write_tensors
+from pdrs._tensor_file import CODES, CheckpointError, NewTensor, TensorFile, is_padding, write_tensors
 
 __all__ = ["Archive", "write_archive"]
 
 _VERSION = 1
+# The metadata that hold the checksum of the others.
+_CHECK = "pdrs.crc32"
 # How a tensor of a delta follows from the one before: it is the same; it is in the file; some of its rows are; or what
 # has changed of packed names is.
 _SAME, _WHOLE, _SOME, _NAMES = "same", "whole", "rows", "names"
@@ -42,19 +44,20 @@ class Archive:
 
     Parameters
     ----------
-    path
-        The file. One that pdrs did not write is taken for a full one without checksums.
+    file
+        The file, which is closed with the archive. One that pdrs did not write is taken for a full one without
+        checksums.
 
     Raises
     ------
     CheckpointError
         If the file, or one that it continues, is damaged, missing, or another than when it was continued.
     OSError
-        If the file cannot be opened.
+        If one that it continues cannot be opened.
     """
 
-    def __init__(self, path: str | os.PathLike[str], _later: tuple[str, ...] = ()) -> None:
-        self.file = TensorFile(path)
+    def __init__(self, file: TensorFile, _later: tuple[str, ...] = ()) -> None:
+        self.file = file
         try:
             self._read(_later)
         except BaseException:
@@ -69,7 +72,11 @@ class Archive:
         self._how: dict[str, tuple[str, tuple[int, ...], str]] = {}
         text = self.file.metadata.get("pdrs")
         if text is None:
+            if _CHECK in self.file.metadata:
+                raise self.error("the metadata 'pdrs' are missing")
             return
+        if self.file.metadata.get(_CHECK) != _sum_of_text(text):
+            raise self.error("the metadata 'pdrs' are damaged: the checksum differs")
         try:
             fields = json.loads(text)
             version = int(fields["version"])
@@ -98,7 +105,7 @@ class Archive:
             raise self.error("the archives that continue each other have no beginning")
         before = os.path.join(os.path.dirname(self.file.path), name)
         try:
-            self.previous = Archive(before, (*later, real))
+            self.previous = Archive(TensorFile(before), (*later, real))
         except FileNotFoundError as error:
             raise self.error(f"it continues {before}, which is not there") from error
         if self.previous.id != wanted:
@@ -170,6 +177,14 @@ class Archive:
             raise self.error(f"the tensor {name!r} should have the shape {list(shape)}, got {list(made.shape)}")
         return made
 
+    def tensors(self, names: list[str]) -> dict[str, Tensor]:
+        """Return many tensors of their own."""
+        return {name: self.tensor(name) for name in names} if self._how else self.file.tensors(names)
+
+    def stacked(self, prefix: str) -> tuple[IndexMap, list[Tensor]]:
+        """Return the tensors below a prefix as rows of tables, if there is neither a dictionary nor a chain."""
+        return self.file.stacked(prefix)
+
     def _in_file(self, name: str, take: Callable[[str], Any]) -> Any:
         if name not in self.file:
             raise self.error(f"the tensor {name!r} is missing")
@@ -240,7 +255,8 @@ class Archive:
                 continue
             if name not in self.sums:
                 raise self.error(f"the tensor {name!r} has no checksum")
-            found = _sum_of(self.file.tensor(name))
+            dtype, shape = self.file.code(name), self.file.shape(name)
+            found = f"{crc32(bytes_of(self.file.tensor(name)), _sum_before(name, dtype, shape)):08x}"
             if found != self.sums[name]:
                 start, stop = self.file.offsets(name)
                 raise self.error(
@@ -253,6 +269,16 @@ class Archive:
         for name, (_, _, total) in self._how.items():
             if _sum_of(self.tensor(name)) != total:
                 raise self.error(f"the tensor {name!r} is not what it was: the checksum differs")
+
+
+def _sum_of_text(text: str) -> str:
+    return f"{crc32(np.frombuffer(text.encode('utf-8', 'surrogatepass'), np.uint8)):08x}"
+
+
+def _sum_before(name: str, dtype: str, shape: tuple[int, ...]) -> int:
+    """Return what the checksum of a tensor begins with: that of what the header says of it."""
+    text = f"{name}\0{dtype}\0{','.join(map(str, shape))}\0"
+    return crc32(np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8))
 
 
 def _sum_of(tensor: Tensor) -> str:
@@ -287,7 +313,8 @@ def write_archive(
             tensors += made
 
     def metadata() -> dict[str, str]:
-        return {"format": "pt", "pdrs": json.dumps(fields, separators=(",", ":"))}
+        text = json.dumps(fields, separators=(",", ":"))
+        return {"format": "pt", "pdrs": text, _CHECK: _sum_of_text(text)}
 
     return write_tensors(path, metadata(), tensors, aligned=collected.aligned, finish=metadata, sync=sync)
 
@@ -299,7 +326,7 @@ def _new(
     sums[name] = "00000000"
 
     def parts() -> Iterator[NDArray[np.uint8]]:
-        total = 0
+        total = _sum_before(name, CODES[dtype], shape)
         for block in blocks:
             part = bytes_of(block)
             total = crc32(part, total)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Parameter
 
+from pdrs._archive import Archive
 from pdrs._archive_sources import EXTRA_STATE, sorted_parameters
 from pdrs._core import IndexMap, TableRows, group_tensors, insert_ids
 from pdrs._named_rows import Names, as_list, id_of, row_of, table_of
@@ -43,6 +44,12 @@ class Checkpoint(Protocol):
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor of its own."""
+
+    def tensors(self, names: list[str]) -> dict[str, Tensor]:
+        """Return many tensors, which may share maps."""
+
+    def stacked(self, prefix: str) -> tuple[IndexMap, list[Tensor]]:
+        """Return tensors below a prefix as rows of tables, where there are no dictionaries."""
 
     def error(self, what: str) -> CheckpointError:
         """Return an error about the checkpoint."""
@@ -164,6 +171,27 @@ class SavedDictionary:
             yield prefix + name, tables[table_of(id_)][row_of(id_)]
 
 
+class _Stacked:
+    """The tensors of a file in which each name has one, as a dictionary."""
+
+    def __init__(self, checkpoint: Checkpoint, prefix: str) -> None:
+        self.prefix = ""
+        self.index, self._tables = checkpoint.stacked(prefix)
+        if "" in self.index:
+            raise checkpoint.error(f"the tensor {prefix!r} has no name without its prefix")
+        self.ids = self.index.rows()
+        headers = []
+        for number, table in enumerate(self._tables):
+            trainable = table.is_floating_point() or table.is_complex()
+            attribute = Kind(tuple(table.shape[1:]), table.dtype, trainable).attribute()
+            headers.append(TableHeader(f"{attribute}.{number}", 0, trainable, len(table)))
+        self.header = Header(tuple(headers))
+
+    def table(self, table: TableHeader) -> Tensor:
+        """Return the rows of a table, ``[capacity, *shape]``."""
+        return self._tables[self.header.tables.index(table)]
+
+
 # -- a StackedParameterDict --------------------------------------------------------------------------------------------
 
 
@@ -180,6 +208,13 @@ def open_dictionary(
         for one in checkpoint.prefixes()
         if one.startswith(prefix)
     }
+    if not dictionaries and not _continues(checkpoint):
+        sd = StackedParameterDict()
+        part = _Stacked(checkpoint, prefix)
+        if prefix and not len(part.index):
+            raise KeyError(f"nothing in the checkpoint begins with {prefix!r}")
+        fill(sd, [part], checkpoint, prefix, None if names is None else as_list(names), device, dtype)
+        return sd
     members = {name: one for one, saved in dictionaries.items() for name in saved.members()}
     parts: dict[Any, SavedDictionary | str] = {}
     for name in checkpoint.names:
@@ -195,9 +230,13 @@ def open_dictionary(
     return sd
 
 
+def _continues(checkpoint: Checkpoint) -> bool:
+    return isinstance(checkpoint, Archive) and checkpoint.previous is not None
+
+
 def fill(
     sd: StackedParameterDict,
-    parts: Iterable[SavedDictionary | str],
+    parts: Iterable[SavedDictionary | _Stacked | str],
     checkpoint: Checkpoint | None = None,
     prefix: str = "",
     names: list[str] | None = None,
@@ -208,10 +247,10 @@ def fill(
     parts = list(parts)
     alone = len(parts) == 1
     indices: list[tuple[IndexMap | list[str], NDArray[np.int64]]] = []
-    tables: list[tuple[SavedDictionary | None, str, TableHeader]] = []
+    tables: list[tuple[SavedDictionary | _Stacked | None, str, TableHeader]] = []
     for part in parts:
         first = len(tables)
-        if isinstance(part, SavedDictionary):
+        if not isinstance(part, str):
             indices.append((part.index, part.ids + id_of(first, 0) if first else part.ids))
             tables += [(part, part.prefix + table.attribute, table) for table in part.header.tables]
             if alone:
@@ -243,7 +282,7 @@ def fill(
         data = _moved(rows, device, dtype)
         trainable = table.trainable and (data.is_floating_point() or data.is_complex())
         attribute = table.attribute
-        if part_ is None or hasattr(sd, attribute):
+        if not isinstance(part_, SavedDictionary) or hasattr(sd, attribute):
             attribute = Kind(tuple(rows.shape[1:]), rows.dtype, trainable).attribute()
         at = sd._add_table(attribute, Parameter(data, requires_grad=trainable), table.group if alone else 0)
         if chosen is None:

@@ -5,11 +5,9 @@ docs/checkpoints.md shows how to use them, docs/archive.md describes the file.
 
 from __future__ import annotations
 
-import builtins
 import gc
 import os
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,10 +16,13 @@ from torch.nn import Module
 from pdrs._archive import Archive, packed_before, same_file, write_archive
 from pdrs._archive_sources import EXTRA_STATE, collect
 from pdrs._checkpoint_hooks import giving
+from pdrs._core import IndexMap
+from pdrs._named_layout import MAX_SHARD, write_named
 from pdrs._named_rows import Names
 from pdrs._opened import Checkpoint, SavedDictionary, open_dictionary
 from pdrs._packed_names import is_packed
-from pdrs._tensor_file import CheckpointError
+from pdrs._state_files import StateFile, open_state
+from pdrs._tensor_file import CheckpointError, TensorFile
 from pdrs.parameter_dict import ParameterDict
 from pdrs.stacked import StackedParameterDict
 
@@ -30,7 +31,15 @@ __all__ = ["CheckpointError", "load", "open", "save", "verify"]
 _Path = str | os.PathLike[str]
 
 
-def save(obj: Module, path: _Path, *, since: _Path | None = None, sync: bool = True) -> int:
+def save(
+    obj: Module,
+    path: _Path,
+    *,
+    layout: Literal["archive", "named"] = "archive",
+    since: _Path | None = None,
+    max_shard_size: int = MAX_SHARD,
+    sync: bool = True,
+) -> int:
     """Save a dictionary, or any module that holds some, as an archive: one safetensors file. **O(n)**.
 
     A :class:`pdrs.ParameterDict` is saved as its ``stack()`` would be, without making it; a StackedParameterDict as its
@@ -43,17 +52,22 @@ def save(obj: Module, path: _Path, *, since: _Path | None = None, sync: bool = T
     path
         The file. An old one is replaced when the new one is complete, and stays as it is if anything fails or the
         process dies.
+    layout
+        ``"named"`` writes a tensor for each name instead, for other tools: slower, larger, and in shards with an index,
+        as the Hugging Face tools read them, where one file would be too large for safetensors.
     since
         An archive in the same folder. Only what differs from it is written: rows whose bytes are others, and names that
         came, went or moved. All that it holds is read and compared, so nobody needs to keep track of changes. To open
         the new file takes both. Saving again without ``since`` makes one that stands alone.
+    max_shard_size
+        The bytes of tensors in a file of the named layout, at most.
     sync
         Whether to wait until the file is on the disk.
 
     Returns
     -------
     int
-        The size of the file in bytes.
+        The size of the file, or of all shards, in bytes.
 
     Raises
     ------
@@ -82,10 +96,16 @@ def save(obj: Module, path: _Path, *, since: _Path | None = None, sync: bool = T
     [0.0, 1.0, 0.0]
 
     """
+    if layout == "named":
+        if since is not None:
+            raise ValueError("expected layout 'archive' with since, got 'named'")
+        return sum(os.path.getsize(one) for one in write_named(path, obj, max_shard_size=max_shard_size, sync=sync))
+    if layout != "archive":
+        raise ValueError(f"expected layout 'archive' or 'named', got {layout!r}")
     if since is None:
         return write_archive(path, collect(obj), sync=sync)
-    with Archive(since) as before:
-        if before.id is None:
+    with _read(since) as before:
+        if not isinstance(before, Archive) or before.id is None:
             raise ValueError(f"{os.fspath(since)} was not written by pdrs.save, and cannot be continued")
         here, there = (os.path.dirname(os.path.realpath(one)) for one in (path, since))
         if here != there:
@@ -109,7 +129,7 @@ def open(  # noqa: A001  # read as pdrs.open
     Parameters
     ----------
     path
-        An archive, any other safetensors file, or a state dict that ``torch.save`` wrote.
+        An archive, any other safetensors file, the index of one in shards, or a state dict that ``torch.save`` wrote.
     device
         Where the tables are to lie. By default they are private maps of the file: what is looked at is read, what is
         written stays in memory, and the file is never changed. To a CUDA device they go through page-locked blocks.
@@ -169,7 +189,7 @@ def load(path: _Path, module: Module, strict: bool = True, *, verify: bool = Fal
     Parameters
     ----------
     path
-        An archive, any other safetensors file, or a state dict that ``torch.save`` wrote.
+        An archive, any other safetensors file, the index of one in shards, or a state dict that ``torch.save`` wrote.
     module
         Its dictionaries may be of another class than those that were saved. An empty one takes over the names.
     strict
@@ -250,67 +270,52 @@ def _state_for(module: Module, checkpoint: Checkpoint) -> tuple[dict[str, Tensor
             state.update((name, checkpoint.tensor(name)) for name in saved.members())
         else:
             state.update(saved.state(prefix))
-    state.update((name, checkpoint.tensor(name)) for name in checkpoint.names if name not in members)
+    state.update(checkpoint.tensors([name for name in checkpoint.names if name not in members]))
     return state, given
 
 
 # -- which kind of file ------------------------------------------------------------------------------------------------
 
 
-class _StateDict:
-    """A state dict that ``torch.save`` wrote, as a checkpoint."""
+class _States:
+    """Shards, or a state dict that ``torch.save`` wrote, as a checkpoint."""
 
-    def __init__(self, path: _Path) -> None:
-        self.path = os.fspath(path)
-        try:
-            state = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
-        except OSError:
-            raise
-        except Exception as error:  # Whatever unpickling a damaged file raises, of any kind.
-            raise self.error(f"torch cannot load it with weights_only=True: {error}") from error
-        if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-            state = state["state_dict"]
-        if not isinstance(state, Mapping):
-            raise self.error(f"expected a state dict, got a {type(state).__name__}")
-        odd = [name for name, value in state.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
-        if odd:
-            raise self.error(f"expected a state dict of tensors, got a {type(state[odd[0]]).__name__} at {odd[0]!r}")
-        self._state: dict[str, Tensor] = {name: value.detach() for name, value in state.items()}
+    def __init__(self, file: StateFile) -> None:
+        self.file = file
 
     @property
     def names(self) -> list[str]:
-        return list(self._state)
+        return self.file.names
 
     def prefixes(self) -> list[str]:
-        return [
-            name[: -len(EXTRA_STATE)]
-            for name, value in self._state.items()
-            if name.endswith(EXTRA_STATE) and is_packed(value)
-        ]
+        found = [name for name in self.file if name.endswith(EXTRA_STATE) and is_packed(self.file.tensor(name))]
+        return [name[: -len(EXTRA_STATE)] for name in found]
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._state[name].dtype
+        return self.file.tensor(name).dtype
 
     def tensor(self, name: str) -> Tensor:
-        return self._state[name]
+        return self.file.tensor(name)
+
+    def tensors(self, names: list[str]) -> dict[str, Tensor]:
+        return self.file.tensors(names)
+
+    def stacked(self, prefix: str) -> tuple[IndexMap, list[Tensor]]:
+        return self.file.stacked(prefix)
 
     def error(self, what: str) -> CheckpointError:
-        return CheckpointError(self.path, what)
+        return CheckpointError(self.file.path, what)
 
     def verify(self) -> None:
-        """Do nothing: such a file has no checksums but those of its archive, which torch reads."""
+        """Do nothing: there are no checksums, but those of its archive in a file of torch's, which torch reads."""
 
-    def __enter__(self) -> _StateDict:
+    def __enter__(self) -> _States:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._state = {}
+        self.file.close()
 
 
-def _read(path: _Path) -> Archive | _StateDict:
-    with builtins.open(path, "rb") as file:
-        beginning = file.read(4)
-    # A zip archive, or a pickle of torch's first format.
-    if beginning == b"PK\3\4" or beginning[:2] == b"\x80\x02":
-        return _StateDict(path)
-    return Archive(path)
+def _read(path: _Path) -> Archive | _States:
+    file = open_state(path)
+    return Archive(file) if isinstance(file, TensorFile) else _States(file)
