@@ -27,7 +27,6 @@ import pdrs
 from measure import LARGE_FROM_ENTRIES, Case, Suite, Target, Task, timed
 from memory import all_bytes_per_entry, names_of, peak_beyond
 from page_cache import can_drop, drop
-from pdrs._named_layout import write_named
 
 FLOATS = 16
 NAME_BYTES = 14
@@ -245,7 +244,7 @@ def _save_named(subject: str, data: Data) -> Task:
     folder.mkdir()
     os.sync()
     return Task(
-        lambda: write_named(folder / "model.safetensors", data.stacked),
+        lambda: pdrs.save(data.stacked, folder / "model.safetensors", layout="named"),
         data.entries,
         lambda _: size_of(folder) > data.rows.nbytes,
     )
@@ -417,7 +416,7 @@ CASES: tuple[Case[Data], ...] = (
         _save_named,
         (SAFETENSORS, PDRS),
         (Target("ratio", SAFETENSORS, 30),),
-        note="safetensors files that other tools read, of a StackedParameterDict.",
+        note='`pdrs.save(sd, path, layout="named")`: safetensors files that other tools read.',
     ),
     _case(
         "open",
