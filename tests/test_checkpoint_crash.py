@@ -31,6 +31,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWa
 ENTRIES = 3000
 FLOATS = 16
 NOBODY = 65534
+# Seconds that a child may take.
+PATIENCE = 60
 
 
 def version(number: int) -> pdrs.StackedParameterDict:
@@ -70,7 +72,13 @@ def fork(work: Callable[[], Any]) -> int:
 
 
 def wait_for(child: int) -> int:
-    """Return the exit code of a child, or the negative number of the signal that ended it."""
+    """Return the exit code of a child, or the negative number of the signal that ended it; one that hangs is ended."""
+    for _ in range(PATIENCE * 500):
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    os.kill(child, signal.SIGABRT)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -97,7 +105,9 @@ def beside(path: Path) -> list[str]:
 STEPS = ("open", "close", "write", "pwrite", "fsync", "fchmod", "fstat", "listdir", "replace", "unlink")
 
 
-def killed_at(step: int | str, work: Callable[[], Any], *, torn: bool = False) -> Callable[[], Any]:
+def killed_at(
+    step: int | str, work: Callable[[], Any], *, torn: bool = False, steps: tuple[str, ...] = STEPS
+) -> Callable[[], Any]:
     """Let ``work`` be killed before a call to the system, of a number or a name, or, if it writes, in the middle."""
     left = step if isinstance(step, int) else 0
 
@@ -115,7 +125,7 @@ def killed_at(step: int | str, work: Callable[[], Any], *, torn: bool = False) -
         return call
 
     def run() -> None:
-        for name in STEPS:
+        for name in steps:
             setattr(os, name, counting(getattr(os, name)))
         work()
 
@@ -199,6 +209,67 @@ def test_a_process_that_is_killed_while_it_saves_changes_leaves_all_versions(pat
     assert set(codes) == {0, -signal.SIGKILL}
     pdrs.save(changed, after, since=path)
     assert beside(path) == [after.name]
+
+
+def save_in_shards(saved: pdrs.StackedParameterDict, path: Path) -> None:
+    # A process that is killed takes nothing away that it has written, on the disk or not.
+    pdrs.save(saved, path, layout="named", max_shard_size=100_000, sync=False)
+
+
+def test_a_process_that_is_killed_while_it_writes_shards_leaves_the_old_ones_or_the_new_ones(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_in_shards(version(1), path)
+    usual = sorted(os.listdir(tmp_path))
+    assert len(usual) == 3
+    found = []
+    for step in range(1000):
+        code = in_child(
+            killed_at(step, lambda: save_in_shards(version(2), path), steps=("open", "write", "replace", "unlink"))
+        )
+        found.append(version_in(path))
+        # Shards and an index that nobody needs any more: of this one, not of all before it.
+        assert len(os.listdir(tmp_path)) <= 2 * len(usual)
+        save_in_shards(version(1), path)
+        assert len(os.listdir(tmp_path)) == len(usual)
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+    assert found.count(1) > 10
+    assert found.count(2) > 2, "when the new ones are there the old ones are still to be removed"
+    assert found == sorted(found)
+
+
+def test_one_file_takes_the_place_of_shards_and_the_other_way_round_whenever_the_process_is_killed(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "model.safetensors"
+
+    def save_in_one(saved: pdrs.StackedParameterDict, path: Path) -> None:
+        pdrs.save(saved, path, layout="named", sync=False)
+
+    for before, after, count in ((save_in_one, save_in_shards, 3), (save_in_shards, save_in_one, 1)):
+        for name in ("write", "replace", "unlink"):
+            before(version(1), path)
+            assert in_child(killed_at(name, lambda after=after: after(version(2), path))) == -signal.SIGKILL
+            assert version_in(path) in (1, 2)
+            after(version(3), path)
+            assert version_in(path) == 3
+            assert len(os.listdir(tmp_path)) == count
+
+
+def test_processes_that_write_shards_of_the_same_name_at_once_do_not_mix_them(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+
+    def save_often(number: int) -> None:
+        saved = version(number)
+        for _ in range(5):
+            save_in_shards(saved, path)
+
+    children = [fork(lambda number=number: save_often(number)) for number in (2, 3)]
+    assert [wait_for(child) for child in children] == [0, 0]
+    assert version_in(path) in (2, 3)
+    save_in_shards(version(4), path)
+    assert version_in(path) == 4
 
 
 # -- several at once ---------------------------------------------------------------------------------------------------

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from pdrs._core import IndexMap, TableRows, insert_ids, sort_tensors
-from pdrs._named_layout import index_of
 from pdrs._named_rows import id_of, row_of, table_of
 from pdrs._row_blocks import stack
+from pdrs._shards import index_of
 from pdrs._tables import Kind
 from pdrs._tensor_file import CheckpointError, TensorFile
 from pdrs.stacked import StackedParameterDict
