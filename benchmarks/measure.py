@@ -87,6 +87,8 @@ class Case(Generic[DataT]):
         The most runs at large sizes, for what takes seconds with a million entries.
     once
         Gives the same figure every time (memory).
+    slow
+        From which size on a container runs only once.
     up_to
         The largest size for a container that would take too long at larger ones.
     extra_sizes
@@ -108,6 +110,7 @@ class Case(Generic[DataT]):
     most_runs: int = 5
     once: bool = False
     unit: Literal["ns", "B"] = "ns"
+    slow: Mapping[str, int] = field(default_factory=dict)
     up_to: Mapping[str, int] = field(default_factory=dict)
     extra_sizes: tuple[int, ...] = ()
     larger_sizes: tuple[int, ...] = ()
@@ -115,9 +118,9 @@ class Case(Generic[DataT]):
     needs: Callable[[], bool] = lambda: True
     note: str = ""
 
-    def repeats(self, entries: int, wanted: int) -> int:
-        """Return how often to run at this size."""
-        if self.once:
+    def repeats(self, entries: int, wanted: int, subject: str) -> int:
+        """Return how often to run a container at this size."""
+        if self.once or entries >= self.slow.get(subject, entries + 1):
             return 1
         return min(wanted, self.most_runs) if entries >= LARGE_FROM_ENTRIES else wanted
 
@@ -219,9 +222,10 @@ def measure(
         if (planned := [case for case in cases if case.is_planned(entries, sizes)])
     }
     total = sum(
-        case.repeats(entries, repeats) * len(_subjects(suite, case, entries))
+        case.repeats(entries, repeats, subject)
         for entries, planned in plan.items()
         for case in planned
+        for subject in _subjects(suite, case, entries)
     )
     with tqdm(total=total, disable=None, unit="run", leave=False) as bar:
         for entries, planned in plan.items():
@@ -229,7 +233,7 @@ def measure(
             data = suite.make_data(entries)
             for case in planned:
                 bar.set_postfix_str(case.title)
-                yield _measure_case(suite, case, entries, data, case.repeats(entries, repeats), bar)
+                yield _measure_case(suite, case, entries, data, repeats, bar)
             del data
             gc.collect()
 
@@ -250,11 +254,13 @@ def _measure_case(
     suite: Suite[DataT], case: Case[DataT], entries: int, data: DataT, repeats: int, bar: tqdm[Any]
 ) -> list[Measurement]:
     runs: dict[str, list[float]] = {subject: [] for subject in _subjects(suite, case, entries)}
+    wanted = {subject: case.repeats(entries, repeats, subject) for subject in runs}
     subjects = deque(runs)
-    for _ in range(repeats):
+    for _ in range(max(wanted.values())):
         for subject in subjects:
-            runs[subject].append(_sample(case, subject, entries, data))
-            bar.update()
+            if len(runs[subject]) < wanted[subject]:
+                runs[subject].append(_sample(case, subject, entries, data))
+                bar.update()
         # Each comes first once: what runs before it may leave it a warm cache.
         subjects.rotate(-1)
     return [

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,11 @@ def bytes_per_entry(what: str, entries: int) -> float:
     what
         A key of ``MEASURES``.
     """
+    return all_bytes_per_entry(what, entries)[0]
+
+
+def all_bytes_per_entry(what: str, entries: int) -> tuple[float, ...]:
+    """Measure in a fresh process what gives several figures."""
     finished = subprocess.run(
         [sys.executable, str(Path(__file__).resolve()), what, str(entries)],
         env={**os.environ, "PYTHONMALLOC": "malloc"},
@@ -51,7 +57,7 @@ def bytes_per_entry(what: str, entries: int) -> float:
         check=True,
         text=True,
     )
-    return float(finished.stdout)
+    return tuple(map(float, finished.stdout.split()))
 
 
 def allocated() -> int:
@@ -65,6 +71,25 @@ def allocated() -> int:
     info = mallinfo2()
     # In the heaps of all threads, and in mappings of their own.
     return int(info.uordblks) + int(info.hblkhd)
+
+
+def peak_beyond(run: Callable[[], Any]) -> int:
+    """Return how far the memory of this process grows at most while something runs, and what it returns is there."""
+    # What has been freed and could be used again goes back to the system. The peak is from now on.
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    result = run()
+    peak = _status("VmHWM")
+    del result
+    return peak - before
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return 1024 * int(line.split()[1])
+    raise NotImplementedError(f"peaks of memory need {field} in /proc/self/status, which Linux has")
 
 
 def names_of(entries: int) -> list[str]:
@@ -106,6 +131,13 @@ def _stacked(subject: str, entries: int) -> int:
     return taken
 
 
+def _checkpoint(subject: str, entries: int) -> tuple[int, ...]:
+    """Count what saving, opening and loading take at their peaks."""
+    from cases_checkpoint import extra_memory
+
+    return extra_memory(subject, entries)
+
+
 def _map(make: Callable[[list[str]], Any], entries: int) -> int:
     """Count what a map takes with all that only it keeps alive: its names, its rows."""
     make(names_of(2))
@@ -138,13 +170,14 @@ def _index_map(names: list[str]) -> Any:
     return pdrs.IndexMap.from_names(names)
 
 
-MEASURES: dict[str, Callable[[int], int]] = {
+MEASURES: dict[str, Callable[[int], int | tuple[int, ...]]] = {
     "parameter_dict/dict": lambda entries: _parameter_dict(dict, entries),
     "parameter_dict/torch": lambda entries: _parameter_dict(_torch_parameter_dict, entries),
     "parameter_dict/pdrs": lambda entries: _parameter_dict(_pdrs_parameter_dict, entries),
     "stacked/by hand": lambda entries: _stacked("by hand", entries),
     "stacked/torch": lambda entries: _stacked("torch", entries),
     "stacked/pdrs": lambda entries: _stacked("pdrs", entries),
+    **{f"checkpoint/{subject}": partial(_checkpoint, subject) for subject in ("torch", "safetensors", "pdrs")},
     "index_map/dict": lambda entries: _map(lambda names: dict(zip(names, range(entries), strict=False)), entries),
     "index_map/OrderedDict": lambda entries: _map(
         lambda names: OrderedDict(zip(names, range(entries), strict=False)), entries
@@ -157,7 +190,8 @@ def main() -> None:
     """Measure what the command line asks for."""
     what, entries = sys.argv[1], int(sys.argv[2])
     gc.disable()
-    print(MEASURES[what](entries) / entries)
+    counted = MEASURES[what](entries)
+    print(*(each / entries for each in (counted if isinstance(counted, tuple) else (counted,))))
 
 
 if __name__ == "__main__":

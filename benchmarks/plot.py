@@ -14,6 +14,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter
 
 import cases_transfer
+from cases_checkpoint import LOADED, SAVED
 from cases_stacked import GATHERED, INSERTED, POPPED
 from report import TIMES, Results, figure
 
@@ -22,7 +23,14 @@ if TYPE_CHECKING:
 
     from measure import Suite
 
-COLOURS = {"torch": "#d1495b", "pdrs": "#00798c", "dict": "#8d99ae", "tensordict": "#8d99ae"}
+COLOURS = {
+    "torch": "#d1495b",
+    "safetensors": "#edae49",
+    "pdrs": "#00798c",
+    "dict": "#8d99ae",
+    "tensordict": "#8d99ae",
+    "cp": "#8d99ae",
+}
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,8 @@ class Picture:
         What its cost is counted for: ``"pop"``; none to show that of all entries together.
     room
         By what factor the axis of entries goes on behind the last point, for a label there.
+    beside
+        The containers that stand beside ours in each operation; the ratio is that of the first.
     """
 
     title: str
@@ -65,6 +75,7 @@ class Picture:
     per: str
     lines: tuple[Line, ...]
     room: float = 1
+    beside: tuple[str, ...] = ("torch",)
 
 
 DRAIN = "drain from the front"
@@ -101,6 +112,22 @@ PICTURES = {
         ),
         room=2.4,
     ),
+    "checkpoint": Picture(
+        "Checkpoints of pdrs beside those of torch and safetensors",
+        "save, and open and load everything, all entries together",
+        "",
+        (
+            Line(SAVED, "torch", "torch.save", (-8, 4), "right", "bottom"),
+            Line(LOADED, "torch", "torch.load", (-8, 8), "right", "bottom", "o--"),
+            Line(SAVED, "safetensors", "save_file", (8, 0), "left", "center"),
+            Line(LOADED, "safetensors", "load_file", (8, -14), "left", "center", "o--"),
+            Line(SAVED, "cp", "cp", (8, -6), "left", "center"),
+            Line(SAVED, "pdrs", "pdrs.save", (4, -10), "right", "top"),
+            Line(LOADED, "pdrs", "pdrs.open, all read", (4, -10), "right", "top", "o--"),
+        ),
+        room=4,
+        beside=("safetensors", "torch"),
+    ),
 }
 
 
@@ -111,7 +138,7 @@ def draw(results: Results, suite: Suite[Any], path: Path) -> None:
         chart, (left, right) = plt.subplots(
             1, 2, figsize=(13.5, 8.4), width_ratios=(1.6, 1), layout="constrained", gridspec_kw={"wspace": 0.05}
         )
-        _draw_operations(left, results, suite)
+        _draw_operations(left, results, suite, picture)
         _draw_lines(right, results, suite, picture)
         machine = results.machine
         chart.suptitle(picture.title, fontsize=14, fontweight="bold")
@@ -125,11 +152,13 @@ def draw(results: Results, suite: Suite[Any], path: Path) -> None:
         plt.close(chart)
 
 
-def _draw_operations(axes: Axes, results: Results, suite: Suite[Any]) -> None:
-    entries = results.sizes[-1]
-    rows = _rows(results, suite, entries)
-    for at, (_, theirs, ours) in enumerate(rows):
-        axes.plot([theirs, ours], [at, at], color="0.82", linewidth=3, zorder=1, solid_capstyle="round")
+def _draw_operations(axes: Axes, results: Results, suite: Suite[Any], picture: Picture) -> None:
+    entries, first = results.sizes[-1], picture.beside[0]
+    rows = _rows(results, suite, entries, picture.beside)
+    for at, (_, medians) in enumerate(rows):
+        theirs, ours = medians[first], medians[suite.ours]
+        ends = [min(medians.values()), max(medians.values())]
+        axes.plot(ends, [at, at], color="0.82", linewidth=3, zorder=1, solid_capstyle="round")
         faster = theirs >= ours
         axes.annotate(
             f"{figure(theirs / ours)}{TIMES}",
@@ -140,9 +169,11 @@ def _draw_operations(axes: Axes, results: Results, suite: Suite[Any]) -> None:
             color=COLOURS["pdrs"] if faster else "0.45",
             fontweight="bold" if faster else "normal",
         )
-    for column, subject in ((1, "torch"), (2, "pdrs")):
-        figures = [row[column] for row in rows]
-        axes.scatter(figures, range(len(rows)), s=55, color=COLOURS[subject], zorder=2, label=subject)
+    for subject in (*picture.beside, suite.ours):
+        points = [(medians[subject], at) for at, (_, medians) in enumerate(rows) if subject in medians]
+        if points:
+            figures, heights = zip(*points, strict=True)
+            axes.scatter(figures, heights, s=55, color=COLOURS[subject], zorder=2, label=subject)
     axes.set_xscale("log")
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_yticks(range(len(rows)), [row[0] for row in rows])
@@ -152,19 +183,25 @@ def _draw_operations(axes: Axes, results: Results, suite: Suite[Any]) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(_nanoseconds))
     axes.set_xlabel("time per entry or call (log scale)")
     axes.set_title(f"{entries:,} entries", loc="left")
-    axes.annotate("torch / pdrs", (1.1, 1), xycoords="axes fraction", ha="right", va="bottom")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 0.985), ncols=2, frameon=False, handletextpad=0.1)
+    axes.annotate(f"{first} / {suite.ours}", (1.1, 1), xycoords="axes fraction", ha="right", va="bottom")
+    axes.legend(
+        loc="lower center", bbox_to_anchor=(0.5, 0.985), ncols=1 + len(picture.beside), frameon=False, handletextpad=0.1
+    )
 
 
-def _rows(results: Results, suite: Suite[Any], entries: int) -> list[tuple[str, float, float]]:
+def _rows(
+    results: Results, suite: Suite[Any], entries: int, beside: tuple[str, ...]
+) -> list[tuple[str, dict[str, float]]]:
+    """Return the title and the medians of each operation that was measured of the first container beside ours."""
     rows = []
     for case in suite.cases:
-        size = case.largest(entries, "torch")
-        theirs, ours = (results.median(suite, case, subject, size) for subject in ("torch", "pdrs"))
-        if theirs is not None and ours is not None and case.unit == "ns":
+        size = case.largest(entries, beside[0])
+        found = {each: results.median(suite, case, each, size) for each in (*beside, suite.ours)}
+        medians = {each: median for each, median in found.items() if median is not None}
+        if beside[0] in medians and suite.ours in medians and case.unit == "ns":
             title = case.title.replace("`", "")
-            rows.append((title if size == entries else f"{title}\n({size:,} entries)", theirs, ours))
-    return sorted(rows, key=lambda row: row[2] / row[1])
+            rows.append((title if size == entries else f"{title}\n({size:,} entries)", medians))
+    return sorted(rows, key=lambda row: row[1][suite.ours] / row[1][beside[0]])
 
 
 def _draw_lines(axes: Axes, results: Results, suite: Suite[Any], picture: Picture) -> None:

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import cases_checkpoint
 import cases_index_map
 import cases_parameter_dict
 import cases_stacked
@@ -30,6 +31,7 @@ SUITES: tuple[Suite[Any], ...] = (
     cases_parameter_dict.SUITE,
     cases_stacked.SUITE,
     cases_transfer.SUITE,
+    cases_checkpoint.SUITE,
     cases_index_map.SUITE,
 )
 SIZES = (10_000, 100_000, 1_000_000)

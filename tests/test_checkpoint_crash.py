@@ -24,7 +24,6 @@ import torch
 
 import pdrs
 from pdrs._safe_write import replacing
-from pdrs._tensor_file import NewTensor, TensorFile, write_tensors
 
 # Children are forked: to import torch anew would take seconds a child. They do nothing but save, on one thread.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
@@ -32,6 +31,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWa
 ENTRIES = 3000
 FLOATS = 16
 NOBODY = 65534
+# Seconds that a child may take.
+PATIENCE = 60
 
 
 def version(number: int) -> pdrs.StackedParameterDict:
@@ -41,13 +42,12 @@ def version(number: int) -> pdrs.StackedParameterDict:
 
 
 def save(saved: pdrs.StackedParameterDict, path: Path) -> None:
-    write_tensors(path, {"format": "pt"}, [NewTensor.of(*item) for item in saved.state_dict().items()])
+    pdrs.save(saved, path)
 
 
 def version_in(path: Path) -> int:
     """Return the number of the version in a file; it must be whole."""
-    sd = pdrs.StackedParameterDict()
-    sd.load_state_dict(TensorFile(path).tensors())
+    sd = pdrs.open(path, verify=True)
     table = sd.table((FLOATS,))
     number = int(table[0, 0])
     assert torch.equal(table, torch.full((ENTRIES, FLOATS), float(number)))
@@ -72,7 +72,13 @@ def fork(work: Callable[[], Any]) -> int:
 
 
 def wait_for(child: int) -> int:
-    """Return the exit code of a child, or the negative number of the signal that ended it."""
+    """Return the exit code of a child, or the negative number of the signal that ended it; one that hangs is ended."""
+    for _ in range(PATIENCE * 500):
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    os.kill(child, signal.SIGABRT)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -99,7 +105,9 @@ def beside(path: Path) -> list[str]:
 STEPS = ("open", "close", "write", "pwrite", "fsync", "fchmod", "fstat", "listdir", "replace", "unlink")
 
 
-def killed_at(step: int | str, work: Callable[[], Any], *, torn: bool = False) -> Callable[[], Any]:
+def killed_at(
+    step: int | str, work: Callable[[], Any], *, torn: bool = False, steps: tuple[str, ...] = STEPS
+) -> Callable[[], Any]:
     """Let ``work`` be killed before a call to the system, of a number or a name, or, if it writes, in the middle."""
     left = step if isinstance(step, int) else 0
 
@@ -117,7 +125,7 @@ def killed_at(step: int | str, work: Callable[[], Any], *, torn: bool = False) -
         return call
 
     def run() -> None:
-        for name in STEPS:
+        for name in steps:
             setattr(os, name, counting(getattr(os, name)))
         work()
 
@@ -172,11 +180,96 @@ def test_a_process_that_is_killed_at_any_time_leaves_a_whole_file(path: Path) ->
 
 
 def test_what_is_open_stays_whole_while_its_file_is_replaced(path: Path) -> None:
-    opened = TensorFile(path).tensor("float32_16")
+    opened = pdrs.open(path)
     for number in (2, 3):
         in_child(killed_at(3 * number, lambda number=number: save(version(number), path)))
         save(version(number), path)
-    assert torch.equal(opened, torch.full((ENTRIES, FLOATS), 1.0))
+    with torch.no_grad():
+        opened["v1.0"].fill_(5)
+    assert torch.equal(opened.table((FLOATS,))[1:], torch.full((ENTRIES - 1, FLOATS), 1.0))
+    assert version_in(path) == 3
+    save(opened, path)
+    assert pdrs.open(path)["v1.0"].tolist() == [5.0] * FLOATS
+
+
+def test_a_process_that_is_killed_while_it_saves_changes_leaves_all_versions(path: Path) -> None:
+    after = path.with_name("after.safetensors")
+    changed = version(1)
+    with torch.no_grad():
+        changed["v1.7"].fill_(7)
+    codes = []
+    for step in range(1000):
+        codes.append(in_child(killed_at(step, lambda: pdrs.save(changed, after, since=path))))
+        assert version_in(path) == 1
+        if after.exists():
+            assert pdrs.open(after, verify=True)["v1.7"].tolist() == [7.0] * FLOATS
+            after.unlink()
+        if codes[-1] == 0:
+            break
+    assert set(codes) == {0, -signal.SIGKILL}
+    pdrs.save(changed, after, since=path)
+    assert beside(path) == [after.name]
+
+
+def save_in_shards(saved: pdrs.StackedParameterDict, path: Path) -> None:
+    # A process that is killed takes nothing away that it has written, on the disk or not.
+    pdrs.save(saved, path, layout="named", max_shard_size=100_000, sync=False)
+
+
+def test_a_process_that_is_killed_while_it_writes_shards_leaves_the_old_ones_or_the_new_ones(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_in_shards(version(1), path)
+    usual = sorted(os.listdir(tmp_path))
+    assert len(usual) == 3
+    found = []
+    for step in range(1000):
+        code = in_child(
+            killed_at(step, lambda: save_in_shards(version(2), path), steps=("open", "write", "replace", "unlink"))
+        )
+        found.append(version_in(path))
+        # Shards and an index that nobody needs any more: of this one, not of all before it.
+        assert len(os.listdir(tmp_path)) <= 2 * len(usual)
+        save_in_shards(version(1), path)
+        assert len(os.listdir(tmp_path)) == len(usual)
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+    assert found.count(1) > 10
+    assert found.count(2) > 2, "when the new ones are there the old ones are still to be removed"
+    assert found == sorted(found)
+
+
+def test_one_file_takes_the_place_of_shards_and_the_other_way_round_whenever_the_process_is_killed(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "model.safetensors"
+
+    def save_in_one(saved: pdrs.StackedParameterDict, path: Path) -> None:
+        pdrs.save(saved, path, layout="named", sync=False)
+
+    for before, after, count in ((save_in_one, save_in_shards, 3), (save_in_shards, save_in_one, 1)):
+        for name in ("write", "replace", "unlink"):
+            before(version(1), path)
+            assert in_child(killed_at(name, lambda after=after: after(version(2), path))) == -signal.SIGKILL
+            assert version_in(path) in (1, 2)
+            after(version(3), path)
+            assert version_in(path) == 3
+            assert len(os.listdir(tmp_path)) == count
+
+
+def test_processes_that_write_shards_of_the_same_name_at_once_do_not_mix_them(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+
+    def save_often(number: int) -> None:
+        saved = version(number)
+        for _ in range(5):
+            save_in_shards(saved, path)
+
+    children = [fork(lambda number=number: save_often(number)) for number in (2, 3)]
+    assert [wait_for(child) for child in children] == [0, 0]
+    assert version_in(path) in (2, 3)
+    save_in_shards(version(4), path)
+    assert version_in(path) == 4
 
 
 # -- several at once ---------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 @pytest.fixture(scope="module")
 def example() -> SimpleNamespace:
-    modules = ("words", "models", "picture", "main")
+    modules = ("words", "models", "picture", "ask", "main")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(EXAMPLE)
         for name in modules:

@@ -23,7 +23,8 @@ from torch import nn
 
 import pdrs
 from pdrs import _named_layout, _safe_write, _tensor_file
-from pdrs._named_layout import index_of, write_named
+from pdrs._named_layout import write_named
+from pdrs._shards import index_of
 from pdrs._state_files import ShardedFile, StateFile, TorchFile, open_state
 from pdrs._tensor_file import CheckpointError, TensorFile
 

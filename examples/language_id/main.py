@@ -15,6 +15,8 @@ twenty thousand n-grams, and each a Parameter. The words, about forty languages 
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -24,11 +26,14 @@ import torch
 from torch import nn
 
 import pdrs
+from ask import answer, save
 from models import LanguageId, Peer, Separate, Stacked, train
 from picture import Point, draw
-from words import Bags, load_words, most_frequent_ngrams, ngrams
+from words import Bags, load_words, most_frequent_ngrams
 
-SHOWN = 3
+ASKED = ["mountain", "Schmetterling", "queso", "fenêtre", "gatto", "книга", "スシ", "dziękuję"]
+# So many names are saved by torch one by one, for comparison, if not all are.
+SAMPLE = 20_000
 # Where the curve has its points.
 PRUNED_TO = tuple(digit * 10**power for power in (6, 5, 4, 3) for digit in (5, 2, 1))
 BUILT = Path(__file__).parents[2] / "target" / "language_id"
@@ -130,6 +135,7 @@ def learn_stacked(task: Task) -> tuple[Stacked, list[Point], Point | None]:
     point, seconds = task.learn(model)
     curve = [replace(point, label=f"every n-gram, trained for {seconds:.0f} s")]
     print(f"  {size(model)}")
+    save_and_ask(model, options)
     peer = learn_peer(task, seconds) if options.peer else None
 
     print("\nn-grams with the smallest norms dropped:")
@@ -143,6 +149,46 @@ def learn_stacked(task: Task) -> tuple[Stacked, list[Point], Point | None]:
         curve[-1] = replace(curve[-1], label="saved")
     curve += task.prune(model, [size for size in sizes if size < len(model.weights)])
     return loaded, curve, peer
+
+
+def save_and_ask(model: Stacked, options: argparse.Namespace) -> None:
+    """Save every name, let a new process open and ask them, and see how long torch would take to save and load."""
+    path = options.save.with_suffix(".safetensors")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model.weights.compact()
+    start = time.monotonic()
+    save(model, path)
+    saved = time.monotonic() - start
+    count = len(model.weights)
+    print(f"\nall of it saved as {path}, {path.stat().st_size / 1e6:.1f} MB, in {saved:.2f} s; a new process says:")
+    words = options.word or ASKED
+    command = [sys.executable, str(Path(__file__).with_name("ask.py")), str(path), *words]
+    asked = subprocess.run(command, stdout=subprocess.PIPE, check=True, encoding="utf-8", env=in_utf8())
+    print("".join(f"  {line}\n" for line in asked.stdout.splitlines()), end="")
+
+    names = list(model.weights)[: count if options.peer else SAMPLE]
+    saving, loading = time_of_torch(model, names, path.with_suffix(".torch.pt"))
+    print(f"  torch.save and torch.load of {len(names):,} tensors by name: {saving:.2f} s and {loading:.2f} s", end="")
+    scale = count / len(names)
+    print(f"; for all, at that rate: {saving * scale:.0f} s and {loading * scale:.0f} s" if scale > 1 else "")
+
+
+def time_of_torch(model: Stacked, names: list[str], path: Path) -> tuple[float, float]:
+    """Return the seconds that torch takes to save and to load names with a tensor each, as its own class has them."""
+    state = dict(zip(names, map(torch.clone, model.weights.gather(names).detach()), strict=True))
+    start = time.monotonic()
+    torch.save(state, path)
+    saved = time.monotonic()
+    del state
+    torch.load(path, weights_only=True)
+    loaded = time.monotonic()
+    path.unlink()
+    return saved - start, loaded - saved
+
+
+def in_utf8() -> dict[str, str]:
+    """Return the environment of a Python process that prints in UTF-8."""
+    return {**os.environ, "PYTHONIOENCODING": "utf-8"}
 
 
 def learn_peer(task: Task, seconds: float) -> Point:
@@ -169,16 +215,6 @@ def size(model: Stacked) -> str:
     tables = list(model.weights.parameters())
     rows, nbytes = sum(map(len, tables)), sum(table.nbytes for table in tables)
     return f"{len(tables)} table{'s' * (len(tables) > 1)} of {rows:,} rows, {nbytes / 1e6:.1f} MB"
-
-
-@torch.no_grad()
-def answer(model: Stacked, word: str) -> str:
-    """Return a line with the most probable languages of a word."""
-    if not model.weights.contains(ngrams(word)).any():
-        return f"{word}: none of its n-grams is known"
-    best = model.eval()(Bags([word]))[0].softmax(0).topk(min(SHOWN, len(model.languages)))
-    ranked = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return f"{word}: " + ", ".join(f"{model.languages[label]} {share:.0%}" for label, share in ranked)
 
 
 def positive(text: str) -> int:
@@ -222,16 +258,11 @@ def main(arguments: list[str]) -> list[Point]:
     separate = learn_separate(task)
     loaded, curve, peer = learn_stacked(task)
 
+    others = [separate] if peer is None else [separate, peer]
     path = options.plot or options.save.with_suffix(".png")
-    draw(
-        curve,
-        [separate] if peer is None else [separate, peer],
-        task.majority,
-        "Telling the language of a word by its named n-grams",
-        path,
-    )
+    draw(curve, others, task.majority, "Telling the language of a word by its named n-grams", path)
     print(f"\naccuracy against names: {path}\n")
-    for word in options.word or ["mountain", "Schmetterling", "queso", "fenêtre", "gatto", "книга", "スシ", "dziękuję"]:
+    for word in options.word or ASKED:
         print(answer(loaded, word.lower()))
     return curve
 

@@ -6,12 +6,8 @@ Shards are those of the Hugging Face tools: ``model-00001-of-00003.safetensors``
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -26,24 +22,17 @@ from pdrs._core import IndexMap, safetensors_header, safetensors_shards, sort_te
 from pdrs._named_rows import partition, row_of, table_of
 from pdrs._row_blocks import stack
 from pdrs._safe_write import replacing
+from pdrs._shards import remove_interrupted, replacing_file, replacing_shards
 from pdrs._tensor_file import BLOCK, CODES, PAGE, pieces_of
 from pdrs.stacked import StackedParameterDict
 
-__all__ = ["INDEX", "MAX_HEADER", "MAX_SHARD", "index_of", "write_named"]
-
-# What the index of shards has behind the name of the file that would be written without them.
-INDEX = ".index.json"
+__all__ = ["MAX_HEADER", "MAX_SHARD", "write_named"]
 
 # safetensors itself refuses headers of more than 100 MB.
 MAX_HEADER = 100_000_000
 
 # What the Hugging Face tools write at most into one file, unless they are told otherwise.
 MAX_SHARD = 5_000_000_000
-
-
-def index_of(path: str | os.PathLike[str]) -> Path:
-    """Return the path of the index that belongs to the file of this path when it is cut into shards."""
-    return Path(os.fspath(path) + INDEX)
 
 
 class _Rows:
@@ -132,33 +121,26 @@ def write_named(
     kind_of = np.repeat(np.arange(len(parts), dtype=np.uint32), [len(part.names) for part in parts])
     room = MAX_HEADER - PAGE - len(safetensors_header(texts, [], [], kind_of[:0], 1))
     counts = safetensors_shards(names, kinds, kind_of, room, max_shard_size) or [0]
-    ends = np.cumsum(counts).tolist()
-    before = _files_of(target)
-    files = [target] if len(counts) == 1 else _shard_paths(target, len(counts))
-    written: list[Path] = []
-    try:
-        for file, end, count in zip(files, ends, counts, strict=True):
-            first = end - count
-            header = safetensors_header(texts, names[first:end], kinds, kind_of[first:end], PAGE)
-            size = sum(count * part.nbytes for part, _, count in _overlaps(parts, first, end))
-            with replacing(file, len(header) + size, sync=sync) as out:
-                out.write(header)
-                for part, start, count in _overlaps(parts, first, end):
-                    for block in part.blocks(start, start + count):
-                        for piece in pieces_of(block):
-                            out.write(piece)
-            written.append(file)
-        if len(files) > 1:
-            total = sum(part.nbytes * len(part.names) for part in parts)
-            _write_index(index_of(target), names, files, counts, total, sync)
-    except BaseException:
-        for file in written if len(files) > 1 else []:
-            with suppress(OSError):
-                file.unlink()
-        raise
-    for file in before.difference(files, [index_of(target)] if len(files) > 1 else []):
-        with suppress(OSError):
-            file.unlink()
+
+    def write(file: Path, first: int, count: int) -> None:
+        header = safetensors_header(texts, names[first : first + count], kinds, kind_of[first : first + count], PAGE)
+        chosen = list(_overlaps(parts, first, first + count))
+        with replacing(file, len(header) + sum(part.nbytes * count for part, _, count in chosen), sync=sync) as out:
+            out.write(header)
+            for part, start, count in chosen:
+                for block in part.blocks(start, start + count):
+                    for piece in pieces_of(block):
+                        out.write(piece)
+
+    remove_interrupted(target)
+    if len(counts) == 1:
+        with replacing_file(target):
+            write(target, 0, len(names))
+        return [target]
+    total = sum(part.nbytes * len(part.names) for part in parts)
+    with replacing_shards(target, names, counts, total, sync=sync) as files:
+        for file, end, count in zip(files, np.cumsum(counts).tolist(), counts, strict=True):
+            write(file, end - count, count)
     return files
 
 
@@ -269,41 +251,3 @@ class _ListBlocks:
     def __call__(self, start: int, stop: int) -> Tensor:
         chosen = self.values[start:stop]
         return stack(chosen, chosen[0].detach()[None])
-
-
-# -- the files ---------------------------------------------------------------------------------------------------------
-
-
-def _shard_paths(target: Path, count: int) -> list[Path]:
-    """Return paths of shards that are not there yet: the usual ones if they are free."""
-    tag = ""
-    while True:
-        ending = f"-of-{count:05}{target.suffix}"
-        paths = [target.with_name(f"{target.stem}{tag}-{number:05}{ending}") for number in range(1, count + 1)]
-        if not any(path.exists() or path.is_symlink() for path in paths):
-            return paths
-        tag = f"-{secrets.token_hex(4)}"
-
-
-def _files_of(target: Path) -> set[Path]:
-    """Return the files that a save to this path has left: the file itself, or its index and shards."""
-    found = {target} if target.is_file() else set()
-    index = index_of(target)
-    ours = re.compile(rf"{re.escape(target.stem)}(-[0-9a-f]{{8}})?-\d{{5}}-of-\d{{5}}{re.escape(target.suffix)}")
-    with suppress(OSError, ValueError, AttributeError, TypeError):
-        shards = set(json.loads(index.read_bytes())["weight_map"].values())
-        found.add(index)
-        found |= {target.with_name(shard) for shard in shards if ours.fullmatch(shard)}
-    return found
-
-
-def _write_index(path: Path, names: list[str], files: list[Path], counts: list[int], total: int, sync: bool) -> None:
-    """Write which name is in which file: the step by which a reader finds the new shards in the place of the old."""
-    weight_map: dict[str, str] = {}
-    first = 0
-    for file, count in zip(files, counts, strict=True):
-        weight_map.update(dict.fromkeys(names[first : first + count], file.name))
-        first += count
-    encoded = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2).encode() + b"\n"
-    with replacing(path, len(encoded), sync=sync) as out:
-        out.write(encoded)

@@ -14,7 +14,7 @@ import re
 import secrets
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["Progress", "WholeFile", "replacing"]
+__all__ = ["Progress", "WholeFile", "being_written", "remove_left_behind", "replacing"]
 
 # Seconds after which a save is long enough for a progress bar.
 _PATIENCE = 2.0
@@ -38,12 +38,14 @@ class Progress:
 
     def __init__(self, total: int, what: str) -> None:
         self._bar: Any = None
+        if sys.stderr is None or not sys.stderr.isatty():
+            # Not even a bar that is disabled: to make one takes a lock that tqdm shares with the processes that were
+            # forked, and that would stay locked for all if one were killed meanwhile.
+            return
         with suppress(ImportError):
             from tqdm import tqdm
 
-            self._bar = tqdm(
-                total=total, desc=what, unit="B", unit_scale=True, disable=None, delay=_PATIENCE, leave=False
-            )
+            self._bar = tqdm(total=total, desc=what, unit="B", unit_scale=True, delay=_PATIENCE, leave=False)
 
     def add(self, count: int) -> None:
         """Count bytes that are done."""
@@ -133,7 +135,7 @@ def replacing(path: str | os.PathLike[str], size: int, *, sync: bool = True) -> 
     target = Path(os.path.realpath(shown))
     mode = _mode_of(target, shown)
     try:
-        _remove_left_behind(target)
+        remove_left_behind(target)
         descriptor, temporary = _create_beside(target)
     except OSError as error:
         raise _with_path(error, shown) from error
@@ -170,23 +172,39 @@ def _create_beside(target: Path) -> tuple[int, Path]:
         os.close(descriptor)
 
 
-def _remove_left_behind(target: Path) -> None:
-    """Remove what killed processes have left in the folder of a file on their way to write it."""
+def remove_left_behind(target: Path, look: Callable[[Path], None] | None = None) -> None:
+    """Remove what killed processes have left in the folder of a file on their way to write it.
+
+    Parameters
+    ----------
+    look
+        Is called with the path of each before it is removed.
+    """
     if sys.platform == "win32":
         return
-    pattern = re.compile(rf"\.{re.escape(_shortened(target))}\.[0-9a-f]{{16}}\.tmp")
-    names: list[str] = []
-    with suppress(OSError):  # A folder that cannot be listed may still be written to.
-        names = list(filter(pattern.fullmatch, os.listdir(target.parent)))
-    for name in names:
+    for path in _beside(target):
         # Others may remove it at the same time, and may have put anything there.
         with suppress(OSError):
-            descriptor = os.open(target.with_name(name), os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 if _is_free(descriptor):
-                    os.unlink(target.with_name(name))
+                    if look is not None:
+                        look(path)
+                    os.unlink(path)
             finally:
                 os.close(descriptor)
+
+
+def being_written(target: Path) -> int:
+    """Return how many new files are there that are to take the place of a file, or have been left behind."""
+    return len(_beside(target))
+
+
+def _beside(target: Path) -> list[Path]:
+    pattern = re.compile(rf"\.{re.escape(_shortened(target))}\.[0-9a-f]{{16}}\.tmp")
+    with suppress(OSError):  # A folder that cannot be listed may still be written to.
+        return [target.with_name(name) for name in filter(pattern.fullmatch, os.listdir(target.parent))]
+    return []
 
 
 def _is_free(descriptor: int) -> bool | None:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from pdrs._core import IndexMap, insert_ids, sort_tensors
-from pdrs._named_layout import index_of
 from pdrs._named_rows import id_of, row_of, table_of
 from pdrs._row_blocks import stack
+from pdrs._shards import index_of
 from pdrs._tensor_file import CheckpointError, TensorFile
 
 __all__ = ["ShardedFile", "StateFile", "TorchFile", "open_state"]
