@@ -44,6 +44,7 @@ __all__ = [
     "safetensors_shards",
     "save_parameters",
     "set_entry",
+    "set_row",
     "slab_views",
     "sort_tensors",
     "take_over",
@@ -52,6 +53,7 @@ __all__ = [
     "unzip",
     "use_native_slots",
     "walk_modules",
+    "zero_row",
 ]
 
 _T = TypeVar("_T")
@@ -529,6 +531,8 @@ def pack_names(index: IndexMap) -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
 def unpack_names(text: NDArray[np.uint8], lengths: NDArray[np.uint32], ids: NDArray[np.int64]) -> IndexMap: ...
 def pop_row(stacked: Any, name: str) -> Tensor | None: ...
 def pop_end_row(stacked: Any, last: bool) -> tuple[str, Tensor] | None: ...
+def set_row(stacked: Any, name: str, value: Any, group: int) -> bool: ...
+def zero_row(tensors: list[Tensor], row: int) -> list[Tensor]: ...
 
 @final
 class SafetensorsHeader:

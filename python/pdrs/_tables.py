@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from pdrs import _optimizer_rows
-from pdrs._core import TableRows
+from pdrs._core import TableRows, zero_row
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -332,10 +332,15 @@ class Tables(Module):
         self._resize(table, capacity)
         refuse_sharded(table, parameter, "insert names")
         rows = table.rows.next(count)
-        if table.rows.reused(count):
-            _optimizer_rows.refuse_strangers(parameter, self._attached(), "give the row of a removed name to a new one")
-        self._forget(table, rows)
+        self._make_ready(table, rows)
         return rows
+
+    def _make_ready(self, table: Table, rows: Rows | int) -> None:
+        """Clear what belonged to the rows, or the one, that will be given next, or refuse it."""
+        if table.rows.reused(1 if isinstance(rows, int) else len(rows)):
+            strangers = "give the row of a removed name to a new one"
+            _optimizer_rows.refuse_strangers(self._parameter(table), self._attached(), strangers)
+        self._forget(table, rows)
 
     def _resize(self, table: Table, capacity: int) -> None:
         """Change the capacity; all rows stay what they are, and zeros are added."""
@@ -383,13 +388,27 @@ class Tables(Module):
                 state[key] = value
         table.hook(parameter)
 
-    def _forget(self, table: Table, rows: Rows) -> None:
-        """Clear what belonged to rows that get new names: gradients, state of optimizers, masks."""
+    def _forget(self, table: Table, rows: Rows | int) -> None:
+        """Clear what belonged to rows, or one, that get new names: gradients, state of optimizers, masks."""
         parameter = self._parameter(table)
         states = [one for optimizer in self._attached() for one in _optimizer_rows.of_rows(optimizer, parameter)]
-        if not states and table.frozen is None and parameter.grad is None:
+        gradient = parameter.grad
+        if not states and table.frozen is None and gradient is None:
             return
-        index = torch.from_numpy(rows).to(parameter.device)
+        if isinstance(rows, int) and (gradient is None or not gradient.is_sparse):
+            # Several times faster than with a tensor of rows.
+            zeros = [state[key] for state, key, fill in states if fill == 0]
+            for state, key, fill in states:
+                if fill != 0:
+                    state[key][rows].fill_(fill)
+            if table.frozen is not None:
+                zeros.append(table.frozen)
+            if gradient is not None and not is_sharded(gradient):
+                zeros.append(gradient.detach())
+            for tensor in zero_row(zeros, rows):
+                tensor[rows].zero_()
+            return
+        index = torch.from_numpy(np.atleast_1d(rows)).to(parameter.device)
         with torch.no_grad():
             for state, key, fill in states:
                 state[key].index_fill_(0, index, fill)

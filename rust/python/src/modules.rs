@@ -149,7 +149,8 @@ fn for_each_parameter<'py>(
         if value.is_none() {
             continue;
         }
-        let gradient = if torch.is_plain(&value) { torch.gradient(&value)? } else { value.getattr(intern!(py, "grad"))? };
+        let gradient =
+            if torch.is_plain(&value) { torch.gradient(&value)? } else { value.getattr(intern!(py, "grad"))? };
         if !each(value, (!gradient.is_none()).then_some(gradient))? {
             return Ok(false);
         }
