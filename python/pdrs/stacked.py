@@ -424,6 +424,21 @@ class StackedParameterDict(SavedRows):
             self._adopt()
         return self
 
+    def pin_memory(self) -> StackedParameterDict:
+        """Put the tables that lie on the CPU, and their gradients, into page-locked memory. **O(n)**.
+
+        It is of just the size that they take, and copies from there to a CUDA device need no staging. The tables stay
+        the same Parameters; one that grows is no longer page-locked.
+
+        Raises
+        ------
+        RuntimeError
+            If there is no CUDA device, or it cannot lock so much; then nothing has changed.
+        """
+        with self._lock:
+            transfer.pin_memory(self)
+        return self
+
     def _moved_masks(self, fn: Any) -> list[tuple[Table, Tensor]]:
         """Return the masks of frozen rows where their tables will be, made before anything moves."""
         masks: list[tuple[Table, Tensor]] = []
