@@ -3,11 +3,13 @@
 torch's optimizers keep, for each parameter, tensors of its shape (the moments of Adam) or with one number a row, and
 numbers for the whole of it (the count of steps). When rows of a table are moved or get other names, the first must
 follow. Optimizers that are *attached* are followed. Others are noticed when they step, by a hook that torch calls
-behind every step of every optimizer, and it is refused to do what would leave them with the state of other rows.
+behind every step of every optimizer, or are looked for once when a dictionary that was loaded changes, and it is refused
+to do what would leave them with the state of other rows.
 """
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -20,7 +22,17 @@ from torch.optim import Adafactor, Adagrad, Optimizer, Rprop
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["carry", "join", "leave", "of_rows", "put_in_order", "refuse_strangers", "unwatch", "watch"]
+__all__ = [
+    "carry",
+    "join",
+    "leave",
+    "look_for_optimizers",
+    "of_rows",
+    "put_in_order",
+    "refuse_strangers",
+    "unwatch",
+    "watch",
+]
 
 # The optimizers that have stepped on each table: a few weak references, which are looked through faster than a WeakSet.
 _stepped: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -57,12 +69,27 @@ def _note_step(optimizer: Optimizer, _arguments: Any, _keywords: Any) -> None:
     count = sum(len(group["params"]) for group in optimizer.param_groups)
     if _looked_through.get(optimizer) == count:
         return
+    _note(optimizer)
+    _looked_through[optimizer] = count
+
+
+def _note(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             steppers = _stepped.get(parameter)  # type: ignore[no-untyped-call]
             if steppers is not None and optimizer not in _alive(steppers):
                 steppers.append(ref(optimizer, steppers.remove))
-    _looked_through[optimizer] = count
+
+
+def look_for_optimizers() -> None:
+    """Note optimizers that have state for tables, though they have not stepped: that of a checkpoint.
+
+    torch has no hook for all that load something, so this looks through all objects that there are, which takes some
+    tens of milliseconds for a million.
+    """
+    for one in gc.get_objects():
+        if issubclass(type(one), Optimizer) and getattr(one, "state", None):
+            _note(one)
 
 
 def refuse_strangers(parameter: Tensor, attached: Iterable[Optimizer], what: str) -> None:

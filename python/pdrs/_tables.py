@@ -77,10 +77,12 @@ class Table:
         # Set when the table has changed its size: a graph from before may still bring a gradient of the old size.
         self.resized = False
         self.stashed: list[Tensor | None] = []
+        # Whether it has been loaded since optimizers were last looked for, which may have been loaded, too.
+        self.loaded = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to this very Parameter."""
-        return self.__dict__ | {"hooked": None, "handles": [], "stashed": [], "resized": False}
+        return self.__dict__ | {"hooked": None, "handles": [], "stashed": [], "resized": False, "loaded": False}
 
     # -- the hooks of the Parameter ------------------------------------------------------------------------------------
 
@@ -316,6 +318,13 @@ class Tables(Module):
             self.__dict__["_optimizers"] = [ref for ref, optimizer in alive if optimizer is not None]
         return [optimizer for _, optimizer in alive if optimizer is not None]
 
+    def _refuse_strangers(self, table: Table, what: str) -> None:
+        """Raise if an optimizer that is not attached has state by row for a table."""
+        if table.loaded:
+            _optimizer_rows.look_for_optimizers()
+            table.loaded = False
+        _optimizer_rows.refuse_strangers(self._parameter(table), self._attached(), what)
+
     # -- rows ----------------------------------------------------------------------------------------------------------
 
     def _make_room(self, table: Table, count: int) -> Rows:
@@ -339,7 +348,7 @@ class Tables(Module):
         """Clear what belonged to the rows, or the one, that will be given next, or refuse it."""
         if table.rows.reused(1 if isinstance(rows, int) else len(rows)):
             strangers = "give the row of a removed name to a new one"
-            _optimizer_rows.refuse_strangers(self._parameter(table), self._attached(), strangers)
+            self._refuse_strangers(table, strangers)
         self._forget(table, rows)
 
     def _resize(self, table: Table, capacity: int) -> None:
@@ -359,7 +368,7 @@ class Tables(Module):
                 "insert names, or reserve rows for them, before the model is sharded or replicated"
             )
         what = "change the size of a table" if source is None else "move the rows of a table"
-        _optimizer_rows.refuse_strangers(parameter, self._attached(), what)
+        self._refuse_strangers(table, what)
         # A table that grows while it serves in inference mode can be trained afterwards.
         with torch.inference_mode(parameter.is_inference()), torch.no_grad():
             arranged = _Arranged(parameter, capacity, source)

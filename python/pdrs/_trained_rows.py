@@ -225,7 +225,7 @@ class TrainedRows(GatheredRows):
                 strays = [int(group) for group in np.flatnonzero(counts) if group != homes[number]]
                 moves += [(number, group) for group in strays]
                 if strays:
-                    _optimizer_rows.refuse_strangers(self._parameter(table), self._attached(), "move rows of a table")
+                    self._refuse_strangers(table, "move rows of a table")
         except BaseException:
             self.__dict__["_patterns"] = before
             raise
