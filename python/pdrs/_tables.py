@@ -268,22 +268,25 @@ class Tables(Module):
         parameter = self._parameter(table)
         return Kind(tuple(parameter.shape[1:]), parameter.dtype, parameter.requires_grad, table.group)
 
-    def _number_of(self, kind: Kind) -> int | None:
-        """Return the number of the table of a kind; moves to another dtype may leave several, then the first."""
-        for number, table in enumerate(self._tables):
-            if table.group == kind.group and self._kind(table) == kind:
-                return number
-        return None
+    def _numbers(self) -> dict[Kind, int]:
+        """Return the number of the table of each kind; moves to another dtype may leave several, then the first.
 
-    def _table_for(self, kind: Kind, device: torch.device) -> int:
+        Looked up anew for each call of the user's: whoever has a table may change what it is.
+        """
+        numbers: dict[Kind, int] = {}
+        for number, table in enumerate(self._tables):
+            numbers.setdefault(self._kind(table), number)
+        return numbers
+
+    def _table_for(self, kind: Kind, device: torch.device, numbers: dict[Kind, int]) -> int:
         """Return the number of the table of a kind; make an empty one if there is none."""
-        number = self._number_of(kind)
-        if number is not None:
-            return number
+        if kind in numbers:
+            return numbers[kind]
         with torch.inference_mode(False):
             data = torch.zeros((0, *kind.shape), dtype=kind.dtype, device=device)
             parameter = Parameter(data, requires_grad=kind.trainable)
-        return self._add_table(kind.attribute(), parameter, kind.group)
+        numbers[kind] = self._add_table(kind.attribute(), parameter, kind.group)
+        return numbers[kind]
 
     def _add_table(self, attribute: str, parameter: Parameter, group: int) -> int:
         taken, wanted = 1, attribute
@@ -294,9 +297,10 @@ class Tables(Module):
         self.register_parameter(attribute, parameter)
         self._tables.append(table)
         _optimizer_rows.watch(parameter)
-        if parameter.requires_grad:
+        optimizers = self._attached()
+        if parameter.requires_grad and optimizers:
             tables = {one.attribute: self._parameter(one) for one in self._tables}
-            for optimizer in self._attached():
+            for optimizer in optimizers:
                 _optimizer_rows.join(optimizer, attribute, self._pattern(group), tables)
         return len(self._tables) - 1
 

@@ -254,7 +254,7 @@ class TrainedRows(GatheredRows):
         home = self._tables[table_of(int(ids[there[0]]))]
         source = self._parameter(home)
         kind = Kind(tuple(source.shape[1:]), source.dtype, source.requires_grad, group)
-        number = self._table_for(kind, source.device)
+        number = self._table_for(kind, source.device, self._numbers())
         target = self._tables[number]
         rows = self._make_room(target, len(there))
         old = torch.from_numpy(row_of(ids[there])).to(source.device)
