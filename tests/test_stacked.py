@@ -379,6 +379,24 @@ def test_compacting_puts_rows_in_the_order_of_names(sd: pdrs.StackedParameterDic
     assert sd.rows(list(sd)).tolist() == [0, 1, 2]
 
 
+def test_hundreds_of_shapes_are_not_searched_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = 0
+    kind = SD._kind
+
+    def counted(sd: pdrs.StackedParameterDict, table: Any) -> Any:
+        nonlocal looks
+        looks += 1
+        return kind(sd, table)
+
+    monkeypatch.setattr(SD, "_kind", counted)
+    sd = SD([(f"n{size}", torch.full((size,), float(size))) for size in range(1, 301)])
+    sd.update([(f"m{size}", torch.full((size,), float(size))) for size in range(1, 301)])
+    sd.update([(f"m{size}", torch.full((size,), -1.0)) for size in range(1, 301)])
+    assert looks <= 3000
+    assert len(list(sd.parameters())) == 300
+    assert all(row.tolist() == [float(row.shape[0] if name[0] == "n" else -1)] * len(row) for name, row in sd.items())
+
+
 def test_a_million_names() -> None:
     count = 1_000_000
     names = [f"name.{n}" for n in range(count)]

@@ -132,6 +132,24 @@ def test_tables_of_two_kinds_and_children_take_the_long_way(ways: list[bool]) ->
     assert ways == [False]
 
 
+class WithScale(pdrs.StackedParameterDict):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.zeros(()))
+
+
+def test_a_parameter_of_a_subclass_is_missed(ways: list[bool]) -> None:
+    sd = WithScale()
+    sd.update([(name, torch.zeros(3)) for name in NAMES])
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "scale"'):
+        sd.load_state_dict(saved())
+    assert sd.load_state_dict(saved(), strict=False).missing_keys == ["scale"]
+    assert not sd.load_state_dict(saved() | {"scale": torch.tensor(2.0)}).missing_keys
+    assert ways == [False] * 3
+    assert sd.scale.item() == 2.0
+    assert first_numbers(sd) == {name: float(at) for at, name in enumerate(NAMES)}
+
+
 def test_packed_names_are_compared_by_all_their_bytes() -> None:
     whole = torch.arange(27, dtype=torch.uint8)
     for at in range(27):

@@ -182,6 +182,31 @@ def test_an_optimizer_that_had_the_tensor_before_it_became_a_table_is_noticed() 
         sd["new"] = torch.zeros(3)
 
 
+@pytest.mark.parametrize("layout", ["state_dict", "named_state_dict"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_optimizer_that_was_loaded_and_has_not_stepped_is_noticed(layout: str, nested: bool) -> None:
+    sd = SD.from_rows(NAMES, rows().clone())
+    optimizer = torch.optim.Adam(sd.parameters())
+    sd.gather(NAMES).sum().backward()
+    optimizer.step()
+    resumed = SD.from_rows(NAMES, torch.zeros(6, 3))
+    state = getattr(sd, layout)()
+    if nested:
+        nn.ModuleDict({"words": resumed}).load_state_dict({f"words.{key}": value for key, value in state.items()})
+    else:
+        resumed.load_state_dict(state)
+    again = torch.optim.Adam(resumed.parameters())
+    again.load_state_dict(optimizer.state_dict())
+    del resumed[NAMES[0]]
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"attach\(optimizer\)"):
+            resumed["new"] = torch.ones(3)
+    assert "new" not in resumed
+    resumed.attach(again)
+    resumed["new"] = torch.ones(3)
+    assert again.state[resumed.table((3,))]["exp_avg"][resumed.rows(["new"])].tolist() == [[0, 0, 0]]
+
+
 @pytest.mark.parametrize("shape", [(3,), (2, 3), (1,), ()])
 def test_statistics_of_rows_follow_them_and_those_of_columns_stay(shape: tuple[int, ...]) -> None:
     """Adafactor's; of a table with one row the shapes do not tell which is which."""

@@ -175,3 +175,38 @@ def test_handles_and_new_names_follow_to_a_device(fake_cuda: Control) -> None:
     assert sd.rows(handle).device.type == "cuda"
     sd.cpu()
     assert sd.gather(handle).tolist() == [[5, 6, 7, 8, 9]]
+
+
+def test_page_locked_tables_are_copied_with_no_staging(fake_cuda: Control) -> None:
+    sd = trained()
+    tables, optimizer = list(sd.parameters()), torch.optim.SGD(sd.parameters(), lr=1.0)
+    sd["late"] = torch.zeros(5)  # the table has grown, and its gradient with it
+    before = state(sd)
+    assert sd.pin_memory() is sd
+    assert all(table.is_pinned() for table in tables)
+    assert tables[0].grad is not None
+    assert tables[0].grad.is_pinned()
+    assert state(sd) == before
+    assert [one is other for one, other in zip(sd.parameters(), tables, strict=True)] == [True] * 3
+    sd["later"] = torch.ones(5)
+    sd.gather(["n1", "n2", "later"]).sum().backward()
+    optimizer.step()
+    # What was one, and what was another's, is where it was: n1 has two gradients, n2 is frozen.
+    assert [sd[name][0].item() for name in ("n1", "n2", "later")] == [3.0, 10.0, 0.0]
+    addresses = [table.data_ptr() for table in tables]
+    sd.pin_memory()
+    assert [table.data_ptr() for table in tables] == addresses
+    sd.cuda()
+    assert devices(sd) == {"cuda:0"}
+    assert fake_cuda.counters.copies["H2D"].pageable <= 1  # the mask of frozen rows
+
+
+def test_tables_stay_as_they_are_if_memory_cannot_be_page_locked(fake_cuda: Control) -> None:
+    sd = trained()
+    before, addresses = state(sd), [table.data_ptr() for table in sd.parameters()]
+    fake_cuda.fail("host registration", nth=2, error="cudaErrorMemoryAllocation")
+    with pytest.raises(RuntimeError, match="page-lock"):
+        sd.pin_memory()
+    assert state(sd) == before
+    assert [table.data_ptr() for table in sd.parameters()] == addresses
+    assert not any(table.is_pinned() for table in sd.parameters())

@@ -48,6 +48,7 @@ __all__ = [
     "safetensors_shards",
     "save_parameters",
     "set_entry",
+    "set_row",
     "slab_views",
     "sort_tensors",
     "take_over",
@@ -57,6 +58,7 @@ __all__ = [
     "unzip",
     "use_native_slots",
     "walk_modules",
+    "zero_row",
 ]
 
 _T = TypeVar("_T")
@@ -540,6 +542,8 @@ def remove_names(index: IndexMap, names: Iterable[str]) -> NDArray[np.int64]: ..
 def replace_ids(index: IndexMap, ids: NDArray[np.int64]) -> None: ...
 def pop_row(stacked: Any, name: str) -> Tensor | None: ...
 def pop_end_row(stacked: Any, last: bool) -> tuple[str, Tensor] | None: ...
+def set_row(stacked: Any, name: str, value: Any, group: int) -> bool: ...
+def zero_row(tensors: list[Tensor], row: int) -> list[Tensor]: ...
 
 @final
 class SafetensorsHeader:

@@ -404,7 +404,8 @@ class GatheredRows(NamedRows):
             raise ValueError(f"count must be 0 or more, got {count}")
         with self._lock:
             kind = self._kind_to_insert(shape, dtype)
-            table = self._tables[self._table_for(kind, self._device() if device is None else torch.device(device))]
+            place = self._device() if device is None else torch.device(device)
+            table = self._tables[self._table_for(kind, place, self._numbers())]
             wanted = table.rows.used + count - table.rows.reused(count)
             if wanted > len(self._parameter(table)):
                 self._resize(table, wanted)

@@ -135,10 +135,11 @@ class NamedRows(Tables):
             columns = [kinds, table_of(held)]
             if groups is not None:
                 columns.append(np.array(groups))
-            plan = []
+            plan, numbers = [], self._numbers()
             for place, there in partition(columns):
                 class_, number = classes[int(place[0])], int(place[1])
-                kind = self._kind_for(names[there[0]], class_, number, int(place[2]) if groups is not None else 0)
+                group = int(place[2]) if groups is not None else 0
+                kind = self._kind_for(names[there[0]], class_, number, group, numbers)
                 stays = number >= 0 and self._kind(self._tables[number]) == kind
                 old = held[there] if number >= 0 else np.empty(0, np.int64)
                 chosen = values if len(there) == len(values) else [values[at] for at in there]
@@ -169,7 +170,7 @@ class NamedRows(Tables):
                 )
         return kinds, classes
 
-    def _kind_for(self, name: str, class_: _Class, number: int, group: int) -> Kind:
+    def _kind_for(self, name: str, class_: _Class, number: int, group: int, numbers: dict[Kind, int]) -> Kind:
         """Return the kind of the table for a value, where ``number`` is the table that the entry lies in, or -1."""
         trainable = class_.trainable is not False
         if number >= 0:
@@ -179,7 +180,7 @@ class NamedRows(Tables):
             if class_.trainable is None:
                 trainable = held.requires_grad
         kind = Kind(class_.shape, class_.dtype, trainable, group)
-        there = self._number_of(kind)
+        there = numbers.get(kind)
         if there is not None:
             device = self._parameter(self._tables[there]).device
             if device != class_.device:
@@ -190,12 +191,12 @@ class NamedRows(Tables):
 
     def _carry_out(self, names: list[str], held: Rows, plan: list[_Part]) -> None:
         """Set entries whose names are distinct; ``held`` are their ids, -1 for new ones."""
-        tables = len(self._tables)
+        tables, numbers = len(self._tables), self._numbers()
         try:
             blocks, prepared = [], []
             for part in plan:
                 like = part.values if isinstance(part.values, Tensor) else part.values[0].detach()[None]
-                number = table_of(int(part.held[0])) if part.stays else self._table_for(part.kind, like.device)
+                number = table_of(int(part.held[0])) if part.stays else self._table_for(part.kind, like.device, numbers)
                 if part.stays:
                     refuse_sharded(self._tables[number], self._parameter(self._tables[number]), "set names")
                 block = part.values if isinstance(part.values, Tensor) else stack(part.values, like)

@@ -3,16 +3,18 @@
 torch's optimizers keep, for each parameter, tensors of its shape (the moments of Adam) or with one number a row, and
 numbers for the whole of it (the count of steps). When rows of a table are moved or get other names, the first must
 follow. Optimizers that are *attached* are followed. Others are noticed when they step, by a hook that torch calls
-behind every step of every optimizer, and it is refused to do what would leave them with the state of other rows.
+behind every step of every optimizer, or are looked for once when a dictionary that was loaded changes, and it is refused
+to do what would leave them with the state of other rows.
 """
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -20,9 +22,19 @@ from torch.optim import Adafactor, Adagrad, Optimizer, Rprop
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["carry", "join", "leave", "of_rows", "put_in_order", "refuse_strangers", "unwatch", "watch"]
+__all__ = [
+    "carry",
+    "join",
+    "leave",
+    "look_for_optimizers",
+    "of_rows",
+    "put_in_order",
+    "refuse_strangers",
+    "unwatch",
+    "watch",
+]
 
-# The optimizers that have stepped on each table.
+# The optimizers that have stepped on each table: a few weak references, which are looked through faster than a WeakSet.
 _stepped: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 # How many parameters each optimizer had when it was last looked through for tables.
 _looked_through: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
@@ -38,14 +50,18 @@ def watch(parameter: Tensor, steppers: Iterable[Optimizer] = ()) -> None:
             register_optimizer_step_post_hook(_note_step)
             _hooked = True
     if parameter not in _stepped:
-        _stepped[parameter] = WeakSet(steppers)
+        _stepped[parameter] = list(map(ref, steppers))
         # An optimizer that was looked through before may have this one.
         _looked_through.clear()
 
 
 def unwatch(parameter: Tensor) -> list[Optimizer]:
     """Forget a table, and return the optimizers that have stepped on it."""
-    return list(_stepped.pop(parameter, ()))  # type: ignore[no-untyped-call]
+    return _alive(_stepped.pop(parameter, []))  # type: ignore[no-untyped-call]
+
+
+def _alive(steppers: list[ref[Optimizer]]) -> list[Optimizer]:
+    return [optimizer for one in steppers if (optimizer := one()) is not None]
 
 
 def _note_step(optimizer: Optimizer, _arguments: Any, _keywords: Any) -> None:
@@ -53,18 +69,36 @@ def _note_step(optimizer: Optimizer, _arguments: Any, _keywords: Any) -> None:
     count = sum(len(group["params"]) for group in optimizer.param_groups)
     if _looked_through.get(optimizer) == count:
         return
+    _note(optimizer)
+    _looked_through[optimizer] = count
+
+
+def _note(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             steppers = _stepped.get(parameter)  # type: ignore[no-untyped-call]
-            if steppers is not None:
-                steppers.add(optimizer)
-    _looked_through[optimizer] = count
+            if steppers is not None and optimizer not in _alive(steppers):
+                steppers.append(ref(optimizer, steppers.remove))
+
+
+def look_for_optimizers() -> None:
+    """Note optimizers that have state for tables, though they have not stepped: that of a checkpoint.
+
+    torch has no hook for all that load something, so this looks through all objects that there are, which takes some
+    tens of milliseconds for a million.
+    """
+    for one in gc.get_objects():
+        if issubclass(type(one), Optimizer) and getattr(one, "state", None):
+            _note(one)
 
 
 def refuse_strangers(parameter: Tensor, attached: Iterable[Optimizer], what: str) -> None:
     """Raise if an optimizer that is not attached has state by row for a table."""
+    steppers = _stepped.get(parameter)  # type: ignore[no-untyped-call]
+    if steppers is None:
+        return
     attached = list(attached)
-    for optimizer in list(_stepped.get(parameter, ())):  # type: ignore[no-untyped-call]
+    for optimizer in _alive(steppers):
         if optimizer not in attached and any(True for _ in of_rows(optimizer, parameter)):
             name = type(optimizer).__name__
             raise RuntimeError(

@@ -97,6 +97,7 @@ class SavedRows(TrainedRows):
         if own and not assign and not torch.compiler.is_compiling():
             with self._lock:
                 if _load_whole(self, state_dict):
+                    self._note_load()
                     return _IncompatibleKeys([], [])
         return super().load_state_dict(state_dict, strict, assign)
 
@@ -119,6 +120,7 @@ class SavedRows(TrainedRows):
             with self._lock:
                 state_dict = self._load_others(state_dict, prefix, local_metadata, strict, *problems)
                 _load_named(self, state_dict, prefix, strict, *problems)
+                self._note_load()
             return
         saved = {key[len(prefix) :]: state_dict[key] for key in _under(state_dict, prefix) if not is_padding(key)}
         with self._lock:
@@ -141,6 +143,11 @@ class SavedRows(TrainedRows):
             finally:
                 self.__dict__.update(_taken=None, _load_state_dict_pre_hooks=hooks)
             self._adopt()
+            self._note_load()
+
+    def _note_load(self) -> None:
+        for table in self._tables:
+            table.loaded = True
 
     def _load_others(
         self,
@@ -207,7 +214,7 @@ class SavedRows(TrainedRows):
             capacity = max(used, len(tensor) if isinstance(tensor, Tensor) and tensor.dim() else 0)
             plan.append((attribute, group, trainable, there, of_table, tensor, capacity))
         for table in self._tables:
-            _optimizer_rows.refuse_strangers(self._parameter(table), self._attached(), "load other names into a table")
+            self._refuse_strangers(table, "load other names into a table")
         made: list[Table] = []
         for attribute, group, trainable, there, of_table, tensor, capacity in plan:
             if attribute in old:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from pdrs import _optimizer_rows
-from pdrs._core import TableRows
+from pdrs._core import TableRows, zero_row
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -77,10 +77,12 @@ class Table:
         # Set when the table has changed its size: a graph from before may still bring a gradient of the old size.
         self.resized = False
         self.stashed: list[Tensor | None] = []
+        # Whether it has been loaded since optimizers were last looked for, which may have been loaded, too.
+        self.loaded = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to this very Parameter."""
-        return self.__dict__ | {"hooked": None, "handles": [], "stashed": [], "resized": False}
+        return self.__dict__ | {"hooked": None, "handles": [], "stashed": [], "resized": False, "loaded": False}
 
     # -- the hooks of the Parameter ------------------------------------------------------------------------------------
 
@@ -266,22 +268,25 @@ class Tables(Module):
         parameter = self._parameter(table)
         return Kind(tuple(parameter.shape[1:]), parameter.dtype, parameter.requires_grad, table.group)
 
-    def _number_of(self, kind: Kind) -> int | None:
-        """Return the number of the table of a kind; moves to another dtype may leave several, then the first."""
-        for number, table in enumerate(self._tables):
-            if table.group == kind.group and self._kind(table) == kind:
-                return number
-        return None
+    def _numbers(self) -> dict[Kind, int]:
+        """Return the number of the table of each kind; moves to another dtype may leave several, then the first.
 
-    def _table_for(self, kind: Kind, device: torch.device) -> int:
+        Looked up anew for each call of the user's: whoever has a table may change what it is.
+        """
+        numbers: dict[Kind, int] = {}
+        for number, table in enumerate(self._tables):
+            numbers.setdefault(self._kind(table), number)
+        return numbers
+
+    def _table_for(self, kind: Kind, device: torch.device, numbers: dict[Kind, int]) -> int:
         """Return the number of the table of a kind; make an empty one if there is none."""
-        number = self._number_of(kind)
-        if number is not None:
-            return number
+        if kind in numbers:
+            return numbers[kind]
         with torch.inference_mode(False):
             data = torch.zeros((0, *kind.shape), dtype=kind.dtype, device=device)
             parameter = Parameter(data, requires_grad=kind.trainable)
-        return self._add_table(kind.attribute(), parameter, kind.group)
+        numbers[kind] = self._add_table(kind.attribute(), parameter, kind.group)
+        return numbers[kind]
 
     def _add_table(self, attribute: str, parameter: Parameter, group: int) -> int:
         taken, wanted = 1, attribute
@@ -292,9 +297,10 @@ class Tables(Module):
         self.register_parameter(attribute, parameter)
         self._tables.append(table)
         _optimizer_rows.watch(parameter)
-        if parameter.requires_grad:
+        optimizers = self._attached()
+        if parameter.requires_grad and optimizers:
             tables = {one.attribute: self._parameter(one) for one in self._tables}
-            for optimizer in self._attached():
+            for optimizer in optimizers:
                 _optimizer_rows.join(optimizer, attribute, self._pattern(group), tables)
         return len(self._tables) - 1
 
@@ -316,6 +322,13 @@ class Tables(Module):
             self.__dict__["_optimizers"] = [ref for ref, optimizer in alive if optimizer is not None]
         return [optimizer for _, optimizer in alive if optimizer is not None]
 
+    def _refuse_strangers(self, table: Table, what: str) -> None:
+        """Raise if an optimizer that is not attached has state by row for a table."""
+        if table.loaded:
+            _optimizer_rows.look_for_optimizers()
+            table.loaded = False
+        _optimizer_rows.refuse_strangers(self._parameter(table), self._attached(), what)
+
     # -- rows ----------------------------------------------------------------------------------------------------------
 
     def _make_room(self, table: Table, count: int) -> Rows:
@@ -332,10 +345,15 @@ class Tables(Module):
         self._resize(table, capacity)
         refuse_sharded(table, parameter, "insert names")
         rows = table.rows.next(count)
-        if table.rows.reused(count):
-            _optimizer_rows.refuse_strangers(parameter, self._attached(), "give the row of a removed name to a new one")
-        self._forget(table, rows)
+        self._make_ready(table, rows)
         return rows
+
+    def _make_ready(self, table: Table, rows: Rows | int) -> None:
+        """Clear what belonged to the rows, or the one, that will be given next, or refuse it."""
+        if table.rows.reused(1 if isinstance(rows, int) else len(rows)):
+            strangers = "give the row of a removed name to a new one"
+            self._refuse_strangers(table, strangers)
+        self._forget(table, rows)
 
     def _resize(self, table: Table, capacity: int) -> None:
         """Change the capacity; all rows stay what they are, and zeros are added."""
@@ -354,7 +372,7 @@ class Tables(Module):
                 "insert names, or reserve rows for them, before the model is sharded or replicated"
             )
         what = "change the size of a table" if source is None else "move the rows of a table"
-        _optimizer_rows.refuse_strangers(parameter, self._attached(), what)
+        self._refuse_strangers(table, what)
         # A table that grows while it serves in inference mode can be trained afterwards.
         with torch.inference_mode(parameter.is_inference()), torch.no_grad():
             arranged = _Arranged(parameter, capacity, source)
@@ -383,13 +401,27 @@ class Tables(Module):
                 state[key] = value
         table.hook(parameter)
 
-    def _forget(self, table: Table, rows: Rows) -> None:
-        """Clear what belonged to rows that get new names: gradients, state of optimizers, masks."""
+    def _forget(self, table: Table, rows: Rows | int) -> None:
+        """Clear what belonged to rows, or one, that get new names: gradients, state of optimizers, masks."""
         parameter = self._parameter(table)
         states = [one for optimizer in self._attached() for one in _optimizer_rows.of_rows(optimizer, parameter)]
-        if not states and table.frozen is None and parameter.grad is None:
+        gradient = parameter.grad
+        if not states and table.frozen is None and gradient is None:
             return
-        index = torch.from_numpy(rows).to(parameter.device)
+        if isinstance(rows, int) and (gradient is None or not gradient.is_sparse):
+            # Several times faster than with a tensor of rows.
+            zeros = [state[key] for state, key, fill in states if fill == 0]
+            for state, key, fill in states:
+                if fill != 0:
+                    state[key][rows].fill_(fill)
+            if table.frozen is not None:
+                zeros.append(table.frozen)
+            if gradient is not None and not is_sharded(gradient):
+                zeros.append(gradient.detach())
+            for tensor in zero_row(zeros, rows):
+                tensor[rows].zero_()
+            return
+        index = torch.from_numpy(np.atleast_1d(rows)).to(parameter.device)
         with torch.no_grad():
             for state, key, fill in states:
                 state[key].index_fill_(0, index, fill)

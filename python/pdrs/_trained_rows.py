@@ -225,7 +225,7 @@ class TrainedRows(GatheredRows):
                 strays = [int(group) for group in np.flatnonzero(counts) if group != homes[number]]
                 moves += [(number, group) for group in strays]
                 if strays:
-                    _optimizer_rows.refuse_strangers(self._parameter(table), self._attached(), "move rows of a table")
+                    self._refuse_strangers(table, "move rows of a table")
         except BaseException:
             self.__dict__["_patterns"] = before
             raise
@@ -254,7 +254,7 @@ class TrainedRows(GatheredRows):
         home = self._tables[table_of(int(ids[there[0]]))]
         source = self._parameter(home)
         kind = Kind(tuple(source.shape[1:]), source.dtype, source.requires_grad, group)
-        number = self._table_for(kind, source.device)
+        number = self._table_for(kind, source.device, self._numbers())
         target = self._tables[number]
         rows = self._make_room(target, len(there))
         old = torch.from_numpy(row_of(ids[there])).to(source.device)

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from pdrs import parameter_dict, transfer
-from pdrs._core import IndexMap, TableRows, pop_end_row, pop_row, slab_views
+from pdrs._core import IndexMap, TableRows, pop_end_row, pop_row, set_row, slab_views
 from pdrs._gathered_rows import Handle
 from pdrs._named_rows import Initialiser, Names, as_list, id_of, row_of, table_of
 from pdrs._stacked_state import SavedRows
+from pdrs._state import is_intercepted
 from pdrs._tables import Kind, Table, whole
 from pdrs._views import KeysView as NamesView
 from pdrs.parameter_dict import MissingEntryError, ParameterDict
@@ -214,7 +215,10 @@ class StackedParameterDict(SavedRows):
         RuntimeError
             If the table has to grow, and an optimizer that is not attached has stepped on it.
         """
-        self._insert([key], [value], distinct=True)
+        with self._lock:
+            group = (self._groups_of(as_list([key])) or [0])[0] if self._patterns else 0
+            if is_intercepted() or not set_row(self, key, value, group):
+                self._insert([key], [value], distinct=True)
 
     def __delitem__(self, key: str) -> None:
         """Remove ``key``; the order of the others stays. Raises KeyError if it is not there. **O(1)**."""
@@ -418,6 +422,21 @@ class StackedParameterDict(SavedRows):
             for table, mask in masks:
                 table.frozen = mask
             self._adopt()
+        return self
+
+    def pin_memory(self) -> StackedParameterDict:
+        """Put the tables that lie on the CPU, and their gradients, into page-locked memory. **O(n)**.
+
+        It is of just the size that they take, and copies from there to a CUDA device need no staging. The tables stay
+        the same Parameters; one that grows is no longer page-locked.
+
+        Raises
+        ------
+        RuntimeError
+            If there is no CUDA device, or it cannot lock so much; then nothing has changed.
+        """
+        with self._lock:
+            transfer.pin_memory(self)
         return self
 
     def _moved_masks(self, fn: Any) -> list[tuple[Table, Tensor]]:

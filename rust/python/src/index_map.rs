@@ -159,6 +159,20 @@ impl IndexMap {
         Ok(())
     }
 
+    /// The row of a name, if it is there.
+    pub(crate) fn find(&self, name: &Bound<'_, PyString>) -> Option<i64> {
+        self.read(name.py()).map.get(&Query::from(name)).copied()
+    }
+
+    /// Gives a name a row: a new one goes to the end, one that is there keeps its place.
+    pub(crate) fn set(&self, py: Python<'_>, name: Name, row: i64) -> PyResult<()> {
+        let row = checked_row(row)?;
+        let mut locked = self.write(py);
+        locked.state.map.insert(name, row).map_err(refused)?;
+        locked.state.next_row = locked.state.next_row.max(row.saturating_add(1));
+        Ok(())
+    }
+
     /// The rows of names in their order, or the places in `names` of those that are not there.
     pub(crate) fn find_all(&self, py: Python<'_>, names: &[Name]) -> Result<Vec<i64>, Vec<usize>> {
         let mut rows = Vec::with_capacity(names.len());
@@ -321,17 +335,11 @@ impl IndexMap {
 
     fn __getitem__(&self, name: &Bound<'_, PyAny>) -> PyResult<i64> {
         let name = to_text(name)?;
-        let row = self.read(name.py()).map.get(&Query::from(&name)).copied();
-        row.ok_or_else(|| Self::missing(name))
+        self.find(&name).ok_or_else(|| Self::missing(name))
     }
 
     fn __setitem__(&self, py: Python<'_>, name: &Bound<'_, PyAny>, row: i64) -> PyResult<()> {
-        let name = Name::new(to_text(name)?);
-        let row = checked_row(row)?;
-        let mut locked = self.write(py);
-        locked.state.map.insert(name, row).map_err(refused)?;
-        locked.state.next_row = locked.state.next_row.max(row.saturating_add(1));
-        Ok(())
+        self.set(py, Name::new(to_text(name)?), row)
     }
 
     fn __delitem__(&self, name: &Bound<'_, PyAny>) -> PyResult<()> {
@@ -399,8 +407,7 @@ impl IndexMap {
         default: Option<Bound<'py, PyAny>>,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
         let name = to_text(name)?;
-        let row = self.read(py).map.get(&Query::from(&name)).copied();
-        Ok(match row {
+        Ok(match self.find(&name) {
             Some(row) => Some(row.into_pyobject(py)?.into_any()),
             None => default,
         })

@@ -49,13 +49,13 @@ mod _core {
     #[pymodule_export]
     use super::modules::{all_kept, collect_parameters, walk_modules};
     #[pymodule_export]
-    use super::row::sort_tensors;
+    use super::row::{sort_tensors, zero_row};
     #[pymodule_export]
     use super::safetensors::{SafetensorsHeader, SafetensorsStack, safetensors_header, safetensors_shards};
     #[pymodule_export]
     use super::slots::use_native_slots;
     #[pymodule_export]
-    use super::stacked::{insert_ids, missing_names, pop_end_row, pop_row, remove_names, replace_ids};
+    use super::stacked::{insert_ids, missing_names, pop_end_row, pop_row, remove_names, replace_ids, set_row};
     #[pymodule_export]
     use super::state::{load_matching, not_copied_yet, place_copies, unexpected_keys};
     #[pymodule_export]

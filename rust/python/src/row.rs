@@ -1,4 +1,5 @@
-//! Rows of tables and the tensors they come from: a copy of one row, and what many tensors have in common.
+//! Rows of tables and the tensors they come from: a copy of one row, one that is written, and what many tensors have in
+//! common.
 #![allow(unsafe_code)] // Copies between addresses.
 
 use std::collections::HashMap;
@@ -48,6 +49,130 @@ pub(crate) fn copy_row<'py>(torch: &Torch, table: &Bound<'py, PyAny>, row: u64) 
         ptr::copy_nonoverlapping(source, memory.cast::<u8>(), bytes as usize);
     }
     abi.to_python(py, &made, None).map(Some)
+}
+
+/// A tensor whose bytes can be written to a row: of torch's own classes, on the CPU, contiguous, and neither empty nor
+/// large. What else there is, is left to torch.
+pub(crate) struct RowValue<'a, 'py> {
+    tensor: &'a Bound<'py, PyAny>,
+    shape: Vec<i64>,
+    dtype: Dtype,
+    /// Of a Parameter, whether it requires gradients.
+    trainable: Option<bool>,
+}
+
+/// What a table is for a [`RowValue`].
+pub(crate) enum Fit {
+    /// It holds rows of this kind, and so many of them.
+    Rows(u64),
+    /// It holds rows of another kind.
+    Other,
+    /// It is for torch to write to it, or to tell.
+    Unusual,
+}
+
+impl<'a, 'py> RowValue<'a, 'py> {
+    /// `None` if the tensor, or whatever it is, is to be left to torch.
+    pub(crate) fn new(torch: &Torch, tensor: &'a Bound<'py, PyAny>) -> PyResult<Option<Self>> {
+        if !torch.is_plain(tensor) {
+            return Ok(None);
+        }
+        let mut dims = Vec::with_capacity(8);
+        let Ok(found) = torch.find(tensor, &mut dims)? else {
+            return Ok(None);
+        };
+        let bytes = found.numel * found.itemsize;
+        let (shape, strides) = dims.split_at(found.ndim);
+        if !found.device.is_cpu() || bytes == 0 || bytes > LARGEST || !is_contiguous(shape, strides) {
+            return Ok(None);
+        }
+        let trainable = if torch.is_parameter(tensor) { Some(torch.requires_grad(tensor)?) } else { None };
+        // Of integers there are frozen Parameters only; for anything else Python has an error.
+        if trainable != Some(false) && !found.dtype.is_differentiable() {
+            return Ok(None);
+        }
+        dims.truncate(found.ndim);
+        Ok(Some(Self { tensor, shape: dims, dtype: found.dtype, trainable }))
+    }
+
+    /// Whether it can be written to rows of a table: to that of a name that lies in it already, or to a new one. A new
+    /// name with a plain tensor is trained; an old one stays what it is.
+    pub(crate) fn fits(&self, torch: &Torch, table: &Bound<'_, PyAny>, is_new: bool) -> PyResult<Fit> {
+        if !torch.is_plain(table) {
+            return Ok(Fit::Unusual);
+        }
+        let mut dims = Vec::with_capacity(8);
+        let Ok(found) = torch.find(table, &mut dims)? else {
+            return Ok(Fit::Unusual);
+        };
+        let (shape, strides) = dims.split_at(found.ndim);
+        let Some((&capacity, row_shape)) = shape.split_first() else {
+            return Ok(Fit::Unusual);
+        };
+        if row_shape != self.shape || found.dtype != self.dtype {
+            return Ok(Fit::Other);
+        }
+        if let Some(trainable) = self.trainable.or(is_new.then_some(true))
+            && trainable != torch.requires_grad(table)?
+        {
+            return Ok(Fit::Other);
+        }
+        if !found.device.is_cpu() || !is_contiguous(shape, strides) || !torch.counts_writes(table) {
+            return Ok(Fit::Unusual);
+        }
+        Ok(Fit::Rows(capacity.cast_unsigned()))
+    }
+
+    /// Copies the values into a row of a table that [fits](Self::fits). `false`, and nothing is done, if it does not.
+    pub(crate) fn write(&self, torch: &Torch, table: &Bound<'_, PyAny>, row: u64) -> PyResult<bool> {
+        let (mut dims, mut row_dims) = (Vec::with_capacity(8), Vec::with_capacity(8));
+        let (Ok(to), Ok(from)) = (torch.find(table, &mut dims)?, torch.find(self.tensor, &mut row_dims)?) else {
+            return Ok(false);
+        };
+        let capacity = dims.first().map_or(0, |capacity| capacity.cast_unsigned());
+        let bytes = from.numel * from.itemsize;
+        if row >= capacity || to.numel * to.itemsize != capacity * bytes {
+            return Ok(false);
+        }
+        // SAFETY: both tensors are alive, on the CPU and contiguous, as was found out before; the row lies in the table
+        // and has as many bytes as the value, which may be a row of the same table. Nothing else runs meanwhile.
+        unsafe {
+            let target = (to.pointer as *mut u8).add((row * bytes) as usize);
+            ptr::copy(from.pointer as *const u8, target, bytes as usize);
+        }
+        torch.increment_version(&PyList::new(table.py(), [table])?)?;
+        Ok(true)
+    }
+}
+
+/// Sets a row of some tensors to zero, and gives the tensors that are to be left to torch.
+#[pyfunction]
+pub(crate) fn zero_row<'py>(tensors: &Bound<'py, PyList>, row: u64) -> PyResult<Bound<'py, PyList>> {
+    let py = tensors.py();
+    let torch = Torch::get(py)?;
+    let (left, zeroed) = (PyList::empty(py), PyList::empty(py));
+    let mut dims = Vec::with_capacity(8);
+    for tensor in tensors {
+        dims.clear();
+        let found = if torch.is_plain(&tensor) { torch.find(&tensor, &mut dims)?.ok() } else { None };
+        let Some(found) = found else {
+            left.append(tensor)?;
+            continue;
+        };
+        let (shape, strides) = dims.split_at(found.ndim);
+        let length = shape.first().map_or(0, |length| length.cast_unsigned());
+        let bytes = found.numel * found.itemsize / length.max(1);
+        let usual = found.device.is_cpu() && is_contiguous(shape, strides) && torch.counts_writes(&tensor);
+        if !usual || row >= length || bytes > LARGEST {
+            left.append(tensor)?;
+            continue;
+        }
+        // SAFETY: the tensor is alive, on the CPU and contiguous, and the row lies in it. Nothing else runs meanwhile.
+        unsafe { ptr::write_bytes((found.pointer as *mut u8).add((row * bytes) as usize), 0, bytes as usize) };
+        zeroed.append(tensor)?;
+    }
+    torch.increment_version(&zeroed)?;
+    Ok(left)
 }
 
 /// What the tensors of one class have in common.

@@ -10,7 +10,7 @@ use pyo3::types::{PyDict, PyList, PyString};
 
 use crate::index_map::{IndexMap, to_names};
 use crate::name::{Name, to_text};
-use crate::row::copy_row;
+use crate::row::{Fit, RowValue, copy_row};
 use crate::table_rows::TableRows;
 use crate::tensor::Torch;
 
@@ -71,6 +71,105 @@ pub(crate) fn remove_names<'py>(
     Ok(PyArray1::from_vec(py, removed.iter().map(|(_, id)| *id).collect()))
 }
 
+/// Sets an entry of a `StackedParameterDict`, whose lock is held, if nothing about it is unusual: a tensor on the CPU for
+/// a name that has a row of this kind, or for a new one and a table of this kind and `group` that has room.
+///
+/// `false`, and nothing has been set, otherwise. What belonged to a row that gets a new name is left to Python.
+#[pyfunction]
+pub(crate) fn set_row(
+    stacked: &Bound<'_, PyAny>,
+    name: &Bound<'_, PyAny>,
+    value: &Bound<'_, PyAny>,
+    group: i64,
+) -> PyResult<bool> {
+    let py = stacked.py();
+    let torch = Torch::get(py)?;
+    let Ok(name) = name.cast_exact::<PyString>() else {
+        return Ok(false);
+    };
+    let Some(value) = RowValue::new(torch, value)? else {
+        return Ok(false);
+    };
+    if name.is_empty()? {
+        return Ok(false);
+    }
+    let state = state_of(stacked)?;
+    let index = of_state(&state, intern!(py, "_index"))?.cast_into::<IndexMap>()?;
+    let set = match index.get().find(name) {
+        Some(id) => replace_row(&state, id, &value, group)?,
+        None => insert_row(stacked, &state, index.get(), name, &value, group)?,
+    };
+    if set {
+        count(&state, intern!(py, "_inserts"))?;
+    }
+    Ok(set)
+}
+
+fn replace_row(state: &Bound<'_, PyDict>, id: i64, value: &RowValue<'_, '_>, group: i64) -> PyResult<bool> {
+    let torch = Torch::get(state.py())?;
+    let (number, row) = place(id);
+    let table = of_state(state, intern!(state.py(), "_tables"))?.cast::<PyList>()?.get_item(number)?;
+    match parameter_of(state, &table)? {
+        Some(parameter) if is_of_group(&table, group)? => {
+            let fits = matches!(value.fits(torch, &parameter, false)?, Fit::Rows(_));
+            Ok(fits && value.write(torch, &parameter, row)?)
+        }
+        _ => Ok(false),
+    }
+}
+
+fn insert_row(
+    stacked: &Bound<'_, PyAny>,
+    state: &Bound<'_, PyDict>,
+    index: &IndexMap,
+    name: &Bound<'_, PyString>,
+    value: &RowValue<'_, '_>,
+    group: i64,
+) -> PyResult<bool> {
+    let py = state.py();
+    let torch = Torch::get(py)?;
+    let tables = of_state(state, intern!(py, "_tables"))?.cast_into::<PyList>()?;
+    for (number, table) in tables.iter().enumerate() {
+        if !is_of_group(&table, group)? {
+            continue;
+        }
+        let Some(parameter) = parameter_of(state, &table)? else {
+            return Ok(false);
+        };
+        let capacity = match value.fits(torch, &parameter, true)? {
+            Fit::Rows(capacity) => capacity,
+            Fit::Other => continue,
+            Fit::Unusual => return Ok(false),
+        };
+        let rows = table.getattr(intern!(py, "rows"))?.cast_into::<TableRows>()?;
+        let Some((row, is_reused)) = rows.get().peek(py, capacity) else {
+            return Ok(false);
+        };
+        let is_bare = !is_reused
+            && of_state(state, intern!(py, "_optimizers"))?.is_empty()?
+            && table.getattr(intern!(py, "frozen"))?.is_none()
+            && torch.gradient(&parameter)?.is_none();
+        if !is_bare {
+            stacked.call_method1(intern!(py, "_make_ready"), (&table, row))?;
+            // Another thread may have changed the table meanwhile.
+            if !matches!(value.fits(torch, &parameter, true)?, Fit::Rows(_)) {
+                return Ok(false);
+            }
+        }
+        if !value.write(torch, &parameter, row)? {
+            return Ok(false);
+        }
+        index.set(py, Name::new(name.clone()), ((number as u64) << ROW_BITS | row).cast_signed())?;
+        rows.get().take(py, 1);
+        return Ok(true);
+    }
+    Ok(false)
+}
+
+fn is_of_group(table: &Bound<'_, PyAny>, group: i64) -> PyResult<bool> {
+    Ok(table.getattr(intern!(table.py(), "group"))?.extract::<i64>()? == group)
+}
+
 /// Removes a name of a `StackedParameterDict`, takes its row back, and gives a copy of it; `None` if it is not there.
 #[pyfunction]
 pub(crate) fn pop_row<'py>(
@@ -108,16 +207,12 @@ pub(crate) fn pop_end_row<'py>(
 /// again), and the gradient of the row, if the table has one.
 fn take_row<'py>(stacked: &Bound<'py, PyAny>, state: &Bound<'py, PyDict>, id: i64) -> PyResult<Bound<'py, PyAny>> {
     let py = state.py();
-    let id = id.cast_unsigned();
-    let (number, row) = ((id >> ROW_BITS) as usize, id & ((1 << ROW_BITS) - 1));
+    let (number, row) = place(id);
     let table = of_state(state, intern!(py, "_tables"))?.cast::<PyList>()?.get_item(number)?;
     table.getattr(intern!(py, "rows"))?.cast::<TableRows>()?.get().give_back(py, row);
-    let moves = intern!(py, "_moves");
-    state.set_item(moves, of_state(state, moves)?.extract::<u64>()? + 1)?;
-    let parameters = of_state(state, intern!(py, "_parameters"))?;
-    let parameter = parameters.cast::<PyDict>()?.get_item(table.getattr(intern!(py, "attribute"))?)?;
+    count(state, intern!(py, "_moves"))?;
     let torch = Torch::get(py)?;
-    let copied = match &parameter {
+    let copied = match &parameter_of(state, &table)? {
         Some(parameter) if torch.is_plain(parameter) => {
             let copied = copy_row(torch, parameter, row)?;
             if let Some(copied) = &copied
@@ -130,6 +225,23 @@ fn take_row<'py>(stacked: &Bound<'py, PyAny>, state: &Bound<'py, PyDict>, id: i6
         _ => None,
     };
     stacked.call_method1(intern!(py, "_popped"), (copied, table, row))
+}
+
+/// The number of the table and the row that an id names.
+fn place(id: i64) -> (usize, u64) {
+    let id = id.cast_unsigned();
+    ((id >> ROW_BITS) as usize, id & ((1 << ROW_BITS) - 1))
+}
+
+/// Adds one to a number that counts changes.
+fn count(state: &Bound<'_, PyDict>, what: &Bound<'_, PyString>) -> PyResult<()> {
+    state.set_item(what, of_state(state, what)?.extract::<u64>()? + 1)
+}
+
+/// The Parameter of a table; `None` if something else has taken its place.
+fn parameter_of<'py>(state: &Bound<'py, PyDict>, table: &Bound<'py, PyAny>) -> PyResult<Option<Bound<'py, PyAny>>> {
+    let parameters = of_state(state, intern!(state.py(), "_parameters"))?;
+    parameters.cast::<PyDict>()?.get_item(table.getattr(intern!(state.py(), "attribute"))?)
 }
 
 fn state_of<'py>(stacked: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyDict>> {

@@ -19,6 +19,13 @@ impl TableRows {
     fn lock(&self, py: Python<'_>) -> MutexGuard<'_, Rows> {
         self.rows.lock_py_attached(py).unwrap_or_else(std::sync::PoisonError::into_inner)
     }
+
+    /// The row that the next name gets, and whether another one had it; `None` if the table must grow before.
+    pub(crate) fn peek(&self, py: Python<'_>, capacity: u64) -> Option<(u64, bool)> {
+        let rows = self.lock(py);
+        let row = rows.next(1).next()?;
+        (row < capacity).then(|| (row, rows.reused(1) == 1))
+    }
 }
 
 fn to_array(py: Python<'_>, rows: impl Iterator<Item = u64>) -> Bound<'_, PyArray1<i64>> {
@@ -66,7 +73,7 @@ impl TableRows {
         self.lock(py).reused(count)
     }
 
-    fn take(&self, py: Python<'_>, count: u64) {
+    pub(crate) fn take(&self, py: Python<'_>, count: u64) {
         self.lock(py).take(count);
     }
 

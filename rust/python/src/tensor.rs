@@ -170,6 +170,11 @@ impl Torch {
         self.requires_grad.set(tensor, &PyBool::new(tensor.py(), true))
     }
 
+    /// Whether torch counts what is written to a tensor: not of one from inference mode, which it guards otherwise.
+    pub(crate) fn counts_writes(&self, tensor: &Bound<'_, PyAny>) -> bool {
+        self.version.get(tensor).is_ok()
+    }
+
     /// Tells autograd that the values of tensors change, or are about to.
     pub(crate) fn increment_version(&self, tensors: &Bound<'_, PyList>) -> PyResult<()> {
         self.increment_version.bind(tensors.py()).call1((tensors,)).map(drop)
@@ -188,7 +193,7 @@ impl Torch {
         tensor: &Bound<'_, PyAny>,
         trainable: bool,
     ) -> PyResult<std::result::Result<(), &'static str>> {
-        if self.version.get(tensor).is_err() {
+        if !self.counts_writes(tensor) {
             return Ok(Err("was made in inference mode, and its data cannot be replaced"));
         }
         if !trainable && self.requires_grad(tensor)? {

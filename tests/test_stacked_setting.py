@@ -1,0 +1,197 @@
+"""One entry that is set: the short way, natively, beside the long one that takes whatever there is.
+
+The bugs that this hunts: a value that the short way takes and the long one would refuse, or put elsewhere; what
+belonged to a row before and is not cleared; a write that torch, or whoever listens to it, does not notice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pdrs
+from pdrs import stacked
+
+SD = pdrs.StackedParameterDict
+
+
+@pytest.fixture
+def ways(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Note each time whether the short way was taken."""
+    taken: list[bool] = []
+    short = stacked.set_row
+
+    def watched(*arguments: Any) -> bool:
+        taken.append(short(*arguments))
+        return taken[-1]
+
+    monkeypatch.setattr(stacked, "set_row", watched)
+    return taken
+
+
+def dictionary() -> pdrs.StackedParameterDict:
+    sd = SD(zip("abcd", torch.arange(8.0).view(4, 2), strict=True))
+    sd["count"] = nn.Parameter(torch.arange(2), requires_grad=False)
+    sd["fixed"] = nn.Parameter(torch.ones(2), requires_grad=False)
+    sd["matrix"] = torch.eye(2)
+    sd["complex"] = torch.ones(2, dtype=torch.complex64)
+    sd["large"] = torch.zeros(20_000)
+    sd["empty"] = torch.zeros(0)
+    for shape, dtype in (((2,), torch.float32), ((2, 2), torch.float32), ((20_000,), torch.float32)):
+        sd.reserve(3, shape=shape, dtype=dtype)
+    del sd["c"]
+    return sd
+
+
+def found(sd: pdrs.StackedParameterDict) -> Any:
+    entries = [(name, row.tolist(), sd._index[name]) for name, row in sd.items()]
+    return entries, [(name, table.shape, table.requires_grad) for name, table in sd.named_parameters()]
+
+
+VALUES: dict[str, Callable[[pdrs.StackedParameterDict], Any]] = {
+    "plain": lambda _: torch.full((2,), 9.0),
+    "trained": lambda _: torch.full((2,), 9.0, requires_grad=True) * 2,
+    "parameter": lambda _: nn.Parameter(torch.full((2,), 9.0)),
+    "frozen": lambda _: nn.Parameter(torch.full((2,), 9.0), requires_grad=False),
+    "own row": lambda sd: sd["a"],
+    "another row": lambda sd: sd["b"],
+    "matrix": lambda _: torch.full((2, 2), 9.0),
+    "transposed": lambda _: torch.arange(4.0).view(2, 2).t(),
+    "every second": lambda _: torch.arange(4.0)[::2],
+    "expanded": lambda _: torch.tensor(7.0).expand(2),
+    "other dtype": lambda _: torch.ones(2, dtype=torch.float64),
+    "half": lambda _: torch.ones(2, dtype=torch.float16),
+    "of the same size": lambda _: torch.ones(2, dtype=torch.int32),
+    "integers": lambda _: torch.ones(2, dtype=torch.int64),
+    "fixed integers": lambda _: nn.Parameter(torch.ones(2, dtype=torch.int64), requires_grad=False),
+    "conjugate": lambda _: torch.tensor([1 + 2j, 3j], dtype=torch.complex64).conj(),
+    "large": lambda _: torch.ones(20_000),
+    "empty": lambda _: torch.ones(0),
+    "meta": lambda _: torch.zeros(2, device="meta"),
+    "sparse": lambda _: torch.eye(2).to_sparse(),
+    "number": lambda _: 5.0,
+    "from inference mode": lambda _: torch.inference_mode()(torch.ones)(2),
+}
+
+
+@pytest.mark.parametrize("key", ["a", "count", "fixed", "matrix", "complex", "large", "empty", "new", "", 5])
+@pytest.mark.parametrize("kind", VALUES)
+def test_both_ways_do_the_same(key: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for short in (stacked.set_row, lambda *_: False):
+        monkeypatch.setattr(stacked, "set_row", short)
+        sd = dictionary()
+        try:
+            sd[key] = VALUES[kind](sd)
+            error = ""
+        except (TypeError, ValueError, KeyError, RuntimeError) as raised:
+            error = repr(raised)
+        results.append((error, found(sd)))
+        sd["next"] = torch.zeros(2)
+        results[-1] += (found(sd),)
+    assert results[0] == results[1]
+
+
+def test_plain_tensors_for_rows_that_are_there_take_the_short_way(ways: list[bool]) -> None:
+    sd = dictionary()
+    ways.clear()
+    sd["a"] = torch.zeros(2)  # old
+    sd["new"] = torch.zeros(2)  # a row that was another's
+    sd["newer"] = nn.Parameter(torch.zeros(2))  # a row that was nobody's
+    assert ways == [True] * 3
+    for at in range(3):
+        sd[f"more {at}"] = torch.zeros(2)
+    assert ways == [True] * 5 + [False]  # the table is full, and must grow
+
+
+@pytest.mark.parametrize("kind", ["Adam", "Adagrad"])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_row_that_gets_a_new_name_has_nothing_of_the_old_one(kind: str, sparse: bool, ways: list[bool]) -> None:
+    sd = SD(zip("abc", torch.ones(3, 2), strict=True))
+    options = {"initial_accumulator_value": 0.5} if kind == "Adagrad" else {}
+    optimizer = getattr(torch.optim, kind)(sd.parameters(), **options)
+    sd.attach(optimizer)
+    sd.gather(["a", "b"]).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    sd.gather(["a", "b"], sparse=sparse).sum().backward()
+    sd.freeze(["c"])
+    (row,) = sd.rows(["b"]).tolist()
+    before = {key: value[0].tolist() for key, value in optimizer.state[sd.table((2,))].items() if value.dim()}
+    for name in ("c", "b"):
+        del sd[name]
+    gradient = sd.table((2,)).grad
+    assert gradient is not None
+    gradient = gradient.to_dense() if sparse else gradient
+    if not sparse:
+        gradient.fill_(3)  # what a sum over the whole table leaves in rows that are nobody's
+    ways.clear()
+    sd["new"] = torch.zeros(2)
+    sd["newer"] = torch.zeros(2)
+    assert ways == [True, True]
+    assert sd.rows(["new"]).tolist() == [row]
+    grads = {name: one.tolist() for name, one in sd.named_grads()}
+    assert grads["a"] == ([1, 1] if sparse else [3, 3])
+    assert grads.get("new", [0, 0]) == [0, 0]
+    begin = 0.5 if kind == "Adagrad" else 0.0
+    for key, value in optimizer.state[sd.table((2,))].items():
+        if value.dim():
+            assert value[sd.rows(["new", "newer"])].tolist() == [[begin] * 2] * 2
+            assert value[0].tolist() == before[key]
+    assert sd._tables[0].frozen is not None
+    assert not sd._tables[0].frozen.any()
+
+
+@pytest.mark.parametrize("key", ["a", "new"])
+def test_torch_knows_of_the_write(key: str, ways: list[bool]) -> None:
+    sd = dictionary()
+    ways.clear()
+    loss = sd["b"].pow(2).sum()
+    sd[key] = torch.zeros(2)
+    assert ways == [True]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_whoever_listens_to_operations_hears_of_the_write(ways: list[bool]) -> None:
+    heard: list[str] = []
+
+    class Listener(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            heard.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    sd = dictionary()
+    ways.clear()
+    with Listener():
+        sd["a"] = torch.zeros(2)
+    assert "aten.copy_.default" in heard
+    assert ways == []
+
+
+def test_names_go_to_the_table_of_their_group(ways: list[bool]) -> None:
+    sd = SD({"0.weight": torch.ones(2), "0.bias": torch.ones(2)})
+    sd.optimizer_groups(by={"bias$": {"lr": 1.0}})
+    sd.reserve(4, shape=(2,))
+    sd["1.bias"] = torch.ones(2)
+    ways.clear()
+    sd["1.weight"] = torch.ones(2)
+    sd["0.bias"] = torch.zeros(2)
+    sd["2.bias"] = torch.zeros(2)
+    assert ways == [True] * 3
+    assert [sd._tables[sd._index[name] >> 40].group for name in sd] == [int("bias" in name) for name in sd]
+    with pytest.raises(TypeError, match="names must be str"):
+        sd[5] = torch.ones(2)  # type: ignore[index]
+
+
+def test_a_table_from_inference_mode_is_left_to_torch(ways: list[bool]) -> None:
+    with torch.inference_mode():
+        sd = SD.from_rows(["a", "b"], torch.zeros(2, 2), trainable=False)
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
+        sd["a"] = torch.ones(2)
+    assert ways == [False]
