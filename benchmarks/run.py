@@ -1,7 +1,7 @@
 """Measure pdrs beside torch, dict and OrderedDict, and write tables, pictures and the README's short tables.
 
-``python benchmarks/run.py`` takes some minutes. Only a run of everything at the usual sizes replaces what is in
-``benchmarks/results`` and in the README; any other run prints its tables, and writes them if told where.
+``python benchmarks/run.py`` takes most of an hour. A suite that is measured whole, at the usual sizes, replaces its part
+of ``benchmarks/results`` and of the README; any other run prints its tables, and writes them if told where.
 """
 
 from __future__ import annotations
@@ -43,19 +43,29 @@ def main(arguments: list[str]) -> None:
     """Do what the command line asks for."""
     options = _parse(arguments)
     if options.report:
-        _publish(Results.load(RESULTS / "results.json"))
+        for suite in SUITES:
+            _publish(Results.load(RESULTS / f"{suite.name}.json"), suite)
         return
-    results = _measure(options)
-    complete = options.sizes == SIZES and not options.only and not options.suite
+    complete = options.sizes == SIZES and not options.only
+    measured = False
+    # The collector would run at any time, in whosever turn it was.
+    gc.disable()
     for suite in SUITES:
-        if results.has(suite):
-            print(report(results, suite))
-            if verdicts(results, suite):
-                print(summary(results, suite), end="\n\n")
-    if options.output:
-        _write(results, options.output)
-    elif complete:
-        _publish(results)
+        if options.suite not in (None, suite.name):
+            continue
+        results = _measure(suite, options)
+        if not results.measurements:
+            continue
+        measured = True
+        print(report(results, suite))
+        if verdicts(results, suite):
+            print(summary(results, suite), end="\n\n")
+        if options.output:
+            _write(results, suite, options.output)
+        elif complete:
+            _publish(results, suite)
+    if not measured:
+        raise SystemExit(f"no case matches {options.only!r}")
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -85,18 +95,11 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _measure(options: argparse.Namespace) -> Results:
+def _measure(suite: Suite[Any], options: argparse.Namespace) -> Results:
     pattern = re.compile(options.only, re.IGNORECASE)
     measured: list[Measurement] = []
-    # The collector would run at any time, in whosever turn it was.
-    gc.disable()
-    for suite in SUITES:
-        if options.suite not in (None, suite.name):
-            continue
-        for of_case in measure(suite, options.sizes, options.repeats, pattern):
-            measured += of_case
-    if not measured:
-        raise SystemExit(f"no case matches {options.only!r}")
+    for of_case in measure(suite, options.sizes, options.repeats, pattern):
+        measured += of_case
     return Results(describe(_command(options)), options.sizes, tuple(measured))
 
 
@@ -117,22 +120,19 @@ def _command(options: argparse.Namespace) -> str:
     return " ".join(words)
 
 
-def _write(results: Results, folder: Path) -> None:
+def _write(results: Results, suite: Suite[Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    results.save(folder / "results.json")
-    for suite in SUITES:
-        if results.has(suite):
-            (folder / f"{suite.name}.md").write_text(report(results, suite), encoding="utf-8")
-            if suite.name in plot.PICTURES:
-                plot.draw(results, suite, folder / f"{suite.name}.png")
+    results.save(folder / f"{suite.name}.json")
+    (folder / f"{suite.name}.md").write_text(report(results, suite), encoding="utf-8")
+    if suite.name in plot.PICTURES:
+        plot.draw(results, suite, folder / f"{suite.name}.png")
 
 
-def _publish(results: Results) -> None:
-    _write(results, RESULTS)
-    for suite in SUITES:
-        marker = suite.readme_marker
-        if marker and not write_readme(README, marker, readme_block(results, suite)):
-            print(f"{README.name} has no place for the short table of {suite.title}")
+def _publish(results: Results, suite: Suite[Any]) -> None:
+    _write(results, suite, RESULTS)
+    marker = suite.readme_marker
+    if marker and not write_readme(README, marker, readme_block(results, suite)):
+        print(f"{README.name} has no place for the short table of {suite.title}")
 
 
 if __name__ == "__main__":
