@@ -182,6 +182,43 @@ def test_an_optimizer_that_had_the_tensor_before_it_became_a_table_is_noticed() 
         sd["new"] = torch.zeros(3)
 
 
+def test_state_is_carried_where_rows_change_places_and_the_table_keeps_its_size() -> None:
+    sd = SD.from_rows(["a", "b", "c"], torch.zeros(3, 2))
+    optimizer = torch.optim.Adam(sd.parameters())
+    sd.attach(optimizer)
+    (sd.gather(["a", "b", "c"]) * torch.tensor([[1.0], [2.0], [3.0]])).sum().backward()
+    optimizer.step()
+    moments = optimizer.state[sd.table((2,))]["exp_avg"]
+    before = {name: moments[at].tolist() for at, name in enumerate("abc")}
+    del sd["a"]
+    sd["d"] = torch.zeros(2)  # the row of a
+    sd.compact()
+    moments = optimizer.state[sd.table((2,))]["exp_avg"]
+    assert sd.rows(["b", "c", "d"]).tolist() == [0, 1, 2]
+    assert moments.tolist() == [before["b"], before["c"], [0, 0]]
+
+
+@pytest.mark.parametrize("remove", [SD.pop, SD.__delitem__, lambda sd, name: sd.drop([name])])
+@pytest.mark.parametrize("insert", ["one", "many"])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_reused_row_has_no_gradient_of_its_old_name(remove: Callable[..., Any], insert: str, sparse: bool) -> None:
+    sd = SD.from_rows(["a", "b", "c"], torch.zeros(3, 2))
+    sd.gather(["a", "b", "b"], sparse=sparse).sum().backward()
+    remove(sd, "b")
+    gradient = sd.table((2,)).grad
+    assert gradient is not None
+    assert gradient.to_dense().tolist() == [[1, 1], [0, 0], [0, 0]]
+    late = sd.gather(["a"], sparse=sparse).sum() + sd.table((2,))[1].sum()  # a row that is nobody's
+    late.backward()
+    sd.update([("new", torch.zeros(2))] if insert == "many" else {})
+    if insert == "one":
+        sd["new"] = torch.zeros(2)
+    assert sd.rows(["new"]).tolist() == [1]
+    gradient = sd.table((2,)).grad
+    assert gradient is not None
+    assert gradient.to_dense().tolist() == [[2, 2], [0, 0], [0, 0]]
+
+
 @pytest.mark.parametrize("layout", ["state_dict", "named_state_dict"])
 @pytest.mark.parametrize("nested", [False, True])
 def test_an_optimizer_that_was_loaded_and_has_not_stepped_is_noticed(layout: str, nested: bool) -> None:

@@ -3,8 +3,8 @@
 torch's optimizers keep, for each parameter, tensors of its shape (the moments of Adam) or with one number a row, and
 numbers for the whole of it (the count of steps). When rows of a table are moved or get other names, the first must
 follow. Optimizers that are *attached* are followed. Others are noticed when they step, by a hook that torch calls
-behind every step of every optimizer, or are looked for once when a dictionary that was loaded changes, and it is refused
-to do what would leave them with the state of other rows.
+behind every step of every optimizer, or are looked for once when a dictionary that was loaded changes, and it is
+refused to do what would leave them with the state of other rows.
 """
 
 from __future__ import annotations
