@@ -1,7 +1,7 @@
 """Measure pdrs beside torch, dict and OrderedDict, and write tables, pictures and the README's short tables.
 
-``python benchmarks/run.py`` takes most of an hour. A suite that is measured whole, at the usual sizes, replaces its part
-of ``benchmarks/results`` and of the README; any other run prints its tables, and writes them if told where.
+``python benchmarks/run.py`` takes most of an hour. A suite that is measured whole, at the usual sizes, replaces its
+part of ``benchmarks/results`` and of the README; any other run prints its tables, and writes them if told where.
 """
 
 from __future__ import annotations
