@@ -65,17 +65,9 @@ def draw(curve: list[Point], others: list[Point], majority: float, title: str, p
                 fontweight="bold",
             )
     for point, colour in zip(others, OTHERS, strict=False):
-        axes.plot([point.names], [point.accuracy], "D", color=colour, markersize=9, zorder=5)
-        axes.annotate(
-            f"{point.label}\n{point.names:,} names, {point.accuracy:.1%}",
-            (point.names, point.accuracy),
-            xytext=(0, -9),
-            textcoords="offset points",
-            ha="center",
-            va="top",
-            color=colour,
-            fontweight="bold",
-        )
+        label = f"{point.label}: {point.names:,} names, {point.accuracy:.1%}"
+        axes.plot([point.names], [point.accuracy], "D", color=colour, markersize=9, linewidth=0, zorder=5, label=label)
+    axes.legend(loc="center right", frameon=False)
     axes.set_xscale("log")
     axes.set_ylim(0, max(accuracies + [point.accuracy for point in others]) * 1.18)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:,.0f}"))
