@@ -98,7 +98,7 @@ class Reader:
 
 
 def _unpack(data: bytes) -> tuple[list[dict], list[str], list[tuple[str, int]]]:
-    assert data[:8] == b"pdrs\0\0\0\2"
+    assert data[:8] == b"pdrs\0\0\0\1"
     names, ids, tables, patterns, dims, labels = struct.unpack_from("<6Q", data, 8)
     at = 56
     records = [struct.unpack_from("<7Q", data, at + 56 * n) for n in range(tables)]
@@ -153,7 +153,7 @@ def _apply(old: bytes, delta: bytes) -> bytes:
     texts = [name.encode("utf-8", "surrogatepass") for name, _ in entries]
     listed = b"" if plain else struct.pack(f"<{len(entries)}Q", *(id_ for _, id_ in entries))
     lengths = struct.pack(f"<{len(texts)}I", *map(len, texts))
-    return b"pdrs\0\0\0\2" + counts + head + listed + lengths + bytes(-len(lengths) % 8) + b"".join(texts)
+    return b"pdrs\0\0\0\1" + counts + head + listed + lengths + bytes(-len(lengths) % 8) + b"".join(texts)
 
 
 @pytest.fixture

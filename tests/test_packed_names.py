@@ -1,13 +1,13 @@
-"""The names of a StackedParameterDict as bytes: what a state dict holds, of this version and of the one before.
+"""The names of a StackedParameterDict as bytes: what a state dict holds.
 
-The bugs that this hunts: a state dict saved by the first version that is no longer read; a header whose fields come
+The bugs that this hunts: names that are written as docs/archive.md says, and are not read; a header whose fields come
 back as others; damaged names that load as other names, change the dictionary that refuses them, or ask for memory
 without bounds.
 """
 
 from __future__ import annotations
 
-import json
+import struct
 
 import numpy as np
 import pytest
@@ -20,30 +20,30 @@ from pdrs._packed_names import Header, Slab, TableHeader, bytes_of, is_packed, p
 NAMES = ["b\ud800é😀", "a", "d", "\ud83d\ude00", "日本"]
 
 
-def _first_version(names: list[str], ids: list[int] | None, tables: list[list[object]]) -> torch.Tensor:
-    header = json.dumps({"names": len(names), "ids": ids is not None, "tables": tables, "patterns": []}).encode()
-    header += b" " * (-len(header) % 8)
+def _written(names: list[str], ids: list[int] | None, tables: list[tuple[str, int, int, int]]) -> torch.Tensor:
+    """Write names as docs/archive.md says, whatever they are; tables are attribute, group, flags and rows used."""
+    labels = b"".join(attribute.encode() for attribute, *_ in tables)
+    counts = [len(names), len(ids or []), len(tables), 0, 0, len(labels)]
+    records = [struct.pack("<7Q", len(attribute.encode()), *rest, 0, 0, 0) for attribute, *rest in tables]
     texts = [name.encode("utf-8", "surrogatepass") for name in names]
-    parts = [b"pdrs\0\0\0\1", len(header).to_bytes(8, "little"), header]
-    parts.append(np.array(ids if ids is not None else [], "<i8").tobytes())
-    lengths = np.array([len(text) for text in texts], "<u4").tobytes()
-    parts += [lengths, b"\0" * (-len(lengths) % 8), *texts]
+    lengths = struct.pack(f"<{len(texts)}I", *map(len, texts))
+    parts = [b"pdrs\0\0\0\1", struct.pack("<6Q", *counts), *records, labels, bytes(-len(labels) % 8)]
+    parts += [np.array(ids or [], "<i8").tobytes(), lengths, bytes(-len(lengths) % 8), *texts]
     return torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8)
 
 
-def test_what_the_first_version_saved_still_loads() -> None:
-    state = {
-        "float32_2": torch.arange(6.0).view(3, 2),
-        "float32_3": torch.ones(1, 3),
-        "_extra_state": _first_version(
-            NAMES[:3], [1, 1 << 40, 2], [["float32_2", 0, True, 3], ["float32_3", 0, True, 1]]
-        ),
-    }
+def test_what_is_written_from_the_document_loads() -> None:
+    tables = [("float32_2", 0, 1, 3), ("float32_3", 0, 0, 1)]
+    packed = _written(NAMES[:3], [1, 1 << 40, 2], tables)
+    headers = TableHeader("float32_2", 0, True, 3), TableHeader("float32_3", 0, False, 1)
+    assert torch.equal(packed, pack(IndexMap(zip(NAMES, [1, 1 << 40, 2], strict=False)), Header(headers)))
     sd = pdrs.StackedParameterDict()
-    sd.load_state_dict(state)
+    sd.load_state_dict(
+        {"float32_2": torch.arange(6.0).view(3, 2), "float32_3": torch.ones(1, 3), "_extra_state": packed}
+    )
     assert list(sd) == NAMES[:3]
     assert [sd[name].tolist() for name in sd] == [[2.0, 3.0], [1.0, 1.0, 1.0], [4.0, 5.0]]
-    plain = _first_version(["x", "y"], None, [["float32_2", 0, True, 2]])
+    plain = _written(["x", "y"], None, [("float32_2", 0, 1, 2)])
     assert dict(unpack(plain)[0]) == {"x": 0, "y": 1}
 
 
@@ -94,23 +94,43 @@ def test_names_that_contradict_themselves_change_nothing(
     names: list[str], ids: list[int], used: int, message: str
 ) -> None:
     sd = pdrs.StackedParameterDict({"old": torch.ones(2)})
-    packed = _first_version(names, ids, [["float32_2", 0, True, used]])
+    packed = _written(names, ids, [("float32_2", 0, 1, used)])
     with pytest.raises(RuntimeError, match=message):
         sd.load_state_dict({"float32_2": torch.zeros(2, 2), "_extra_state": packed})
     assert {name: row.tolist() for name, row in sd.items()} == {"old": [1.0, 1.0]}
 
 
-def test_a_later_version_and_a_broken_header_are_refused() -> None:
-    packed = pack(IndexMap.from_names(["x"]), Header((TableHeader("a", 0, True, 1),)))
-    later = packed.clone()
-    later[7] = 3
-    with pytest.raises(ValueError, match="later version"):
-        unpack(later)
-    for text in (b"[]", b"{}", b'{"names": -1, "ids": false, "tables": [], "patterns": []}', b"[" * 100_000):
-        header = text + b" " * (-len(text) % 8)
-        data = b"pdrs\0\0\0\1" + len(header).to_bytes(8, "little") + header
-        with pytest.raises(ValueError, match="header cannot be read"):
-            unpack(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+@pytest.mark.parametrize(
+    ("at", "value", "message"),
+    [
+        (16, 2, "there are not as many ids as names"),
+        (24, 1 << 60, "they end where"),
+        (56, 9, "they end where"),
+        (56, 0, "what is told of a table"),
+        (72, 4, "what is told of a table"),
+        (80, (1 << 40) + 1, "what is told of a table"),
+        (96, 1, "what is told of a table"),
+        (112, 0x161, "what should be zero"),
+    ],
+    ids=["ids", "tables", "label too long", "label too short", "flags", "rows used", "offset without slab", "padding"],
+)
+def test_a_broken_header_is_refused(at: int, value: int, message: str) -> None:
+    packed = _written(["x"], None, [("a", 0, 1, 1)])
+    assert dict(unpack(packed)[0]) == {"x": 0}
+    packed[at : at + 8] = torch.tensor(list(value.to_bytes(8, "little")), dtype=torch.uint8)
+    with pytest.raises(ValueError, match=rf"damaged at byte \d+: {message}"):
+        unpack(packed)
+
+
+def test_another_version_is_refused() -> None:
+    packed = _written(["x"], None, [("a", 0, 1, 1)])
+    for version, message in [
+        (2, r"later version of pdrs \(layout 2, this one reads 1\)"),
+        (0, "a version that is known"),
+    ]:
+        packed[7] = version
+        with pytest.raises(ValueError, match=message):
+            unpack(packed)
 
 
 def test_a_delta_of_names_gives_the_new_names() -> None:

@@ -53,7 +53,6 @@ __all__ = [
     "sort_tensors",
     "take_over",
     "unexpected_keys",
-    "unpack_first_version",
     "unpack_names",
     "unzip",
     "use_native_slots",
@@ -659,9 +658,6 @@ def diff_names(old: NDArray[np.uint8], new: NDArray[np.uint8]) -> NDArray[np.uin
 def pack_names(
     index: IndexMap, tables: Sequence[_TableTuple], patterns: Sequence[str], ids: NDArray[np.int64] | None = None
 ) -> NDArray[np.uint8]: ...
-def unpack_first_version(
-    packed: NDArray[np.uint8], start: int, names: int, has_ids: bool, used: list[int]
-) -> tuple[IndexMap, NDArray[np.int64]]: ...
 def unpack_names(
     packed: NDArray[np.uint8], prefix: str | None = None
 ) -> tuple[IndexMap, NDArray[np.int64], list[_TableTuple], list[str]]: ...

@@ -1,12 +1,10 @@
 """The names of a StackedParameterDict as one tensor of bytes, as it stands in a state dict and in an archive.
 
-The layout is described, written and checked in ``rust/core/src/archive.rs``. Its first version had a header in JSON,
-which is read here; what follows that is the same.
+The layout is described, written and checked in ``rust/core/src/archive.rs``.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
@@ -16,12 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pdrs._core import IndexMap, pack_names, unpack_first_version, unpack_names
+from pdrs._core import IndexMap, pack_names, unpack_names
 
 __all__ = ["Header", "Slab", "TableHeader", "bytes_of", "is_packed", "pack", "same_bytes", "table_in_slab", "unpack"]
 
 _MAGIC = b"pdrs\x00\x00\x00"
-_FIRST, _CURRENT = 1, 2
+_VERSION = 1
 
 
 class Slab(NamedTuple):
@@ -123,10 +121,10 @@ def unpack(packed: Tensor, prefix: str | None = None) -> tuple[IndexMap, NDArray
     """
     data = bytes_of(packed)
     version = int(data[7]) if len(data) > 7 else 0
-    if version > _CURRENT:
-        raise ValueError(f"the names were packed by a later version of pdrs (layout {version}, this one reads 2)")
-    if version == _FIRST:
-        return _unpack_first(data)
+    if version > _VERSION:
+        raise ValueError(
+            f"the names were packed by a later version of pdrs (layout {version}, this one reads {_VERSION})"
+        )
     index, ids, tables, patterns = unpack_names(data, prefix)
     headers = (TableHeader(*table[:4], None if table[4] is None else Slab(*table[4])) for table in tables)
     return index, ids, Header(tuple(headers), tuple(patterns))
@@ -154,20 +152,3 @@ def bytes_of(packed: Tensor) -> NDArray[np.uint8]:
     """Return the bytes of a tensor, without a copy if it lies on the CPU in one piece."""
     array: NDArray[np.uint8] = packed.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return array
-
-
-def _unpack_first(data: NDArray[np.uint8]) -> tuple[IndexMap, NDArray[np.int64], Header]:
-    start = 16 + int.from_bytes(data[8:16].tobytes(), "little")
-    try:
-        fields = json.loads(data[16:start].tobytes())
-        tables = tuple(
-            TableHeader(str(name), int(group), bool(flag), int(used)) for name, group, flag, used in fields["tables"]
-        )
-        header = Header(tables, tuple(map(str, fields["patterns"])))
-        count, has_ids, used = int(fields["names"]), bool(fields["ids"]), [table.used for table in tables]
-        if start % 8 or count < 0 or not all(0 <= rows <= 1 << 40 for rows in used):
-            raise ValueError("a number is out of range")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError("the packed names are damaged: their header cannot be read") from error
-    index, ids = unpack_first_version(data, start, count, has_ids, used)
-    return index, ids, header

@@ -1,7 +1,7 @@
 //! The names of many rows as bytes: what stands beside the tables in a state dict, and in an archive.
 //!
 //! ```text
-//! magic      8 bytes      "pdrs", 0, 0, 0, and 2, the version of the layout
+//! magic      8 bytes      "pdrs", 0, 0, 0, and 1, the version of the layout
 //! counts     6 u64        names; ids (as many, or 0); tables; patterns; dims; bytes of labels
 //! tables     7 u64 each   bytes of the attribute; group; flags; rows used; bytes of the slab's name; offset; ndim
 //! patterns   u64 each     bytes
@@ -24,7 +24,7 @@ use crate::key::{Hashed, Matches};
 use crate::words::Words;
 
 /// What the bytes begin with.
-pub const MAGIC: [u8; 8] = *b"pdrs\0\0\0\x02";
+pub const MAGIC: [u8; 8] = *b"pdrs\0\0\0\x01";
 
 /// The bits of an id that tell the row.
 pub const ROW_BITS: u32 = 40;
@@ -203,7 +203,7 @@ pub fn decode(data: &[u8]) -> Result<(Header, Names<'_>)> {
         return Err(damaged(labels.at, Damage::Header));
     }
     let used: Vec<u64> = header.tables.iter().map(|table| table.used).collect();
-    let names = Names::parse(reader.data, reader.at, names, ids != 0, &used)?;
+    let names = Names::parse(reader, names, ids != 0, &used)?;
     Ok((header, names))
 }
 
@@ -253,15 +253,9 @@ pub struct Names<'a> {
 }
 
 impl<'a> Names<'a> {
-    /// Checks the part of the layout that begins with the ids, which the first version has in common with this one.
-    ///
-    /// `at` is where it begins in `data`, and `used` how many rows each table has given.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Damaged`] if it is no such part.
-    pub fn parse(data: &'a [u8], at: usize, names: u64, has_ids: bool, used: &[u64]) -> Result<Self> {
-        let mut reader = Reader { data, at };
+    /// Reads and checks what follows the header; `used` is how many rows each table has given.
+    fn parse(mut reader: Reader<'a>, names: u64, has_ids: bool, used: &[u64]) -> Result<Self> {
+        let at = reader.at;
         let ids = if has_ids { Some((reader.at, reader.many(names, 8)?)) } else { None };
         let lengths_at = reader.at;
         let lengths = reader.many(names, 4)?;

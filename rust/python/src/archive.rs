@@ -97,21 +97,6 @@ pub(crate) fn unpack_names<'py>(
     Ok((index, ids, tables, patterns))
 }
 
-/// The index of names that the first version of the layout packed, whose header Python has read.
-#[pyfunction]
-pub(crate) fn unpack_first_version<'py>(
-    py: Python<'py>,
-    packed: PyReadonlyArray1<'py, u8>,
-    start: usize,
-    names: u64,
-    has_ids: bool,
-    used: Vec<u64>,
-) -> PyResult<(IndexMap, Bound<'py, PyArray1<i64>>)> {
-    let packed = packed.as_slice()?;
-    let names = py.detach(|| Names::parse(packed, start, names, has_ids, &used)).map_err(damaged)?;
-    to_index(py, &names, None)
-}
-
 fn to_index<'py>(
     py: Python<'py>,
     names: &Names<'_>,

@@ -32,9 +32,7 @@ mod _core {
     #[pymodule_export]
     use super::apart::{check_apart, convert_apart};
     #[pymodule_export]
-    use super::archive::{
-        apply_names, changed_rows, crc32, diff_names, pack_names, unpack_first_version, unpack_names,
-    };
+    use super::archive::{apply_names, changed_rows, crc32, diff_names, pack_names, unpack_names};
     #[pymodule_export]
     use super::bulk::{
         can_take_over, clear_entries, in_step, insert_all, pop_end, pop_entry, prepare, save_parameters, set_entry,
