@@ -407,7 +407,7 @@ def test_a_move_to_what_is_there_touches_nothing(monkeypatch: pytest.MonkeyPatch
     pd["integer"] = Parameter(torch.arange(3), requires_grad=False)
     pd["n"] = with_grad(Parameter(torch.randn(3, dtype=torch.float64)))
     pointers = [tensor.data_ptr() for _, tensor in tensors_of(pd) if tensor is not None]
-    monkeypatch.setattr(transfer, "rebind_all", lambda groups, slabs, door: groups and pytest.fail("something moved"))
+    monkeypatch.setattr(transfer, "complete_move", lambda slabs, **_: slabs and pytest.fail("something moved"))
     pd.to(torch.float64).to("cpu").double().cpu()
     pdrs.to(pd, "cpu", torch.float64)
     assert [tensor.data_ptr() for _, tensor in tensors_of(pd) if tensor is not None] == pointers
@@ -830,9 +830,8 @@ def test_a_refusal_in_the_second_group_leaves_the_first(monkeypatch: pytest.Monk
     groups, _ = pdrs._core.group_tensors([torch.ones(2), torch.ones(2, dtype=torch.float64)])
     slabs = [torch.zeros(16), torch.zeros(1)]
     with pytest.raises(ValueError, match="expected a slab of 2 elements"):
-        pdrs._core.rebind_all(groups, slabs)
-    with pytest.raises(ValueError, match="as many slabs as groups, got 1 and 2"):
-        pdrs._core.rebind_all(groups, slabs[:1])
+        pdrs._core.complete_move(list(zip(groups, slabs, strict=True)))
+    assert groups[0].slab() is not None  # A group whose tensors have moved is good for nothing.
 
 
 # ---- pdrs.to ---------------------------------------------------------------------------------------------------------

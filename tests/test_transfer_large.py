@@ -1,13 +1,17 @@
 """Conversions of large entries, which get memory of their own, one after another.
 
 The bugs that this hunts: an entry that is lost or moved twice because it is large; a move that stops half-way when
-memory runs out or a warning is an error, where there is no way back; old memory that is kept until the end; small
-entries that lose their slab because there are large ones.
+memory runs out, a warning is an error or somebody presses Ctrl-C, where there is no way back; old memory that is kept
+until the end; small entries that lose their slab because there are large ones.
 """
 
 from __future__ import annotations
 
+import _thread
+import copy
 import warnings
+import weakref
+from collections import defaultdict
 from contextlib import suppress
 from typing import Any
 
@@ -15,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.utils._device import DeviceContext
 
 import pdrs
 from pdrs import transfer
@@ -109,6 +114,49 @@ def test_a_conversion_is_completed_when_memory_runs_out(nth: int, monkeypatch: p
     assert all(same_values(one, two) for one, two in zip(pd.values(), expected.values(), strict=True))
 
 
+@pytest.mark.parametrize("nth", [1, 7, 22])
+def test_an_interrupt_in_a_conversion_comes_when_all_has_moved(nth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pd = mixed()
+    pd.register_buffer("buffer", torch.randn(3))
+    expected = copy.deepcopy(pd)
+    real, calls = Tensor.to, 0
+
+    def interrupts(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        nonlocal calls
+        calls += tensor.numel() > 0  # torch's function is asked with empty ones.
+        if tensor.numel() > 0 and calls == nth:
+            raise KeyboardInterrupt
+        return real(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(Tensor, "to", interrupts)
+    with pytest.raises(KeyboardInterrupt):
+        pd.to(torch.float64)
+    monkeypatch.undo()
+    assert_moved(pd, expected)
+
+
+def test_a_signal_on_the_way_interrupts_when_all_has_moved() -> None:
+    pd = mixed()
+    pd.register_buffer("buffer", torch.randn(3))
+    expected = copy.deepcopy(pd)
+    pd["sparse"] = torch.eye(3).to_sparse()  # It is torch's to move, and what is put back if a move fails.
+    # When the old memory of a small entry goes, a signal comes. Nothing of this is Python code, where it would be seen.
+    signals: defaultdict[Any, None] = defaultdict(_thread.interrupt_main)
+    watch = weakref.ref(pd["0"].untyped_storage(), signals.__missing__)
+    hash(watch)  # It has none later, unless it was asked before.
+    with pytest.raises(KeyboardInterrupt):
+        pd.to(torch.float64)
+    assert watch() is None
+    assert pd.pop("sparse").dtype == torch.float64
+    assert_moved(pd, expected)
+
+
+def assert_moved(pd: PD, single: PD) -> None:
+    for (name, tensor), (_, before) in zip(tensors_of(pd), tensors_of(single), strict=True):
+        if before is not None:
+            assert same_values(tensor, before.double()), name
+
+
 def test_a_reserve_that_cannot_be_had_leaves_all_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     pd = mixed()
     before = state_of(pd)
@@ -146,17 +194,27 @@ def test_a_warning_that_raises_leaves_all_as_it_was(nth: int, monkeypatch: pytes
     assert calls > 0
 
 
-def test_a_large_entry_from_inference_mode_moves_as_in_torchs_class() -> None:
+@pytest.mark.parametrize("sizes", [(2000,), (3,), (2000, 3)])
+def test_entries_from_inference_mode_move_as_in_torchs_class(sizes: tuple[int, ...]) -> None:
     def build(kind: type[nn.ParameterDict]) -> nn.Module:
         with torch.inference_mode():
-            made = Parameter(torch.randn(2000), requires_grad=False)
-        return kind([("a", torch.randn(2000)), ("made", made), ("b", torch.randn(3))])
+            made = [(f"of {size}", Parameter(torch.randn(size), requires_grad=False)) for size in sizes]
+        return kind([("a", torch.randn(2000)), *made, ("b", torch.randn(3))])
 
     assert_same(build, lambda module: module.double())
 
 
-def test_a_default_device_is_not_asked_about_large_entries() -> None:
+def test_a_default_device_is_not_asked_about_entries(monkeypatch: pytest.MonkeyPatch) -> None:
     pd = mixed()
+    entries = {id(tensor) for _, tensor in tensors_of(pd)}
+    real = DeviceContext.__torch_function__
+
+    def listens(self: DeviceContext, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(function, "__name__", "")
+        assert name not in ("to", "copy_", "__set__") or id(args[0]) not in entries
+        return real(self, function, types, args, kwargs)
+
+    monkeypatch.setattr(DeviceContext, "__torch_function__", listens)
     with torch.device("meta"):
         pd.double()
     assert {each.device.type for each in pd.values()} == {"cpu"}

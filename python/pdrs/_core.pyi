@@ -21,10 +21,9 @@ __all__ = [
     "apply_names",
     "can_take_over",
     "changed_rows",
-    "check_apart",
     "clear_entries",
     "collect_parameters",
-    "convert_apart",
+    "complete_move",
     "crc32",
     "diff_names",
     "group_tensors",
@@ -41,7 +40,6 @@ __all__ = [
     "pop_entry",
     "pop_row",
     "prepare",
-    "rebind_all",
     "remove_names",
     "replace_ids",
     "safetensors_header",
@@ -385,10 +383,38 @@ def all_kept(
     parameters: list[dict[str, Any]], buffers: list[dict[str, Any]], keeps: Callable[[Tensor], bool]
 ) -> bool: ...
 def can_take_over(source: dict[Any, Any], parameter: type[Parameter], sorted: bool) -> bool: ...
-def check_apart(groups: list[TensorGroup]) -> None: ...
 def clear_entries(index: IndexMap, parameters: dict[str, Any]) -> list[str]: ...
 def collect_parameters(dicts: list[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor]]: ...
-def convert_apart(conversions: list[tuple[TensorGroup, torch.dtype, Callable[[], Tensor]]]) -> None: ...
+def complete_move(
+    slabs: list[tuple[TensorGroup, Tensor]],
+    *,
+    apart: list[tuple[TensorGroup, Tensor]] = ...,
+    buffers: list[tuple[dict[str, Any], str, Tensor]] = ...,
+    undo: list[Callable[[], None]] | None = None,
+    door: _Door | None = None,
+) -> None:
+    """Do ``group.rebind(slab)`` for several groups: for all, or, if one is refused, for none. Then do what is left.
+
+    Parameters
+    ----------
+    slabs
+        Groups, each with its slab.
+    apart
+        Groups whose tensors are converted one by one, each with a slab of the new dtype that is there for when memory
+        runs out.
+    buffers
+        Dictionaries, and the values that they get under a name.
+    undo
+        A list that is cleared when all has been done.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As ``rebind``. Nothing has been changed.
+    BaseException
+        What was to stop the program during a conversion (``KeyboardInterrupt``, say). All has been done.
+    """
+
 def group_tensors(
     tensors: list[Any], *, keep_strides: bool = True, narrowest: int | None = None, large_bytes: int | None = None
 ) -> tuple[list[TensorGroup], list[tuple[int, str]]]:
@@ -438,15 +464,6 @@ def place_copies(
 def pop_end(index: IndexMap, parameters: dict[str, Any], last: bool) -> tuple[str, Any] | None: ...
 def pop_entry(index: IndexMap, parameters: dict[str, Any], key: str) -> Any | None: ...
 def prepare(names: list[Any], values: list[Any], parameter: type[Parameter], tensor: type[Tensor]) -> list[int]: ...
-def rebind_all(groups: list[TensorGroup], slabs: list[Tensor], *, door: _Door | None = None) -> None:
-    """Do ``group.rebind(slab)`` for several groups: for all, or, if one is refused, for none.
-
-    Raises
-    ------
-    TypeError, ValueError, RuntimeError
-        As ``rebind``. Nothing has been changed.
-    """
-
 def save_parameters(
     parameters: dict[str, Any], destination: dict[str, Any], prefix: str, parameter: type[Parameter]
 ) -> None: ...

@@ -29,11 +29,9 @@ from pdrs import _staging
 from pdrs._core import (
     TensorGroup,
     all_kept,
-    check_apart,
     collect_parameters,
-    convert_apart,
+    complete_move,
     group_tensors,
-    rebind_all,
     walk_modules,
 )
 from pdrs._pinned import pinned_empty
@@ -277,11 +275,11 @@ class _Place(NamedTuple):
 class _Prepared:
     """Slabs that are filled and to which nothing refers yet.
 
-    Groups to be converted apart have a dtype, and what gives a slab in reserve. What must be left to torch has indices.
+    Groups to be converted apart have slabs in reserve, which are not filled. What must be left to torch has indices.
     """
 
     slabs: list[tuple[TensorGroup, Tensor]] = field(default_factory=list)
-    apart: list[tuple[TensorGroup, torch.dtype, Callable[[], Tensor]]] = field(default_factory=list)
+    apart: list[tuple[TensorGroup, Tensor]] = field(default_factory=list)
     left: list[int] = field(default_factory=list)
 
 
@@ -298,13 +296,13 @@ def _move(held: _Held, move: Move) -> None:
         of_buffers = _prepare([place.get() for place in places], move)
         slabs = of_parameters.slabs + of_gradients.slabs
         apart = of_parameters.apart + of_gradients.apart
-        new_buffers: list[tuple[_Place, Tensor]] = []
+        buffers: list[tuple[dict[str, Any], str, Tensor]] = []
         if move.in_place:
             slabs += of_buffers.slabs
         else:
             for group, slab in of_buffers.slabs:
-                views = group.views(slab, detached=True)
-                new_buffers += zip((places[index] for index in group.indices), views, strict=True)
+                views = zip(group.indices, group.views(slab, detached=True), strict=True)
+                buffers += [(places[index].module._buffers, places[index].name, view) for index, view in views]
     left = {id(parameters[index]) for index in of_parameters.left} | {
         id(gradients[index]) for index in of_gradients.left
     }
@@ -314,26 +312,34 @@ def _move(held: _Held, move: Move) -> None:
         if left or odd_places:
             _leave_to_torch(held.modules, left, odd_places, move, undo)
         try:
-            check_apart([group for group, *_ in apart])
-            rebind_all([group for group, _ in slabs], [slab for _, slab in slabs], door=move.door)
+            _complete(slabs, apart, buffers, move, undo)
         except ValueError:
             # A tensor from inference mode is among them, of which torch has its own mind (but none of pin_memory).
             if move.method == "pin_memory":
                 raise
             _leave_to_torch(held.modules, {id(one) for one in parameters + gradients}, [], move, undo)
-            apart = []
+            _complete([], [], buffers, move, undo)
     except BaseException:
         for put_back in reversed(undo):
             put_back()
         raise
-    # There is no way back from here, and nothing that could fail.
-    if apart:
-        with torch.no_grad(), torch._C.DisableTorchFunction():
-            convert_apart(apart)
-    for place, buffer in new_buffers:
-        place.set(buffer)
     for place in twins:
         place.set(move.function(place.get()))
+
+
+def _complete(
+    slabs: list[tuple[TensorGroup, Tensor]],
+    apart: list[tuple[TensorGroup, Tensor]],
+    buffers: list[tuple[dict[str, Any], str, Tensor]],
+    move: Move,
+    undo: list[Callable[[], None]],
+) -> None:
+    """Do all that is left of a move. There is no way back from here: what has been done before is not undone any more.
+
+    The modes of `torch.device` are off meanwhile: they are Python code, which a signal can interrupt.
+    """
+    with torch.no_grad(), torch._C.DisableTorchFunction():
+        complete_move(slabs, apart=apart, buffers=buffers, undo=undo, door=move.door)
 
 
 def _buffer_places(held: _Held, parameters: list[Tensor]) -> tuple[list[_Place], list[_Place], list[_Place]]:
@@ -368,7 +374,7 @@ def _prepare(tensors: list[Tensor], move: Move, large_bytes: int | None = None) 
         elif _is_there(group, move):
             continue
         elif group.large and (dtype := _apart_dtype(group, move)) is not None:
-            prepared.apart.append((group, dtype, _reserve(group, dtype)))
+            prepared.apart.append((group, _reserve(group, dtype)))
         else:
             slab = _moved(group, tensors, move)
             if slab is None:
@@ -448,12 +454,12 @@ def _apart_dtype(group: TensorGroup, move: Move) -> torch.dtype | None:
     return dtype if is_whole else None
 
 
-def _reserve(group: TensorGroup, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """Allocate a slab for when memory runs out, and return what gives it; until then nobody writes there."""
-    # `torch.empty` would, in torch's deterministic mode.
+def _reserve(group: TensorGroup, dtype: torch.dtype) -> Tensor:
+    """Allocate a slab for when memory runs out; until then nobody writes there."""
+    # `torch.empty` would, in torch's deterministic mode, if it had elements.
     bytes_ = max(group.length * dtype.itemsize, _UNTOUCHED)
     storage = torch.UntypedStorage(bytes_, device="cpu")  # type: ignore[no-untyped-call]
-    return lambda: torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, (group.length,))  # type: ignore[call-overload]
+    return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, (group.length,))  # type: ignore[call-overload,no-any-return]
 
 
 def _allocate(group: TensorGroup, dtype: torch.dtype, device: torch.device, pinned: bool = False) -> Tensor:

@@ -285,29 +285,6 @@ impl TensorGroup {
     }
 }
 
-/// Makes the tensors of each group views of its slab, after all groups have been checked.
-#[pyfunction]
-#[pyo3(signature = (groups, slabs, *, door = None))]
-pub(crate) fn rebind_all(
-    py: Python<'_>,
-    groups: Vec<Bound<'_, TensorGroup>>,
-    slabs: Vec<Bound<'_, PyAny>>,
-    door: Option<&str>,
-) -> PyResult<()> {
-    let torch = Torch::get(py)?;
-    if groups.len() != slabs.len() {
-        return Err(PyValueError::new_err(format!(
-            "expected as many slabs as groups, got {} and {}",
-            slabs.len(),
-            groups.len()
-        )));
-    }
-    let pairs = groups.iter().zip(&slabs);
-    let slabs = pairs.map(|(group, slab)| group.get().checked_slab(torch, slab, door)).collect::<PyResult<Vec<_>>>()?;
-    let _paused = Paused::new(py)?;
-    groups.iter().zip(&slabs).try_for_each(|(group, slab)| group.get().set_data(torch, slab))
-}
-
 /// Makes new tensors that are views of a slab.
 #[pyfunction]
 #[pyo3(signature = (slab, offsets, shapes, *, requires_grad = None, door = None))]
@@ -569,7 +546,7 @@ impl TensorGroup {
     }
 
     /// A slab whose views every tensor can become: what torch might refuse is looked at here.
-    fn checked_slab<'py>(
+    pub(crate) fn checked_slab<'py>(
         &self,
         torch: &'static Torch,
         slab: &Bound<'py, PyAny>,
@@ -586,7 +563,7 @@ impl TensorGroup {
     }
 
     /// Refuses what torch might refuse when the data of the tensors is replaced.
-    pub(crate) fn check_rebindable(&self, torch: &Torch, py: Python<'_>, trainable: bool) -> PyResult<()> {
+    fn check_rebindable(&self, torch: &Torch, py: Python<'_>, trainable: bool) -> PyResult<()> {
         self.check_in_place()?;
         for (at, entry) in self.entries.iter().enumerate() {
             self.fetch_ahead(py, at)?;
@@ -602,7 +579,7 @@ impl TensorGroup {
         self.moved.store(true, Ordering::Relaxed);
     }
 
-    fn set_data(&self, torch: &Torch, slab: &Slab<'_>) -> PyResult<()> {
+    pub(crate) fn set_data(&self, torch: &Torch, slab: &Slab<'_>) -> PyResult<()> {
         self.begin_to_move();
         for at in 0..self.entries.len() {
             self.fetch_ahead(slab.py(), at)?;
@@ -645,10 +622,10 @@ fn threads(torch: &Torch, py: Python<'_>, useful: usize) -> PyResult<usize> {
 /// Python's cyclic garbage collector, stopped; it goes on as before when this is dropped.
 ///
 /// Making a million objects would set it off again and again, to find nothing.
-struct Paused<'py>(Option<Bound<'py, PyModule>>);
+pub(crate) struct Paused<'py>(Option<Bound<'py, PyModule>>);
 
 impl<'py> Paused<'py> {
-    fn new(py: Python<'py>) -> PyResult<Self> {
+    pub(crate) fn new(py: Python<'py>) -> PyResult<Self> {
         let gc = py.import("gc")?;
         if !gc.call_method0(intern!(py, "isenabled"))?.is_truthy()? {
             return Ok(Self(None));

@@ -5,6 +5,7 @@
 mod apart;
 mod archive;
 mod bulk;
+mod complete;
 mod copy;
 mod dlpack;
 mod entries;
@@ -30,8 +31,6 @@ mod _core {
     use pyo3::prelude::*;
 
     #[pymodule_export]
-    use super::apart::{check_apart, convert_apart};
-    #[pymodule_export]
     use super::archive::{apply_names, changed_rows, crc32, diff_names, pack_names, unpack_names};
     #[pymodule_export]
     use super::bulk::{
@@ -39,9 +38,11 @@ mod _core {
         take_over, unzip,
     };
     #[pymodule_export]
+    use super::complete::complete_move;
+    #[pymodule_export]
     use super::entries::EntryIterator;
     #[pymodule_export]
-    use super::group::{TensorGroup, group_tensors, rebind_all, slab_views};
+    use super::group::{TensorGroup, group_tensors, slab_views};
     #[pymodule_export]
     use super::index_map::{IndexMap, NameIterator};
     #[pymodule_export]
