@@ -251,3 +251,27 @@ def test_a_save_that_fails_leaves_what_was_before(tmp_path: Path, monkeypatch: p
         assert (tmp_path / "4").read_bytes() == b"old"
         assert sorted(os.listdir(tmp_path)) == ["0", "1", "2", "3", "4", "5"]
     assert total >= 3
+
+
+def test_a_table_that_only_became_shorter_has_a_delta(tmp_path: Path) -> None:
+    stacked = _stacked()
+    pdrs.save(stacked, tmp_path / "a")
+    for name in _names()[3000:]:
+        del stacked[name]
+    stacked.compact()
+    assert pdrs.save(stacked, tmp_path / "b", since=tmp_path / "a") < 100_000
+    _assert_opens_as(tmp_path / "b", stacked)
+
+
+def test_chains_are_saved_and_opened_through_symbolic_links(tmp_path: Path) -> None:
+    stacked = _stacked()
+    links = tmp_path / "links"
+    links.mkdir()
+    pdrs.save(stacked, tmp_path / "a")
+    (links / "first").symlink_to(tmp_path / "a")
+    with torch.no_grad():
+        stacked["word.7"].fill_(1)
+    pdrs.save(stacked, tmp_path / "b", since=links / "first")
+    _assert_opens_as(tmp_path / "b", stacked)
+    (links / "second").symlink_to(tmp_path / "b")
+    _assert_opens_as(links / "second", stacked)

@@ -186,6 +186,13 @@ def test_an_archive_that_continues_others_becomes_one_in_its_own_place(
     assert opened["words.word.8"].tolist() == [32, 33, 34, 35]
 
 
+def test_an_archive_with_slabs_stays_what_it_is(tmp_path: Path) -> None:
+    words = pdrs.ParameterDict({f"word.{n}": torch.full((n + 1,), float(n)) for n in range(300)})
+    pdrs.save(words, tmp_path / "in")
+    assert main(["convert", str(tmp_path / "in"), str(tmp_path / "out")]) == 0
+    same(dict(pdrs.open(tmp_path / "out", verify=True)), dict(words))
+
+
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 
@@ -197,7 +204,12 @@ def test_damaged_and_missing_files_are_said_in_one_line_with_exit_code_1(
     flipped, cut = tmp_path / "flipped", tmp_path / "cut"
     flipped.write_bytes(data)
     cut.write_bytes(data[:-10])
+    pickle, archived = tmp_path / "pickle.safetensors", tmp_path / "zip.safetensors"
+    pickle.write_bytes(b"\x80\x02garbage......")
+    archived.write_bytes(b"PK\x03\x04garbage......")
     for arguments, said in (
+        (["inspect", str(pickle)], "torch.load"),
+        (["inspect", str(archived)], "torch.load"),
         (["verify", str(flipped)], "is damaged: its checksum is"),
         (["inspect", str(flipped)], "is damaged: its checksum is"),
         (["verify", str(cut)], "of which the file has only"),

@@ -107,6 +107,8 @@ class Archive:
         if real in later or len(later) >= _LONGEST_CHAIN:
             raise self.error("the archives that continue each other have no beginning")
         before = os.path.join(os.path.dirname(self.file.path), name)
+        if not os.path.exists(before) and os.path.islink(self.file.path):
+            before = os.path.join(os.path.dirname(real), name)
         try:
             self.previous = Archive(TensorFile(before), (*later, real))
         except FileNotFoundError as error:
@@ -310,7 +312,8 @@ def write_archive(
             _new(source.name, source.dtype, source.shape, source.blocks(), sums) for source in collected.sources
         ]
     else:
-        fields["since"] = {"file": os.path.basename(since.file.path), "id": since.id}
+        # Not the name of a link, which may lie in another folder.
+        fields["since"] = {"file": os.path.basename(os.path.realpath(since.file.path)), "id": since.id}
         fields["tensors"] = {}
         for source in collected.sources:
             how, total, made = _since(source, since, sums)

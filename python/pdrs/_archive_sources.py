@@ -369,6 +369,9 @@ def _with_slabs(prefix: str, sources: list[Source]) -> list[Source]:
     if int.from_bytes(bytes(names.of.tensor[24:32].tolist()), "little") <= _TABLES:
         return sources
     index, ids, header = unpack(names.of.tensor)
+    if any(table.slab is not None for table in header.tables):
+        # It comes from an archive, where they are in slabs already.
+        return sources
     held = [sources[by_name[prefix + table.attribute]] for table in header.tables]
     own = _own_tables([source.nbytes for source in held])
     tables, gone = list(header.tables), set()

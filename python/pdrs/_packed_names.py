@@ -150,5 +150,8 @@ def table_in_slab(table: TableHeader, slab: Any) -> Tensor:
 
 def bytes_of(packed: Tensor) -> NDArray[np.uint8]:
     """Return the bytes of a tensor, without a copy if it lies on the CPU in one piece."""
+    if packed.numel() == 0:
+        # One that came from numpy may have strides of which torch makes no view of another dtype.
+        return np.empty(0, np.uint8)
     array: NDArray[np.uint8] = packed.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return array

@@ -243,7 +243,7 @@ class TorchFile:
         self.path = os.fspath(path)
         self.metadata: dict[str, str] = {}
         try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path))
+            state = self._load()
         except pickle.UnpicklingError as error:
             said = str(error).splitlines()[-1] if str(error) else "it cannot be unpickled"
             raise CheckpointError(self.path, f"torch.load(weights_only=True) refuses it: {said}") from error
@@ -257,6 +257,13 @@ class TorchFile:
                     self.path, f"expected a state dict of tensors by name, found {type(value).__name__} at {name!r}"
                 )
         self._state: dict[str, Tensor] = dict(state)
+
+    def _load(self) -> Any:
+        if self.path.endswith(".safetensors"):
+            # torch would go by the name of the file, and have it read by safetensors.
+            with open(self.path, "rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(self.path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path))
 
     @property
     def names(self) -> list[str]:
