@@ -15,7 +15,7 @@ from torch.nn import Module
 
 from pdrs._archive import Archive, packed_before, same_file, write_archive
 from pdrs._archive_sources import EXTRA_STATE, collect
-from pdrs._checkpoint_hooks import giving
+from pdrs._checkpoint_hooks import changes_what_is_loaded, giving, prefixes_where
 from pdrs._core import IndexMap
 from pdrs._named_layout import MAX_SHARD, write_named
 from pdrs._named_rows import Names
@@ -138,7 +138,8 @@ def open(  # noqa: A001  # read as pdrs.open
     names
         Take these only, in this order. Their rows are read.
     prefix
-        Take only what begins with it, and cut it off: ``"weights."`` opens the dictionary ``weights`` of a module.
+        Take only what begins with it, and cut it off: ``"weights."`` opens the dictionary ``weights`` of a module. If
+        it ends within the names of a dictionary, as ``"weights.a."`` may, the rows of those are read.
         Without one, everything that the file holds is an entry, under its name in the state dict.
     verify
         Whether to read everything and compare checksums first.
@@ -228,7 +229,7 @@ def load(path: _Path, module: Module, strict: bool = True, *, verify: bool = Fal
             checkpoint.verify()
         state, given = _state_for(module, checkpoint)
         with giving(given):
-            if isinstance(module, ParameterDict):
+            if given and isinstance(module, ParameterDict):
                 # Its own method has a way round for state dicts that fit as they are.
                 return Module.load_state_dict(module, state, strict)
             return module.load_state_dict(state, strict)
@@ -258,13 +259,15 @@ def _state_for(module: Module, checkpoint: Checkpoint) -> tuple[dict[str, Tensor
     state: dict[str, Tensor] = {}
     given: dict[str, SavedDictionary] = {}
     members: set[str] = set()
+    asked = prefixes_where(module, changes_what_is_loaded)
     for prefix in checkpoint.prefixes():
         saved = SavedDictionary(checkpoint, prefix)
         target = modules.get(prefix)
         members |= saved.members()
-        if isinstance(target, ParameterDict):
+        sees_names = any(map(prefix.startswith, asked))
+        if isinstance(target, ParameterDict) and not (sees_names and len(target)):
             given[prefix] = saved
-        elif isinstance(target, StackedParameterDict):
+        elif isinstance(target, StackedParameterDict) and not _needs_names(target, saved, sees_names):
             for table in saved.header.tables:
                 saved.table(table)  # Names and tables must agree before anything is changed.
             state.update((name, checkpoint.tensor(name)) for name in saved.members())
@@ -272,6 +275,19 @@ def _state_for(module: Module, checkpoint: Checkpoint) -> tuple[dict[str, Tensor
             state.update(saved.state(prefix))
     state.update(checkpoint.tensors([name for name in checkpoint.names if name not in members]))
     return state, given
+
+
+def _needs_names(target: StackedParameterDict, saved: SavedDictionary, sees_names: bool) -> bool:
+    """Whether a dictionary must load a ParameterDict's entries by name, as it does from a state dict of one.
+
+    Else it takes over the tables, which is the same if there are no hooks, and names, dtypes and shapes are its own.
+    """
+    if not len(target) or saved.checkpoint.dictionaries.get(saved.prefix) != "ParameterDict":
+        return False
+    if sees_names or len(target) != len(saved.index) or (target._index.lookup(saved.index, -1) < 0).any():
+        return True
+    own, others = ([target._parameter(one) for one in target._tables], map(saved.table, saved.header.tables))
+    return {(one.dtype, one.shape[1:]) for one in own} != {(one.dtype, one.shape[1:]) for one in others}
 
 
 # -- which kind of file ------------------------------------------------------------------------------------------------
@@ -282,6 +298,7 @@ class _States:
 
     def __init__(self, file: StateFile) -> None:
         self.file = file
+        self.dictionaries: dict[str, str] = {}
 
     @property
     def names(self) -> list[str]:
