@@ -311,6 +311,13 @@ def test_what_torch_wrote_opens(tmp_path: Path) -> None:
         pdrs.open(tmp_path / "odd.pt")
 
 
+def test_conjugated_tensors_that_torch_wrote_open(tmp_path: Path) -> None:
+    values = {"a": torch.randn(3, dtype=torch.complex64).conj(), "b": torch.randn(3, dtype=torch.complex64)}
+    torch.save(values, tmp_path / "m.pt")
+    opened = pdrs.open(tmp_path / "m.pt")
+    assert all(torch.equal(opened[name], value) for name, value in values.items())
+
+
 def test_many_shapes_share_tensors_and_the_header_stays_short(tmp_path: Path) -> None:
     torch.manual_seed(2)
     shapes = [(n % 50 + 1, n // 50 + 1) for n in range(350)]
