@@ -155,6 +155,12 @@ def test_a_filled_stacked_dictionary_keeps_names_and_dtypes_when_a_parameter_dic
     half = pdrs.StackedParameterDict({"a": torch.zeros(2).half(), "b": torch.zeros(2).half()})
     pdrs.load(tmp_path / "a", half)
     assert (half["b"].dtype, half["b"].tolist()) == (torch.float16, [1, 1])
+    frozen = pdrs.StackedParameterDict({"a": nn.Parameter(torch.zeros(2), requires_grad=False), "b": torch.zeros(2)})
+    pdrs.load(tmp_path / "a", frozen)
+    assert (frozen["a"].requires_grad, frozen["b"].requires_grad, frozen["a"].tolist()) == (False, True, [1, 1])
+    pdrs.save(pdrs.ParameterDict({"a": torch.ones(2), "b": torch.ones(3)}), tmp_path / "b")
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        pdrs.load(tmp_path / "b", pdrs.StackedParameterDict({"a": torch.ones(3), "b": torch.ones(2)}))
 
 
 @BOTH

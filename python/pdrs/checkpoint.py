@@ -9,6 +9,7 @@ import gc
 import os
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Module
@@ -18,7 +19,7 @@ from pdrs._archive_sources import EXTRA_STATE, collect
 from pdrs._checkpoint_hooks import changes_what_is_loaded, giving, prefixes_where
 from pdrs._core import IndexMap
 from pdrs._named_layout import MAX_SHARD, write_named
-from pdrs._named_rows import Names
+from pdrs._named_rows import Names, table_of
 from pdrs._opened import Checkpoint, SavedDictionary, open_dictionary
 from pdrs._packed_names import is_packed
 from pdrs._state_files import StateFile, open_state
@@ -280,14 +281,25 @@ def _state_for(module: Module, checkpoint: Checkpoint) -> tuple[dict[str, Tensor
 def _needs_names(target: StackedParameterDict, saved: SavedDictionary, sees_names: bool) -> bool:
     """Whether a dictionary must load a ParameterDict's entries by name, as it does from a state dict of one.
 
-    Else it takes over the tables, which is the same if there are no hooks, and names, dtypes and shapes are its own.
+    Else it takes over the tables, which is the same if there are no hooks, and each name has the dtype, the shape and
+    the flag that it has in the file.
     """
     if not len(target) or saved.checkpoint.dictionaries.get(saved.prefix) != "ParameterDict":
         return False
-    if sees_names or len(target) != len(saved.index) or (target._index.lookup(saved.index, -1) < 0).any():
+    if sees_names or len(target) != len(saved.index):
         return True
-    own, others = ([target._parameter(one) for one in target._tables], map(saved.table, saved.header.tables))
-    return {(one.dtype, one.shape[1:]) for one in own} != {(one.dtype, one.shape[1:]) for one in others}
+    ids = target._index.lookup(saved.index, -1)
+    if (ids < 0).any():
+        return True
+    kinds: dict[tuple[torch.dtype, torch.Size, bool], int] = {}
+    own, others = (
+        np.array([kinds.setdefault((one.dtype, one.shape[1:], trainable), len(kinds)) for one, trainable in tables])
+        for tables in (
+            [(one, one.requires_grad) for one in map(target._parameter, target._tables)],
+            [(saved.table(header), header.trainable) for header in saved.header.tables],
+        )
+    )
+    return bool((own[table_of(ids)] != others[table_of(saved.ids)]).any())
 
 
 # -- which kind of file ------------------------------------------------------------------------------------------------
