@@ -13,6 +13,7 @@ import json
 import os
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -143,6 +144,25 @@ def test_what_does_not_fit_is_told_as_torch_tells_it(cls: type[nn.Module], tmp_p
     assert other["a"].tolist() == [1.0, 1.0]
 
 
+def test_a_filled_stacked_dictionary_keeps_names_and_dtypes_when_a_parameter_dict_is_loaded(tmp_path: Path) -> None:
+    pdrs.save(pdrs.ParameterDict({"a": torch.ones(2), "b": torch.ones(2)}), tmp_path / "a")
+    stacked = pdrs.StackedParameterDict({"b": torch.zeros(2), "c": torch.zeros(2)})
+    result = pdrs.load(tmp_path / "a", stacked, strict=False)
+    assert (result.missing_keys, result.unexpected_keys) == (["c"], ["a"])
+    assert (stacked["b"].tolist(), stacked["c"].tolist()) == ([1, 1], [0, 0])
+    with pytest.raises(RuntimeError, match="Missing key"):
+        pdrs.load(tmp_path / "a", stacked)
+    half = pdrs.StackedParameterDict({"a": torch.zeros(2).half(), "b": torch.zeros(2).half()})
+    pdrs.load(tmp_path / "a", half)
+    assert (half["b"].dtype, half["b"].tolist()) == (torch.float16, [1, 1])
+    frozen = pdrs.StackedParameterDict({"a": nn.Parameter(torch.zeros(2), requires_grad=False), "b": torch.zeros(2)})
+    pdrs.load(tmp_path / "a", frozen)
+    assert (frozen["a"].requires_grad, frozen["b"].requires_grad, frozen["a"].tolist()) == (False, True, [1, 1])
+    pdrs.save(pdrs.ParameterDict({"a": torch.ones(2), "b": torch.ones(3)}), tmp_path / "b")
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        pdrs.load(tmp_path / "b", pdrs.StackedParameterDict({"a": torch.ones(3), "b": torch.ones(2)}))
+
+
 @BOTH
 def test_part_of_a_file_opens_in_the_order_asked_for(cls: type[nn.Module], tmp_path: Path) -> None:
     saved = _dictionary(cls)
@@ -157,6 +177,20 @@ def test_part_of_a_file_opens_in_the_order_asked_for(cls: type[nn.Module], tmp_p
     converted = pdrs.open(tmp_path / "a", dtype=torch.float64)
     assert (converted["short"].dtype, converted["counts"].dtype) == (torch.float64, torch.int64)
     assert torch.equal(converted["a"], saved["a"].double())
+
+
+@BOTH
+def test_a_prefix_may_end_within_the_names_of_a_dictionary(cls: type[nn.Module], tmp_path: Path) -> None:
+    words = cls({"de.a": torch.ones(2), "en.a": torch.zeros(2), "de.b": torch.ones(3), "de.": torch.ones(1)})
+    pdrs.save(words, tmp_path / "a")
+    pdrs.save(nn.ModuleDict({"words": words, "head": nn.Linear(1, 1)}), tmp_path / "m")
+    for path, prefix in ((tmp_path / "a", "de."), (tmp_path / "m", "words.de.")):
+        found = pdrs.open(path, prefix=prefix)
+        _assert_same(found, {"a": words["de.a"], "b": words["de.b"]})
+        _assert_same(pdrs.open(path, prefix=prefix, names=["b"]), {"b": words["de.b"]})
+    for prefix in ("words.float32", "words._extra", "words.fr."):
+        with pytest.raises(KeyError, match="nothing in the checkpoint begins with"):
+            pdrs.open(tmp_path / "m", prefix=prefix)
 
 
 def test_popped_rows_patterns_and_groups_survive(tmp_path: Path) -> None:
@@ -283,6 +317,13 @@ def test_what_torch_wrote_opens(tmp_path: Path) -> None:
         pdrs.open(tmp_path / "odd.pt")
 
 
+def test_conjugated_tensors_that_torch_wrote_open(tmp_path: Path) -> None:
+    values = {"a": torch.randn(3, dtype=torch.complex64).conj(), "b": torch.randn(3, dtype=torch.complex64)}
+    torch.save(values, tmp_path / "m.pt")
+    opened = pdrs.open(tmp_path / "m.pt")
+    assert all(torch.equal(opened[name], value) for name, value in values.items())
+
+
 def test_many_shapes_share_tensors_and_the_header_stays_short(tmp_path: Path) -> None:
     torch.manual_seed(2)
     shapes = [(n % 50 + 1, n // 50 + 1) for n in range(350)]
@@ -392,3 +433,49 @@ def test_hooks_and_subclasses_are_asked(tmp_path: Path) -> None:
     pd.register_state_dict_post_hook(lambda module, state, prefix, _: state.update({prefix + "b": torch.zeros(1)}))
     pdrs.save(nn.ModuleDict({"w": pd}), tmp_path / "a")
     assert list(pdrs.open(tmp_path / "a")) == ["w.a", "w.b"]
+
+
+def test_hooks_of_the_modules_around_a_dictionary_see_its_entries(tmp_path: Path) -> None:
+    def model() -> nn.ModuleDict:
+        return nn.ModuleDict({"w": pdrs.ParameterDict({"a": torch.ones(2), "b": torch.ones(2)})})
+
+    def without_b(module: nn.Module, state: dict[str, Tensor], prefix: str, _: object) -> None:
+        del state["w.b"]
+
+    saved, loaded = model(), model()
+    saved.register_state_dict_post_hook(without_b)
+    pdrs.save(saved, tmp_path / "a")
+    assert list(pdrs.open(tmp_path / "a")) == ["w.a"]
+
+    def rename(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+        for name in [name for name in state if name.startswith("old.")]:
+            state["w." + name.removeprefix("old.")] = state.pop(name)
+
+    old = pdrs.ParameterDict({"a": torch.zeros(2), "b": torch.zeros(2)})
+    pdrs.save(nn.ModuleDict({"old": old}), tmp_path / "old")
+    loaded.register_load_state_dict_pre_hook(rename)
+    pdrs.load(tmp_path / "old", loaded)
+    assert loaded["w"]["b"].tolist() == [0, 0]
+
+
+@BOTH
+def test_a_hook_of_a_dictionary_renames_what_it_loads(cls: type[nn.Module], tmp_path: Path) -> None:
+    def rename(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+        state[prefix + "new"] = state.pop(prefix + "old")
+
+    pdrs.save(pdrs.ParameterDict({"old": torch.ones(2)}), tmp_path / "a")
+    module = cls({"new": torch.zeros(2)})
+    module.register_load_state_dict_pre_hook(rename)
+    pdrs.load(tmp_path / "a", module)
+    assert module["new"].tolist() == [1, 1]
+
+
+def test_a_module_that_has_its_own_state_dict_is_asked(tmp_path: Path) -> None:
+    class Chosen(nn.ModuleDict):
+        def state_dict(self, *arguments: Any, **options: Any) -> Any:
+            found = super().state_dict(*arguments, **options)
+            return {name: tensor for name, tensor in found.items() if not name.endswith("b")}
+
+    words = pdrs.ParameterDict({"a": torch.ones(2), "b": torch.ones(2)})
+    pdrs.save(Chosen({"w": words}), tmp_path / "a")
+    assert list(pdrs.open(tmp_path / "a")) == ["w.a"]

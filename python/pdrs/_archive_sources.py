@@ -204,7 +204,7 @@ def collect(obj: Module, before: Any = None) -> Collected:
     """
     if not isinstance(obj, Module):
         raise TypeError(f"expected a torch.nn.Module, such as a ParameterDict, got {type(obj).__name__}")
-    with collecting() as collected, torch.no_grad():
+    with collecting(obj) as collected, torch.no_grad():
         state = obj.state_dict()
     sources: list[Source] = []
     dictionaries: dict[str, str] = {}

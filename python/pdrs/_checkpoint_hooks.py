@@ -2,15 +2,18 @@
 
 A state dict has a tensor for each name, and a million names make a million. So while a checkpoint is saved, a
 ParameterDict puts itself on a list instead of its entries into the state dict, and while one is loaded, it takes its
-entries from where they lie. Everything else of a model goes through its ordinary state dict, hooks included.
+entries from where they lie. Everything else of a model goes through its ordinary state dict, hooks included; and so do
+the entries, if a module around them, or the dictionary itself, has hooks or methods that may change them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Protocol
+
+from torch.nn import Module
 
 if TYPE_CHECKING:
     from pdrs.parameter_dict import ParameterDict
@@ -33,15 +36,41 @@ class NamedSource(Protocol):
         """Do for the entries what ``Module._load_from_state_dict`` does."""
 
 
-_collected: ContextVar[list[tuple[str, ParameterDict]] | None] = ContextVar("collected", default=None)
+_collected: ContextVar[tuple[list[tuple[str, ParameterDict]], list[str]] | None] = ContextVar("collected", default=None)
 _given: ContextVar[Mapping[str, NamedSource] | None] = ContextVar("given", default=None)
 
 
+def changes_what_is_saved(module: Module) -> bool:
+    """Whether a module may have a word in what the state dict has of itself, and of the modules in it."""
+    own = (_has_its_own(module, name) for name in ("state_dict", "_save_to_state_dict"))
+    return bool(module._state_dict_hooks) or any(own)
+
+
+def changes_what_is_loaded(module: Module) -> bool:
+    """Whether a module may change a state dict before it, and the modules in it, load from it."""
+    own = (_has_its_own(module, name) for name in ("load_state_dict", "_load_from_state_dict"))
+    return bool(module._load_state_dict_pre_hooks) or any(own)
+
+
+def _has_its_own(module: Module, name: str) -> bool:
+    method = getattr(module, name)
+    return not str(getattr(method, "__module__", "")).startswith(("torch.nn.modules.", "pdrs."))
+
+
+def prefixes_where(module: Module, holds: Callable[[Module], bool]) -> list[str]:
+    """Return the prefixes of those modules in a module for which something holds."""
+    named = module.named_modules(remove_duplicate=False)
+    return [name + "." if name else "" for name, one in named if holds(one)]
+
+
 @contextmanager
-def collecting() -> Iterator[list[tuple[str, ParameterDict]]]:
-    """Give the list of the ParameterDicts, with their prefixes, of which a state dict is asked meanwhile."""
+def collecting(obj: Module) -> Iterator[list[tuple[str, ParameterDict]]]:
+    """Give the list of the ParameterDicts, with their prefixes, of which a state dict is asked meanwhile.
+
+    Those are left out that lie in a module which wants to see their entries.
+    """
     collected: list[tuple[str, ParameterDict]] = []
-    token = _collected.set(collected)
+    token = _collected.set((collected, prefixes_where(obj, changes_what_is_saved)))
     try:
         yield collected
     finally:
@@ -50,8 +79,11 @@ def collecting() -> Iterator[list[tuple[str, ParameterDict]]]:
 
 def takes_down(module: ParameterDict, prefix: str) -> bool:
     """Put a ParameterDict on the list, if there is one; whether its entries must then stay out of the state dict."""
-    collected = _collected.get()
-    if collected is None or module._state_dict_hooks:
+    found = _collected.get()
+    if found is None:
+        return False
+    collected, asked = found
+    if any(map(prefix.startswith, asked)):
         return False
     collected.append((prefix, module))
     return True

@@ -33,6 +33,8 @@ __all__ = ["Checkpoint", "SavedDictionary", "open_dictionary"]
 class Checkpoint(Protocol):
     """Names, and a tensor for each."""
 
+    dictionaries: dict[str, str]
+
     @property
     def names(self) -> list[str]:
         """The names, in order."""
@@ -94,6 +96,14 @@ class SavedDictionary:
         """Return the names of the tensors that make up the dictionary."""
         parts = (table.attribute if table.slab is None else table.slab.tensor for table in self.header.tables)
         return {self.prefix + part for part in (*parts, EXTRA_STATE)}
+
+    def narrow(self, beginning: str) -> bool:
+        """Keep those names only that begin so, without their beginning; whether there are any. **O(n)**."""
+        names = list(self.index)
+        kept = [at for at, name in enumerate(names) if name.startswith(beginning) and len(name) > len(beginning)]
+        self.ids = self.ids[kept]
+        self.index = IndexMap.from_names([names[at][len(beginning) :] for at in kept], self.ids)
+        return bool(kept)
 
     def table(self, table: TableHeader) -> Tensor:
         """Return the rows of a table, ``[capacity, *shape]``."""
@@ -226,25 +236,33 @@ def open_dictionary(
         for one in checkpoint.prefixes()
         if one.startswith(prefix)
     }
-    if not dictionaries and not _continues(checkpoint):
+    around = {
+        one: SavedDictionary(checkpoint, one)
+        for one in checkpoint.prefixes()
+        if prefix.startswith(one) and one not in dictionaries
+    }
+    if not dictionaries and not around and not _continues(checkpoint):
         sd = StackedParameterDict()
         part = _Stacked(checkpoint, prefix)
         if prefix and not len(part.index):
             raise KeyError(f"nothing in the checkpoint begins with {prefix!r}")
         fill(sd, [part], checkpoint, prefix, None if names is None else as_list(names), device, dtype)
         return sd
-    members = {name: one for one, saved in dictionaries.items() for name in saved.members()}
+    members = {name: one for one, saved in (dictionaries | around).items() for name in saved.members()}
+    within = {one: saved for one, saved in around.items() if saved.narrow(prefix.removeprefix(one))}
+    dictionaries |= within
     parts: dict[Any, SavedDictionary | str] = {}
     for name in checkpoint.names:
         if name in members:
-            parts[members[name], None] = dictionaries[members[name]]
+            if members[name] in dictionaries:
+                parts[members[name], None] = dictionaries[members[name]]
         elif name.startswith(prefix) and len(name) > len(prefix):
             parts[name] = name
     if not parts and prefix:
         raise KeyError(f"nothing in the checkpoint begins with {prefix!r}")
     sd = StackedParameterDict()
     chosen = None if names is None else as_list(names)
-    fill(sd, list(parts.values()), checkpoint, prefix, chosen, device, dtype)
+    fill(sd, list(parts.values()), checkpoint, prefix, chosen, device, dtype, gathers=bool(within))
     return sd
 
 
@@ -260,8 +278,13 @@ def fill(
     names: list[str] | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
+    *,
+    gathers: bool = False,
 ) -> None:
-    """Fill an empty dictionary with those of a checkpoint, and with single tensors, given by their names."""
+    """Fill an empty dictionary with those of a checkpoint, and with single tensors, given by their names.
+
+    With ``gathers``, or if there are ``names``, rows that are not asked for are left where they are.
+    """
     parts = list(parts)
     alone = len(parts) == 1
     indices: list[tuple[IndexMap | list[str], NDArray[np.int64]]] = []
@@ -280,6 +303,8 @@ def fill(
         tables.append((None, part, TableHeader("", 0, differentiable, 1)))
     index, ids = _joined(indices, checkpoint)
     chosen = None
+    if gathers and names is None:
+        names = list(index)
     if names is not None:
         chosen = index.lookup(names)
         index = IndexMap()

@@ -256,7 +256,7 @@ class TorchFile:
                 raise CheckpointError(
                     self.path, f"expected a state dict of tensors by name, found {type(value).__name__} at {name!r}"
                 )
-        self._state: dict[str, Tensor] = dict(state)
+        self._state: dict[str, Tensor] = {name: _as_it_lies(value) for name, value in state.items()}
 
     def _load(self) -> Any:
         if self.path.endswith(".safetensors"):
@@ -322,6 +322,11 @@ class TorchFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _as_it_lies(tensor: Tensor) -> Tensor:
+    """Return a tensor whose elements stand in memory as they are: torch saves conjugated views as such."""
+    return tensor.resolve_conj().resolve_neg() if tensor.is_conj() or tensor.is_neg() else tensor
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -9,16 +9,17 @@ import gc
 import os
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Module
 
 from pdrs._archive import Archive, packed_before, same_file, write_archive
 from pdrs._archive_sources import EXTRA_STATE, collect
-from pdrs._checkpoint_hooks import giving
+from pdrs._checkpoint_hooks import changes_what_is_loaded, giving, prefixes_where
 from pdrs._core import IndexMap
 from pdrs._named_layout import MAX_SHARD, write_named
-from pdrs._named_rows import Names
+from pdrs._named_rows import Names, table_of
 from pdrs._opened import Checkpoint, SavedDictionary, open_dictionary
 from pdrs._packed_names import is_packed
 from pdrs._state_files import StateFile, open_state
@@ -138,7 +139,8 @@ def open(  # noqa: A001  # read as pdrs.open
     names
         Take these only, in this order. Their rows are read.
     prefix
-        Take only what begins with it, and cut it off: ``"weights."`` opens the dictionary ``weights`` of a module.
+        Take only what begins with it, and cut it off: ``"weights."`` opens the dictionary ``weights`` of a module. If
+        it ends within the names of a dictionary, as ``"weights.a."`` may, the rows of those are read.
         Without one, everything that the file holds is an entry, under its name in the state dict.
     verify
         Whether to read everything and compare checksums first.
@@ -228,7 +230,7 @@ def load(path: _Path, module: Module, strict: bool = True, *, verify: bool = Fal
             checkpoint.verify()
         state, given = _state_for(module, checkpoint)
         with giving(given):
-            if isinstance(module, ParameterDict):
+            if given and isinstance(module, ParameterDict):
                 # Its own method has a way round for state dicts that fit as they are.
                 return Module.load_state_dict(module, state, strict)
             return module.load_state_dict(state, strict)
@@ -258,13 +260,15 @@ def _state_for(module: Module, checkpoint: Checkpoint) -> tuple[dict[str, Tensor
     state: dict[str, Tensor] = {}
     given: dict[str, SavedDictionary] = {}
     members: set[str] = set()
+    asked = prefixes_where(module, changes_what_is_loaded)
     for prefix in checkpoint.prefixes():
         saved = SavedDictionary(checkpoint, prefix)
         target = modules.get(prefix)
         members |= saved.members()
-        if isinstance(target, ParameterDict):
+        sees_names = any(map(prefix.startswith, asked))
+        if isinstance(target, ParameterDict) and not (sees_names and len(target)):
             given[prefix] = saved
-        elif isinstance(target, StackedParameterDict):
+        elif isinstance(target, StackedParameterDict) and not _needs_names(target, saved, sees_names):
             for table in saved.header.tables:
                 saved.table(table)  # Names and tables must agree before anything is changed.
             state.update((name, checkpoint.tensor(name)) for name in saved.members())
@@ -272,6 +276,30 @@ def _state_for(module: Module, checkpoint: Checkpoint) -> tuple[dict[str, Tensor
             state.update(saved.state(prefix))
     state.update(checkpoint.tensors([name for name in checkpoint.names if name not in members]))
     return state, given
+
+
+def _needs_names(target: StackedParameterDict, saved: SavedDictionary, sees_names: bool) -> bool:
+    """Whether a dictionary must load a ParameterDict's entries by name, as it does from a state dict of one.
+
+    Else it takes over the tables, which is the same if there are no hooks, and each name has the dtype, the shape and
+    the flag that it has in the file.
+    """
+    if not len(target) or saved.checkpoint.dictionaries.get(saved.prefix) != "ParameterDict":
+        return False
+    if sees_names or len(target) != len(saved.index):
+        return True
+    ids = target._index.lookup(saved.index, -1)
+    if (ids < 0).any():
+        return True
+    kinds: dict[tuple[torch.dtype, torch.Size, bool], int] = {}
+    own, others = (
+        np.array([kinds.setdefault((one.dtype, one.shape[1:], trainable), len(kinds)) for one, trainable in tables])
+        for tables in (
+            [(one, one.requires_grad) for one in map(target._parameter, target._tables)],
+            [(saved.table(header), header.trainable) for header in saved.header.tables],
+        )
+    )
+    return bool((own[table_of(ids)] != others[table_of(saved.ids)]).any())
 
 
 # -- which kind of file ------------------------------------------------------------------------------------------------
@@ -282,6 +310,7 @@ class _States:
 
     def __init__(self, file: StateFile) -> None:
         self.file = file
+        self.dictionaries: dict[str, str] = {}
 
     @property
     def names(self) -> list[str]:
