@@ -28,7 +28,7 @@ check: $(VENV)/built ## Check format, lints, types, stubs, and run the code in R
 	$(BIN)/python -m mypy.stubtest pdrs._core
 	$(BIN)/python -m pytest --doctest-glob='*.md' --doctest-glob='*.pyi' --doctest-modules README.md docs python/pdrs
 
-bench: $(VENV)/built ## Measure side by side with torch, write tables and plots (about half an hour)
+bench: $(VENV)/built ## Measure side by side with torch, write tables and plots (about forty minutes)
 	$(BIN)/python benchmarks/run.py
 
 clean: ## Remove what the other targets made

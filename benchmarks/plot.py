@@ -92,7 +92,7 @@ PICTURES = {
     ),
     "stacked": Picture(
         "pdrs.StackedParameterDict beside torch.nn.ParameterDict",
-        "insert, pop and gather as the names grow",
+        "as the names grow",
         "name",
         (
             Line(POPPED, "pdrs", "pop", (0, 8), "right", "bottom"),
