@@ -114,13 +114,13 @@ PICTURES = {
     ),
     "checkpoint": Picture(
         "Checkpoints of pdrs beside those of torch and safetensors",
-        "save, and open and load everything, all entries together",
+        "all entries together",
         "",
         (
-            Line(SAVED, "torch", "torch.save", (-8, 4), "right", "bottom"),
-            Line(LOADED, "torch", "torch.load", (-8, 8), "right", "bottom", "o--"),
+            Line(SAVED, "torch", "torch.save", (8, 6), "left", "center"),
+            Line(LOADED, "torch", "torch.load", (8, 2), "left", "center", "o--"),
             Line(SAVED, "safetensors", "save_file", (8, 0), "left", "center"),
-            Line(LOADED, "safetensors", "load_file", (8, -14), "left", "center", "o--"),
+            Line(LOADED, "safetensors", "load_file", (8, -24), "left", "center", "o--"),
             Line(SAVED, "cp", "cp", (8, -6), "left", "center"),
             Line(SAVED, "pdrs", "pdrs.save", (4, -10), "right", "top"),
             Line(LOADED, "pdrs", "pdrs.open, all read", (4, -10), "right", "top", "o--"),
@@ -185,7 +185,11 @@ def _draw_operations(axes: Axes, results: Results, suite: Suite[Any], picture: P
     axes.set_title(f"{entries:,} entries", loc="left")
     axes.annotate(f"{first} / {suite.ours}", (1.1, 1), xycoords="axes fraction", ha="right", va="bottom")
     axes.legend(
-        loc="lower center", bbox_to_anchor=(0.5, 0.985), ncols=1 + len(picture.beside), frameon=False, handletextpad=0.1
+        loc="lower center",
+        bbox_to_anchor=(0.58, 0.985),
+        ncols=1 + len(picture.beside),
+        frameon=False,
+        handletextpad=0.1,
     )
 
 
