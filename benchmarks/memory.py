@@ -89,7 +89,7 @@ def _status(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return 1024 * int(line.split()[1])
-    raise NotImplementedError(f"peaks of memory need {field} in /proc/self/status, which Linux has")
+    raise OSError(f"peaks of memory need {field} in /proc/self/status, which Linux has")
 
 
 def names_of(entries: int) -> list[str]:

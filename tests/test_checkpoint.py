@@ -51,9 +51,9 @@ def _dictionary(cls: type[pdrs.ParameterDict | pdrs.StackedParameterDict]) -> nn
 
 def _assert_same(found: object, expected: object) -> None:
     """Compare names, order, values, dtypes and flags of two dictionaries of any class."""
-    assert list(found) == list(expected)  # type: ignore[call-overload]
-    for name in expected:  # type: ignore[attr-defined]
-        one, other = found[name], expected[name]  # type: ignore[index]
+    assert list(found) == list(expected)
+    for name in expected:
+        one, other = found[name], expected[name]
         assert (one.dtype, one.shape, one.requires_grad) == (other.dtype, other.shape, other.requires_grad), name
         assert torch.equal(one, other), name
 
@@ -406,7 +406,7 @@ class _WithState(nn.Module):
 def test_what_cannot_be_saved_is_named_and_nothing_is_lost(module: object, message: str, tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"old")
     with pytest.raises(TypeError, match=message):
-        pdrs.save(module, tmp_path / "a")  # type: ignore[arg-type]
+        pdrs.save(module, tmp_path / "a")
     assert (tmp_path / "a").read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a"]
 

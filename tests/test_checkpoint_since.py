@@ -36,9 +36,9 @@ def _entries() -> pdrs.ParameterDict:
 
 def _assert_opens_as(path: Path, expected: object) -> None:
     opened = pdrs.open(path, verify=True)
-    assert list(opened) == list(expected)  # type: ignore[call-overload]
+    assert list(opened) == list(expected)
     for name in opened:
-        assert torch.equal(opened[name], expected[name]), name  # type: ignore[index]
+        assert torch.equal(opened[name], expected[name]), name
 
 
 BOTH = pytest.mark.parametrize("make", [_stacked, _entries])

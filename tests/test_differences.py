@@ -161,7 +161,7 @@ def test_difference_a_missing_key_is_a_key_error_and_an_attribute_error() -> Non
 
 def test_difference_deleting_by_a_key_that_is_no_str_is_a_type_error() -> None:
     with pytest.raises(KeyError):
-        del nn.ParameterDict()[5]  # type: ignore[arg-type]
+        del nn.ParameterDict()[5]
     with pytest.raises(TypeError, match="names must be str, got int"):
         del pdrs.ParameterDict()[5]
 
@@ -250,7 +250,7 @@ def test_difference_a_str_of_a_subclass_is_taken_for_its_characters() -> None:
 def test_difference_values_and_items_are_views() -> None:
     theirs, ours = (kind({"a": ones(), "b": ones()}) for kind in (nn.ParameterDict, pdrs.ParameterDict))
     with pytest.raises(TypeError):
-        len(theirs.items())  # type: ignore[arg-type]
+        len(theirs.items())
     values, items, keys = ours.values(), ours.items(), ours.keys()
     ours["c"] = ones()
     assert len(values) == len(items) == len(keys) == 3
@@ -290,7 +290,7 @@ def test_difference_any_insertion_or_removal_ends_a_walk() -> None:
 
 def test_difference_pop_takes_a_default() -> None:
     with pytest.raises(TypeError):
-        nn.ParameterDict().pop("a", None)  # type: ignore[call-arg]
+        nn.ParameterDict().pop("a", None)
     pd = pdrs.ParameterDict({"a": ones()})
     assert pd.pop("b", 5) == 5
     assert pd.pop("b", None) is None
@@ -302,7 +302,7 @@ def test_difference_pop_takes_a_default() -> None:
 
 def test_difference_popitem_takes_from_either_end() -> None:
     with pytest.raises(TypeError):
-        nn.ParameterDict({"a": ones()}).popitem(last=False)  # type: ignore[call-arg]
+        nn.ParameterDict({"a": ones()}).popitem(last=False)
     pairs = [(name, ones()) for name in "abcd"]
     pd = pdrs.ParameterDict(pairs)
     assert pd.popitem(last=False) == pairs[0]

@@ -209,7 +209,7 @@ def test_an_iterable_that_raises_midway_leaves_no_key_without_a_value(
 
 
 def test_an_override_that_raises_midway_keeps_what_came_before(kind: Kind, collector: bool) -> None:
-    class Fussy(kind):  # type: ignore[misc, valid-type]
+    class Fussy(kind):
         def __setitem__(self, key: str, value: Any) -> None:
             if key == "c":
                 raise ZeroDivisionError
@@ -242,7 +242,7 @@ def test_a_registration_hook_that_raises_midway_leaves_no_key_without_a_value(co
 
 
 def test_a_getitem_that_raises_midway_ends_the_walk(kind: Kind) -> None:
-    class Fussy(kind):  # type: ignore[misc, valid-type]
+    class Fussy(kind):
         def __getitem__(self, key: str) -> Any:
             if key == "k1":
                 raise ZeroDivisionError

@@ -406,7 +406,7 @@ def test_an_index_that_does_not_fit_its_shards_is_refused(tmp_path: Path) -> Non
         ({"x": 3}, "the index names something that is no file"),
         ([], "the index has no 'weight_map'"),
     ):
-        path = sharded(elsewhere, shards, weight_map)  # type: ignore[arg-type]
+        path = sharded(elsewhere, shards, weight_map)
         with pytest.raises(CheckpointError, match=said):
             open_state(path)
     for text, said in (

@@ -216,7 +216,7 @@ def test_the_other_methods_of_a_dict(sd: pdrs.StackedParameterDict) -> None:
     with pytest.raises(TypeError):
         sd.pop("a", 1, 2)
     with pytest.raises(TypeError):
-        sd.pop(None)  # type: ignore[arg-type]
+        sd.pop(None)
 
 
 def test_repr_is_short() -> None:
@@ -264,7 +264,7 @@ def test_missing_names_are_skipped_zero_or_inserted(sd: pdrs.StackedParameterDic
     assert gathered[:, 0].tolist() == [2.0, 7.0, 0.0, 7.0, 7.0]
     assert list(sd) == ["a", "b", "c", "new", "other"]
     with pytest.raises(ValueError, match="missing must be"):
-        sd.gather(batch, missing="ignore")  # type: ignore[arg-type]
+        sd.gather(batch, missing="ignore")
 
 
 def test_an_initialiser_that_raises_leaves_no_trace(sd: pdrs.StackedParameterDict) -> None:
@@ -294,11 +294,11 @@ def test_shapes_cannot_be_mixed_or_guessed(sd: pdrs.StackedParameterDict) -> Non
     with pytest.raises(TypeError, match=r"expected values of torch\.float32, as the rows have, got torch\.float64"):
         sd.scatter_(["a", "new"], torch.zeros(2, 2, dtype=torch.float64), missing="insert")
     with pytest.raises(TypeError, match="a tensor of values, got list"):
-        sd.scatter_(["a"], [[1.0, 2.0]])  # type: ignore[arg-type]
+        sd.scatter_(["a"], [[1.0, 2.0]])
     with pytest.raises(ValueError, match="0 or more, got -1"):
         sd.reserve(-1)
     with pytest.raises(TypeError, match="expected the shape of 'n' as a sequence of int, got 3"):
-        SD.from_shapes({"n": 3})  # type: ignore[dict-item]
+        SD.from_shapes({"n": 3})
     with pytest.raises(ValueError, match="there is no table yet"):
         SD().gather(["new"], missing="insert")
     assert list(sd) == ["a", "b", "c", "long"]

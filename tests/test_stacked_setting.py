@@ -186,7 +186,7 @@ def test_names_go_to_the_table_of_their_group(ways: list[bool]) -> None:
     assert ways == [True] * 3
     assert [sd._tables[sd._index[name] >> 40].group for name in sd] == [int("bias" in name) for name in sd]
     with pytest.raises(TypeError, match="names must be str"):
-        sd[5] = torch.ones(2)  # type: ignore[index]
+        sd[5] = torch.ones(2)
 
 
 def test_a_table_from_inference_mode_is_left_to_torch(ways: list[bool]) -> None:

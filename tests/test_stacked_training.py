@@ -358,7 +358,7 @@ def test_a_dictionary_that_is_loaded_brings_its_optimizer_into_the_saved_order()
         sd = SD([(name, torch.full(shapes[name], float(len(name)))) for name in order])
         optimizer = torch.optim.Adam([{"params": [torch.zeros(1, requires_grad=True)]}, *sd.optimizer_groups(by={})])
         sd.attach(optimizer)
-        sum(row.pow(2).sum() for row in sd.values()).backward()  # type: ignore[union-attr]
+        sum(row.pow(2).sum() for row in sd.values()).backward()
         optimizer.step()
         return sd, optimizer
 

@@ -268,7 +268,7 @@ def test_loading_calls_hooks_before_and_after(kind: Kind) -> None:
 
 
 def test_a_hook_may_add_the_entries_that_a_state_dict_has(kind: Kind) -> None:
-    class Growing(kind):  # type: ignore[misc, valid-type]
+    class Growing(kind):
         def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
             for name, tensor in state_dict.items():
                 self[name.removeprefix(prefix)] = torch.empty_like(tensor)
@@ -281,7 +281,7 @@ def test_a_hook_may_add_the_entries_that_a_state_dict_has(kind: Kind) -> None:
 
 
 def test_extra_state_goes_there_and_back(kind: Kind) -> None:
-    class Counting(kind):  # type: ignore[misc, valid-type]
+    class Counting(kind):
         count = 0
 
         def get_extra_state(self) -> dict[str, int]:
@@ -306,7 +306,7 @@ def test_extra_state_goes_there_and_back(kind: Kind) -> None:
 def test_a_version_of_a_subclass_is_written_and_read(kind: Kind) -> None:
     versions = []
 
-    class Second(kind):  # type: ignore[misc, valid-type]
+    class Second(kind):
         _version = 2
 
         def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
@@ -321,7 +321,7 @@ def test_a_version_of_a_subclass_is_written_and_read(kind: Kind) -> None:
 
 
 def test_an_override_of_saving_is_called(kind: Kind) -> None:
-    class Quiet(kind):  # type: ignore[misc, valid-type]
+    class Quiet(kind):
         def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
             super()._save_to_state_dict(destination, prefix, keep_vars)
             destination.pop(f"{prefix}left")
@@ -611,7 +611,7 @@ def test_another_base_class_may_have_its_own_loading(kind: Kind) -> None:
             state_dict[f"{prefix}left"] = state_dict.pop(f"{prefix}old")
             super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    class Both(kind, Renaming):  # type: ignore[misc, valid-type]
+    class Both(kind, Renaming):
         pass
 
     pd = Both(filled(kind).items())

@@ -132,7 +132,7 @@ class TupleKeys:
 
 
 def test_a_subclass_may_translate_its_keys(kind: Kind) -> None:
-    class Edges(TupleKeys, kind):  # type: ignore[misc, valid-type]
+    class Edges(TupleKeys, kind):
         pass
 
     likes, knows = ("user", "likes", "item"), ("user", "knows", "user")
@@ -154,7 +154,7 @@ def test_a_subclass_may_translate_its_keys(kind: Kind) -> None:
 
 
 def test_a_subclass_may_lower_its_keys(kind: Kind) -> None:
-    class Lowered(kind):  # type: ignore[misc, valid-type]
+    class Lowered(kind):
         def __setitem__(self, key: str, value: Any) -> None:
             super().__setitem__(key.lower(), value)
 
@@ -175,7 +175,7 @@ def test_a_subclass_may_lower_its_keys(kind: Kind) -> None:
 
 
 def test_a_subclass_may_compute_its_values(kind: Kind) -> None:
-    class Positive(kind):  # type: ignore[misc, valid-type]
+    class Positive(kind):
         def __getitem__(self, key: str) -> Any:
             return super().__getitem__(key).exp()
 
@@ -190,7 +190,7 @@ def test_a_subclass_may_compute_its_values(kind: Kind) -> None:
 
 
 def test_a_subclass_with_a_constructor_of_its_own(kind: Kind) -> None:
-    class Table(kind):  # type: ignore[misc, valid-type]
+    class Table(kind):
         scale = 2.0
 
         def __init__(self, rows: int) -> None:
@@ -210,7 +210,7 @@ def test_a_subclass_with_a_constructor_of_its_own(kind: Kind) -> None:
 
 
 def test_a_subclass_may_set_attributes_before_super(kind: Kind) -> None:
-    class Early(kind):  # type: ignore[misc, valid-type]
+    class Early(kind):
         def __init__(self) -> None:
             with pytest.raises(AttributeError, match="cannot assign parameters before Module"):
                 self.early = Parameter(torch.zeros(1))
@@ -220,7 +220,7 @@ def test_a_subclass_may_set_attributes_before_super(kind: Kind) -> None:
 
 
 def test_a_subclass_may_use_slots_of_the_class_dynamically(kind: Kind) -> None:
-    class Plain(kind):  # type: ignore[misc, valid-type]
+    class Plain(kind):
         pass
 
     pd = Plain({"a": torch.zeros(1)})
@@ -239,7 +239,7 @@ def test_two_bases_are_joined(kind: Kind) -> None:
             self.__dict__.setdefault("written", []).append(key)
             super().__setitem__(key, value)
 
-    class Joined(Mixin, kind):  # type: ignore[misc, valid-type]
+    class Joined(Mixin, kind):
         pass
 
     pd = Joined({"b": torch.zeros(1), "a": torch.zeros(1)})

@@ -166,7 +166,7 @@ def test_something_that_is_no_tensor_is_a_type_error() -> None:
     with pytest.raises(TypeError, match=r"tensors\[1\]: expected a Tensor, got NoneType"):
         group_tensors([torch.ones(2), None])
     with pytest.raises(TypeError, match="list"):
-        group_tensors((torch.ones(2),))  # type: ignore[arg-type]
+        group_tensors((torch.ones(2),))
     with pytest.raises(ValueError, match="narrowest must be 1, 2, 4, 8 or 16 bytes, got 3"):
         group_tensors([], narrowest=3)
 
@@ -188,7 +188,7 @@ def test_rebound_parameters_are_the_same_leaves_with_the_same_values(door: Any) 
         assert torch.equal(parameter, value)
         assert not parameter.numel() or slab.data_ptr() <= parameter.data_ptr() < slab_end
     assert parameters[1].stride() == (1, 2)
-    sum((parameter**2).sum() for parameter in parameters[:-1]).backward()  # type: ignore[union-attr]
+    sum((parameter**2).sum() for parameter in parameters[:-1]).backward()
     torch.optim.SGD(parameters[:-1], lr=0.25).step()
     for parameter, value in zip(parameters, before, strict=True):
         assert torch.equal(parameter, value / 2)
@@ -305,7 +305,7 @@ def test_a_group_whose_tensors_have_moved_is_of_no_more_use() -> None:
 
 def test_an_unknown_door_is_a_value_error() -> None:
     with pytest.raises(ValueError, match="'dlpack', 'stable_abi' or 'as_strided', got \"window\""):
-        slab_views(torch.zeros(2), [0], [(2,)], door="window")  # type: ignore[arg-type]
+        slab_views(torch.zeros(2), [0], [(2,)], door="window")
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
@@ -335,7 +335,7 @@ def test_views_keep_the_slab_alive_and_the_last_one_frees_it(door: Any, elsewher
 
 def test_a_group_does_not_keep_tensors_alive_in_a_cycle() -> None:
     tensor = torch.ones(2)
-    tensor.group = group_of([tensor])  # type: ignore[attr-defined]
+    tensor.group = group_of([tensor])
     alive = weakref.ref(tensor)
     del tensor
     gc.collect()

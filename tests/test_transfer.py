@@ -712,7 +712,7 @@ def test_a_function_of_the_users_is_called_for_each(kind: Kind) -> None:
 def test_an_override_of_apply_is_called_wherever_it_is() -> None:
     for kind in KINDS:
 
-        class Loud(kind):  # type: ignore[misc, valid-type]
+        class Loud(kind):
             calls = 0
 
             def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -731,7 +731,7 @@ def test_an_override_of_apply_is_called_wherever_it_is() -> None:
 def test_an_override_by_an_attribute_is_called(kind: Kind) -> None:
     seen = []
     inner = kind({"a": torch.ones(2)})
-    inner._apply = lambda fn: seen.append(fn)  # type: ignore[method-assign]
+    inner._apply = lambda fn: seen.append(fn)
     outer = kind({"inner": inner, "b": torch.ones(2)})
     outer.double()
     pdrs.to(outer, torch.float16)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -71,13 +71,14 @@ class Source(NamedTuple):
         return self.of.blocks()
 
 
-class _Rows:
+class _Rows(Protocol):
     def blocks(self) -> Iterator[Tensor]:
-        raise NotImplementedError
+        """Yield the elements in C order, in flat tensors on the CPU."""
+        ...
 
 
 @dataclass
-class _Whole(_Rows):
+class _Whole:
     """A tensor that is there."""
 
     tensor: Tensor
@@ -97,7 +98,7 @@ class _Whole(_Rows):
 
 
 @dataclass
-class _Entries(_Rows):
+class _Entries:
     """Tensors of one dtype, of one shape or (in a slab) of any, one behind another."""
 
     values: list[Tensor]
