@@ -53,6 +53,7 @@ __all__ = [
     "unexpected_keys",
     "unpack_names",
     "unzip",
+    "use_huge_pages",
     "use_native_slots",
     "walk_modules",
     "zero_row",
@@ -559,6 +560,9 @@ def replace_ids(index: IndexMap, ids: NDArray[np.int64]) -> None: ...
 def pop_row(stacked: Any, name: str) -> Tensor | None: ...
 def pop_end_row(stacked: Any, last: bool) -> tuple[str, Tensor] | None: ...
 def set_row(stacked: Any, name: str, value: Any, group: int) -> bool: ...
+def use_huge_pages(tensor: Tensor) -> None:
+    """Ask Linux for huge pages for the memory of a large plain tensor on the CPU, best before it is written to."""
+
 def zero_row(tensors: list[Tensor], row: int) -> list[Tensor]: ...
 
 @final

@@ -10,6 +10,7 @@ mod copy;
 mod dlpack;
 mod entries;
 mod group;
+mod huge_pages;
 mod index_map;
 mod interpreter;
 mod modules;
@@ -43,6 +44,8 @@ mod _core {
     use super::entries::EntryIterator;
     #[pymodule_export]
     use super::group::{TensorGroup, group_tensors, slab_views};
+    #[pymodule_export]
+    use super::huge_pages::use_huge_pages;
     #[pymodule_export]
     use super::index_map::{IndexMap, NameIterator};
     #[pymodule_export]

@@ -1,0 +1,84 @@
+//! Large blocks of memory on huge pages, which Linux gives to who asks for them (`madvise`).
+//!
+//! A large table that is looked into at random misses the processor's translation cache at nearly every look, and a
+//! fresh one faults once for each 4 KiB that is first written. On pages of 2 MiB both are rare. Elsewhere than on Linux,
+//! and where its administrator has switched them off, nothing changes.
+#![allow(unsafe_code)] // An allocator is unsafe by its trait; the advice is a system call.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+
+use pyo3::prelude::*;
+
+use crate::tensor::Torch;
+
+/// Smaller blocks are not worth a system call: they may hold no huge page whole.
+const LARGE: usize = 4 << 20;
+
+#[cfg(target_os = "linux")]
+const HUGE_PAGE: usize = 2 << 20;
+
+/// The system's allocator, which asks for huge pages for what is large.
+struct HugePages;
+
+#[global_allocator]
+static ALLOCATOR: HugePages = HugePages;
+
+// SAFETY: all calls are handed on to the system's allocator as they came; the advice changes no memory.
+unsafe impl GlobalAlloc for HugePages {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        // SAFETY: as the caller promises.
+        advised(unsafe { System.alloc(layout) }, layout.size())
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        // SAFETY: as the caller promises.
+        advised(unsafe { System.alloc_zeroed(layout) }, layout.size())
+    }
+
+    unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
+        // SAFETY: as the caller promises.
+        unsafe { System.dealloc(block, layout) }
+    }
+
+    unsafe fn realloc(&self, block: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        // SAFETY: as the caller promises.
+        advised(unsafe { System.realloc(block, layout, size) }, size)
+    }
+}
+
+fn advised(block: *mut u8, size: usize) -> *mut u8 {
+    if size >= LARGE && !block.is_null() {
+        advise(block as usize, size);
+    }
+    block
+}
+
+/// Asks for huge pages for those that lie whole in a stretch of memory.
+#[cfg(target_os = "linux")]
+fn advise(address: usize, bytes: usize) {
+    let begin = address.next_multiple_of(HUGE_PAGE);
+    let end = (address + bytes) / HUGE_PAGE * HUGE_PAGE;
+    if begin < end {
+        // SAFETY: the advice changes no value, whatever lies there; where it cannot be taken, nothing happens.
+        unsafe { libc::madvise(begin as *mut libc::c_void, end - begin, libc::MADV_HUGEPAGE) };
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn advise(_address: usize, _bytes: usize) {}
+
+/// Asks for huge pages for a tensor's memory, if it is a large plain tensor on the CPU; best before it is written to.
+#[pyfunction]
+pub(crate) fn use_huge_pages(tensor: &Bound<'_, PyAny>) -> PyResult<()> {
+    let torch = Torch::get(tensor.py())?;
+    if let Ok(found) = torch.find(tensor, &mut Vec::new())?
+        && found.device.is_cpu()
+        && found.contiguous
+    {
+        let bytes = usize::try_from(found.numel * found.itemsize)?;
+        if bytes >= LARGE {
+            advise(found.pointer, bytes);
+        }
+    }
+    Ok(())
+}
