@@ -372,4 +372,5 @@ SUITE = Suite(
     intro=f"`pdrs.ParameterDict` beside `torch.nn.ParameterDict`, and a plain `dict` as the floor. "
     f"Entries are Parameters of {FLOATS} float32; names have 14 characters.",
     readme_marker="benchmark",
+    claim=("`load_state_dict`", "`load_state_dict`"),
 )

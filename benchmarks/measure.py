@@ -144,6 +144,8 @@ class Suite(Generic[DataT]):
         What marks the place of the short table in the README; none for a suite that has no place there.
     growth_at_most
         How much the cost an entry may grow from the smallest size on.
+    claim
+        The title of a case whose figures the README states in words, in front of everything else, and these words.
     """
 
     name: str
@@ -155,6 +157,7 @@ class Suite(Generic[DataT]):
     intro: str
     readme_marker: str = ""
     growth_at_most: float = 2
+    claim: tuple[str, str] | None = None
 
     @property
     def ours(self) -> str:

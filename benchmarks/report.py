@@ -127,6 +127,23 @@ def readme_block(results: Results, suite: Suite[Any]) -> str:
     return f"{head}\n\n" + table(["", *baselines, suite.ours, *ratio_heads], rows)
 
 
+def readme_claim(results: Results, suite: Suite[Any]) -> str:
+    """Say in a sentence what one case costs at the largest size, and where this was measured."""
+    assert suite.claim is not None
+    title, words = suite.claim
+    case = next(case for case in suite.cases if case.title == title)
+    entries, baseline, machine = results.sizes[-1], suite.baselines[0], results.machine
+    theirs, ours = (results.median(suite, case, subject, entries) for subject in (baseline, suite.ours))
+    if theirs is None or ours is None:
+        raise ValueError(f"{title} was not measured at {entries:,} entries")
+    seconds = [figure(each * entries * 1e-9) for each in (ours, theirs)]
+    return (
+        f"With {entries:,} entries, {words} takes {seconds[0]} s where {baseline} takes {seconds[1]} s:"
+        f" {figure(theirs / ours)} times as fast ({machine['CPU']}, Python {machine['Python']}, {baseline}"
+        f" {machine['torch']}; `{machine['command']}`)."
+    )
+
+
 def _required(suite: Suite[Any], baseline: str) -> bool:
     """Whether anything is required of a suite beside a container."""
     return any(target.baseline == baseline for case in suite.cases for target in case.targets)

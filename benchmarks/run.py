@@ -22,7 +22,7 @@ import cases_transfer
 import plot
 from machine import describe
 from measure import Measurement, Suite, measure
-from report import Results, readme_block, report, summary, verdicts, write_readme
+from report import Results, readme_block, readme_claim, report, summary, verdicts, write_readme
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -133,6 +133,8 @@ def _publish(results: Results, suite: Suite[Any]) -> None:
     marker = suite.readme_marker
     if marker and not write_readme(README, marker, readme_block(results, suite)):
         print(f"{README.name} has no place for the short table of {suite.title}")
+    if suite.claim and not write_readme(README, f"{marker}-claim", readme_claim(results, suite)):
+        print(f"{README.name} has no place for what is claimed of {suite.title}")
 
 
 if __name__ == "__main__":
