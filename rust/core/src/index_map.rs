@@ -18,6 +18,8 @@
 //! * Removal shifts the words behind it back, so there are no tombstones and look-ups do not slow down with age.
 //! * Bulk operations first touch what a batch will need, so that the cache misses of a batch overlap.
 
+mod build;
+
 use std::collections::VecDeque;
 use std::hint::black_box;
 
