@@ -1,6 +1,7 @@
 """The native part of pdrs."""
 
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
+from types import TracebackType
 from typing import Any, Literal, TypeVar, final, overload
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.nn import Module, Parameter
 __all__ = [
     "EntryIterator",
     "IndexMap",
+    "Lock",
     "NameIterator",
     "SafetensorsHeader",
     "SafetensorsStack",
@@ -511,6 +513,16 @@ def use_native_slots(class_: type[Module]) -> None: ...
 def walk_modules(
     modules: list[Module], usual_applies: tuple[Any, ...] | None = None
 ) -> tuple[list[Module], list[Module], list[dict[str, Any]], list[tuple[Module, dict[str, Any]]]]: ...
+
+@final
+class Lock:
+    """A lock that its holder may take again; native code takes it without a detour through Python."""
+
+    def __new__(cls) -> Lock: ...
+    def __enter__(self) -> None: ...
+    def __exit__(
+        self, class_: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
+    ) -> None: ...
 
 @final
 class TableRows:

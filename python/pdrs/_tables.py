@@ -9,7 +9,6 @@ This layer knows rows and no names.
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from pdrs import _optimizer_rows
-from pdrs._core import TableRows, zero_row
+from pdrs._core import Lock, TableRows, zero_row
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -200,11 +199,11 @@ class Tables(Module):
 
     _tables: list[Table]
     _optimizers: list[weakref.ref[Optimizer]]
-    _lock: threading.RLock
+    _lock: Lock
 
     def __init__(self) -> None:
         super().__init__()
-        self.__dict__.update(_tables=[], _optimizers=[], _lock=threading.RLock())
+        self.__dict__.update(_tables=[], _optimizers=[], _lock=Lock())
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the lock, and the optimizers, which hold the Parameters of this very object."""
@@ -217,7 +216,7 @@ class Tables(Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore what was pickled or copied."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.__dict__["_lock"] = threading.RLock()
+        self.__dict__["_lock"] = Lock()
         self._adopt()
 
     def _adopt(self) -> None:

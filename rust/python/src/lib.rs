@@ -12,7 +12,9 @@ mod entries;
 mod group;
 mod huge_pages;
 mod index_map;
+mod instance;
 mod interpreter;
+mod lock;
 mod modules;
 mod name;
 mod row;
@@ -48,6 +50,8 @@ mod _core {
     use super::huge_pages::use_huge_pages;
     #[pymodule_export]
     use super::index_map::{IndexMap, NameIterator};
+    #[pymodule_export]
+    use super::lock::Lock;
     #[pymodule_export]
     use super::modules::{all_kept, collect_parameters, walk_modules};
     #[pymodule_export]

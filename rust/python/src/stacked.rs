@@ -9,6 +9,8 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyString};
 
 use crate::index_map::{IndexMap, to_names};
+use crate::instance::attributes;
+use crate::lock::{Holding, Lock};
 use crate::name::{Name, to_text};
 use crate::row::{Fit, RowValue, copy_row};
 use crate::table_rows::TableRows;
@@ -93,7 +95,7 @@ pub(crate) fn set_row(
     if name.is_empty()? {
         return Ok(false);
     }
-    let state = state_of(stacked)?;
+    let state = attributes(stacked)?;
     let index = of_state(&state, intern!(py, "_index"))?.cast_into::<IndexMap>()?;
     let set = match index.get().find(name) {
         Some(id) => replace_row(&state, id, &value, group)?,
@@ -177,8 +179,8 @@ pub(crate) fn pop_row<'py>(
     name: &Bound<'py, PyAny>,
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
     let name = to_text(name)?;
-    let state = state_of(stacked)?;
-    let _lock = Locked::new(&state)?;
+    let state = attributes(stacked)?;
+    let _lock = held(&state)?;
     let Some((_, id)) = of_state(&state, intern!(state.py(), "_index"))?.cast::<IndexMap>()?.get().remove(&name) else {
         return Ok(None);
     };
@@ -192,8 +194,8 @@ pub(crate) fn pop_end_row<'py>(
     last: bool,
 ) -> PyResult<Option<(Bound<'py, PyString>, Bound<'py, PyAny>)>> {
     let py = stacked.py();
-    let state = state_of(stacked)?;
-    let _lock = Locked::new(&state)?;
+    let state = attributes(stacked)?;
+    let _lock = held(&state)?;
     let index = of_state(&state, intern!(py, "_index"))?;
     let Some((name, id)) = index.cast::<IndexMap>()?.get().remove_end(py, last) else {
         return Ok(None);
@@ -244,31 +246,12 @@ fn parameter_of<'py>(state: &Bound<'py, PyDict>, table: &Bound<'py, PyAny>) -> P
     parameters.cast::<PyDict>()?.get_item(table.getattr(intern!(state.py(), "attribute"))?)
 }
 
-fn state_of<'py>(stacked: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyDict>> {
-    Ok(stacked.getattr(intern!(stacked.py(), "__dict__"))?.cast_into()?)
+fn held<'py>(state: &Bound<'py, PyDict>) -> PyResult<Holding<'py>> {
+    Lock::hold(of_state(state, intern!(state.py(), "_lock"))?.cast_into()?)
 }
 
 fn of_state<'py>(state: &Bound<'py, PyDict>, name: &Bound<'py, PyString>) -> PyResult<Bound<'py, PyAny>> {
     state.get_item(name)?.ok_or_else(|| PyKeyError::new_err(name.clone().unbind()))
-}
-
-/// The lock of a dictionary, held as long as this lives. Python's own: to wait for it, it lets other threads run.
-struct Locked<'py>(Bound<'py, PyAny>);
-
-impl<'py> Locked<'py> {
-    fn new(state: &Bound<'py, PyDict>) -> PyResult<Self> {
-        let py = state.py();
-        let lock = of_state(state, intern!(py, "_lock"))?;
-        lock.call_method0(intern!(py, "acquire"))?;
-        Ok(Self(lock))
-    }
-}
-
-impl Drop for Locked<'_> {
-    fn drop(&mut self) {
-        let released = self.0.call_method0(intern!(self.0.py(), "release"));
-        debug_assert!(released.is_ok(), "a lock that is held can be released");
-    }
 }
 
 /// Gives all names, in their order, other ids.
