@@ -29,6 +29,7 @@ __all__ = [
     "crc32",
     "diff_names",
     "group_tensors",
+    "has_packed",
     "in_step",
     "insert_all",
     "insert_ids",
@@ -688,6 +689,11 @@ def apply_names(old: NDArray[np.uint8], delta: NDArray[np.uint8]) -> NDArray[np.
 def changed_rows(old: NDArray[np.uint8], new: NDArray[np.uint8], row_bytes: int) -> NDArray[np.int64]: ...
 def crc32(data: NDArray[np.uint8], start: int = 0) -> int: ...
 def diff_names(old: NDArray[np.uint8], new: NDArray[np.uint8]) -> NDArray[np.uint8]: ...
+def has_packed(
+    packed: NDArray[np.uint8], index: IndexMap, tables: Sequence[_TableTuple], patterns: Sequence[str]
+) -> bool:
+    """Whether :func:`pack_names` would give these bytes."""
+
 def pack_names(
     index: IndexMap, tables: Sequence[_TableTuple], patterns: Sequence[str], ids: NDArray[np.int64] | None = None
 ) -> NDArray[np.uint8]: ...

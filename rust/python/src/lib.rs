@@ -34,7 +34,7 @@ mod _core {
     use pyo3::prelude::*;
 
     #[pymodule_export]
-    use super::archive::{apply_names, changed_rows, crc32, diff_names, pack_names, unpack_names};
+    use super::archive::{apply_names, changed_rows, crc32, diff_names, has_packed, pack_names, unpack_names};
     #[pymodule_export]
     use super::bulk::{
         can_take_over, clear_entries, in_step, insert_all, pop_end, pop_entry, prepare, save_parameters, set_entry,
