@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn.modules.module import _IncompatibleKeys
 
-from pdrs import _optimizer_rows
+from pdrs import _memory, _optimizer_rows
 from pdrs._core import TableRows, sort_tensors
 from pdrs._named_rows import partition, row_of, table_of
 from pdrs._packed_names import (
@@ -287,7 +287,7 @@ class SavedRows(TrainedRows):
     def _new_table(self, attribute: str, group: int, trainable: bool, tensor: Any, capacity: int) -> Table:
         if not isinstance(tensor, Tensor) or tensor.dim() == 0:
             raise ValueError(f"the table '{attribute}' is missing")
-        data = torch.zeros((capacity, *tensor.shape[1:]), dtype=tensor.dtype, device=self._device())
+        data = _memory.full((capacity, *tensor.shape[1:]), 0, dtype=tensor.dtype, device=self._device())
         return self._tables[self._add_table(attribute, Parameter(data, requires_grad=trainable), group)]
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from pdrs import _optimizer_rows
+from pdrs import _memory, _optimizer_rows
 from pdrs._core import Lock, TableRows, zero_row
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def resized_gradient(gradient: Tensor, capacity: int) -> Tensor:
 
 def resized(tensor: Tensor, capacity: int, fill: float = 0) -> Tensor:
     """Return a copy of a tensor with so many rows: of the first ones, with new ones full of ``fill``."""
-    made = tensor.new_empty((capacity, *tensor.shape[1:]))
+    made = _memory.full_like(tensor, capacity, None)
     kept = min(capacity, len(tensor))
     made[:kept].copy_(tensor[:kept])
     made[kept:].fill_(fill)
@@ -489,7 +489,7 @@ class _Arranged:
     def __call__(self, tensor: Tensor, fill: float = 0) -> Tensor:
         if self.source is None:
             return resized(tensor, self.capacity, fill)
-        made = tensor.new_full((self.capacity, *tensor.shape[1:]), fill)
+        made = _memory.full_like(tensor, self.capacity, fill)
         # Where the rows of a state lie on another device, as torch's own optimizers never have them, this moves them.
         there, old = self.there.to(tensor.device), self.old.to(tensor.device)
         return made.index_copy_(0, there, tensor.index_select(0, old))
