@@ -28,6 +28,7 @@ __all__ = [
     "complete_move",
     "crc32",
     "diff_names",
+    "find_rows",
     "group_tensors",
     "has_packed",
     "in_step",
@@ -565,6 +566,12 @@ class TableRows:
     def __deepcopy__(self, memo: object, /) -> TableRows: ...
     @staticmethod
     def _restore(used: int, free: NDArray[np.int64]) -> TableRows: ...
+
+def find_rows(index: IndexMap, names: Iterable[str]) -> tuple[int, NDArray[np.int64]]:
+    """Return the number of the table that names lie in, and their rows; or, if that is not one table, -1 and their ids.
+
+    The id of a name that is not there is -1.
+    """
 
 def insert_ids(index: IndexMap, names: Iterable[str], ids: NDArray[np.int64]) -> None: ...
 def missing_names(index: IndexMap, names: Iterable[str]) -> list[str]: ...

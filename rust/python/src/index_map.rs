@@ -195,6 +195,13 @@ impl IndexMap {
         if missing.is_empty() { Ok(rows) } else { Err(missing) }
     }
 
+    /// The rows of names in their order, -1 for those that are not there.
+    pub(crate) fn rows_or_minus_one(&self, py: Python<'_>, names: &[Name]) -> Vec<i64> {
+        let mut rows = Vec::with_capacity(names.len());
+        self.read(py).map.get_many(names, |_, row| rows.push(row.copied().unwrap_or(-1)));
+        rows
+    }
+
     /// Removes a name and gives it, the object that the map held, and its row.
     pub(crate) fn remove(&self, name: &Bound<'_, PyString>) -> Option<(Name, i64)> {
         self.write(name.py()).state.map.remove(&Query::from(name))

@@ -61,7 +61,9 @@ mod _core {
     #[pymodule_export]
     use super::slots::use_native_slots;
     #[pymodule_export]
-    use super::stacked::{insert_ids, missing_names, pop_end_row, pop_row, remove_names, replace_ids, set_row};
+    use super::stacked::{
+        find_rows, insert_ids, missing_names, pop_end_row, pop_row, remove_names, replace_ids, set_row,
+    };
     #[pymodule_export]
     use super::state::{load_matching, not_copied_yet, place_copies, unexpected_keys};
     #[pymodule_export]

@@ -54,6 +54,25 @@ pub(crate) fn missing_names<'py>(
     Ok(found)
 }
 
+/// The number of the table that names lie in, and their rows there, in order; or, if they do not all lie in one, -1 and
+/// their ids, each -1 for a name that is not there.
+#[pyfunction]
+pub(crate) fn find_rows<'py>(
+    index: &Bound<'py, IndexMap>,
+    names: &Bound<'py, PyAny>,
+) -> PyResult<(i64, Bound<'py, PyArray1<i64>>)> {
+    let py = index.py();
+    let mut ids = index.get().rows_or_minus_one(py, &to_names(names)?);
+    // The ids of a table, and no others, agree in the bits above the row.
+    let first = ids.first().copied().unwrap_or(-1);
+    let differing = ids.iter().fold(0, |bits, id| bits | (id ^ first));
+    if first < 0 || differing >> ROW_BITS != 0 {
+        return Ok((-1, PyArray1::from_vec(py, ids)));
+    }
+    ids.iter_mut().for_each(|id| *id &= (1 << ROW_BITS) - 1);
+    Ok((first >> ROW_BITS, PyArray1::from_vec(py, ids)))
+}
+
 /// Removes many names and gives their ids in order; a `KeyError`, with nothing removed, if one is not there, or is
 /// listed twice.
 #[pyfunction]
