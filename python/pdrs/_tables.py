@@ -316,10 +316,11 @@ class Tables(Module):
         return None
 
     def _attached(self) -> list[Optimizer]:
-        alive = [(ref, ref()) for ref in self._optimizers]
-        if any(optimizer is None for _, optimizer in alive):
-            self.__dict__["_optimizers"] = [ref for ref, optimizer in alive if optimizer is not None]
-        return [optimizer for _, optimizer in alive if optimizer is not None]
+        references = self._optimizers
+        alive = [optimizer for reference in references if (optimizer := reference()) is not None]
+        if len(alive) < len(references):
+            self.__dict__["_optimizers"] = [reference for reference in references if reference() is not None]
+        return alive
 
     def _refuse_strangers(self, table: Table, what: str) -> None:
         """Raise if an optimizer that is not attached has state by row for a table."""
