@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import pdrs
 from pdrs import _memory
 
 _SMAPS = Path("/proc/self/smaps")
@@ -31,14 +32,74 @@ def _is_advised(address: int) -> bool:
     raise AssertionError(f"no mapping holds {address:#x}")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux takes the advice")
-@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this kernel has no huge pages")
+needs_huge_pages = pytest.mark.skipif(
+    sys.platform != "linux" or not Path("/sys/kernel/mm/transparent_hugepage").exists(),
+    reason="only Linux takes the advice, if its kernel has huge pages",
+)
+
+
+@needs_huge_pages
 def test_large_memory_asks_for_huge_pages():
     large = _memory.empty((1 << 20, 16), dtype=torch.float32)
     assert large.shape == (1 << 20, 16)
     assert _is_advised(large.data_ptr() + large.nbytes // 2)
     plain = torch.empty((1 << 20, 16), dtype=torch.float32)
     assert not _is_advised(plain.data_ptr() + plain.nbytes // 2)
+
+
+ROWS = 1 << 17  # 8 MiB, of 16 float32
+
+
+def _grown() -> pdrs.StackedParameterDict:
+    sd = pdrs.StackedParameterDict({"a": torch.ones(16)})
+    sd.reserve(ROWS)
+    return sd
+
+
+def _compacted() -> pdrs.StackedParameterDict:
+    sd = pdrs.StackedParameterDict.from_rows([f"n{at}" for at in range(ROWS)], torch.ones(ROWS, 16))
+    sd.drop(["n0", "n1"])
+    sd.compact()
+    return sd
+
+
+def _loaded() -> pdrs.StackedParameterDict:
+    sd = pdrs.StackedParameterDict()
+    sd.load_state_dict(_grown().state_dict())
+    return sd
+
+
+@needs_huge_pages
+@pytest.mark.parametrize(
+    "make",
+    [
+        _grown,
+        _compacted,
+        _loaded,
+        lambda: pdrs.StackedParameterDict.from_shapes(
+            {f"n{at}": (16,) for at in range(ROWS)}, init=torch.nn.init.ones_
+        ),
+    ],
+    ids=["grown", "compacted", "loaded", "from shapes"],
+)
+def test_large_tables_ask_for_huge_pages(make):
+    (table,) = make().parameters()
+    assert _is_advised(table.data_ptr() + table.nbytes // 2)
+    assert (table.detach()[:1] == 1).all()
+
+
+@needs_huge_pages
+def test_the_state_of_an_attached_optimizer_asks_for_huge_pages_when_it_grows():
+    sd = pdrs.StackedParameterDict({"a": torch.ones(16)})
+    optimizer = torch.optim.Adam(sd.parameters())
+    sd.attach(optimizer)
+    sd.gather(["a"]).sum().backward()
+    optimizer.step()
+    sd.reserve(ROWS)
+    (state,) = optimizer.state.values()
+    assert _is_advised(state["exp_avg"].data_ptr() + state["exp_avg"].nbytes // 2)
+    assert state["exp_avg"][0].count_nonzero() == 16
+    assert state["exp_avg"][1:].count_nonzero() == 0
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -1,6 +1,7 @@
 """The native part of pdrs."""
 
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
+from types import TracebackType
 from typing import Any, Literal, TypeVar, final, overload
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.nn import Module, Parameter
 __all__ = [
     "EntryIterator",
     "IndexMap",
+    "Lock",
     "NameIterator",
     "SafetensorsHeader",
     "SafetensorsStack",
@@ -26,7 +28,9 @@ __all__ = [
     "complete_move",
     "crc32",
     "diff_names",
+    "find_rows",
     "group_tensors",
+    "has_packed",
     "in_step",
     "insert_all",
     "insert_ids",
@@ -513,6 +517,16 @@ def walk_modules(
 ) -> tuple[list[Module], list[Module], list[dict[str, Any]], list[tuple[Module, dict[str, Any]]]]: ...
 
 @final
+class Lock:
+    """A lock that its holder may take again; native code takes it without a detour through Python."""
+
+    def __new__(cls) -> Lock: ...
+    def __enter__(self) -> None: ...
+    def __exit__(
+        self, class_: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
+    ) -> None: ...
+
+@final
 class TableRows:
     """Which rows of a table belong to names; the others are given again, the last freed first, before new ones.
 
@@ -552,6 +566,12 @@ class TableRows:
     def __deepcopy__(self, memo: object, /) -> TableRows: ...
     @staticmethod
     def _restore(used: int, free: NDArray[np.int64]) -> TableRows: ...
+
+def find_rows(index: IndexMap, names: Iterable[str]) -> tuple[int, NDArray[np.int64]]:
+    """Return the number of the table that names lie in, and their rows; or, if that is not one table, -1 and their ids.
+
+    The id of a name that is not there is -1.
+    """
 
 def insert_ids(index: IndexMap, names: Iterable[str], ids: NDArray[np.int64]) -> None: ...
 def missing_names(index: IndexMap, names: Iterable[str]) -> list[str]: ...
@@ -676,6 +696,11 @@ def apply_names(old: NDArray[np.uint8], delta: NDArray[np.uint8]) -> NDArray[np.
 def changed_rows(old: NDArray[np.uint8], new: NDArray[np.uint8], row_bytes: int) -> NDArray[np.int64]: ...
 def crc32(data: NDArray[np.uint8], start: int = 0) -> int: ...
 def diff_names(old: NDArray[np.uint8], new: NDArray[np.uint8]) -> NDArray[np.uint8]: ...
+def has_packed(
+    packed: NDArray[np.uint8], index: IndexMap, tables: Sequence[_TableTuple], patterns: Sequence[str]
+) -> bool:
+    """Whether :func:`pack_names` would give these bytes."""
+
 def pack_names(
     index: IndexMap, tables: Sequence[_TableTuple], patterns: Sequence[str], ids: NDArray[np.int64] | None = None
 ) -> NDArray[np.uint8]: ...

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from pdrs._core import TableRows, replace_ids
+from pdrs._core import TableRows, find_rows, replace_ids
 from pdrs._named_rows import Initialiser, NamedRows, Names, as_list, id_of, row_of, table_of
 from pdrs._row_blocks import write_rows
 from pdrs._row_gather import gather_rows, gather_tables
@@ -43,6 +44,7 @@ class Handle:
         self._ids: Rows = np.empty(0, np.int64)
         self._table: Table | None = None
         self._rows = torch.empty(0, dtype=torch.int64, device="cpu")
+        self._on_cpu = True
 
     def __len__(self) -> int:
         """Return the number of names."""
@@ -67,14 +69,23 @@ class GatheredRows(NamedRows):
         dtype: torch.dtype | None = None,
     ) -> Rows:
         """Return the ids of names; -1 for those that are missing and count as zeros."""
-        if missing not in ("error", "skip", "zero", "insert"):
-            raise ValueError(f"missing must be 'error', 'skip', 'zero' or 'insert', got {missing!r}")
+        _check_missing(missing)
         if isinstance(names, Handle):
             self._refresh(names)
             return names._ids
-        if not isinstance(names, list | np.ndarray):
-            names = as_list(names)
-        ids = self._index.lookup(names, -1)
+        names = _as_sequence(names)
+        return self._without_missing(names, self._index.lookup(names, -1), missing, init, shape, dtype)
+
+    def _without_missing(
+        self,
+        names: Sequence[str] | NDArray[Any],
+        ids: Rows,
+        missing: Missing,
+        init: Initialiser | None,
+        shape: Sequence[int] | None,
+        dtype: torch.dtype | None,
+    ) -> Rows:
+        """Return ids of names of which those that are missing have been treated as is asked for."""
         if len(ids) == 0 or ids.min() >= 0 or missing == "zero":
             return ids
         if missing == "skip":
@@ -103,6 +114,7 @@ class GatheredRows(NamedRows):
             device = self._parameter(handle._table).device
             if handle._rows.device != device and device.type != "meta":
                 handle._rows = handle._rows.to(device)
+            handle._on_cpu = handle._rows.is_cpu
 
     def handle(self, names: Names) -> Handle:
         """Look names up once, to gather them in every step. **O(m)** for ``m`` names.
@@ -253,10 +265,20 @@ class GatheredRows(NamedRows):
         [[3.0, 4.0], [1.0, 1.0]]
 
         """
+        _check_missing(missing)
         with self._lock:
-            ids = self._look_up(names, missing, init, shape, dtype)
-            if isinstance(names, Handle) and names._table is not None:
-                return gather_rows(self._parameter(names._table), names._rows, sparse)
+            if isinstance(names, Handle):
+                table = _table_of_all(self, names)
+                if table is not None:
+                    return gather_rows(table, names._rows, sparse)
+                return self._gather_ids(names._ids, sparse, shape, dtype)
+            names = _as_sequence(names)
+            number, rows = find_rows(self._index, names)
+            if number >= 0:
+                table = self._parameter(self._tables[number])
+                found = torch.from_numpy(rows)
+                return gather_rows(table, found if table.is_cpu else found.to(table.device), sparse)
+            ids = self._without_missing(names, rows, missing, init, shape, dtype)
             return self._gather_ids(ids, sparse, shape, dtype)
 
     def _gather_ids(self, ids: Rows, sparse: bool, shape: Sequence[int] | None, dtype: torch.dtype | None) -> Tensor:
@@ -435,3 +457,32 @@ class GatheredRows(NamedRows):
                 ids[there] = id_of(number, packed)
                 replace_ids(self._index, ids)
                 self._moved()
+
+
+def _check_missing(missing: str) -> None:
+    if missing not in ("error", "skip", "zero", "insert"):
+        raise ValueError(f"missing must be 'error', 'skip', 'zero' or 'insert', got {missing!r}")
+
+
+def _as_sequence(names: Names) -> Sequence[str] | NDArray[Any]:
+    return names if isinstance(names, list | np.ndarray) else as_list(names)
+
+
+def _table_of_all(stacked: GatheredRows, handle: Handle) -> Tensor | None:
+    """Return the table that all names of a handle lie in, whose rows are up to date then; None if there is no such one.
+
+    This is all that a handle costs in every step: it looks up no attribute through ``Module.__getattr__``, which takes
+    several times as long as in a dict, and makes no ``torch.device``.
+    """
+    state = stacked.__dict__
+    if handle._owner is not stacked or handle._moves != state["_moves"]:
+        stacked._refresh(handle)
+    table = handle._table
+    if table is None:
+        return None
+    parameter: Tensor | None = state["_parameters"].get(table.attribute)
+    if parameter is None or table.frozen is not None:
+        parameter = stacked._parameter(table)
+    if not (handle._on_cpu and parameter.is_cpu):
+        stacked._refresh(handle)
+    return parameter

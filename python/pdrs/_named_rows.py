@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Parameter
 
+from pdrs import _memory
 from pdrs._core import IndexMap, insert_ids, missing_names, remove_names, sort_tensors
 from pdrs._row_blocks import stack, write_rows
 from pdrs._tables import Kind, Rows, Table, Tables, refuse_sharded
@@ -106,7 +107,7 @@ class NamedRows(Tables):
         if "" in new:
             raise KeyError(_EMPTY)
         kind = self._kind_to_insert(shape, dtype)
-        values = torch.zeros((len(new), *kind.shape), dtype=kind.dtype, device=self._device())
+        values = _memory.full((len(new), *kind.shape), 0, dtype=kind.dtype, device=self._device())
         if init is not None:
             with torch.no_grad():
                 init(values)

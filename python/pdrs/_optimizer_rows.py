@@ -22,6 +22,8 @@ from torch.optim import Adafactor, Adagrad, Optimizer, Rprop
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from pdrs import _memory
+
 __all__ = [
     "carry",
     "join",
@@ -143,7 +145,7 @@ def carry(optimizer: Optimizer, source: Tensor, old: Tensor, target: Tensor, new
         return
     if not optimizer.state.get(target):
         whole = {key: value for key, value in optimizer.state[source].items() if key not in by_row}
-        begun = {key: rows.new_full((len(target), *rows.shape[1:]), fill) for key, (rows, fill) in by_row.items()}
+        begun = {key: _memory.full_like(rows, len(target), fill) for key, (rows, fill) in by_row.items()}
         optimizer.state[target] = {**deepcopy(whole), **begun}
     for key, (rows, _) in by_row.items():
         if isinstance(optimizer.state[target].get(key), Tensor):

@@ -14,9 +14,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pdrs._core import IndexMap, pack_names, unpack_names
+from pdrs._core import IndexMap, has_packed, pack_names, unpack_names
 
-__all__ = ["Header", "Slab", "TableHeader", "bytes_of", "is_packed", "pack", "same_bytes", "table_in_slab", "unpack"]
+__all__ = [
+    "Header",
+    "Slab",
+    "TableHeader",
+    "bytes_of",
+    "is_packed",
+    "is_packed_from",
+    "pack",
+    "same_bytes",
+    "table_in_slab",
+    "unpack",
+]
 
 _MAGIC = b"pdrs\x00\x00\x00"
 _VERSION = 1
@@ -102,6 +113,11 @@ def pack(index: IndexMap, header: Header, ids: NDArray[np.int64] | None = None) 
     The ids are the index's rows, or others, one for each name.
     """
     return torch.from_numpy(pack_names(index, list(header.tables), list(header.patterns), ids))
+
+
+def is_packed_from(packed: Tensor, index: IndexMap, header: Header) -> bool:
+    """Whether :func:`pack` would return the same, in half of the time. **O(n)**."""
+    return has_packed(bytes_of(packed), index, list(header.tables), list(header.patterns))
 
 
 def unpack(packed: Tensor, prefix: str | None = None) -> tuple[IndexMap, NDArray[np.int64], Header]:

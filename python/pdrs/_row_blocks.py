@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pdrs import _memory
 from pdrs._core import group_tensors
 
 __all__ = ["copy_in_pieces", "scatter", "stack", "write_rows"]
@@ -28,7 +29,7 @@ def stack(values: list[Tensor], like: Tensor) -> Tensor:
         return values[0].detach()[None]
     if values[0].device.type != "cpu" or shape.numel() == 0:
         return torch.stack([value.detach() for value in values])
-    block = torch.empty((len(values), *shape), dtype=like.dtype, device="cpu")
+    block = _memory.empty((len(values), *shape), dtype=like.dtype)
     for start in range(0, len(values), _CHUNK):
         _gather(values[start : start + _CHUNK], block[start : start + _CHUNK])
     return block

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 
 __all__ = ["gather_rows", "gather_tables"]
 
@@ -39,7 +38,8 @@ def gather_rows(table: Tensor, rows: Tensor, sparse: bool) -> Tensor:
         Whether the gradient of the table is sparse; its cost is then that of the rows and not that of the table.
     """
     if table.dim() == 2 and not table.is_complex():  # whose gradient torch's embedding does not have
-        return embedding(rows, table, sparse=sparse)
+        # What `torch.nn.functional.embedding` comes to; it takes a tenth of the time of a small batch to get there.
+        return torch.embedding(table, rows, -1, False, sparse)
     if sparse and table.requires_grad and torch.is_grad_enabled():
         return _SparseRows.apply(table, rows)  # type: ignore[no-any-return]
     return table.index_select(0, rows)

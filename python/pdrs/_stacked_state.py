@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
@@ -12,10 +13,19 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn.modules.module import _IncompatibleKeys
 
-from pdrs import _optimizer_rows
+from pdrs import _memory, _optimizer_rows
 from pdrs._core import TableRows, sort_tensors
 from pdrs._named_rows import partition, row_of, table_of
-from pdrs._packed_names import Header, TableHeader, is_packed, pack, same_bytes, table_in_slab, unpack
+from pdrs._packed_names import (
+    Header,
+    TableHeader,
+    is_packed,
+    is_packed_from,
+    pack,
+    same_bytes,
+    table_in_slab,
+    unpack,
+)
 from pdrs._row_blocks import stack, write_rows
 from pdrs._state import Rest, is_intercepted
 from pdrs._tables import Table, is_sharded, refuse_sharded, whole
@@ -34,16 +44,18 @@ class SavedRows(TrainedRows):
     # because to compare bytes is the fastest way to find out that what is loaded has the same names. Distributed
     # checkpoints are loaded into the tensors of a state dict in place: torch counts what is written to them.
     _packed: tuple[Tensor, int, int, int, Header] | None
+    # Packed names of someone else's that were found to be the same, and what was counted then.
+    _same: tuple[weakref.ref[Tensor], int, int, int, Header] | None
     # What `load_state_dict` has taken the names from, until it is done.
     _taken: Tensor | None
 
     def __init__(self) -> None:
         super().__init__()
-        self.__dict__.update(_packed=None, _taken=None)
+        self.__dict__.update(_packed=None, _same=None, _taken=None)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is only remembered to be faster."""
-        return super().__getstate__() | {"_packed": None}
+        return super().__getstate__() | {"_packed": None, "_same": None}
 
     # -- saving --------------------------------------------------------------------------------------------------------
 
@@ -54,15 +66,18 @@ class SavedRows(TrainedRows):
             if packed is None:
                 with torch.inference_mode(False):  # where torch would not count
                     packed = pack(self._index, self._header())
-                self.__dict__["_packed"] = (packed, packed._version, self._moves, self._inserts, self._header())
+                self.__dict__["_packed"] = (packed, *self._count(packed))
             return packed
 
     def _packed_before(self) -> Tensor | None:
         if self._packed is None:
             return None
         packed = self._packed[0]
-        now = packed._version, self._moves, self._inserts, self._header()
-        return packed if self._packed[1:] == now else None
+        return packed if self._packed[1:] == self._count(packed) else None
+
+    def _count(self, packed: Tensor) -> tuple[int, int, int, Header]:
+        """Return what changes when packed names, or ours, do."""
+        return packed._version, self._moves, self._inserts, self._header()
 
     def _header(self) -> Header:
         tables = tuple(
@@ -131,7 +146,7 @@ class SavedRows(TrainedRows):
                 return
             if names.device.type != "meta":
                 # torch hands it to `set_extra_state`, which has nothing left to do.
-                saved[_EXTRA_STATE] = self.get_extra_state()
+                saved[_EXTRA_STATE] = names
             state_dict = {prefix + key: value for key, value in saved.items()}
             hooks = self.__dict__["_load_state_dict_pre_hooks"]
             self.__dict__.update(_taken=saved.get(_EXTRA_STATE), _load_state_dict_pre_hooks=OrderedDict())
@@ -188,10 +203,9 @@ class SavedRows(TrainedRows):
         In ``saved``, views of tables take the place of the slabs that they lie in. Nothing has changed if the names are
         damaged, or an optimizer that is not attached has state for the rows.
         """
-        ours = self._packed_before()
         if packed.device.type == "meta":
             return
-        if ours is packed or same_bytes(self.get_extra_state(), packed.cpu()):
+        if self._has_the_names(packed):
             self._fit_capacities(saved)
             return
         index, ids, header = unpack(packed)
@@ -242,6 +256,19 @@ class SavedRows(TrainedRows):
         self.__dict__.update(_tables=made, _index=index, _patterns=header.patterns)
         self._moved()
 
+    def _has_the_names(self, packed: Tensor) -> bool:
+        """Whether packed names are ours, in the same rows of the same tables."""
+        if self._same is not None and self._same[0]() is packed and self._same[1:] == self._count(packed):
+            return True
+        ours = self._packed_before()
+        if ours is None:
+            same = is_packed_from(packed, self._index, self._header())
+        else:
+            same = ours is packed or same_bytes(ours, packed.cpu())
+        if same and not packed.is_inference():  # of which torch does not count what is written to them
+            self.__dict__["_same"] = (weakref.ref(packed), *self._count(packed))
+        return same
+
     def _is_only_values(self, table: Table, capacity: int) -> bool:
         """Whether a table is sharded, but nothing else than the values that are to come belongs to its rows."""
         parameter = self._parameter(table)
@@ -260,7 +287,7 @@ class SavedRows(TrainedRows):
     def _new_table(self, attribute: str, group: int, trainable: bool, tensor: Any, capacity: int) -> Table:
         if not isinstance(tensor, Tensor) or tensor.dim() == 0:
             raise ValueError(f"the table '{attribute}' is missing")
-        data = torch.zeros((capacity, *tensor.shape[1:]), dtype=tensor.dtype, device=self._device())
+        data = _memory.full((capacity, *tensor.shape[1:]), 0, dtype=tensor.dtype, device=self._device())
         return self._tables[self._add_table(attribute, Parameter(data, requires_grad=trainable), group)]
 
 

@@ -125,9 +125,13 @@ def is_intercepted() -> bool:
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
-        # That of `with torch.device(...)` and `torch.set_default_device` changes only where new tensors lie.
-        or not all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())  # type: ignore[no-untyped-call]
+        or (torch._C._len_torch_function_stack() > 0 and _is_function_mode_active())
     )
+
+
+def _is_function_mode_active() -> bool:
+    # That of `with torch.device(...)` and `torch.set_default_device` changes only where new tensors lie.
+    return not all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())  # type: ignore[no-untyped-call]
 
 
 def _is_dict(state_dict: Any) -> TypeGuard[dict[str, Any]]:

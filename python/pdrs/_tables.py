@@ -9,7 +9,6 @@ This layer knows rows and no names.
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,8 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from pdrs import _optimizer_rows
-from pdrs._core import TableRows, zero_row
+from pdrs import _memory, _optimizer_rows
+from pdrs._core import Lock, TableRows, zero_row
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -179,7 +178,7 @@ def resized_gradient(gradient: Tensor, capacity: int) -> Tensor:
 
 def resized(tensor: Tensor, capacity: int, fill: float = 0) -> Tensor:
     """Return a copy of a tensor with so many rows: of the first ones, with new ones full of ``fill``."""
-    made = tensor.new_empty((capacity, *tensor.shape[1:]))
+    made = _memory.full_like(tensor, capacity, None)
     kept = min(capacity, len(tensor))
     made[:kept].copy_(tensor[:kept])
     made[kept:].fill_(fill)
@@ -200,11 +199,11 @@ class Tables(Module):
 
     _tables: list[Table]
     _optimizers: list[weakref.ref[Optimizer]]
-    _lock: threading.RLock
+    _lock: Lock
 
     def __init__(self) -> None:
         super().__init__()
-        self.__dict__.update(_tables=[], _optimizers=[], _lock=threading.RLock())
+        self.__dict__.update(_tables=[], _optimizers=[], _lock=Lock())
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the lock, and the optimizers, which hold the Parameters of this very object."""
@@ -217,7 +216,7 @@ class Tables(Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore what was pickled or copied."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.__dict__["_lock"] = threading.RLock()
+        self.__dict__["_lock"] = Lock()
         self._adopt()
 
     def _adopt(self) -> None:
@@ -317,10 +316,11 @@ class Tables(Module):
         return None
 
     def _attached(self) -> list[Optimizer]:
-        alive = [(ref, ref()) for ref in self._optimizers]
-        if any(optimizer is None for _, optimizer in alive):
-            self.__dict__["_optimizers"] = [ref for ref, optimizer in alive if optimizer is not None]
-        return [optimizer for _, optimizer in alive if optimizer is not None]
+        references = self._optimizers
+        alive = [optimizer for reference in references if (optimizer := reference()) is not None]
+        if len(alive) < len(references):
+            self.__dict__["_optimizers"] = [reference for reference in references if reference() is not None]
+        return alive
 
     def _refuse_strangers(self, table: Table, what: str) -> None:
         """Raise if an optimizer that is not attached has state by row for a table."""
@@ -490,7 +490,7 @@ class _Arranged:
     def __call__(self, tensor: Tensor, fill: float = 0) -> Tensor:
         if self.source is None:
             return resized(tensor, self.capacity, fill)
-        made = tensor.new_full((self.capacity, *tensor.shape[1:]), fill)
+        made = _memory.full_like(tensor, self.capacity, fill)
         # Where the rows of a state lie on another device, as torch's own optimizers never have them, this moves them.
         there, old = self.there.to(tensor.device), self.old.to(tensor.device)
         return made.index_copy_(0, there, tensor.index_select(0, old))

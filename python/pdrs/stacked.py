@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from pdrs import parameter_dict, transfer
+from pdrs import _memory, parameter_dict, transfer
 from pdrs._core import IndexMap, TableRows, pop_end_row, pop_row, set_row, slab_views
 from pdrs._gathered_rows import Handle
 from pdrs._named_rows import Initialiser, Names, as_list, id_of, row_of, table_of
@@ -157,9 +157,10 @@ class StackedParameterDict(SavedRows):
             raise KeyError('parameter name can\'t be empty string ""')
         made = cls()
         dtype = dtype or torch.get_default_dtype()
+        device = torch.get_default_device() if device is None else device
         ids: dict[str, int] = {}
         for shape, names in by_shape.items():
-            data = torch.zeros((len(names), *shape), dtype=dtype, device=device)
+            data = _memory.full((len(names), *shape), 0, dtype=dtype, device=device)
             if init is not None:
                 with torch.no_grad():
                     init(data)

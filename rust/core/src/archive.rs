@@ -79,40 +79,45 @@ pub struct Encoder {
     lengths_end: usize,
 }
 
+/// What stands in front of the ids.
+fn encode_head(header: &Header, names: usize, ids: usize) -> Vec<u8> {
+    let slabs = || header.tables.iter().filter_map(|table| table.slab.as_ref());
+    let dims: usize = slabs().map(|slab| slab.shape.len()).sum();
+    let labels: usize = header.tables.iter().map(|table| table.attribute.len()).sum::<usize>()
+        + slabs().map(|slab| slab.tensor.len()).sum::<usize>()
+        + header.patterns.iter().map(Vec::len).sum::<usize>();
+    let mut bytes = MAGIC.to_vec();
+    for count in [names, ids, header.tables.len(), header.patterns.len(), dims, labels] {
+        put(&mut bytes, count as u64);
+    }
+    for table in &header.tables {
+        let (flag, name, offset, ndim) = match &table.slab {
+            Some(slab) => (IN_SLAB, slab.tensor.len(), slab.offset, slab.shape.len()),
+            None => (0, 0, 0, 0),
+        };
+        let flags = flag | if table.trainable { TRAINABLE } else { 0 };
+        let record = [table.attribute.len() as u64, table.group, flags, table.used, name as u64, offset];
+        record.into_iter().chain([ndim as u64]).for_each(|number| put(&mut bytes, number));
+    }
+    header.patterns.iter().for_each(|pattern| put(&mut bytes, pattern.len() as u64));
+    slabs().flat_map(|slab| &slab.shape).for_each(|size| put(&mut bytes, *size));
+    for table in &header.tables {
+        bytes.extend(&table.attribute);
+        bytes.extend(table.slab.iter().flat_map(|slab| &slab.tensor));
+    }
+    header.patterns.iter().for_each(|pattern| bytes.extend(pattern));
+    pad(&mut bytes);
+    bytes
+}
+
 impl Encoder {
     /// Begins with a header and the ids of so many names; `None` where the n-th name has row n of table 0.
     ///
     /// `text` is how many bytes the names will have, about.
     pub fn new(header: &Header, names: usize, ids: Option<impl ExactSizeIterator<Item = u64>>, text: usize) -> Self {
-        let slabs = || header.tables.iter().filter_map(|table| table.slab.as_ref());
-        let dims: usize = slabs().map(|slab| slab.shape.len()).sum();
-        let labels: usize = header.tables.iter().map(|table| table.attribute.len()).sum::<usize>()
-            + slabs().map(|slab| slab.tensor.len()).sum::<usize>()
-            + header.patterns.iter().map(Vec::len).sum::<usize>();
-        let size = 56 + RECORD * header.tables.len() + 8 * (header.patterns.len() + dims) + labels + 16;
-        let mut bytes = Vec::with_capacity(size + 12 * names + text);
-        bytes.extend(MAGIC);
         let listed = ids.as_ref().map_or(0, ExactSizeIterator::len);
-        for count in [names, listed, header.tables.len(), header.patterns.len(), dims, labels] {
-            put(&mut bytes, count as u64);
-        }
-        for table in &header.tables {
-            let (flag, name, offset, ndim) = match &table.slab {
-                Some(slab) => (IN_SLAB, slab.tensor.len(), slab.offset, slab.shape.len()),
-                None => (0, 0, 0, 0),
-            };
-            let flags = flag | if table.trainable { TRAINABLE } else { 0 };
-            let record = [table.attribute.len() as u64, table.group, flags, table.used, name as u64, offset];
-            record.into_iter().chain([ndim as u64]).for_each(|number| put(&mut bytes, number));
-        }
-        header.patterns.iter().for_each(|pattern| put(&mut bytes, pattern.len() as u64));
-        slabs().flat_map(|slab| &slab.shape).for_each(|size| put(&mut bytes, *size));
-        for table in &header.tables {
-            bytes.extend(&table.attribute);
-            bytes.extend(table.slab.iter().flat_map(|slab| &slab.tensor));
-        }
-        header.patterns.iter().for_each(|pattern| bytes.extend(pattern));
-        pad(&mut bytes);
+        let mut bytes = encode_head(header, names, listed);
+        bytes.reserve_exact(8 * listed + 4 * names + 8 + text);
         if let Some(ids) = ids {
             ids.for_each(|id| put(&mut bytes, id));
         }
@@ -135,7 +140,7 @@ impl Encoder {
         }
         self.bytes[self.length..end].copy_from_slice(&length.to_le_bytes());
         self.length = end;
-        self.bytes.extend_from_slice(name);
+        append(&mut self.bytes, name);
         Ok(())
     }
 
@@ -148,6 +153,77 @@ impl Encoder {
     pub fn finish(self) -> Vec<u8> {
         assert_eq!(self.length, self.lengths_end, "fewer names than were announced");
         self.bytes
+    }
+}
+
+/// Tells whether bytes are what an [`Encoder`] would write, without writing it.
+#[derive(Debug)]
+pub struct Comparison<'a> {
+    /// Of the names to come.
+    lengths: &'a [u8],
+    text: &'a [u8],
+}
+
+impl<'a> Comparison<'a> {
+    /// Begins as [`Encoder::new`] does; `None` if the bytes have another header, other ids, or other names for sure.
+    pub fn new(
+        data: &'a [u8],
+        header: &Header,
+        names: usize,
+        ids: Option<impl ExactSizeIterator<Item = u64>>,
+    ) -> Option<Self> {
+        let listed = ids.as_ref().map_or(0, ExactSizeIterator::len);
+        let rest = data.strip_prefix(encode_head(header, names, listed).as_slice())?;
+        let (theirs, rest) = rest.split_at_checked(8 * listed)?;
+        if !ids.into_iter().flatten().eq(numbers(theirs)) {
+            return None;
+        }
+        let (lengths, rest) = rest.split_at_checked(4 * names)?;
+        let text = rest.strip_prefix(&[0; 4][..4 * (names % 2)])?;
+        Some(Self { lengths, text })
+    }
+
+    /// Whether this is the next name.
+    pub fn matches(&mut self, name: &[u8]) -> bool {
+        let next = self.lengths.split_first_chunk().zip(self.text.split_at_checked(name.len()));
+        let Some(((length, lengths), (theirs, text))) = next else {
+            return false;
+        };
+        (self.lengths, self.text) = (lengths, text);
+        u32::from_le_bytes(*length) as usize == name.len() && is_same(theirs, name)
+    }
+
+    /// Whether there are no more names.
+    #[must_use]
+    pub fn is_finished(&self) -> bool {
+        self.lengths.is_empty() && self.text.is_empty()
+    }
+}
+
+/// Appends a name. Most are short: two overlapping words are copied in less time than it takes to call `memcpy`.
+fn append(bytes: &mut Vec<u8>, name: &[u8]) {
+    match name.len() {
+        8..=16 => append_ends::<8>(bytes, name),
+        17..=32 => append_ends::<16>(bytes, name),
+        _ => bytes.extend_from_slice(name),
+    }
+}
+
+/// Appends a name of `N` to `2 * N` bytes: its first `N`, and, over them, its last.
+fn append_ends<const N: usize>(bytes: &mut Vec<u8>, name: &[u8]) {
+    if let (Some(first), Some(last)) = (name.first_chunk::<N>(), name.last_chunk::<N>()) {
+        bytes.extend_from_slice(first);
+        bytes.truncate(bytes.len() + name.len() - 2 * N);
+        bytes.extend_from_slice(last);
+    }
+}
+
+/// Whether two names of as many bytes are equal, as [`append`] copies them.
+fn is_same(one: &[u8], other: &[u8]) -> bool {
+    match one.len() {
+        8..=16 => one.first_chunk::<8>() == other.first_chunk() && one.last_chunk::<8>() == other.last_chunk(),
+        17..=32 => one.first_chunk::<16>() == other.first_chunk() && one.last_chunk::<16>() == other.last_chunk(),
+        _ => one == other,
     }
 }
 

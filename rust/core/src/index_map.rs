@@ -18,6 +18,8 @@
 //! * Removal shifts the words behind it back, so there are no tombstones and look-ups do not slow down with age.
 //! * Bulk operations first touch what a batch will need, so that the cache misses of a batch overlap.
 
+mod build;
+
 use std::collections::VecDeque;
 use std::hint::black_box;
 
@@ -281,6 +283,15 @@ impl<K: Hashed, V> IndexMap<K, V> {
         if self.is_empty() { None } else { self.search(hash, query).ok() }
     }
 
+    fn get_hashed<Q>(&self, hash: u32, query: &Q) -> Option<&V>
+    where
+        Q: ?Sized,
+        K: Matches<Q>,
+    {
+        let (_, value) = self.entries[self.position_in(self.find(hash, query)?)].as_ref()?;
+        Some(value)
+    }
+
     fn position_of<Q>(&self, query: &Q) -> Option<usize>
     where
         Q: Hashed + ?Sized,
@@ -341,13 +352,16 @@ impl<K: Hashed, V> IndexMap<K, V> {
             for (position, &hash) in positions.iter_mut().zip(hashes) {
                 *position = self.words.first_id(hash).map_or(usize::MAX, |id| self.position(id));
             }
-            let entries = positions[..keys.len()].iter().filter_map(|at| self.entries.get(*at)?.as_ref());
-            black_box(entries.fold(0, |mixed, (key, _)| mixed ^ key.touch()));
-            for (at, (key, &hash)) in keys.iter().zip(hashes).enumerate() {
-                let found = self.find(hash, key).and_then(|slot| {
-                    let entry = &self.entries[self.position_in(slot)];
-                    entry.as_ref().map(|(_, value)| value)
-                });
+            let entries = || positions[..keys.len()].iter().filter_map(|at| self.entries.get(*at));
+            // All entries before the first key: a key cannot be loaded before its entry.
+            black_box(entries().filter(|entry| entry.is_some()).count());
+            black_box(entries().flatten().fold(0, |mixed, (key, _)| mixed ^ key.touch()));
+            for (at, (query, &hash)) in keys.iter().zip(hashes).enumerate() {
+                let first = self.entries.get(positions[at]).and_then(Option::as_ref);
+                let found = match first {
+                    Some((key, _)) if !key.matches(query) => self.get_hashed(hash, query),
+                    first => first.map(|(_, value)| value),
+                };
                 each(batch * BATCH + at, found);
             }
         }

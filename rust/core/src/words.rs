@@ -8,6 +8,12 @@ use std::hint::black_box;
 /// Below this many words, empty ones are not worth a sweep.
 const SMALL: usize = 64;
 
+/// So many words stay in the second-level cache while a part of them is written at random.
+const REGION: usize = 1 << 15;
+
+/// More places to write to at a time would not stay in the first-level cache.
+const MOST_REGIONS: usize = 1 << 8;
+
 /// Open addressing with linear probing, at most three quarters full; removal leaves no tombstones.
 #[derive(Clone, Default)]
 pub(crate) struct Words {
@@ -35,6 +41,44 @@ fn words_for(len: usize) -> usize {
 impl Words {
     pub(crate) fn allocated_bytes(&self) -> usize {
         self.words.capacity() * size_of::<u64>()
+    }
+
+    /// The words of entries with these hashes, whose ids count from 0; `None` if `are_same` says so of two ids.
+    pub(crate) fn of_distinct(hashes: &[u32], are_same: impl Fn(u32, u32) -> bool) -> Option<Self> {
+        let mut made = Self { words: vec![0; words_for(hashes.len())] };
+        for word in made.by_region(hashes) {
+            let (hash, id) = (hash_of(word), id_of(word));
+            match made.search(hash, |found| are_same(found, id)) {
+                Ok(_) => return None,
+                Err(empty) => made.words[empty] = word,
+            }
+        }
+        Some(made)
+    }
+
+    /// The words of hashes, those first whose homes lie in the first region, and so on.
+    fn by_region(&self, hashes: &[u32]) -> Vec<u64> {
+        let regions = (self.words.len() / REGION).min(MOST_REGIONS);
+        if regions < 2 {
+            return hashes.iter().zip(0..).map(|(hash, id)| word(*hash, id)).collect();
+        }
+        let bits = (self.words.len() / regions).ilog2();
+        let region = |hash: u32| (self.home(hash) >> bits) % MOST_REGIONS;
+        let mut counts = [0; MOST_REGIONS];
+        for hash in hashes {
+            counts[region(*hash)] += 1;
+        }
+        let mut next = [0; MOST_REGIONS];
+        for at in 1..MOST_REGIONS {
+            next[at] = next[at - 1] + counts[at - 1];
+        }
+        let mut sorted = vec![0; hashes.len()];
+        for (id, &hash) in hashes.iter().enumerate() {
+            let place = &mut next[region(hash)];
+            sorted[*place] = word(hash, id as u32);
+            *place += 1;
+        }
+        sorted
     }
 
     /// Makes room for `len` entries in all, at once.

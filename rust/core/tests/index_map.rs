@@ -349,3 +349,37 @@ fn ids_may_wrap_around() {
         assert_eq!(map.get(n.to_string().as_str()), Some(&n));
     }
 }
+
+/// Odd multiples keep names apart; each stands for a word anywhere in the table.
+fn scattered(count: u32) -> Vec<(String, u32)> {
+    (0..count).map(|n| (format!("name{}", n.wrapping_mul(0x9E37_79B1)), n)).collect()
+}
+
+#[test]
+fn a_map_of_distinct_entries_is_that_of_insertions_whether_it_has_one_region_of_words_or_many() {
+    for count in [0, 1, 31, 5_000, 60_000, 300_000] {
+        let entries = scattered(count);
+        let mut inserted = IndexMap::new();
+        inserted.insert_many(entries.clone(), drop).unwrap();
+        let mut made = IndexMap::from_distinct(entries.clone().into_iter()).unwrap();
+        made.check();
+        assert!(made.iter().eq(inserted.iter()));
+        assert_eq!(made.generation(), inserted.generation());
+        assert!(entries.iter().all(|(name, n)| made.get(name.as_str()) == Some(n)));
+        insert(&mut made, 7);
+        assert_eq!(made.len(), count as usize + 1);
+        made.check();
+    }
+}
+
+#[test]
+fn entries_that_are_not_distinct_are_given_back_in_order() {
+    for count in [2, 40, 100_000] {
+        for twice in [0, count / 2] {
+            let mut entries = scattered(count);
+            entries.push((entries[twice as usize].0.clone(), 0));
+            let back = IndexMap::from_distinct(entries.clone().into_iter()).err();
+            assert_eq!(back, Some(entries));
+        }
+    }
+}

@@ -1,7 +1,7 @@
 //! What checkpoints ask for natively: packed names, their deltas, checksums, and which rows of two tables differ.
 
 use numpy::{PyArray1, PyReadonlyArray1};
-use pdrs_core::archive::{self, Encoder, Header, Names, Slab, Table};
+use pdrs_core::archive::{self, Comparison, Encoder, Header, Names, Slab, Table};
 use pdrs_core::names_delta;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -30,6 +30,34 @@ fn from_utf8<'py>(py: Python<'py>, bytes: &[u8]) -> PyResult<Bound<'py, PyString
     Ok(Name::from_utf8(py, bytes)?.into_text(py))
 }
 
+fn to_header(tables: Vec<TableTuple<'_>>, patterns: &[Bound<'_, PyString>]) -> Header {
+    let to_slab = |(tensor, offset, shape): SlabTuple<'_>| Slab { tensor: to_utf8(&tensor), offset, shape };
+    let to_table = |(attribute, group, trainable, used, slab): TableTuple<'_>| Table {
+        attribute: to_utf8(&attribute),
+        group,
+        trainable,
+        used,
+        slab: slab.map(to_slab),
+    };
+    Header { tables: tables.into_iter().map(to_table).collect(), patterns: patterns.iter().map(to_utf8).collect() }
+}
+
+/// The number of names, and their rows, unless the n-th name has row n.
+fn listed_rows(py: Python<'_>, index: &IndexMap) -> (usize, Option<Vec<u64>>) {
+    let (mut count, mut plain) = (0, true);
+    index.for_each(py, |_, row| {
+        plain &= row == count;
+        count += 1;
+    });
+    let count = count.unsigned_abs() as usize;
+    let listed = (!plain).then(|| {
+        let mut listed = Vec::with_capacity(count);
+        index.for_each(py, |_, row| listed.push(row.cast_unsigned()));
+        listed
+    });
+    (count, listed)
+}
+
 /// The names of an index, with its rows or others as ids, behind a header.
 #[pyfunction]
 #[pyo3(signature = (index, tables, patterns, ids = None))]
@@ -40,26 +68,16 @@ pub(crate) fn pack_names<'py>(
     ids: Option<PyReadonlyArray1<'py, i64>>,
 ) -> PyResult<Bound<'py, PyArray1<u8>>> {
     let py = index.py();
-    let to_slab = |(tensor, offset, shape): SlabTuple<'_>| Slab { tensor: to_utf8(&tensor), offset, shape };
-    let to_table = |(attribute, group, trainable, used, slab): TableTuple<'_>| Table {
-        attribute: to_utf8(&attribute),
-        group,
-        trainable,
-        used,
-        slab: slab.map(to_slab),
+    let header = to_header(tables, &patterns);
+    let (count, listed) = match ids {
+        None => listed_rows(py, index.get()),
+        Some(ids) => {
+            let listed: Vec<_> = ids.as_array().iter().map(|id| id.cast_unsigned()).collect();
+            let plain = listed.iter().enumerate().all(|(at, id)| at as u64 == *id);
+            (listed.len(), (!plain).then_some(listed))
+        }
     };
-    let header =
-        Header { tables: tables.into_iter().map(to_table).collect(), patterns: patterns.iter().map(to_utf8).collect() };
-    let mut listed = Vec::new();
-    if let Some(ids) = ids {
-        listed.extend(ids.as_array().iter().map(|id| id.cast_unsigned()));
-    } else {
-        listed.reserve(index.get().len(py));
-        index.get().for_each(py, |_, row| listed.push(row.cast_unsigned()));
-    }
-    let count = listed.len();
-    let plain = listed.iter().enumerate().all(|(at, id)| at as u64 == *id);
-    let mut encoder = Encoder::new(&header, count, (!plain).then_some(listed.into_iter()), 16 * count);
+    let mut encoder = Encoder::new(&header, count, listed.map(Vec::into_iter), 16 * count);
     let (mut buffer, mut pushed, mut result) = (Vec::new(), 0, Ok(()));
     index.get().for_each(py, |name, _| {
         pushed += 1;
@@ -72,6 +90,27 @@ pub(crate) fn pack_names<'py>(
     }
     result.map_err(damaged)?;
     Ok(PyArray1::from_vec(py, encoder.finish()))
+}
+
+/// Whether [`pack_names`] would give these bytes.
+#[pyfunction]
+pub(crate) fn has_packed<'py>(
+    packed: PyReadonlyArray1<'py, u8>,
+    index: &Bound<'py, IndexMap>,
+    tables: Vec<TableTuple<'py>>,
+    patterns: Vec<Bound<'py, PyString>>,
+) -> PyResult<bool> {
+    let py = index.py();
+    let (count, listed) = listed_rows(py, index.get());
+    let data = packed.as_slice()?;
+    let Some(mut left) = Comparison::new(data, &to_header(tables, &patterns), count, listed.map(Vec::into_iter)) else {
+        return Ok(false);
+    };
+    let (mut buffer, mut same) = (Vec::new(), true);
+    index.get().for_each(py, |name, _| {
+        same = same && name.with_utf8(py, &mut buffer, |text| left.matches(text));
+    });
+    Ok(same && left.is_finished())
 }
 
 /// The index of packed names, each behind a prefix, and what the header tells of tables and patterns.

@@ -154,7 +154,18 @@ impl IndexMap {
         };
         entries.iter().try_for_each(|(_, row)| checked_row(*row).map(drop))?;
         let mut locked = self.write(py);
-        locked.state.map.insert_many(entries, drop).map_err(refused)?;
+        let map = &mut locked.state.map;
+        let left = if map.is_empty() && map.generation() == 0 {
+            Map::from_distinct(entries.into_iter()).map_or_else(Some, |made| {
+                *map = made;
+                None
+            })
+        } else {
+            Some(entries)
+        };
+        if let Some(entries) = left {
+            map.insert_many(entries, drop).map_err(refused)?;
+        }
         locked.state.next_row = locked.state.next_row.max(largest.saturating_add(1));
         Ok(())
     }
@@ -182,6 +193,13 @@ impl IndexMap {
             None => missing.push(at),
         });
         if missing.is_empty() { Ok(rows) } else { Err(missing) }
+    }
+
+    /// The rows of names in their order, -1 for those that are not there.
+    pub(crate) fn rows_or_minus_one(&self, py: Python<'_>, names: &[Name]) -> Vec<i64> {
+        let mut rows = Vec::with_capacity(names.len());
+        self.read(py).map.get_many(names, |_, row| rows.push(row.copied().unwrap_or(-1)));
+        rows
     }
 
     /// Removes a name and gives it, the object that the map held, and its row.
@@ -268,13 +286,18 @@ pub(crate) fn to_names(names: &Bound<'_, PyAny>) -> PyResult<Vec<Name>> {
     Ok(converted)
 }
 
-/// The items of a list of exact `str`, which run no Python code.
-fn exact_texts<'py>(names: &Bound<'py, PyAny>) -> Option<impl ExactSizeIterator<Item = Bound<'py, PyString>>> {
+/// A map of a list of distinct names, each with the next row; `None` if something else is in the list.
+fn number_distinct(names: &Bound<'_, PyAny>) -> Option<Map<Name, i64>> {
     let list = names.cast_exact::<PyList>().ok()?;
-    if !list.iter().all(|name| name.is_exact_instance_of::<PyString>()) {
-        return None;
-    }
-    Some(list.iter().map(|name| name.cast_into_exact().expect("nothing has changed the list")))
+    let mut all_exact = true;
+    // Neither to hash an exact `str` nor to drop one runs Python code, so nothing changes the list meanwhile.
+    let exact = list.iter().map_while(|name| {
+        let text = name.cast_into_exact::<PyString>();
+        all_exact &= text.is_ok();
+        text.ok().map(Name::new)
+    });
+    let map = Map::from_distinct(exact.zip(0..)).ok()?;
+    all_exact.then_some(map)
 }
 
 fn view<'py>(py: Python<'py>, class: &str, index: &Bound<'py, IndexMap>) -> PyResult<Bound<'py, PyAny>> {
@@ -301,8 +324,11 @@ impl IndexMap {
         let py = names.py();
         let index = Self::empty();
         match rows {
-            None => match exact_texts(names) {
-                Some(texts) => index.number(py, texts.map(Name::new))?,
+            None => match number_distinct(names) {
+                Some(map) => {
+                    let next_row = map.len().cast_signed() as i64;
+                    return Ok(Self::from_state(State { map, next_row }));
+                }
                 None => index.number(py, to_names(names)?.into_iter())?,
             },
             Some(rows) => {

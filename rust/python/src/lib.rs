@@ -12,7 +12,9 @@ mod entries;
 mod group;
 mod huge_pages;
 mod index_map;
+mod instance;
 mod interpreter;
+mod lock;
 mod modules;
 mod name;
 mod row;
@@ -32,7 +34,7 @@ mod _core {
     use pyo3::prelude::*;
 
     #[pymodule_export]
-    use super::archive::{apply_names, changed_rows, crc32, diff_names, pack_names, unpack_names};
+    use super::archive::{apply_names, changed_rows, crc32, diff_names, has_packed, pack_names, unpack_names};
     #[pymodule_export]
     use super::bulk::{
         can_take_over, clear_entries, in_step, insert_all, pop_end, pop_entry, prepare, save_parameters, set_entry,
@@ -49,6 +51,8 @@ mod _core {
     #[pymodule_export]
     use super::index_map::{IndexMap, NameIterator};
     #[pymodule_export]
+    use super::lock::Lock;
+    #[pymodule_export]
     use super::modules::{all_kept, collect_parameters, walk_modules};
     #[pymodule_export]
     use super::row::{sort_tensors, zero_row};
@@ -57,7 +61,9 @@ mod _core {
     #[pymodule_export]
     use super::slots::use_native_slots;
     #[pymodule_export]
-    use super::stacked::{insert_ids, missing_names, pop_end_row, pop_row, remove_names, replace_ids, set_row};
+    use super::stacked::{
+        find_rows, insert_ids, missing_names, pop_end_row, pop_row, remove_names, replace_ids, set_row,
+    };
     #[pymodule_export]
     use super::state::{load_matching, not_copied_yet, place_copies, unexpected_keys};
     #[pymodule_export]

@@ -11,7 +11,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyList;
 
 use crate::dlpack::Dtype;
-use crate::tensor::{Torch, prefetch};
+use crate::tensor::{Torch, hint, prefetch};
 
 /// Larger rows are left to torch, which copies them with several threads and without the GIL.
 const LARGEST: u64 = 1 << 16;
@@ -41,7 +41,9 @@ pub(crate) fn copy_row<'py>(torch: &Torch, table: &Bound<'py, PyAny>, row: u64) 
     if outside || !found.device.is_cpu() || bytes == 0 || bytes > LARGEST || !is_contiguous(shape, strides) {
         return Ok(None);
     }
-    let (made, memory) = abi.empty(&abi.handle(table)?, row_shape, &strides[1..])?;
+    // The row of a random name is in no cache, and to make a tensor takes as long as to load it.
+    hint(found.pointer + (row * bytes) as usize);
+    let (made, memory) = abi.empty(abi.dtype(found.dtype, table)?, row_shape, &strides[1..])?;
     // SAFETY: the table is contiguous and alive, the row lies in it, and nothing else runs meanwhile; the new tensor has
     // the row's shape and dtype, and so as many bytes.
     unsafe {

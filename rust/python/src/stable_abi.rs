@@ -7,12 +7,14 @@
 use std::ffi::{CStr, c_char, c_void};
 use std::mem::transmute;
 use std::ptr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::PyType;
+
+use crate::dlpack::Dtype;
 
 type TensorHandle = *mut c_void;
 
@@ -56,6 +58,8 @@ pub(crate) struct StableAbi {
     set_requires_grad: SetRequiresGrad,
     delete: Delete,
     last_error: LastError,
+    /// What [`dtype`](Self::dtype) has been told.
+    numbers: Mutex<Vec<(Dtype, i32)>>,
 }
 
 /// A dtype, a layout and a device as torch numbers them.
@@ -110,6 +114,7 @@ impl StableAbi {
                 last_error: transmute::<*mut c_void, LastError>(
                     library.symbol(c"torch_exception_get_what_without_backtrace")?,
                 ),
+                numbers: Mutex::default(),
             })
         };
         Ok(found())
@@ -191,17 +196,27 @@ impl StableAbi {
         self.own(status, handle)
     }
 
-    /// A new tensor on the CPU of the dtype of `like`, and the address of its memory, with whatever is there.
-    pub(crate) fn empty(&self, like: &Handle, shape: &[i64], strides: &[i64]) -> PyResult<(Handle, *mut c_void)> {
+    /// The number that torch has for the dtype of a tensor of one of its own classes.
+    ///
+    /// torch is asked once for each dtype: a handle takes a quarter as long as a small tensor.
+    pub(crate) fn dtype(&self, dtype: Dtype, tensor: &Bound<'_, PyAny>) -> PyResult<i32> {
+        let mut numbers = self.numbers.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, number)) = numbers.iter().find(|(known, _)| *known == dtype) {
+            return Ok(*number);
+        }
+        let number = self.kind(&self.handle(tensor)?)?.dtype;
+        numbers.push((dtype, number));
+        Ok(number)
+    }
+
+    /// A new tensor on the CPU, and the address of its memory, with whatever is there.
+    pub(crate) fn empty(&self, dtype: i32, shape: &[i64], strides: &[i64]) -> PyResult<(Handle, *mut c_void)> {
         const CPU: i32 = 0;
         let ndim = shape.len().min(strides.len()) as u32;
-        let (mut dtype, mut handle, mut memory) = (0, ptr::null_mut(), ptr::null_mut());
-        // SAFETY: `like` is a live handle; shape and strides are `ndim` numbers each, which torch copies. The memory is
-        // asked of the new tensor, which is alive as long as its handle.
+        let (mut handle, mut memory) = (ptr::null_mut(), ptr::null_mut());
+        // SAFETY: shape and strides are `ndim` numbers each, which torch copies. The memory is asked of the new tensor,
+        // which is alive as long as its handle.
         unsafe {
-            if (self.dtype)(like.tensor, &raw mut dtype) != 0 {
-                return Err(self.error());
-            }
             let (shape, strides) = (shape.as_ptr(), strides.as_ptr());
             let status = (self.empty)(i64::from(ndim), shape, strides, dtype, CPU, 0, &raw mut handle);
             let made = self.own(status, handle)?;

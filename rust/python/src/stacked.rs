@@ -9,6 +9,8 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyString};
 
 use crate::index_map::{IndexMap, to_names};
+use crate::instance::attributes;
+use crate::lock::{Holding, Lock};
 use crate::name::{Name, to_text};
 use crate::row::{Fit, RowValue, copy_row};
 use crate::table_rows::TableRows;
@@ -52,6 +54,25 @@ pub(crate) fn missing_names<'py>(
     Ok(found)
 }
 
+/// The number of the table that names lie in, and their rows there, in order; or, if they do not all lie in one, -1 and
+/// their ids, each -1 for a name that is not there.
+#[pyfunction]
+pub(crate) fn find_rows<'py>(
+    index: &Bound<'py, IndexMap>,
+    names: &Bound<'py, PyAny>,
+) -> PyResult<(i64, Bound<'py, PyArray1<i64>>)> {
+    let py = index.py();
+    let mut ids = index.get().rows_or_minus_one(py, &to_names(names)?);
+    // The ids of a table, and no others, agree in the bits above the row.
+    let first = ids.first().copied().unwrap_or(-1);
+    let differing = ids.iter().fold(0, |bits, id| bits | (id ^ first));
+    if first < 0 || differing >> ROW_BITS != 0 {
+        return Ok((-1, PyArray1::from_vec(py, ids)));
+    }
+    ids.iter_mut().for_each(|id| *id &= (1 << ROW_BITS) - 1);
+    Ok((first >> ROW_BITS, PyArray1::from_vec(py, ids)))
+}
+
 /// Removes many names and gives their ids in order; a `KeyError`, with nothing removed, if one is not there, or is
 /// listed twice.
 #[pyfunction]
@@ -93,7 +114,7 @@ pub(crate) fn set_row(
     if name.is_empty()? {
         return Ok(false);
     }
-    let state = state_of(stacked)?;
+    let state = attributes(stacked)?;
     let index = of_state(&state, intern!(py, "_index"))?.cast_into::<IndexMap>()?;
     let set = match index.get().find(name) {
         Some(id) => replace_row(&state, id, &value, group)?,
@@ -177,8 +198,8 @@ pub(crate) fn pop_row<'py>(
     name: &Bound<'py, PyAny>,
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
     let name = to_text(name)?;
-    let state = state_of(stacked)?;
-    let _lock = Locked::new(&state)?;
+    let state = attributes(stacked)?;
+    let _lock = held(&state)?;
     let Some((_, id)) = of_state(&state, intern!(state.py(), "_index"))?.cast::<IndexMap>()?.get().remove(&name) else {
         return Ok(None);
     };
@@ -192,8 +213,8 @@ pub(crate) fn pop_end_row<'py>(
     last: bool,
 ) -> PyResult<Option<(Bound<'py, PyString>, Bound<'py, PyAny>)>> {
     let py = stacked.py();
-    let state = state_of(stacked)?;
-    let _lock = Locked::new(&state)?;
+    let state = attributes(stacked)?;
+    let _lock = held(&state)?;
     let index = of_state(&state, intern!(py, "_index"))?;
     let Some((name, id)) = index.cast::<IndexMap>()?.get().remove_end(py, last) else {
         return Ok(None);
@@ -244,31 +265,12 @@ fn parameter_of<'py>(state: &Bound<'py, PyDict>, table: &Bound<'py, PyAny>) -> P
     parameters.cast::<PyDict>()?.get_item(table.getattr(intern!(state.py(), "attribute"))?)
 }
 
-fn state_of<'py>(stacked: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyDict>> {
-    Ok(stacked.getattr(intern!(stacked.py(), "__dict__"))?.cast_into()?)
+fn held<'py>(state: &Bound<'py, PyDict>) -> PyResult<Holding<'py>> {
+    Lock::hold(of_state(state, intern!(state.py(), "_lock"))?.cast_into()?)
 }
 
 fn of_state<'py>(state: &Bound<'py, PyDict>, name: &Bound<'py, PyString>) -> PyResult<Bound<'py, PyAny>> {
     state.get_item(name)?.ok_or_else(|| PyKeyError::new_err(name.clone().unbind()))
-}
-
-/// The lock of a dictionary, held as long as this lives. Python's own: to wait for it, it lets other threads run.
-struct Locked<'py>(Bound<'py, PyAny>);
-
-impl<'py> Locked<'py> {
-    fn new(state: &Bound<'py, PyDict>) -> PyResult<Self> {
-        let py = state.py();
-        let lock = of_state(state, intern!(py, "_lock"))?;
-        lock.call_method0(intern!(py, "acquire"))?;
-        Ok(Self(lock))
-    }
-}
-
-impl Drop for Locked<'_> {
-    fn drop(&mut self) {
-        let released = self.0.call_method0(intern!(self.0.py(), "release"));
-        debug_assert!(released.is_ok(), "a lock that is held can be released");
-    }
 }
 
 /// Gives all names, in their order, other ids.

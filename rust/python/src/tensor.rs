@@ -337,15 +337,16 @@ pub(crate) fn prefetch_dict(dict: &Bound<'_, PyDict>) {
     }
 }
 
+/// Begins to load what lies at an address.
 #[cfg(target_arch = "x86_64")]
-fn hint(address: usize) {
+pub(crate) fn hint(address: usize) {
     use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
     // SAFETY: a prefetch is a hint; it never faults, whatever the address.
     unsafe { _mm_prefetch::<_MM_HINT_T0>(address as *const i8) };
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn hint(_address: usize) {}
+pub(crate) fn hint(_address: usize) {}
 
 fn dtype_name(tensor: &Bound<'_, PyAny>) -> PyResult<String> {
     Ok(tensor.getattr(intern!(tensor.py(), "dtype"))?.to_string())
