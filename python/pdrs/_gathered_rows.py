@@ -405,10 +405,16 @@ class GatheredRows(NamedRows):
         with self._lock:
             kind = self._kind_to_insert(shape, dtype)
             place = self._device() if device is None else torch.device(device)
-            table = self._tables[self._table_for(kind, place, self._numbers())]
-            wanted = table.rows.used + count - table.rows.reused(count)
-            if wanted > len(self._parameter(table)):
-                self._resize(table, wanted)
+            tables = len(self._tables)
+            try:
+                table = self._tables[self._table_for(kind, place, self._numbers())]
+                wanted = table.rows.used + count - table.rows.reused(count)
+                if wanted > len(self._parameter(table)):
+                    self._resize(table, wanted)
+            except BaseException:
+                while len(self._tables) > tables:
+                    self._remove_last_table()
+                raise
 
     def compact(self) -> None:
         """Give the rows the order of the names, and the memory of all other rows back. **O(n)**.

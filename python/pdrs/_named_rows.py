@@ -222,9 +222,10 @@ class NamedRows(Tables):
                 taken[number] += len(part.there)
                 ids[part.there] = id_of(number, new)
             write_rows(self._parameter(self._tables[number]), new, block)
-        insert_ids(self._index, names, ids)
+        # First the rows: an interrupt after this costs some, and after the other way round, two names would have one.
         for number, count in wanted.items():
             self._tables[number].rows.take(count)
+        insert_ids(self._index, names, ids)
         gone = held[(held >= 0) & (held != ids)]
         if len(gone):
             self._free(gone)

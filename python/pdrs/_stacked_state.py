@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -186,7 +186,7 @@ class SavedRows(TrainedRows):
         """Become a dictionary of the packed names and rows, with tables as large as the saved ones; values are not set.
 
         In ``saved``, views of tables take the place of the slabs that they lie in. Nothing has changed if the names are
-        damaged, or an optimizer that is not attached has state for the rows.
+        damaged, a table is missing, an optimizer that is not attached has state for the rows, or memory runs out.
         """
         ours = self._packed_before()
         if packed.device.type == "meta":
@@ -216,8 +216,13 @@ class SavedRows(TrainedRows):
         for table in self._tables:
             self._refuse_strangers(table, "load other names into a table")
         made: list[Table] = []
-        for attribute, group, trainable, there, of_table, tensor, capacity in plan:
-            if attribute in old:
+        ready: list[Callable[[], None]] = []
+        tables = len(self._tables)
+        try:
+            for attribute, group, trainable, there, _, tensor, capacity in plan:
+                if attribute not in old:
+                    made.append(self._new_table(attribute, group, trainable, tensor, capacity))
+                    continue
                 was, table = old[attribute]
                 source = np.full(capacity, -1)
                 kept = there & (before >= 0) & (table_of(before) == was)
@@ -225,12 +230,17 @@ class SavedRows(TrainedRows):
                 parameter = self._parameter(table)
                 is_other = capacity != len(parameter) or bool((source != np.arange(capacity)).any())
                 if is_other and not self._is_only_values(table, capacity):
-                    self._rearrange(table, capacity, torch.from_numpy(source))
-                table.group = group
-            else:
-                table = self._new_table(attribute, group, trainable, tensor, capacity)
-            table.rows = of_table
-            made.append(table)
+                    ready.append(self._rearranged(table, capacity, torch.from_numpy(source)))
+                made.append(table)
+        except BaseException:
+            while len(self._tables) > tables:
+                self._remove_last_table()
+            raise
+        # From here on nothing can fail.
+        for put_in_place in ready:
+            put_in_place()
+        for table, (_, group, _, _, of_table, _, _) in zip(made, plan, strict=True):
+            table.group, table.rows = group, of_table
         for attribute, (_, table) in old.items():
             if table not in made:
                 self._discard_table(attribute)

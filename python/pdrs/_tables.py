@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -365,6 +365,10 @@ class Tables(Module):
 
         ``source`` lies on the CPU. What belongs to the rows goes along. All is made before anything is changed.
         """
+        self._rearranged(table, capacity, source)()
+
+    def _rearranged(self, table: Table, capacity: int, source: Tensor | None) -> Callable[[], None]:
+        """Make all that :meth:`_rearrange` puts in place, and return what does that, which cannot fail."""
         parameter = self._parameter(table)
         if not isinstance(parameter, Parameter) or type(parameter.data) is not Tensor:
             raise RuntimeError(
@@ -386,20 +390,24 @@ class Tables(Module):
                 for optimizer in self._attached()
                 for state, key, fill in _optimizer_rows.of_rows(optimizer, parameter)
             ]
-            # From here on nothing can fail.
-            table.resized = True
-            parameter.grad = None
-            if parameter.requires_grad:
-                # Data of another dtype, for a moment, makes torch forget the node that accumulates gradients, which
-                # knows the old size.
-                other = torch.float32 if data.dtype != torch.float32 else torch.float64
-                parameter.data = torch.empty(0, dtype=other, device=data.device)
-            parameter.data = data
-            parameter.grad = gradient
-            table.frozen = frozen
-            for state, key, value in states:
-                state[key] = value
-        table.hook(parameter)
+
+        def put_in_place() -> None:
+            with torch.inference_mode(parameter.is_inference()), torch.no_grad():
+                table.resized = True
+                parameter.grad = None
+                if parameter.requires_grad:
+                    # Data of another dtype, for a moment, makes torch forget the node that accumulates gradients, which
+                    # knows the old size.
+                    other = torch.float32 if data.dtype != torch.float32 else torch.float64
+                    parameter.data = torch.empty(0, dtype=other, device=data.device)
+                parameter.data = data
+                parameter.grad = gradient
+                table.frozen = frozen
+                for state, key, value in states:
+                    state[key] = value
+            table.hook(parameter)
+
+        return put_in_place
 
     def _forget(self, table: Table, rows: Rows | int) -> None:
         """Clear what belonged to rows, or one, that get new names: gradients, state of optimizers, masks."""
@@ -452,9 +460,13 @@ class Tables(Module):
 
         Raises
         ------
+        TypeError
+            If it is no optimizer.
         ValueError
             If the optimizer has none of the tables, and there are some.
         """
+        if not (hasattr(optimizer, "param_groups") and hasattr(optimizer, "state")):
+            raise TypeError(f"expected an optimizer, got {type(optimizer).__name__}")
         with self._lock:
             if optimizer in self._attached():
                 return

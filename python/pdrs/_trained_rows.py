@@ -190,9 +190,11 @@ class TrainedRows(GatheredRows):
         ['float32_2', 'float32_2_group1']
 
         """
+        if not isinstance(by, Mapping):
+            raise TypeError(f"expected a mapping from regular expressions to options, got {type(by).__name__}")
         with self._lock:
-            self._regroup(tuple(by))
             options = [(None, dict(others)), *((pattern, {**others, **options}) for pattern, options in by.items())]
+            self._regroup(tuple(by))
             made = []
             for group, (pattern, chosen) in enumerate(options):
                 tables = [self._parameter(table) for table in self._tables if table.group == group]

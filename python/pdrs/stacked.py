@@ -331,8 +331,10 @@ class StackedParameterDict(SavedRows):
     def clear(self) -> None:
         """Remove all entries; the tables keep their capacity. **O(n)**."""
         with self._lock:
-            self._free(self._index.rows())
+            ids = self._index.rows()
+            # First the names: whatever happens then, no row that is free has one.
             self._index.clear()
+            self._free(ids)
 
     def copy(self) -> StackedParameterDict:
         """Return a dictionary of the same names with tables of its own, with no gradients. **O(n)**."""
