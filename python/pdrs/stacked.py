@@ -88,8 +88,10 @@ class StackedParameterDict(SavedRows):
 
         Raises
         ------
+        TypeError
+            If ``rows`` is not a strided tensor.
         ValueError
-            If a name is listed twice, or there are more or fewer names than rows.
+            If a name is listed twice, there are more or fewer names than rows, or rows share memory (``expand``).
         KeyError
             If a name is empty.
 
@@ -101,6 +103,11 @@ class StackedParameterDict(SavedRows):
         torch.Size([16])
 
         """
+        if not isinstance(rows, Tensor) or rows.layout != torch.strided:
+            what = f"one of layout {rows.layout}" if isinstance(rows, Tensor) else type(rows).__name__
+            raise TypeError(f"expected a strided tensor of rows, got {what}")
+        if any(size > 1 and stride == 0 for size, stride in zip(rows.shape, rows.stride(), strict=True)):
+            raise ValueError("expected rows with memory of their own, got a tensor that was expanded: clone() it")
         index = IndexMap.from_names(names)
         if rows.dim() == 0 or len(index) != len(rows):
             size = "a single number" if rows.dim() == 0 else f"{len(rows)} rows"
@@ -149,7 +156,7 @@ class StackedParameterDict(SavedRows):
         by_shape: dict[tuple[int, ...], list[str]] = {}
         order = IndexMap()
         for name, shape in dict(pairs).items():
-            if not isinstance(shape, Sequence):
+            if not isinstance(shape, Sequence) or isinstance(shape, str):
                 raise TypeError(f"expected the shape of '{name}' as a sequence of int, got {shape!r}")
             by_shape.setdefault(tuple(shape), []).append(name)
             order[name] = 0
