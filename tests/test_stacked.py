@@ -305,6 +305,8 @@ def test_shapes_cannot_be_mixed_or_guessed(sd: pdrs.StackedParameterDict) -> Non
         sd.attach(3)
     with pytest.raises(ValueError, match="there is no table yet"):
         SD().gather(["new"], missing="insert")
+    with pytest.raises(ValueError, match="no table is trainable"):
+        SD({"a": nn.Parameter(torch.zeros(2), requires_grad=False)}).gather(["new"], missing="insert")
     assert list(sd) == ["a", "b", "c", "long"]
     with pytest.raises(KeyError, match="no table of float64"):
         sd.table((2,), torch.float64)

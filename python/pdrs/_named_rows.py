@@ -94,7 +94,8 @@ class NamedRows(Tables):
         if len(fitting) == 1:
             return fitting.pop()
         if shape is None:
-            which = f"{len(fitting)} tables could be meant" if fitting else "there is no table yet"
+            none = "no table is trainable" if self._tables else "there is no table yet"
+            which = f"{len(fitting)} tables could be meant" if fitting else none
             raise ValueError(f"expected shape=, that of names that are not there, because {which}")
         return Kind(tuple(shape), dtype or torch.get_default_dtype())
 

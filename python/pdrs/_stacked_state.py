@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -119,7 +120,8 @@ class SavedRows(TrainedRows):
             problems = missing_keys, unexpected_keys, error_msgs
             with self._lock:
                 state_dict = self._load_others(state_dict, prefix, local_metadata, strict, *problems)
-                _load_named(self, state_dict, prefix, strict, *problems)
+                assign = local_metadata.get("assign_to_params_buffers", False)
+                _load_named(self, state_dict, prefix, strict, assign, *problems)
                 self._note_load()
             return
         saved = {key[len(prefix) :]: state_dict[key] for key in _under(state_dict, prefix) if not is_padding(key)}
@@ -311,6 +313,8 @@ def _load_whole(sd: SavedRows, state_dict: Any) -> bool:
     names, values = list(dict.keys(state_dict)), list(dict.values(state_dict))
     if type(parameter) is not Parameter or type(parameter.data) is not Tensor or set(map(type, names)) != {str}:
         return False
+    if parameter.device.type == "meta":
+        return False
     ids = sd._index.lookup(names, -1)
     if ids.min() < 0:
         return False
@@ -326,6 +330,7 @@ def _load_named(
     state_dict: Mapping[str, Any],
     prefix: str,
     strict: bool,
+    assign: bool,
     missing_keys: list[str],
     unexpected_keys: list[str],
     error_msgs: list[str],
@@ -358,6 +363,8 @@ def _load_named(
         parameter = sd._parameter(sd._tables[number])
         refuse_sharded(sd._tables[number], parameter, "load the layout of a ParameterDict")
         places = there.tolist()
+        if parameter.device.type == "meta":
+            parameter = _off_meta(sd, sd._tables[number], assign, (values[at] for at in places))
         if class_ >= 0 and values[firsts[class_]].shape == parameter.shape[1:]:
             chosen = values if len(places) == len(values) else [values[at] for at in places]
             write_rows(parameter, row_of(ids[there]), stack(chosen, chosen[0].detach()[None]))
@@ -367,12 +374,38 @@ def _load_named(
             if not isinstance(value, Tensor):
                 continue
             if value.shape == parameter.shape[1:]:
-                write_rows(parameter, row_of(ids[at : at + 1]), value.detach()[None])
+                try:
+                    write_rows(parameter, row_of(ids[at : at + 1]), value.detach()[None])
+                except Exception as error:  # as torch does, which reports it with all others
+                    error_msgs.append(
+                        f'While copying the parameter named "{keys[at]}", whose dimensions in the model are '
+                        f"{parameter.shape[1:]} and whose dimensions in the checkpoint are {value.shape}, an exception "
+                        f"occurred : {error.args}."
+                    )
             else:
                 error_msgs.append(
                     f"size mismatch for {keys[at]}: copying a param with shape {value.shape} from checkpoint, the "
                     f"shape in current model is {parameter.shape[1:]}."
                 )
+
+
+def _off_meta(sd: SavedRows, table: Table, assign: bool, values: Iterable[Any]) -> Tensor:
+    """Return the Parameter of a table on the meta device: one with memory, in its place, if values are assigned."""
+    parameter = sd._parameter(table)
+    place = next((value.device for value in values if isinstance(value, Tensor) and not value.is_meta), None)
+    if place is None:
+        return parameter
+    if not assign:
+        warnings.warn(
+            f"for {table.attribute}: copying named rows to a table on the meta device, which is a no-op. (Did you mean "
+            "to pass `assign=True`?)",
+            stacklevel=2,
+        )
+        return parameter
+    data = torch.zeros(parameter.shape, dtype=parameter.dtype, device=place)
+    made = sd._parameters[table.attribute] = Parameter(data, requires_grad=parameter.requires_grad)
+    sd._adopt()
+    return made
 
 
 def _as_entry(value: Tensor) -> Tensor:

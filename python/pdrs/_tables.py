@@ -28,7 +28,7 @@ from pdrs._core import TableRows, zero_row
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-__all__ = ["Kind", "Rows", "Table", "Tables", "is_sharded", "refuse_sharded", "whole"]
+__all__ = ["Kind", "Rows", "Table", "Tables", "is_sharded", "mask_device", "refuse_sharded", "whole"]
 
 Rows = NDArray[np.int64]
 
@@ -119,6 +119,11 @@ def _can_be_hooked(parameter: Tensor) -> bool:
     return parameter.is_floating_point() or parameter.is_complex()
 
 
+def mask_device(device: torch.device) -> torch.device:
+    """Return where the mask of frozen rows lies: with its table, but not on the meta device, which would forget it."""
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a table, or its gradient, is one that FSDP2 has sharded."""
     return type(tensor.data) is not Tensor and hasattr(tensor, "full_tensor")
@@ -159,7 +164,7 @@ def _after_accumulation(this: weakref.ref[Table], parameter: Tensor) -> None:
         else:  # torch adds a sparse one to a dense one only
             parameter.grad = gradient + before if before.is_sparse else before + gradient
         gradient = parameter.grad
-    if table.frozen is not None:
+    if table.frozen is not None and not gradient.is_meta:
         clear_gradient(gradient, table.frozen)
 
 
@@ -225,8 +230,8 @@ class Tables(Module):
         for table in self._tables:
             parameter = self._parameter(table)
             table.hook(parameter)
-            if table.frozen is not None and table.frozen.device != parameter.device:
-                table.frozen = table.frozen.to(parameter.device)
+            if table.frozen is not None:
+                table.frozen = table.frozen.to(mask_device(parameter.device))
             _optimizer_rows.watch(parameter)
 
     @contextmanager
@@ -429,12 +434,13 @@ class Tables(Module):
             for tensor in zero_row(zeros, rows):
                 tensor[rows].zero_()
             return
-        index = torch.from_numpy(np.atleast_1d(rows)).to(parameter.device)
+        on_host = torch.from_numpy(np.atleast_1d(rows))
+        index = on_host.to(parameter.device)
         with torch.no_grad():
             for state, key, fill in states:
                 state[key].index_fill_(0, index, fill)
             if table.frozen is not None:
-                table.frozen.index_fill_(0, index, False)
+                table.frozen.index_fill_(0, on_host.to(table.frozen.device), False)
         self._clear_gradient(parameter, index)
 
     def _clear_gradient(self, parameter: Tensor, rows: Tensor) -> None:
@@ -496,7 +502,8 @@ class _Arranged:
         if source is not None:
             # On the CPU: a device would have to wait to know how many there are, and the meta device never knows.
             there = (source >= 0).nonzero()[:, 0]
-            self.there, self.old = there.to(parameter.device), source[there].to(parameter.device)
+            device = mask_device(parameter.device)
+            self.there, self.old = there.to(device), source[there].to(device)
             self.old_capacity = len(parameter)
 
     def __call__(self, tensor: Tensor, fill: float = 0) -> Tensor:
@@ -511,7 +518,7 @@ class _Arranged:
         if self.source is None:
             return resized_gradient(gradient, self.capacity)
         renamed = torch.full((self.old_capacity,), -1, device=gradient.device)
-        renamed[self.old] = self.there
+        renamed[self.old.to(gradient.device)] = self.there.to(gradient.device)
         rows = renamed[gradient._indices()[0]]
         kept = rows >= 0
         size = (self.capacity, *gradient.shape[1:])

@@ -19,7 +19,7 @@ from pdrs._gathered_rows import Handle
 from pdrs._named_rows import Initialiser, Names, as_list, id_of, row_of, table_of
 from pdrs._stacked_state import SavedRows
 from pdrs._state import is_intercepted
-from pdrs._tables import Kind, Table, whole
+from pdrs._tables import Kind, Table, mask_device, whole
 from pdrs._views import KeysView as NamesView
 from pdrs.parameter_dict import MissingEntryError, ParameterDict
 
@@ -45,8 +45,9 @@ class StackedParameterDict(SavedRows):
 
     Notes
     -----
-    *n* is the number of entries and *m* that of the names in a call; costs are amortised. All methods may be called by
-    any number of threads; a lock makes them take turns.
+    *n* is the number of entries and *m* that of the names in a call; costs are amortised. As long as a table has a
+    sparse gradient, each call that removes names, or inserts them into freed rows, looks through the rows of that once.
+    All methods may be called by any number of threads; a lock makes them take turns.
 
     Examples
     --------
@@ -458,7 +459,7 @@ class StackedParameterDict(SavedRows):
             if table.frozen is not None:
                 parameter = self._parameter(table)
                 _, device = move.target(parameter.dtype, parameter.device)
-                masks.append((table, table.frozen.to(device)))
+                masks.append((table, table.frozen.to(mask_device(device))))
         return masks
 
 
