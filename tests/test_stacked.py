@@ -377,6 +377,14 @@ def test_a_handle_notices_what_happens_to_its_names(sd: pdrs.StackedParameterDic
     sd.scatter_(handle, torch.ones(2, 2))
     assert sd["c"].tolist() == [1.0, 1.0]
     assert list(handle) == ["c", "b"]
+    del sd["new"]
+    sd["a"] = torch.full((2,), 3.0)
+    sd.setdefault("last", torch.full((2,), 4.0))
+    sd.pop("a")
+    late = sd.handle(["last"])
+    assert sd.rows(late).tolist() == [3]
+    sd.compact()
+    assert sd.rows(late).tolist() == [2], "nothing but compact() moved its row"
     assert sd.contains(handle).tolist() == [True, True]
     sd["c"] = torch.zeros(3)
     with pytest.raises(ValueError, match="shape"):
