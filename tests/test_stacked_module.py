@@ -331,6 +331,16 @@ def test_tables_go_to_the_meta_device_and_back() -> None:
     assert same(assigned, sd)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:FutureWarning")  # It must still work.
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")  # As older versions warn.
+def test_a_model_that_holds_a_dictionary_is_scripted() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    model[0].add_module("words", SD({"a": torch.ones(2)}))
+    scripted = torch.jit.script(model)
+    assert torch.equal(scripted(torch.ones(1, 2)), model(torch.ones(1, 2)))
+    assert [name for name, _ in scripted.named_parameters()] == [name for name, _ in model.named_parameters()]
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_rows_by_name_are_not_lost_in_a_table_on_the_meta_device(nested: bool) -> None:
     entries = [("a", torch.ones(2)), ("b", torch.full((2,), 2.0)), ("c", torch.full((3,), 3.0))]

@@ -7,7 +7,7 @@ one native call turns a batch of names into tables and rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -61,10 +61,11 @@ def as_list(names: Names) -> list[str]:
 class NamedRows(Tables):
     """Tables, and an index of the names that their rows have."""
 
-    _index: IndexMap
-    # Counts what changes the row of a name that is there, and what adds names.
-    _moves: int
-    _inserts: int
+    if TYPE_CHECKING:
+        _index: IndexMap
+        # Counts what changes the row of a name that is there, and what adds names.
+        _moves: int
+        _inserts: int
 
     def __init__(self) -> None:
         super().__init__()

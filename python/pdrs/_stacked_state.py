@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,12 +31,14 @@ _EXTRA_STATE = "_extra_state"  # the key that torch gives what `get_extra_state`
 class SavedRows(TrainedRows):
     """Named rows that can be saved and loaded."""
 
-    # The names as they were last packed, and what was counted then: kept, because models are saved again and again, and
-    # because to compare bytes is the fastest way to find out that what is loaded has the same names. Distributed
-    # checkpoints are loaded into the tensors of a state dict in place: torch counts what is written to them.
-    _packed: tuple[Tensor, int, int, int, Header] | None
-    # What `load_state_dict` has taken the names from, until it is done.
-    _taken: Tensor | None
+    if TYPE_CHECKING:
+        # The names as they were last packed, and what was counted then: kept, because models are saved again and again,
+        # and because to compare bytes is the fastest way to find out that what is loaded has the same names.
+        # Distributed checkpoints are loaded into the tensors of a state dict in place: torch counts what is written to
+        # them.
+        _packed: tuple[Tensor, int, int, int, Header] | None
+        # What `load_state_dict` has taken the names from, until it is done.
+        _taken: Tensor | None
 
     def __init__(self) -> None:
         super().__init__()

@@ -203,9 +203,10 @@ def clear_gradient(gradient: Tensor, mask: Tensor) -> None:
 class Tables(Module):
     """A Module of tables whose rows can be taken, given back and moved."""
 
-    _tables: list[Table]
-    _optimizers: list[weakref.ref[Optimizer]]
-    _lock: threading.RLock
+    if TYPE_CHECKING:  # Not at run time, nor in the classes below: torch.jit.script would read these, and fail.
+        _tables: list[Table]
+        _optimizers: list[weakref.ref[Optimizer]]
+        _lock: threading.RLock
 
     def __init__(self) -> None:
         super().__init__()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,8 +23,9 @@ __all__ = ["TrainedRows"]
 class TrainedRows(GatheredRows):
     """Named rows, and what training asks of them."""
 
-    # The patterns of names whose tables have options of their own; the group of the first is 1.
-    _patterns: tuple[str, ...]
+    if TYPE_CHECKING:
+        # The patterns of names whose tables have options of their own; the group of the first is 1.
+        _patterns: tuple[str, ...]
 
     def __init__(self) -> None:
         super().__init__()
