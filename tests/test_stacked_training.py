@@ -593,6 +593,17 @@ def test_groups_of_options_by_name_train_as_groups_of_parameters() -> None:
     assert list(sd) == [*names, "late.bias", "tall.bias", "tall.weight"]
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_gradients_of_two_passes_add_up_in_a_table_with_frozen_names_and_in_one_that_has_grown(sparse: bool) -> None:
+    frozen, grown = SD.from_rows(NAMES, rows().clone()), SD.from_rows(NAMES, rows().clone())
+    frozen.freeze(NAMES[:1])
+    grown["new"] = torch.zeros(3)
+    for sd in (frozen, grown):
+        for _ in range(2):
+            sd.gather(NAMES, sparse=sparse).sum().backward()
+        assert dict(sd.named_grads())[NAMES[1]].tolist() == [2.0, 2.0, 2.0]
+
+
 def test_gradients_of_names_that_move_to_another_group_are_dropped() -> None:
     sd = SD.from_rows(NAMES, rows().clone())
     sd.gather(NAMES).sum().backward()
