@@ -219,6 +219,16 @@ def test_the_other_methods_of_a_dict(sd: pdrs.StackedParameterDict) -> None:
         sd.pop(None)
 
 
+def test_a_subclass_is_asked_where_it_is_called_itself() -> None:
+    class Doubled(SD):
+        def __getitem__(self, key: str) -> torch.Tensor:
+            return super().__getitem__(key) * 2
+
+    sd = Doubled({"a": torch.ones(2)})
+    assert sd["a"].tolist() == [2.0, 2.0]
+    assert [row.tolist() for row in (*sd.values(), *dict(sd.items()).values(), sd.get("a"))] == [[1.0, 1.0]] * 3
+
+
 def test_repr_is_short() -> None:
     assert repr(SD()) == "StackedParameterDict(0 names)"
     sd = SD.from_rows([f"n{n}" for n in range(1000)], torch.zeros(1000, 2))

@@ -257,6 +257,8 @@ def test_stack_and_unstack_are_inverse() -> None:
     assert again["a"].tolist() == [100.0, 100.0]
     assert not again["frozen"].requires_grad
     assert list(SD(nn.ParameterDict({"y": torch.ones(1), "x": torch.ones(1)}))) == ["x", "y"]
+    elsewhere = sd.to("meta").unstack()
+    assert {name: value.device.type for name, value in elsewhere.items()} == dict.fromkeys(sd, "meta")
     with pytest.raises(TypeError, match=r"expected a strided tensor for 'm', got Linear.*pdrs\.ParameterDict"):
         pdrs.ParameterDict({"m": nn.Linear(1, 1)}).stack()
 
