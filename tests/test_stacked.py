@@ -219,6 +219,16 @@ def test_the_other_methods_of_a_dict(sd: pdrs.StackedParameterDict) -> None:
         sd.pop(None)
 
 
+def test_a_subclass_is_asked_where_it_is_called_itself() -> None:
+    class Doubled(SD):
+        def __getitem__(self, key: str) -> torch.Tensor:
+            return super().__getitem__(key) * 2
+
+    sd = Doubled({"a": torch.ones(2)})
+    assert sd["a"].tolist() == [2.0, 2.0]
+    assert [row.tolist() for row in (*sd.values(), *dict(sd.items()).values(), sd.get("a"))] == [[1.0, 1.0]] * 3
+
+
 def test_repr_is_short() -> None:
     assert repr(SD()) == "StackedParameterDict(0 names)"
     sd = SD.from_rows([f"n{n}" for n in range(1000)], torch.zeros(1000, 2))
@@ -299,8 +309,14 @@ def test_shapes_cannot_be_mixed_or_guessed(sd: pdrs.StackedParameterDict) -> Non
         sd.reserve(-1)
     with pytest.raises(TypeError, match="expected the shape of 'n' as a sequence of int, got 3"):
         SD.from_shapes({"n": 3})
+    with pytest.raises(TypeError, match="expected the shape of 'n' as a sequence of int, got '23'"):
+        SD.from_shapes({"n": "23"})
+    with pytest.raises(TypeError, match="expected an optimizer, got int"):
+        sd.attach(3)
     with pytest.raises(ValueError, match="there is no table yet"):
         SD().gather(["new"], missing="insert")
+    with pytest.raises(ValueError, match="no table is trainable"):
+        SD({"a": nn.Parameter(torch.zeros(2), requires_grad=False)}).gather(["new"], missing="insert")
     assert list(sd) == ["a", "b", "c", "long"]
     with pytest.raises(KeyError, match="no table of float64"):
         sd.table((2,), torch.float64)
@@ -309,6 +325,43 @@ def test_shapes_cannot_be_mixed_or_guessed(sd: pdrs.StackedParameterDict) -> Non
     assert sd.gather(["a", "new"], missing="insert").shape == (2, 2)
     assert sd.gather(["x"], missing="insert", shape=(4, 1)).shape == (1, 4, 1)
     assert sd.gather([], shape=(2,)).shape == (0, 2)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize(("names", "missing"), [([], "error"), (["new"], "skip"), (["new", "other"], "zero")])
+@pytest.mark.parametrize("shape", [(2,), (2, 1)])
+def test_a_batch_without_a_known_name_has_a_backward_pass_like_any_other(
+    names: list[str], missing: Any, sparse: bool, shape: tuple[int, ...]
+) -> None:
+    sd = SD({"a": torch.ones(shape), "b": torch.ones(shape)})
+    sd.optimizer_groups(by={"b": {}})
+    gathered = sd.gather(names, missing=missing, sparse=sparse, shape=shape)
+    assert gathered.shape == (len(names) if missing == "zero" else 0, *shape)
+    assert not gathered.any()
+    gathered.sum().backward()
+    for parameter in sd.parameters():
+        assert parameter.grad is None or not parameter.grad.to_dense().any()
+    assert any(parameter.grad is not None for parameter in sd.parameters())
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        ([[1.0], [2.0]], TypeError, "expected a strided tensor of rows, got list"),
+        (torch.eye(2).to_sparse(), TypeError, "expected a strided tensor of rows, got one of layout torch.sparse_coo"),
+        (torch.zeros(1, 3).expand(2, 3), ValueError, "got a tensor that was expanded"),
+        (torch.zeros(2, 1).expand(2, 3), ValueError, "got a tensor that was expanded"),
+        (torch.zeros(3, 3), ValueError, "got 2 names and 3 rows"),
+    ],
+)
+def test_rows_that_can_be_no_table_are_refused(rows: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        SD.from_rows(["a", "b"], rows)
+
+
+def test_rows_of_one_name_or_of_no_size_may_have_any_strides() -> None:
+    assert SD.from_rows(["a"], torch.zeros(()).expand(1, 1))["a"].tolist() == [0.0]
+    assert SD.from_rows([], torch.zeros(1, 3).expand(0, 3)).gather([]).shape == (0, 3)
 
 
 def test_free_rows_are_used_again_the_last_freed_first(sd: pdrs.StackedParameterDict) -> None:
@@ -321,15 +374,27 @@ def test_free_rows_are_used_again_the_last_freed_first(sd: pdrs.StackedParameter
 
 def test_a_handle_notices_what_happens_to_its_names(sd: pdrs.StackedParameterDict) -> None:
     handle = sd.handle(["c", "b"])
-    rows = sd.rows(handle)
+    sd.gather(handle)
+    rows = handle._rows
     sd["new"] = torch.zeros(2)
-    assert sd.rows(handle) is rows
+    sd.gather(handle)
+    assert handle._rows is rows, "looked up again, though no row has moved"
+    sd.rows(handle).add_(1)
+    assert sd.rows(handle).tolist() == [2, 1], "the rows that a handle knows were given away"
     del sd["a"]
     sd.compact()
     assert sd.gather(handle)[:, 0].tolist() == [2.0, 1.0]
     sd.scatter_(handle, torch.ones(2, 2))
     assert sd["c"].tolist() == [1.0, 1.0]
     assert list(handle) == ["c", "b"]
+    del sd["new"]
+    sd["a"] = torch.full((2,), 3.0)
+    sd.setdefault("last", torch.full((2,), 4.0))
+    sd.pop("a")
+    late = sd.handle(["last"])
+    assert sd.rows(late).tolist() == [3]
+    sd.compact()
+    assert sd.rows(late).tolist() == [2], "nothing but compact() moved its row"
     assert sd.contains(handle).tolist() == [True, True]
     sd["c"] = torch.zeros(3)
     with pytest.raises(ValueError, match="shape"):

@@ -257,6 +257,8 @@ def test_stack_and_unstack_are_inverse() -> None:
     assert again["a"].tolist() == [100.0, 100.0]
     assert not again["frozen"].requires_grad
     assert list(SD(nn.ParameterDict({"y": torch.ones(1), "x": torch.ones(1)}))) == ["x", "y"]
+    elsewhere = sd.to("meta").unstack()
+    assert {name: value.device.type for name, value in elsewhere.items()} == dict.fromkeys(sd, "meta")
     with pytest.raises(TypeError, match=r"expected a strided tensor for 'm', got Linear.*pdrs\.ParameterDict"):
         pdrs.ParameterDict({"m": nn.Linear(1, 1)}).stack()
 
@@ -329,6 +331,67 @@ def test_tables_go_to_the_meta_device_and_back() -> None:
     assigned = copy.deepcopy(sd).to("meta")
     assigned.load_state_dict(state, assign=True)
     assert same(assigned, sd)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:FutureWarning")  # It must still work.
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")  # As older versions warn.
+def test_a_model_that_holds_a_dictionary_is_scripted() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    model[0].add_module("words", SD({"a": torch.ones(2)}))
+    scripted = torch.jit.script(model)
+    assert torch.equal(scripted(torch.ones(1, 2)), model(torch.ones(1, 2)))
+    assert [name for name, _ in scripted.named_parameters()] == [name for name, _ in model.named_parameters()]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_rows_by_name_are_not_lost_in_a_table_on_the_meta_device(nested: bool) -> None:
+    entries = [("a", torch.ones(2)), ("b", torch.full((2,), 2.0)), ("c", torch.full((3,), 3.0))]
+    sd = SD(entries).to("meta")
+    sd.freeze(["a"])
+    state = {("sd." if nested else "") + name: value for name, value in reversed(entries)}
+    module = nn.ModuleDict({"sd": sd}) if nested else sd
+    with pytest.warns(UserWarning, match="on the meta device, which is a no-op.*assign=True") as warned:
+        module.load_state_dict(state)
+    assert len(warned) == 2, "one for each table"
+    assert {table.device.type for table in sd.parameters()} == {"meta"}
+    module.load_state_dict(state, assign=True)
+    assert {name: row.tolist() for name, row in sd.items()} == {name: value.tolist() for name, value in entries}
+    assert all(isinstance(table, nn.Parameter) and table.requires_grad for table in sd.parameters())
+    sd.gather(["a", "b"]).sum().backward()
+    assert {name: gradient.tolist() for name, gradient in sd.named_grads()} == {"a": [0.0, 0.0], "b": [1.0, 1.0]}
+
+
+def test_frozen_names_stay_frozen_on_the_meta_device() -> None:
+    sd = SD.from_rows(["a", "b", "c", "d"], torch.zeros(4, 2)).to("meta")
+    sd.freeze(["a", "b", "d"])
+    sd.unfreeze(["b"])
+    sd.gather(["a", "c"]).sum().backward()
+    sd.update({"e": torch.zeros(2, device="meta")})  # the table grows
+    sd.optimizer_groups(by={"d": {}})
+    sd.pop("b")
+    sd.update({"f": torch.zeros(2, device="meta")})  # in an old row
+    sd.compact()
+    sd = copy.deepcopy(sd)
+    assert {table.device.type for table in sd.parameters()} == {"meta"}
+    sd.to_empty(device="cpu")
+    sd.gather(list(sd)).sum().backward()
+    gradients = {name: gradient[0].item() for name, gradient in sd.named_grads()}
+    assert gradients == {"a": 0.0, "c": 1.0, "d": 0.0, "e": 1.0, "f": 1.0}
+
+
+def test_a_dictionary_with_frozen_names_is_assigned_from_the_meta_device() -> None:
+    sd = SD.from_rows(["a", "b"], torch.zeros(2, 2))
+    sd.freeze(["a"])
+    sd.to("meta").load_state_dict(SD.from_rows(["a", "b"], torch.ones(2, 2)).state_dict(), assign=True)
+    sd.gather(["a", "b"]).sum().backward()
+    assert {name: gradient.tolist() for name, gradient in sd.named_grads()} == {"a": [0.0, 0.0], "b": [1.0, 1.0]}
+
+
+def test_values_on_the_meta_device_are_reported_by_name() -> None:
+    sd = SD({"a": torch.ones(2), "b": torch.ones(2)})
+    with pytest.raises(RuntimeError, match=r'While copying the parameter named "b", whose dimensions .* meta'):
+        sd.load_state_dict({"b": torch.ones(2, device="meta"), "a": torch.zeros(2)})
+    assert sd["a"].tolist() == [0.0, 0.0]
 
 
 def test_a_replica_reads_the_tensors_that_take_the_place_of_parameters() -> None:

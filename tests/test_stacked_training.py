@@ -7,6 +7,7 @@ another row when a table grows, a row that moves although nobody gathered it.
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -149,6 +150,16 @@ def test_what_would_mix_up_the_state_of_a_strange_optimizer_is_refused(change: C
     sd["new"] = torch.ones(3)
     table = sd.table((3,))
     assert optimizer.state[table]["exp_avg"].shape == table.shape
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda sd: pickle.loads(pickle.dumps(sd))])
+def test_a_strange_optimizer_of_a_copy_is_noticed(duplicate: Callable[[SD], SD]) -> None:
+    sd = duplicate(SD.from_rows(NAMES, rows().clone()))
+    optimizer = torch.optim.Adam(sd.parameters())
+    sd.gather(NAMES).sum().backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match=r"attach\(optimizer\)"):
+        sd["new"] = torch.zeros(3)
 
 
 def test_optimizers_that_keep_no_state_need_not_be_attached() -> None:
@@ -580,6 +591,27 @@ def test_groups_of_options_by_name_train_as_groups_of_parameters() -> None:
         name: 0.0 if name.endswith("bias") else 0.5 for name in sd
     }
     assert list(sd) == [*names, "late.bias", "tall.bias", "tall.weight"]
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_gradients_of_two_passes_add_up_in_a_table_with_frozen_names_and_in_one_that_has_grown(sparse: bool) -> None:
+    frozen, grown = SD.from_rows(NAMES, rows().clone()), SD.from_rows(NAMES, rows().clone())
+    frozen.freeze(NAMES[:1])
+    grown["new"] = torch.zeros(3)
+    for sd in (frozen, grown):
+        for _ in range(2):
+            sd.gather(NAMES, sparse=sparse).sum().backward()
+        assert dict(sd.named_grads())[NAMES[1]].tolist() == [2.0, 2.0, 2.0]
+
+
+def test_gradients_of_names_that_move_to_another_group_are_dropped() -> None:
+    sd = SD.from_rows(NAMES, rows().clone())
+    sd.gather(NAMES).sum().backward()
+    sd.optimizer_groups(by={"0$": {}})
+    moved = [name for name in NAMES if name.endswith("0")]
+    assert 0 < len(moved) < len(NAMES)
+    total = nn.utils.get_total_norm([table.grad for table in sd.parameters() if table.grad is not None])
+    assert total == pytest.approx(((len(NAMES) - len(moved)) * 3) ** 0.5), "a row that belongs to nobody has a gradient"
 
 
 def test_norms_are_those_of_the_entries_in_order() -> None:

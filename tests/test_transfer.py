@@ -1019,6 +1019,19 @@ def test_set_staging_refuses_what_cannot_work(arguments: dict[str, int], message
     assert pdrs._staging._staging is before
 
 
+@pytest.mark.parametrize("arguments", [{"block_bytes": 8e6}, {"blocks": 2.0}, {"blocks": None}])
+def test_set_staging_refuses_what_is_no_int(arguments: dict[str, Any]) -> None:
+    before = pdrs._staging._staging
+    with pytest.raises(TypeError, match=f"expected {next(iter(arguments))} to be an int, got "):
+        pdrs.set_staging(**arguments)
+    assert pdrs._staging._staging is before
+
+
+def test_pdrs_to_says_what_is_no_module() -> None:
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got dict"):
+        pdrs.to({"weight": torch.zeros(1)}, torch.float64)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without CUDA")
 def test_pin_memory_needs_cuda() -> None:
     pd = plain(pdrs.ParameterDict)

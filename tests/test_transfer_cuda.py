@@ -521,6 +521,35 @@ def test_a_move_while_a_graph_is_captured_is_refused_and_changes_nothing(directi
     pd.to("cuda" if direction == "up" else "cpu")
 
 
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_a_capture_on_a_device_that_is_not_the_current_one_is_noticed(direction: str) -> None:
+    pd = numbered(10)
+    if direction == "down":
+        pd.to("cuda:1")
+    with torch.cuda.device(1):
+        graph, kept = torch.cuda.CUDAGraph(), torch.zeros(4, device="cuda:1")
+        with unchanged(pd):
+            with torch.cuda.graph(graph, stream=torch.cuda.Stream(1)):
+                kept.zero_()
+                with torch.cuda.device(0), pytest.raises(RuntimeError, match="outside of the capture of a CUDA graph"):
+                    pd.to("cuda:1" if direction == "up" else "cpu")
+            graph.replay()
+            torch.cuda.synchronize()
+
+
+def test_memory_is_not_page_locked_while_a_graph_is_captured() -> None:
+    pd = numbered(10)
+    graph, kept = torch.cuda.CUDAGraph(), torch.zeros(4, device="cuda")
+    with unchanged(pd):
+        with torch.cuda.graph(graph):
+            kept.zero_()
+            with pytest.raises(RuntimeError, match="outside of the capture of a CUDA graph"):
+                pd.pin_memory()
+        graph.replay()
+        torch.cuda.synchronize()
+    pd.pin_memory()
+
+
 # ---- pin_memory ------------------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from pdrs._core import IndexMap
+from pdrs._core import IndexMap, group_tensors
 from pdrs.checkpoint import CheckpointError, load, open, save  # noqa: A004  # read as pdrs.open
 from pdrs.parameter_dict import ParameterDict
 from pdrs.stacked import StackedParameterDict
@@ -20,3 +20,6 @@ __all__ = [
     "to",
 ]
 __version__ = version("pdrs")
+
+# An ImportError now, and not in the middle of a move, where torch does not give its tensors as pdrs reads them.
+group_tensors([])

@@ -195,7 +195,7 @@ class GatheredRows(NamedRows):
         with self._lock:
             ids = self._look_up(names, missing, init, shape, dtype)
             if isinstance(names, Handle) and names._table is not None:
-                return names._rows
+                return names._rows.clone()  # what a handle knows is not for others to change
             present = ids[ids >= 0]
             if len(present) == 0:
                 return torch.from_numpy(ids)
@@ -289,7 +289,11 @@ class GatheredRows(NamedRows):
         present = np.unique(numbers[numbers >= 0])
         if len(present) == 0:
             kind = self._kind_to_insert(shape, dtype)
-            return torch.zeros((len(ids), *kind.shape), dtype=kind.dtype, device=self._device())
+            fitting = [number for one, number in self._numbers().items() if one._replace(group=0) == kind]
+            if not fitting or self._device().type == "meta":
+                return torch.zeros((len(ids), *kind.shape), dtype=kind.dtype, device=self._device())
+            # Of no rows of a table, so that a batch without a known name has a backward pass like any other.
+            present = np.array(fitting[:1])
         tables = [self._parameter(self._tables[number]) for number in present]
         kinds = {(tuple(table.shape[1:]), table.dtype) for table in tables}
         if len(kinds) > 1:
@@ -427,10 +431,16 @@ class GatheredRows(NamedRows):
         with self._lock:
             kind = self._kind_to_insert(shape, dtype)
             place = self._device() if device is None else torch.device(device)
-            table = self._tables[self._table_for(kind, place, self._numbers())]
-            wanted = table.rows.used + count - table.rows.reused(count)
-            if wanted > len(self._parameter(table)):
-                self._resize(table, wanted)
+            tables = len(self._tables)
+            try:
+                table = self._tables[self._table_for(kind, place, self._numbers())]
+                wanted = table.rows.used + count - table.rows.reused(count)
+                if wanted > len(self._parameter(table)):
+                    self._resize(table, wanted)
+            except BaseException:
+                while len(self._tables) > tables:
+                    self._remove_last_table()
+                raise
 
     def compact(self) -> None:
         """Give the rows the order of the names, and the memory of all other rows back. **O(n)**.

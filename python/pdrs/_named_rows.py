@@ -7,7 +7,7 @@ one native call turns a batch of names into tables and rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -62,10 +62,11 @@ def as_list(names: Names) -> list[str]:
 class NamedRows(Tables):
     """Tables, and an index of the names that their rows have."""
 
-    _index: IndexMap
-    # Counts what changes the row of a name that is there, and what adds names.
-    _moves: int
-    _inserts: int
+    if TYPE_CHECKING:
+        _index: IndexMap
+        # Counts what changes the row of a name that is there, and what adds names.
+        _moves: int
+        _inserts: int
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +96,8 @@ class NamedRows(Tables):
         if len(fitting) == 1:
             return fitting.pop()
         if shape is None:
-            which = f"{len(fitting)} tables could be meant" if fitting else "there is no table yet"
+            none = "no table is trainable" if self._tables else "there is no table yet"
+            which = f"{len(fitting)} tables could be meant" if fitting else none
             raise ValueError(f"expected shape=, that of names that are not there, because {which}")
         return Kind(tuple(shape), dtype or torch.get_default_dtype())
 
@@ -223,9 +225,10 @@ class NamedRows(Tables):
                 taken[number] += len(part.there)
                 ids[part.there] = id_of(number, new)
             write_rows(self._parameter(self._tables[number]), new, block)
-        insert_ids(self._index, names, ids)
+        # First the rows: an interrupt after this costs some, and after the other way round, two names would have one.
         for number, count in wanted.items():
             self._tables[number].rows.take(count)
+        insert_ids(self._index, names, ids)
         gone = held[(held >= 0) & (held != ids)]
         if len(gone):
             self._free(gone)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -40,14 +41,16 @@ _EXTRA_STATE = "_extra_state"  # the key that torch gives what `get_extra_state`
 class SavedRows(TrainedRows):
     """Named rows that can be saved and loaded."""
 
-    # The names as they were last packed, and what was counted then: kept, because models are saved again and again, and
-    # because to compare bytes is the fastest way to find out that what is loaded has the same names. Distributed
-    # checkpoints are loaded into the tensors of a state dict in place: torch counts what is written to them.
-    _packed: tuple[Tensor, int, int, int, Header] | None
-    # Packed names of someone else's that were found to be the same, and what was counted then.
-    _same: tuple[weakref.ref[Tensor], int, int, int, Header] | None
-    # What `load_state_dict` has taken the names from, until it is done.
-    _taken: Tensor | None
+    if TYPE_CHECKING:
+        # The names as they were last packed, and what was counted then: kept, because models are saved again and again,
+        # and because to compare bytes is the fastest way to find out that what is loaded has the same names.
+        # Distributed checkpoints are loaded into the tensors of a state dict in place: torch counts what is written to
+        # them.
+        _packed: tuple[Tensor, int, int, int, Header] | None
+        # Packed names of someone else's that were found to be the same, and what was counted then.
+        _same: tuple[weakref.ref[Tensor], int, int, int, Header] | None
+        # What `load_state_dict` has taken the names from, until it is done.
+        _taken: Tensor | None
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +137,8 @@ class SavedRows(TrainedRows):
             problems = missing_keys, unexpected_keys, error_msgs
             with self._lock:
                 state_dict = self._load_others(state_dict, prefix, local_metadata, strict, *problems)
-                _load_named(self, state_dict, prefix, strict, *problems)
+                assign = local_metadata.get("assign_to_params_buffers", False)
+                _load_named(self, state_dict, prefix, strict, assign, *problems)
                 self._note_load()
             return
         saved = {key[len(prefix) :]: state_dict[key] for key in _under(state_dict, prefix) if not is_padding(key)}
@@ -201,7 +205,7 @@ class SavedRows(TrainedRows):
         """Become a dictionary of the packed names and rows, with tables as large as the saved ones; values are not set.
 
         In ``saved``, views of tables take the place of the slabs that they lie in. Nothing has changed if the names are
-        damaged, or an optimizer that is not attached has state for the rows.
+        damaged, a table is missing, an optimizer that is not attached has state for the rows, or memory runs out.
         """
         if packed.device.type == "meta":
             return
@@ -230,8 +234,13 @@ class SavedRows(TrainedRows):
         for table in self._tables:
             self._refuse_strangers(table, "load other names into a table")
         made: list[Table] = []
-        for attribute, group, trainable, there, of_table, tensor, capacity in plan:
-            if attribute in old:
+        ready: list[Callable[[], None]] = []
+        tables = len(self._tables)
+        try:
+            for attribute, group, trainable, there, _, tensor, capacity in plan:
+                if attribute not in old:
+                    made.append(self._new_table(attribute, group, trainable, tensor, capacity))
+                    continue
                 was, table = old[attribute]
                 source = np.full(capacity, -1)
                 kept = there & (before >= 0) & (table_of(before) == was)
@@ -239,12 +248,17 @@ class SavedRows(TrainedRows):
                 parameter = self._parameter(table)
                 is_other = capacity != len(parameter) or bool((source != np.arange(capacity)).any())
                 if is_other and not self._is_only_values(table, capacity):
-                    self._rearrange(table, capacity, torch.from_numpy(source))
-                table.group = group
-            else:
-                table = self._new_table(attribute, group, trainable, tensor, capacity)
-            table.rows = of_table
-            made.append(table)
+                    ready.append(self._rearranged(table, capacity, torch.from_numpy(source)))
+                made.append(table)
+        except BaseException:
+            while len(self._tables) > tables:
+                self._remove_last_table()
+            raise
+        # From here on nothing can fail.
+        for put_in_place in ready:
+            put_in_place()
+        for table, (_, group, _, _, of_table, _, _) in zip(made, plan, strict=True):
+            table.group, table.rows = group, of_table
         for attribute, (_, table) in old.items():
             if table not in made:
                 self._discard_table(attribute)
@@ -328,6 +342,8 @@ def _load_whole(sd: SavedRows, state_dict: Any) -> bool:
     names, values = list(dict.keys(state_dict)), list(dict.values(state_dict))
     if type(parameter) is not Parameter or type(parameter.data) is not Tensor or set(map(type, names)) != {str}:
         return False
+    if parameter.device.type == "meta":
+        return False
     ids = sd._index.lookup(names, -1)
     if ids.min() < 0:
         return False
@@ -343,6 +359,7 @@ def _load_named(
     state_dict: Mapping[str, Any],
     prefix: str,
     strict: bool,
+    assign: bool,
     missing_keys: list[str],
     unexpected_keys: list[str],
     error_msgs: list[str],
@@ -375,6 +392,8 @@ def _load_named(
         parameter = sd._parameter(sd._tables[number])
         refuse_sharded(sd._tables[number], parameter, "load the layout of a ParameterDict")
         places = there.tolist()
+        if parameter.device.type == "meta":
+            parameter = _off_meta(sd, sd._tables[number], assign, (values[at] for at in places))
         if class_ >= 0 and values[firsts[class_]].shape == parameter.shape[1:]:
             chosen = values if len(places) == len(values) else [values[at] for at in places]
             write_rows(parameter, row_of(ids[there]), stack(chosen, chosen[0].detach()[None]))
@@ -384,12 +403,38 @@ def _load_named(
             if not isinstance(value, Tensor):
                 continue
             if value.shape == parameter.shape[1:]:
-                write_rows(parameter, row_of(ids[at : at + 1]), value.detach()[None])
+                try:
+                    write_rows(parameter, row_of(ids[at : at + 1]), value.detach()[None])
+                except Exception as error:  # as torch does, which reports it with all others
+                    error_msgs.append(
+                        f'While copying the parameter named "{keys[at]}", whose dimensions in the model are '
+                        f"{parameter.shape[1:]} and whose dimensions in the checkpoint are {value.shape}, an exception "
+                        f"occurred : {error.args}."
+                    )
             else:
                 error_msgs.append(
                     f"size mismatch for {keys[at]}: copying a param with shape {value.shape} from checkpoint, the "
                     f"shape in current model is {parameter.shape[1:]}."
                 )
+
+
+def _off_meta(sd: SavedRows, table: Table, assign: bool, values: Iterable[Any]) -> Tensor:
+    """Return the Parameter of a table on the meta device: one with memory, in its place, if values are assigned."""
+    parameter = sd._parameter(table)
+    place = next((value.device for value in values if isinstance(value, Tensor) and not value.is_meta), None)
+    if place is None:
+        return parameter
+    if not assign:
+        warnings.warn(
+            f"for {table.attribute}: copying named rows to a table on the meta device, which is a no-op. (Did you mean "
+            "to pass `assign=True`?)",
+            stacklevel=2,
+        )
+        return parameter
+    data = torch.zeros(parameter.shape, dtype=parameter.dtype, device=place)
+    made = sd._parameters[table.attribute] = Parameter(data, requires_grad=parameter.requires_grad)
+    sd._adopt()
+    return made
 
 
 def _as_entry(value: Tensor) -> Tensor:

@@ -74,6 +74,9 @@ class _StagingBlocks:
     """
 
     def __init__(self, block_bytes: int = _DEFAULT_BLOCK_BYTES, count: int = _DEFAULT_BLOCKS) -> None:
+        for name, number in (("block_bytes", block_bytes), ("blocks", count)):
+            if not isinstance(number, int):
+                raise TypeError(f"expected {name} to be an int, got {number!r}")
         if block_bytes < _LEAST_BLOCK_BYTES or block_bytes % _ALIGNMENT:
             raise ValueError(
                 f"expected block_bytes to be a multiple of {_ALIGNMENT}, {_LEAST_BLOCK_BYTES} or more, "
@@ -118,6 +121,8 @@ def set_staging(*, block_bytes: int = _DEFAULT_BLOCK_BYTES, blocks: int = _DEFAU
 
     Raises
     ------
+    TypeError
+        If a number is not an ``int``; then nothing has changed.
     ValueError
         If a number is out of range; then nothing has changed.
 
@@ -132,9 +137,13 @@ def set_staging(*, block_bytes: int = _DEFAULT_BLOCK_BYTES, blocks: int = _DEFAU
     _staging = _StagingBlocks(block_bytes, blocks)
 
 
-def refuse_capture() -> None:
-    """Raise if the current stream is being captured: a graph would replay copies from blocks that hold other data."""
-    if torch.cuda.is_current_stream_capturing():
+def refuse_capture(device: torch.device | None = None) -> None:
+    """Raise if the current stream, or that of a device, is captured: a graph would replay copies of other data."""
+    captured = torch.cuda.is_current_stream_capturing()
+    if device is not None and not captured:
+        with torch.cuda.device(device):
+            captured = torch.cuda.is_current_stream_capturing()
+    if captured:
         raise RuntimeError(
             "expected a move outside of the capture of a CUDA graph, got one inside: move the module before "
             "torch.cuda.graph(...)"

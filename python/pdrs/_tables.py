@@ -10,7 +10,7 @@ This layer knows rows and no names.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,7 +27,7 @@ from pdrs._core import Lock, TableRows, zero_row
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-__all__ = ["Kind", "Rows", "Table", "Tables", "is_sharded", "refuse_sharded", "whole"]
+__all__ = ["Kind", "Rows", "Table", "Tables", "is_sharded", "mask_device", "refuse_sharded", "whole"]
 
 Rows = NDArray[np.int64]
 
@@ -118,6 +118,11 @@ def _can_be_hooked(parameter: Tensor) -> bool:
     return parameter.is_floating_point() or parameter.is_complex()
 
 
+def mask_device(device: torch.device) -> torch.device:
+    """Return where the mask of frozen rows lies: with its table, but not on the meta device, which would forget it."""
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a table, or its gradient, is one that FSDP2 has sharded."""
     return type(tensor.data) is not Tensor and hasattr(tensor, "full_tensor")
@@ -158,7 +163,7 @@ def _after_accumulation(this: weakref.ref[Table], parameter: Tensor) -> None:
         else:  # torch adds a sparse one to a dense one only
             parameter.grad = gradient + before if before.is_sparse else before + gradient
         gradient = parameter.grad
-    if table.frozen is not None:
+    if table.frozen is not None and not gradient.is_meta:
         clear_gradient(gradient, table.frozen)
 
 
@@ -197,9 +202,10 @@ def clear_gradient(gradient: Tensor, mask: Tensor) -> None:
 class Tables(Module):
     """A Module of tables whose rows can be taken, given back and moved."""
 
-    _tables: list[Table]
-    _optimizers: list[weakref.ref[Optimizer]]
-    _lock: Lock
+    if TYPE_CHECKING:  # Not at run time, nor in the classes below: torch.jit.script would read these, and fail.
+        _tables: list[Table]
+        _optimizers: list[weakref.ref[Optimizer]]
+        _lock: Lock
 
     def __init__(self) -> None:
         super().__init__()
@@ -224,8 +230,8 @@ class Tables(Module):
         for table in self._tables:
             parameter = self._parameter(table)
             table.hook(parameter)
-            if table.frozen is not None and table.frozen.device != parameter.device:
-                table.frozen = table.frozen.to(parameter.device)
+            if table.frozen is not None:
+                table.frozen = table.frozen.to(mask_device(parameter.device))
             _optimizer_rows.watch(parameter)
 
     @contextmanager
@@ -365,6 +371,10 @@ class Tables(Module):
 
         ``source`` lies on the CPU. What belongs to the rows goes along. All is made before anything is changed.
         """
+        self._rearranged(table, capacity, source)()
+
+    def _rearranged(self, table: Table, capacity: int, source: Tensor | None) -> Callable[[], None]:
+        """Make all that :meth:`_rearrange` puts in place, and return what does that, which cannot fail."""
         parameter = self._parameter(table)
         if not isinstance(parameter, Parameter) or type(parameter.data) is not Tensor:
             raise RuntimeError(
@@ -386,20 +396,24 @@ class Tables(Module):
                 for optimizer in self._attached()
                 for state, key, fill in _optimizer_rows.of_rows(optimizer, parameter)
             ]
-            # From here on nothing can fail.
-            table.resized = True
-            parameter.grad = None
-            if parameter.requires_grad:
-                # Data of another dtype, for a moment, makes torch forget the node that accumulates gradients, which
-                # knows the old size.
-                other = torch.float32 if data.dtype != torch.float32 else torch.float64
-                parameter.data = torch.empty(0, dtype=other, device=data.device)
-            parameter.data = data
-            parameter.grad = gradient
-            table.frozen = frozen
-            for state, key, value in states:
-                state[key] = value
-        table.hook(parameter)
+
+        def put_in_place() -> None:
+            with torch.inference_mode(parameter.is_inference()), torch.no_grad():
+                table.resized = True
+                parameter.grad = None
+                if parameter.requires_grad:
+                    # Data of another dtype, for a moment, makes torch forget the node that accumulates gradients, which
+                    # knows the old size.
+                    other = torch.float32 if data.dtype != torch.float32 else torch.float64
+                    parameter.data = torch.empty(0, dtype=other, device=data.device)
+                parameter.data = data
+                parameter.grad = gradient
+                table.frozen = frozen
+                for state, key, value in states:
+                    state[key] = value
+            table.hook(parameter)
+
+        return put_in_place
 
     def _forget(self, table: Table, rows: Rows | int) -> None:
         """Clear what belonged to rows, or one, that get new names: gradients, state of optimizers, masks."""
@@ -421,12 +435,13 @@ class Tables(Module):
             for tensor in zero_row(zeros, rows):
                 tensor[rows].zero_()
             return
-        index = torch.from_numpy(np.atleast_1d(rows)).to(parameter.device)
+        on_host = torch.from_numpy(np.atleast_1d(rows))
+        index = on_host.to(parameter.device)
         with torch.no_grad():
             for state, key, fill in states:
                 state[key].index_fill_(0, index, fill)
             if table.frozen is not None:
-                table.frozen.index_fill_(0, index, False)
+                table.frozen.index_fill_(0, on_host.to(table.frozen.device), False)
         self._clear_gradient(parameter, index)
 
     def _clear_gradient(self, parameter: Tensor, rows: Tensor) -> None:
@@ -452,9 +467,13 @@ class Tables(Module):
 
         Raises
         ------
+        TypeError
+            If it is no optimizer.
         ValueError
             If the optimizer has none of the tables, and there are some.
         """
+        if not (hasattr(optimizer, "param_groups") and hasattr(optimizer, "state")):
+            raise TypeError(f"expected an optimizer, got {type(optimizer).__name__}")
         with self._lock:
             if optimizer in self._attached():
                 return
@@ -484,7 +503,8 @@ class _Arranged:
         if source is not None:
             # On the CPU: a device would have to wait to know how many there are, and the meta device never knows.
             there = (source >= 0).nonzero()[:, 0]
-            self.there, self.old = there.to(parameter.device), source[there].to(parameter.device)
+            device = mask_device(parameter.device)
+            self.there, self.old = there.to(device), source[there].to(device)
             self.old_capacity = len(parameter)
 
     def __call__(self, tensor: Tensor, fill: float = 0) -> Tensor:
@@ -499,7 +519,7 @@ class _Arranged:
         if self.source is None:
             return resized_gradient(gradient, self.capacity)
         renamed = torch.full((self.old_capacity,), -1, device=gradient.device)
-        renamed[self.old] = self.there
+        renamed[self.old.to(gradient.device)] = self.there.to(gradient.device)
         rows = renamed[gradient._indices()[0]]
         kept = rows >= 0
         size = (self.capacity, *gradient.shape[1:])

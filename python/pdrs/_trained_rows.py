@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from pdrs._core import TableRows, replace_ids
 from pdrs._gathered_rows import GatheredRows, Handle
 from pdrs._named_rows import Names, id_of, row_of, table_of
 from pdrs._row_blocks import write_rows
-from pdrs._tables import Kind, Table, refuse_sharded, whole
+from pdrs._tables import Kind, Table, mask_device, refuse_sharded, whole
 
 __all__ = ["TrainedRows"]
 
@@ -23,8 +23,9 @@ __all__ = ["TrainedRows"]
 class TrainedRows(GatheredRows):
     """Named rows, and what training asks of them."""
 
-    # The patterns of names whose tables have options of their own; the group of the first is 1.
-    _patterns: tuple[str, ...]
+    if TYPE_CHECKING:
+        # The patterns of names whose tables have options of their own; the group of the first is 1.
+        _patterns: tuple[str, ...]
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,8 +133,8 @@ class TrainedRows(GatheredRows):
                 parameter = self._parameter(table)
                 self._forget(table, rows)
                 if table.frozen is None:
-                    table.frozen = torch.zeros(len(parameter), dtype=torch.bool, device=parameter.device)
-                table.frozen[torch.from_numpy(rows).to(parameter.device)] = True
+                    table.frozen = torch.zeros(len(parameter), dtype=torch.bool, device=mask_device(parameter.device))
+                table.frozen[torch.from_numpy(rows).to(table.frozen.device)] = True
                 table.hook(parameter)
 
     def unfreeze(self, names: Names | Handle | None = None) -> None:
@@ -190,9 +191,11 @@ class TrainedRows(GatheredRows):
         ['float32_2', 'float32_2_group1']
 
         """
+        if not isinstance(by, Mapping):
+            raise TypeError(f"expected a mapping from regular expressions to options, got {type(by).__name__}")
         with self._lock:
-            self._regroup(tuple(by))
             options = [(None, dict(others)), *((pattern, {**others, **options}) for pattern, options in by.items())]
+            self._regroup(tuple(by))
             made = []
             for group, (pattern, chosen) in enumerate(options):
                 tables = [self._parameter(table) for table in self._tables if table.group == group]
@@ -262,10 +265,13 @@ class TrainedRows(GatheredRows):
         target.rows.take(len(there))
         for optimizer in self._attached():
             _optimizer_rows.carry(optimizer, source, old, self._parameter(target), torch.from_numpy(rows))
-        if home.frozen is not None and home.frozen[old].any():
-            if target.frozen is None:
-                target.frozen = torch.zeros(len(self._parameter(target)), dtype=torch.bool, device=source.device)
-            target.frozen[torch.from_numpy(rows).to(source.device)] = home.frozen[old]
+        if home.frozen is not None:
+            device = home.frozen.device
+            frozen = home.frozen[torch.from_numpy(row_of(ids[there])).to(device)]
+            if target.frozen is None and frozen.any():
+                target.frozen = torch.zeros(len(self._parameter(target)), dtype=torch.bool, device=device)
+            if target.frozen is not None:
+                target.frozen[torch.from_numpy(rows).to(device)] = frozen
             target.hook(self._parameter(target))
         self._without_gradient(home, row_of(ids[there]))
         ids[there] = id_of(number, rows)

@@ -19,7 +19,7 @@ from pdrs._gathered_rows import Handle
 from pdrs._named_rows import Initialiser, Names, as_list, id_of, row_of, table_of
 from pdrs._stacked_state import SavedRows
 from pdrs._state import is_intercepted
-from pdrs._tables import Kind, Table, whole
+from pdrs._tables import Kind, Table, mask_device, whole
 from pdrs._views import KeysView as NamesView
 from pdrs.parameter_dict import MissingEntryError, ParameterDict
 
@@ -45,8 +45,9 @@ class StackedParameterDict(SavedRows):
 
     Notes
     -----
-    *n* is the number of entries and *m* that of the names in a call; costs are amortised. All methods may be called by
-    any number of threads; a lock makes them take turns.
+    *n* is the number of entries and *m* that of the names in a call; costs are amortised. As long as a table has a
+    sparse gradient, each call that removes names, or inserts them into freed rows, looks through the rows of that once.
+    All methods may be called by any number of threads; a lock makes them take turns.
 
     Examples
     --------
@@ -88,8 +89,10 @@ class StackedParameterDict(SavedRows):
 
         Raises
         ------
+        TypeError
+            If ``rows`` is not a strided tensor.
         ValueError
-            If a name is listed twice, or there are more or fewer names than rows.
+            If a name is listed twice, there are more or fewer names than rows, or rows share memory (``expand``).
         KeyError
             If a name is empty.
 
@@ -101,6 +104,11 @@ class StackedParameterDict(SavedRows):
         torch.Size([16])
 
         """
+        if not isinstance(rows, Tensor) or rows.layout != torch.strided:
+            what = f"one of layout {rows.layout}" if isinstance(rows, Tensor) else type(rows).__name__
+            raise TypeError(f"expected a strided tensor of rows, got {what}")
+        if any(size > 1 and stride == 0 for size, stride in zip(rows.shape, rows.stride(), strict=True)):
+            raise ValueError("expected rows with memory of their own, got a tensor that was expanded: clone() it")
         index = IndexMap.from_names(names)
         if rows.dim() == 0 or len(index) != len(rows):
             size = "a single number" if rows.dim() == 0 else f"{len(rows)} rows"
@@ -149,7 +157,7 @@ class StackedParameterDict(SavedRows):
         by_shape: dict[tuple[int, ...], list[str]] = {}
         order = IndexMap()
         for name, shape in dict(pairs).items():
-            if not isinstance(shape, Sequence):
+            if not isinstance(shape, Sequence) or isinstance(shape, str):
                 raise TypeError(f"expected the shape of '{name}' as a sequence of int, got {shape!r}")
             by_shape.setdefault(tuple(shape), []).append(name)
             order[name] = 0
@@ -332,8 +340,10 @@ class StackedParameterDict(SavedRows):
     def clear(self) -> None:
         """Remove all entries; the tables keep their capacity. **O(n)**."""
         with self._lock:
-            self._free(self._index.rows())
+            ids = self._index.rows()
+            # First the names: whatever happens then, no row that is free has one.
             self._index.clear()
+            self._free(ids)
 
     def copy(self) -> StackedParameterDict:
         """Return a dictionary of the same names with tables of its own, with no gradients. **O(n)**."""
@@ -450,7 +460,7 @@ class StackedParameterDict(SavedRows):
             if table.frozen is not None:
                 parameter = self._parameter(table)
                 _, device = move.target(parameter.dtype, parameter.device)
-                masks.append((table, table.frozen.to(device)))
+                masks.append((table, table.frozen.to(mask_device(device))))
         return masks
 
 

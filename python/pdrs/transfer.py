@@ -190,7 +190,7 @@ def to(module: ModuleT, *args: Any, **kwargs: Any) -> ModuleT:
     Raises
     ------
     TypeError
-        As ``Module.to``.
+        As ``Module.to``, or if ``module`` is none.
     torch.OutOfMemoryError
         If the device has too little memory for the block; then nothing has moved. The message says how much was wanted.
     RuntimeError
@@ -210,6 +210,8 @@ def to(module: ModuleT, *args: Any, **kwargs: Any) -> ModuleT:
     >>> pdrs.to(model, torch.float64)[0].weight.dtype
     torch.float64
     """
+    if not hasattr(module, "to"):
+        raise TypeError(f"expected a torch.nn.Module, got {type(module).__name__}")
     if type(module).to is not Module.to:
         return module.to(*args, **kwargs)
     asked = _Asked()
@@ -223,6 +225,7 @@ def pin_memory(module: Module) -> None:
     """Put the parameters, gradients and buffers of a module that lie on the CPU into page-locked memory."""
     if not torch.cuda.is_available():
         raise RuntimeError("expected a CUDA device, for which memory can be page-locked; torch finds none")
+    _staging.refuse_capture()
     _move(_Held(*walk_modules(list(module.modules()))), Move(lambda tensor: tensor, "pin_memory"))
 
 
@@ -429,12 +432,12 @@ def _moved(group: TensorGroup, tensors: list[Tensor], move: Move) -> Tensor | No
             _convert(group, slab)
             return slab
         case _, "cpu", "cuda":
-            _staging.refuse_capture()
+            _staging.refuse_capture(device)
             slab = _allocate(group, dtype, device)
             _staging.upload(group, slab, wait=not move.non_blocking)
             return slab
         case _, "cuda", "cpu":
-            _staging.refuse_capture()
+            _staging.refuse_capture(group.device)
             return _downloaded(group, tensors, dtype, move)
         case _, "cuda", "cuda":
             source = group.slab()

@@ -7,7 +7,7 @@
 
 use std::ffi::{c_int, c_void};
 
-use pyo3::exceptions::PyRuntimeError;
+use pyo3::exceptions::PyImportError;
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::{PyCapsule, PyType};
@@ -129,5 +129,5 @@ pub(crate) fn exchange_api(module: &Bound<'_, PyModule>, tensor: &Bound<'_, PyTy
 
 pub(crate) fn unsupported(module: &Bound<'_, PyModule>, why: &str) -> PyErr {
     let version = module.getattr("__version__").map(|version| version.to_string()).unwrap_or_default();
-    PyRuntimeError::new_err(format!("pdrs reads tensors as torch 2.10 to 2.15 offer it, but torch {version} {why}"))
+    PyImportError::new_err(format!("pdrs reads tensors as torch 2.10 to 2.15 offer it, but torch {version} {why}"))
 }
