@@ -328,8 +328,7 @@ def _convert(options: argparse.Namespace) -> int:
     layout = options.layout or ("torch" if target.suffix in (".pt", ".pth", ".bin") else "archive")
     with open_state(options.source) as file:
         if layout == "archive":
-            size = checkpoint.save(_for_archive(options.source, file), target)
-            written = [target]
+            written = {target: checkpoint.save(_for_archive(options.source, file), target)}
         else:
             named = _by_name(options.source, file)
             written = (
@@ -337,8 +336,8 @@ def _convert(options: argparse.Namespace) -> int:
                 if layout == "named"
                 else _save_torch(target, named)
             )
-            size = sum(path.stat().st_size for path in written)
-    print(f"{_printable(os.fspath(target))}: {layout}, {len(written)} file{'s'[: len(written) > 1]}, {_bytes(size)}")
+    count, size = len(written), sum(written.values())
+    print(f"{_printable(os.fspath(target))}: {layout}, {count} file{'s'[: count > 1]}, {_bytes(size)}")
     return 0
 
 
@@ -354,11 +353,11 @@ def _by_name(path: str, file: StateFile) -> StackedParameterDict | dict[str, Ten
     return checkpoint.open(path) if _is_archive(file) or len(file) > _MANY else file.tensors()
 
 
-def _save_torch(target: Path, named: StackedParameterDict | dict[str, Tensor]) -> list[Path]:
+def _save_torch(target: Path, named: StackedParameterDict | dict[str, Tensor]) -> dict[Path, int]:
     state = named.named_state_dict() if isinstance(named, StackedParameterDict) else named
     with replacing(target, sum(tensor.nbytes for tensor in state.values())) as out:
         torch.save(state, out)  # type: ignore[arg-type]  # `write` and `flush` are enough
-    return [target]
+    return {target: out.position}
 
 
 # -- verify ------------------------------------------------------------------------------------------------------------

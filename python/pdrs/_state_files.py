@@ -10,6 +10,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -80,17 +81,37 @@ def open_state(path: str | os.PathLike[str]) -> TensorFile | ShardedFile | Torch
     OSError
         If it cannot be opened.
     """
-    shown = os.fspath(path)
-    if not os.path.exists(shown) and index_of(shown).exists():
-        shown = os.fspath(index_of(shown))
-    if shown.endswith(".json"):
-        return ShardedFile(shown)
-    with open(shown, "rb") as file:
+    version = _version(path)
+    try:
+        return _open(os.fspath(path))
+    except (CheckpointError, FileNotFoundError):
+        if _version(path) == version:
+            raise
+    # Somebody has replaced the file or the shards meanwhile, and removed what was there.
+    return open_state(path)
+
+
+def _open(path: str) -> TensorFile | ShardedFile | TorchFile:
+    if not os.path.exists(path) and index_of(path).exists():
+        path = os.fspath(index_of(path))
+    if path.endswith(".json"):
+        return ShardedFile(path)
+    with open(path, "rb") as file:
         beginning = file.read(9)
     # A zip archive, or a pickle: the beginning of a header of so many bytes would not be a brace.
     if beginning.startswith(b"PK") or (beginning.startswith(b"\x80") and beginning[8:] != b"{"):
-        return TorchFile(shown)
-    return TensorFile(shown)
+        return TorchFile(path)
+    return TensorFile(path)
+
+
+def _version(path: str | os.PathLike[str]) -> list[tuple[int, int]]:
+    """Return what tells a file, or the index of shards, from one that takes its place."""
+    found = []
+    for one in (path, index_of(path)):
+        with suppress(OSError, ValueError):
+            now = os.stat(one)
+            found.append((now.st_ino, now.st_mtime_ns))
+    return found
 
 
 class ShardedFile:

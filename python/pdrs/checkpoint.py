@@ -100,7 +100,7 @@ def save(
     if layout == "named":
         if since is not None:
             raise ValueError("expected layout 'archive' with since, got 'named'")
-        return sum(os.path.getsize(one) for one in write_named(path, obj, max_shard_size=max_shard_size, sync=sync))
+        return sum(write_named(path, obj, max_shard_size=max_shard_size, sync=sync).values())
     if layout != "archive":
         raise ValueError(f"expected layout 'archive' or 'named', got {layout!r}")
     if since is None:
