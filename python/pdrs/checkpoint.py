@@ -22,7 +22,7 @@ from pdrs._named_layout import MAX_SHARD, write_named
 from pdrs._named_rows import Names, table_of
 from pdrs._opened import Checkpoint, SavedDictionary, open_dictionary
 from pdrs._packed_names import is_packed
-from pdrs._state_files import StateFile, open_state
+from pdrs._state_files import StateFile, TorchFile, open_state
 from pdrs._tensor_file import CheckpointError, TensorFile
 from pdrs.parameter_dict import ParameterDict
 from pdrs.stacked import StackedParameterDict
@@ -237,7 +237,7 @@ def load(path: _Path, module: Module, strict: bool = True, *, verify: bool = Fal
 
 
 def verify(path: _Path) -> None:
-    """Read all of an archive, and of those that it continues, and compare the checksums.
+    """Read all of an archive, and of those that it continues, or of a file of torch's, and compare the checksums.
 
     Raises
     ------
@@ -336,7 +336,9 @@ class _States:
         return CheckpointError(self.file.path, what)
 
     def verify(self) -> None:
-        """Do nothing: there are no checksums, but those of its archive in a file of torch's, which torch reads."""
+        """Compare the checksums that torch has written, if it has; safetensors has none."""
+        if isinstance(self.file, TorchFile):
+            self.file.verify()
 
     def __enter__(self) -> _States:
         return self
