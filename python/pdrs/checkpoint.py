@@ -16,11 +16,11 @@ from torch.nn import Module
 
 from pdrs._archive import Archive, packed_before, same_file, write_archive
 from pdrs._archive_sources import EXTRA_STATE, collect
-from pdrs._checkpoint_hooks import changes_what_is_loaded, giving, prefixes_where
+from pdrs._checkpoint_hooks import NamedSource, changes_what_is_loaded, giving, prefixes_where
 from pdrs._core import IndexMap
 from pdrs._named_layout import MAX_SHARD, write_named
 from pdrs._named_rows import Names, table_of
-from pdrs._opened import Checkpoint, SavedDictionary, open_dictionary
+from pdrs._opened import Checkpoint, NamedTensors, SavedDictionary, open_dictionary
 from pdrs._packed_names import is_packed
 from pdrs._state_files import StateFile, TorchFile, open_state
 from pdrs._tensor_file import CheckpointError, TensorFile
@@ -254,11 +254,11 @@ def verify(path: _Path) -> None:
                 saved.table(table)
 
 
-def _state_for(module: Module, checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, SavedDictionary]]:
+def _state_for(module: Module, checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, NamedSource]]:
     """Return a state dict for a module, and what its ParameterDicts load their entries from, by their prefixes."""
     modules = {name + "." if name else "": one for name, one in module.named_modules(remove_duplicate=False)}
     state: dict[str, Tensor] = {}
-    given: dict[str, SavedDictionary] = {}
+    given: dict[str, NamedSource] = {}
     members: set[str] = set()
     asked = prefixes_where(module, changes_what_is_loaded)
     for prefix in checkpoint.prefixes():
@@ -275,7 +275,29 @@ def _state_for(module: Module, checkpoint: Checkpoint) -> tuple[dict[str, Tensor
         else:
             state.update(saved.state(prefix))
     state.update(checkpoint.tensors([name for name in checkpoint.names if name not in members]))
+    empty = [
+        prefix
+        for prefix, one in modules.items()
+        if isinstance(one, ParameterDict) and not one._parameters and prefix not in given
+    ]
+    given.update(_taken_over(modules, [one for one in empty if not any(map(one.startswith, asked))], state))
     return state, given
+
+
+def _taken_over(modules: dict[str, Module], empty: list[str], state: dict[str, Tensor]) -> dict[str, NamedTensors]:
+    """Take from a state dict what empty ParameterDicts take over, given and returned by their prefixes."""
+    found = {prefix: NamedTensors({}) for prefix in empty}
+    if not found:
+        return {}
+    for key in list(state):
+        ends = [0, *(at + 1 for at, character in enumerate(key) if character == ".")]
+        prefix = next((key[:end] for end in ends if key[:end] in found), None)
+        if prefix is None:
+            continue
+        name, module = key[len(prefix) :], modules[prefix]
+        if name not in module._buffers and name.partition(".")[0] not in module._modules:
+            found[prefix].tensors[name] = state.pop(key)
+    return {prefix: one for prefix, one in found.items() if one.tensors}
 
 
 def _needs_names(target: StackedParameterDict, saved: SavedDictionary, sees_names: bool) -> bool:
