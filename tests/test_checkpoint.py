@@ -465,6 +465,7 @@ class _WithState(nn.Module):
         (pdrs.ParameterDict({"s": torch.eye(2).to_sparse()}), "'s' is of layout torch.sparse_coo"),
         (nn.Linear(2, 2, device="meta"), "'weight' is a Tensor on the meta device"),
         ({"a": torch.ones(2)}, "expected a torch.nn.Module"),
+        (nn.ModuleDict({"m": pdrs.ParameterDict({"c": torch.ones(1).cdouble()})}), r"complex128, of which 'm\.c' is"),
     ],
 )
 def test_what_cannot_be_saved_is_named_and_nothing_is_lost(module: object, message: str, tmp_path: Path) -> None:
@@ -473,6 +474,21 @@ def test_what_cannot_be_saved_is_named_and_nothing_is_lost(module: object, messa
         pdrs.save(module, tmp_path / "a")
     assert (tmp_path / "a").read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, "float16"])
+def test_a_dtype_in_which_values_would_be_lost_is_refused(dtype: Any, tmp_path: Path) -> None:
+    pdrs.save(pdrs.ParameterDict({"a": torch.ones(2)}), tmp_path / "a")
+    with pytest.raises(TypeError, match=rf"expected a dtype of floating point.* got '?{dtype}"):
+        pdrs.open(tmp_path / "a", dtype=dtype)
+    assert pdrs.open(tmp_path / "a", dtype=torch.complex64)["a"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("size", [0, -1, "5GB", 5e9])
+def test_a_size_of_shards_that_is_none_is_refused(size: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"expected max_shard_size in bytes, got '?{size}"):
+        pdrs.save(pdrs.ParameterDict({"a": torch.ones(2)}), tmp_path / "a", layout="named", max_shard_size=size)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_missing_folder_and_a_missing_file_are_ordinary_errors(tmp_path: Path) -> None:

@@ -75,7 +75,8 @@ def save(
     TypeError
         If the state dict has something else than dense tensors with memory, or of a dtype that safetensors lacks.
     ValueError
-        If ``since`` lies in another folder, is no archive, or would be replaced by ``path``.
+        If ``since`` lies in another folder, is no archive, or would be replaced by ``path``; or if ``max_shard_size``
+        is no positive number.
     CheckpointError
         If ``since`` is damaged.
     OSError
@@ -100,6 +101,8 @@ def save(
     if layout == "named":
         if since is not None:
             raise ValueError("expected layout 'archive' with since, got 'named'")
+        if not isinstance(max_shard_size, int) or max_shard_size < 1:
+            raise ValueError(f"expected max_shard_size in bytes, got {max_shard_size!r}")
         return sum(write_named(path, obj, max_shard_size=max_shard_size, sync=sync).values())
     if layout != "archive":
         raise ValueError(f"expected layout 'archive' or 'named', got {layout!r}")
@@ -153,6 +156,8 @@ def open(  # noqa: A001  # read as pdrs.open
         If one of ``names``, or everything below ``prefix``, is missing.
     OSError
         If the file cannot be opened.
+    TypeError
+        If ``dtype`` is neither of floating point nor complex.
 
     Notes
     -----
@@ -173,6 +178,8 @@ def open(  # noqa: A001  # read as pdrs.open
 
     """
     device = None if device is None else torch.device(device)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)):
+        raise TypeError(f"expected a dtype of floating point, or a complex one, got {dtype!r}")
     with _read(path) as checkpoint:
         if verify:
             checkpoint.verify()
