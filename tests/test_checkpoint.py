@@ -95,6 +95,70 @@ def test_an_empty_dictionary_takes_the_names_over(
     _assert_same(filled, saved)
 
 
+@pytest.mark.parametrize("target", [pdrs.ParameterDict, pdrs.StackedParameterDict])
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
+def test_an_empty_dictionary_takes_over_names_that_have_a_tensor_each(
+    target: type[nn.Module], name: str, tmp_path: Path
+) -> None:
+    words = pdrs.ParameterDict([("x.y", torch.randn(2)), ("é", torch.randn(3)), ("z", torch.arange(2.0))])
+    saved = nn.ModuleDict({"words": words, "head": nn.Linear(2, 2)})
+    if name == "a.pt":
+        torch.save(saved.state_dict(), tmp_path / name)
+    else:
+        pdrs.save(saved, tmp_path / name, layout="named")
+    filled = nn.ModuleDict({"words": target(), "head": nn.Linear(2, 2)})
+    assert str(pdrs.load(tmp_path / name, filled)) == "<All keys matched successfully>"
+    _assert_same(filled["words"], {key: words[key] for key in filled["words"]})
+    assert set(filled["words"]) == set(words)
+    assert torch.equal(filled["head"].weight, saved["head"].weight)
+    filled["words"] = pdrs.ParameterDict({"x.y": torch.zeros(2)})
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        pdrs.load(tmp_path / name, filled)
+
+
+class _WithMore(pdrs.ParameterDict):
+    def __init__(self, entries: dict[str, torch.Tensor], number: float) -> None:
+        super().__init__(entries)
+        self.register_buffer("steps", torch.tensor(number))
+        self.register_buffer("passing", torch.tensor(number), persistent=False)
+        self.head = nn.Linear(1, 1)
+
+
+@pytest.mark.parametrize("layout", ["archive", "named"])
+@pytest.mark.parametrize("is_empty", [False, True])
+@pytest.mark.parametrize("is_root", [False, True])
+def test_what_a_dictionary_has_beside_entries_is_loaded(
+    layout: Any, is_empty: bool, is_root: bool, tmp_path: Path
+) -> None:
+    saved = _WithMore({"a": torch.ones(2)}, 5)
+    filled = _WithMore({} if is_empty else {"a": torch.zeros(2)}, 1)
+    pdrs.save(saved if is_root else nn.ModuleDict({"w": saved}), tmp_path / "a", layout=layout)
+    pdrs.load(tmp_path / "a", filled if is_root else nn.ModuleDict({"w": filled}))
+    assert (filled["a"].tolist(), filled.steps.item(), filled.passing.item()) == ([1, 1], 5, 1)
+    assert torch.equal(filled.head.weight, saved.head.weight)
+    other = pdrs.ParameterDict({"a": torch.zeros(2)})
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"(w\.)?head\.weight", "(w\.)?head\.bias"|"(w\.)?steps"'):
+        pdrs.load(tmp_path / "a", other if is_root else nn.ModuleDict({"w": other}))
+
+
+def test_padding_is_no_entry(tmp_path: Path) -> None:
+    saved = nn.Sequential(nn.Linear(3, 3), nn.Linear(200, 200))
+    pdrs.save(saved, tmp_path / "a")
+    with TensorFile(tmp_path / "a") as file:
+        assert any(name.startswith("__padding__") for name in file)
+    _assert_same(pdrs.open(tmp_path / "a"), saved.state_dict(keep_vars=True))
+    taken = nn.Module()
+    taken.__padding__ = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"'__padding__\.weight' is kept for padding"):
+        pdrs.save(taken, tmp_path / "a")
+    save_file({"__padding__.0": torch.ones(2)}, tmp_path / "b")
+    assert pdrs.open(tmp_path / "b")["__padding__.0"].tolist() == [1, 1]
+    loaded = nn.Module()
+    loaded.__padding__ = nn.ParameterDict({"0": torch.zeros(2)})
+    pdrs.load(tmp_path / "b", loaded)
+    assert loaded.__padding__["0"].tolist() == [1, 1]
+
+
 def _model() -> nn.Module:
     model = nn.Module()
     model.words = pdrs.ParameterDict({"x.y": torch.randn(2), "z": torch.randn(3)})
@@ -102,7 +166,7 @@ def _model() -> nn.Module:
     model.stacked = pdrs.StackedParameterDict({f"n{n}": torch.randn(4) for n in range(5)})
     model.head = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
     model.tied = model.head[0]
-    model.words.register_buffer("steps", torch.tensor(3))
+    model.words.register_buffer("steps", torch.randn(()))
     return model
 
 
@@ -401,6 +465,7 @@ class _WithState(nn.Module):
         (pdrs.ParameterDict({"s": torch.eye(2).to_sparse()}), "'s' is of layout torch.sparse_coo"),
         (nn.Linear(2, 2, device="meta"), "'weight' is a Tensor on the meta device"),
         ({"a": torch.ones(2)}, "expected a torch.nn.Module"),
+        (nn.ModuleDict({"m": pdrs.ParameterDict({"c": torch.ones(1).cdouble()})}), r"complex128, of which 'm\.c' is"),
     ],
 )
 def test_what_cannot_be_saved_is_named_and_nothing_is_lost(module: object, message: str, tmp_path: Path) -> None:
@@ -409,6 +474,21 @@ def test_what_cannot_be_saved_is_named_and_nothing_is_lost(module: object, messa
         pdrs.save(module, tmp_path / "a")
     assert (tmp_path / "a").read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, "float16"])
+def test_a_dtype_in_which_values_would_be_lost_is_refused(dtype: Any, tmp_path: Path) -> None:
+    pdrs.save(pdrs.ParameterDict({"a": torch.ones(2)}), tmp_path / "a")
+    with pytest.raises(TypeError, match=rf"expected a dtype of floating point.* got '?{dtype}"):
+        pdrs.open(tmp_path / "a", dtype=dtype)
+    assert pdrs.open(tmp_path / "a", dtype=torch.complex64)["a"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("size", [0, -1, "5GB", 5e9])
+def test_a_size_of_shards_that_is_none_is_refused(size: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"expected max_shard_size in bytes, got '?{size}"):
+        pdrs.save(pdrs.ParameterDict({"a": torch.ones(2)}), tmp_path / "a", layout="named", max_shard_size=size)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_missing_folder_and_a_missing_file_are_ordinary_errors(tmp_path: Path) -> None:

@@ -257,19 +257,29 @@ def test_one_file_takes_the_place_of_shards_and_the_other_way_round_whenever_the
             assert len(os.listdir(tmp_path)) == count
 
 
-def test_processes_that_write_shards_of_the_same_name_at_once_do_not_mix_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mixed", [False, True])
+def test_processes_that_write_shards_of_the_same_name_at_once_do_not_disturb_each_other(
+    mixed: bool, tmp_path: Path
+) -> None:
     path = tmp_path / "model.safetensors"
+    save_in_shards(version(1), path)
 
     def save_often(number: int) -> None:
         saved = version(number)
-        for _ in range(5):
-            save_in_shards(saved, path)
+        for turn in range(40):
+            if mixed and (turn + number) % 3 == 0:
+                pdrs.save(saved, path, layout="named", sync=False)
+            else:
+                save_in_shards(saved, path)
 
-    children = [fork(lambda number=number: save_often(number)) for number in (2, 3)]
-    assert [wait_for(child) for child in children] == [0, 0]
-    assert version_in(path) in (2, 3)
-    save_in_shards(version(4), path)
-    assert version_in(path) == 4
+    children = [fork(lambda number=number: save_often(number)) for number in (2, 3, 4)]
+    for _ in range(20):
+        assert version_in(path) in (1, 2, 3, 4)
+    assert [wait_for(child) for child in children] == [0, 0, 0]
+    assert version_in(path) in (2, 3, 4)
+    save_in_shards(version(5), path)
+    assert version_in(path) == 5
+    assert len(os.listdir(tmp_path)) == 3
 
 
 # -- several at once ---------------------------------------------------------------------------------------------------

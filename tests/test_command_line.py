@@ -95,7 +95,7 @@ def test_inspect_prints_json_of_every_format(
             ("bfloat16", 2, 4): 1,
             ("bfloat16", 2): 1,
         }
-        assert found["verified"] is (True if kind == "archive" else None)
+        assert found["verified"] is (True if kind in ("archive", "torch") else None)
         assert len(inspected(capsys, file)["entries"]) == 20
 
 
@@ -128,6 +128,21 @@ def test_dtypes_that_torch_does_not_have_are_shown(capsys: pytest.CaptureFixture
     found = inspected(capsys, tmp_path / "f")
     assert found["kinds"] == [{"dtype": "F6_E2M3", "shape": [4], "names": 1, "bytes": 3}]
     assert main(["verify", str(tmp_path / "f")]) == 0
+
+
+@pytest.mark.parametrize("how", ["t.pt", "s.safetensors"])
+def test_names_in_files_that_others_wrote_of_stacked_dictionaries_are_seen(
+    how: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, model: nn.Module, named: dict[str, torch.Tensor]
+) -> None:
+    path = tmp_path / how
+    if path.suffix == ".pt":
+        torch.save(model.state_dict(), path)
+    else:
+        safetensors.torch.save_model(model, str(path))
+    found = inspected(capsys, path, "--all")
+    assert {entry["name"] for entry in found["entries"]} == set(named)
+    assert main(["convert", str(path), str(tmp_path / "out"), "--layout", "named"]) == 0
+    same(safetensors.torch.load_file(tmp_path / "out"), named)
 
 
 # -- convert -----------------------------------------------------------------------------------------------------------
@@ -193,6 +208,19 @@ def test_an_archive_with_slabs_stays_what_it_is(tmp_path: Path) -> None:
     same(dict(pdrs.open(tmp_path / "out", verify=True)), dict(words))
 
 
+def test_an_archive_that_is_converted_to_one_says_which_classes_were_saved(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    model = nn.ModuleDict({"p": pdrs.ParameterDict({"x": torch.ones(2)}), "s": pdrs.StackedParameterDict()})
+    pdrs.save(model, tmp_path / "in")
+    pdrs.save(model, tmp_path / "delta", since=tmp_path / "in")
+    for name in ("in", "delta"):
+        assert main(["convert", str(tmp_path / name), str(tmp_path / "out")]) == 0
+        capsys.readouterr()
+        expected = {"p.": "ParameterDict", "s.": "StackedParameterDict"}
+        assert inspected(capsys, tmp_path / "out")["dictionaries"] == expected
+
+
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 
@@ -201,19 +229,28 @@ def test_damaged_and_missing_files_are_said_in_one_line_with_exit_code_1(
 ) -> None:
     data = bytearray(archive.read_bytes())
     data[4096 + 100] ^= 1  # in the table
-    flipped, cut = tmp_path / "flipped", tmp_path / "cut"
+    flipped, cut, out = tmp_path / "flipped", tmp_path / "cut", tmp_path / "out"
     flipped.write_bytes(data)
     cut.write_bytes(data[:-10])
     pickle, archived = tmp_path / "pickle.safetensors", tmp_path / "zip.safetensors"
     pickle.write_bytes(b"\x80\x02garbage......")
     archived.write_bytes(b"PK\x03\x04garbage......")
+    state, broken = tmp_path / "state.pt", tmp_path / "broken.pt"
+    torch.save({"x": torch.zeros(1000)}, state)
+    data = state.read_bytes()
+    assert data.count(bytes(4000)) == 1
+    broken.write_bytes(data.replace(bytes(4000), bytes(3999) + b"\1"))
     for arguments, said in (
         (["inspect", str(pickle)], "torch.load"),
         (["inspect", str(archived)], "torch.load"),
         (["verify", str(flipped)], "is damaged: its checksum is"),
         (["inspect", str(flipped)], "is damaged: its checksum is"),
+        *((["convert", str(flipped), str(out), "--layout", to], "is damaged") for to in ("archive", "named", "torch")),
+        (["verify", str(broken)], "data/0' is damaged: its checksum differs"),
+        (["inspect", str(broken)], "data/0' is damaged: its checksum differs"),
+        (["convert", str(broken), str(out)], "data/0' is damaged: its checksum differs"),
         (["verify", str(cut)], "of which the file has only"),
-        (["convert", str(cut), str(tmp_path / "out")], "of which the file has only"),
+        (["convert", str(cut), str(out)], "of which the file has only"),
         (["inspect", str(tmp_path / "no")], "No such file or directory"),
         (["convert", str(archive), str(tmp_path / "no" / "out")], "No such file or directory"),
         (["inspect", str(tmp_path)], "Is a directory"),
@@ -224,14 +261,27 @@ def test_damaged_and_missing_files_are_said_in_one_line_with_exit_code_1(
         assert printed.err.startswith(f"pdrs: {tmp_path}")
         assert printed.err.count("\n") == 1
         assert said in printed.err
+    assert not out.exists()
     assert main(["inspect", "--no-verify", str(flipped)]) == 0
     assert "checksums: good" not in capsys.readouterr().out
 
 
 def test_what_has_no_checksums_is_read_through(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    torch.save({"x": torch.zeros(3)}, tmp_path / "t.pt")
-    assert main(["verify", str(tmp_path / "t.pt")]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 't.pt'}: can be read; it has no checksums\n"
+    tensors = {"x": torch.zeros(3)}
+    safetensors.torch.save_file(tensors, tmp_path / "f")
+    torch.save(tensors, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(tensors, tmp_path / "without.pt")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    for name in ("f", "old.pt", "without.pt"):
+        assert main(["verify", str(tmp_path / name)]) == 0
+        assert capsys.readouterr().out == f"{tmp_path / name}: can be read; it has no checksums\n"
+    torch.save(tensors, tmp_path / "with.pt")
+    assert main(["verify", str(tmp_path / "with.pt")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'with.pt'}: good, all checksums are right\n"
 
 
 @pytest.mark.parametrize("text", ["5", "5MB", "5mb", "1.5 GB", "2K"])

@@ -79,7 +79,7 @@ def sd() -> pdrs.StackedParameterDict:
 
 def test_each_name_has_a_tensor_that_safetensors_loads(tmp_path: Path, sd: pdrs.StackedParameterDict) -> None:
     path = tmp_path / "model.safetensors"
-    assert write_named(path, sd, metadata={"note": "a"}) == [path]
+    assert write_named(path, sd, metadata={"note": "a"}) == {path: path.stat().st_size}
     same(safetensors.torch.load_file(path), sd.named_state_dict())
     with safetensors.safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt", "note": "a"}
@@ -466,3 +466,32 @@ def test_files_of_torch_that_hold_something_else_or_are_cut_off_are_refused(tmp_
     data = (tmp_path / "m").read_bytes()
     for cut in (2, 4, 100, 500, len(data) - 1):
         damaged(tmp_path / "m", data[:cut])
+
+
+def test_a_pickled_module_is_refused_with_what_torch_has_against_it(tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "m.pt")
+    with pytest.raises(CheckpointError, match=r"refuses it: .*GLOBAL torch\.nn.*Linear.*save a state dict$"):
+        open_state(tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize("is_zip", [False, True])
+def test_damaged_files_of_torch_are_refused_or_read(is_zip: bool, tmp_path: Path) -> None:
+    torch.save({"x": torch.ones(3), "y": torch.zeros(2)}, tmp_path / "m", _use_new_zipfile_serialization=is_zip)
+    good = (tmp_path / "m").read_bytes()
+    generator = random.Random(0)
+    refused = 0
+    for turn in range(400):
+        data = bytearray(good)
+        if turn == 0 and is_zip:
+            data[data.rindex(b"PK\5\6") - 16] ^= 3  # disks of the zip archive
+        elif turn % 4 == 0:
+            del data[generator.randrange(len(data)) :]
+        else:
+            for _ in range(generator.choice([1, 2, 8])):
+                data[generator.randrange(len(data))] = generator.randrange(256)
+        (tmp_path / "m").write_bytes(data)
+        try:
+            pdrs.open(tmp_path / "m", verify=True)
+        except CheckpointError as error:
+            refused += str(error).startswith(f"{tmp_path / 'm'}: ")
+    assert refused > 100

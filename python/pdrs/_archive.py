@@ -135,7 +135,10 @@ class Archive:
     @property
     def names(self) -> list[str]:
         """The names of the tensors, in order."""
-        return list(self._how) if self._how else [name for name in self.file.names if not is_padding(name)]
+        if self._how:
+            return list(self._how)
+        # In files of others, it may be a name like any other.
+        return [name for name in self.file.names if self.id is None or not is_padding(name)]
 
     def __contains__(self, name: object) -> bool:
         """Whether there is a tensor of that name."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from math import prod
 from typing import Any, NamedTuple, Protocol
 
@@ -25,7 +26,7 @@ from pdrs._packed_names import Header, Slab, TableHeader, is_packed, pack, unpac
 from pdrs._row_blocks import copy_in_pieces
 from pdrs._staging import download
 from pdrs._tables import Kind
-from pdrs._tensor_file import BLOCK
+from pdrs._tensor_file import BLOCK, CODES
 from pdrs.parameter_dict import ParameterDict
 
 __all__ = ["EXTRA_STATE", "Collected", "Source", "collect", "sorted_parameters"]
@@ -253,6 +254,9 @@ def _of_parameter_dict(
     rows_of: list[tuple[str, Kind, list[Tensor], int]] = []
     taken: set[str] = set()
     for number, (kind, there) in enumerate(zip(kinds, places, strict=True)):
+        if kind.dtype not in CODES:
+            first = next(islice(parameters, int(there[0]), None))
+            raise TypeError(f"safetensors has no dtype like {kind.dtype}, of which {prefix + first!r} is")
         attribute, turn = kind.attribute(), 1
         while prefix + attribute in state or attribute in taken:
             turn += 1

@@ -23,9 +23,11 @@ from torch import Tensor
 from torch.nn import Module
 
 from pdrs import checkpoint
-from pdrs._archive import Archive
+from pdrs._archive import Archive, write_archive
+from pdrs._archive_sources import EXTRA_STATE, collect
 from pdrs._named_layout import MAX_SHARD, write_named
 from pdrs._named_rows import table_of
+from pdrs._packed_names import is_packed
 from pdrs._safe_write import Progress, replacing
 from pdrs._state_files import ShardedFile, StateFile, TorchFile, open_state
 from pdrs._tensor_file import DTYPES, CheckpointError, TensorFile
@@ -111,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser(
         "verify", help="read all of a checkpoint and compare checksums", description="Read all of a checkpoint."
     )
-    verify.add_argument("file", help="a checkpoint of any format; only archives have checksums")
+    verify.add_argument("file", help="a checkpoint of any format; safetensors alone has no checksums")
     verify.set_defaults(run=_verify)
     return parser
 
@@ -182,8 +184,18 @@ def _is_of_pdrs(key: str) -> bool:
     return key == "pdrs" or key.startswith("pdrs.")
 
 
+def _holds_dictionaries(file: StateFile) -> bool:
+    """Whether some names have no tensors of their own, but are rows of tables: in files of others, too."""
+    names = file.names_ending(EXTRA_STATE) if isinstance(file, TensorFile) else file.names
+    return _is_archive(file) or any(name.endswith(EXTRA_STATE) and is_packed(file.tensor(name)) for name in names)
+
+
 def _contents(path: str, file: StateFile) -> _Contents:
-    if isinstance(file, TensorFile) and not _is_archive(file):
+    if _holds_dictionaries(file):
+        sd = checkpoint.open(path)
+        tables = [sd._parameter(table) for table in sd._tables]
+        return _Contents(list(sd), table_of(sd._index.rows()), [(_short(t.dtype), tuple(t.shape[1:])) for t in tables])
+    if isinstance(file, TensorFile):
         kinds, kind_of = file.kinds()
         return _Contents(file.names, kind_of, [(_torch_name(code), shape) for code, shape in kinds])
     if isinstance(file, ShardedFile):
@@ -191,13 +203,9 @@ def _contents(path: str, file: StateFile) -> _Contents:
         numbers = {kind: number for number, kind in enumerate(dict.fromkeys(tensors))}
         kind_of = np.array([numbers[kind] for kind in tensors], np.int64)
         return _Contents(file.names, kind_of, [(_torch_name(code), shape) for code, shape in numbers])
-    if isinstance(file, TorchFile):
-        described = [(_short(tensor.dtype), tuple(tensor.shape)) for tensor in file.tensors().values()]
-        places = {kind: number for number, kind in enumerate(dict.fromkeys(described))}
-        return _Contents(file.names, np.array([places[kind] for kind in described], np.int64), list(places))
-    sd = checkpoint.open(path)
-    tables = [sd._parameter(table) for table in sd._tables]
-    return _Contents(list(sd), table_of(sd._index.rows()), [(_short(t.dtype), tuple(t.shape[1:])) for t in tables])
+    described = [(_short(file.dtype(name)), file.shape(name)) for name in file]
+    places = {kind: number for number, kind in enumerate(dict.fromkeys(described))}
+    return _Contents(file.names, np.array([places[kind] for kind in described], np.int64), list(places))
 
 
 def _torch_name(code: str) -> str:
@@ -242,9 +250,8 @@ def _describe(file: StateFile, options: argparse.Namespace) -> dict[str, Any]:
                 {"name": name, "dtype": _short(opened.dtype(name)), "shape": list(opened.shape(name))}
                 for name in opened.names
             ]
-        if not options.no_verify:
-            checkpoint.verify(options.file)
-            found["verified"] = True
+    if not options.no_verify and _compare(options.file, file):
+        found["verified"] = True
     found["entries"] = [
         {"name": name, "dtype": contents.kinds[kind][0], "shape": list(contents.kinds[kind][1])}
         for name, kind in zip(contents.names[:shown], contents.kind_of[:shown].tolist(), strict=True)
@@ -327,9 +334,9 @@ def _convert(options: argparse.Namespace) -> int:
     target = Path(options.target)
     layout = options.layout or ("torch" if target.suffix in (".pt", ".pth", ".bin") else "archive")
     with open_state(options.source) as file:
+        _compare(options.source, file)  # What is damaged must not get new checksums.
         if layout == "archive":
-            size = checkpoint.save(_for_archive(options.source, file), target)
-            written = [target]
+            written = {target: _save_archive(options.source, file, target)}
         else:
             named = _by_name(options.source, file)
             written = (
@@ -337,37 +344,48 @@ def _convert(options: argparse.Namespace) -> int:
                 if layout == "named"
                 else _save_torch(target, named)
             )
-            size = sum(path.stat().st_size for path in written)
-    print(f"{_printable(os.fspath(target))}: {layout}, {len(written)} file{'s'[: len(written) > 1]}, {_bytes(size)}")
+    count, size = len(written), sum(written.values())
+    print(f"{_printable(os.fspath(target))}: {layout}, {count} file{'s'[: count > 1]}, {_bytes(size)}")
     return 0
 
 
-def _for_archive(path: str, file: StateFile) -> Module:
-    if _is_archive(file):
-        # As it is: a chain of archives becomes one.
-        with Archive(TensorFile(path)) as archive:
-            return _Loaded({name: archive.tensor(name) for name in archive.names})
-    return checkpoint.open(path) if len(file) > _MANY else _Loaded(file.tensors())
+def _save_archive(path: str, file: StateFile, target: Path) -> int:
+    if not _is_archive(file):
+        return checkpoint.save(checkpoint.open(path) if len(file) > _MANY else _Loaded(file.tensors()), target)
+    # As it is: a chain of archives becomes one.
+    with Archive(TensorFile(path)) as archive:
+        collected = collect(_Loaded({name: archive.tensor(name) for name in archive.names}))
+        collected.dictionaries.update(archive.dictionaries)
+        return write_archive(target, collected)
 
 
 def _by_name(path: str, file: StateFile) -> StackedParameterDict | dict[str, Tensor]:
-    return checkpoint.open(path) if _is_archive(file) or len(file) > _MANY else file.tensors()
+    return checkpoint.open(path) if len(file) > _MANY or _holds_dictionaries(file) else file.tensors()
 
 
-def _save_torch(target: Path, named: StackedParameterDict | dict[str, Tensor]) -> list[Path]:
+def _save_torch(target: Path, named: StackedParameterDict | dict[str, Tensor]) -> dict[Path, int]:
     state = named.named_state_dict() if isinstance(named, StackedParameterDict) else named
     with replacing(target, sum(tensor.nbytes for tensor in state.values())) as out:
         torch.save(state, out)  # type: ignore[arg-type]  # `write` and `flush` are enough
-    return [target]
+    return {target: out.position}
 
 
 # -- verify ------------------------------------------------------------------------------------------------------------
 
 
+def _compare(path: str, file: StateFile) -> bool:
+    """Read all and compare checksums, if a file has some; whether it has."""
+    if isinstance(file, TorchFile):
+        return file.verify()
+    if _is_archive(file):
+        checkpoint.verify(path)
+        return True
+    return False
+
+
 def _verify(options: argparse.Namespace) -> int:
     with open_state(options.file) as file:
-        if _is_archive(file):
-            checkpoint.verify(options.file)
+        if _compare(options.file, file):
             print(f"{_printable(options.file)}: good, all checksums are right")
             return 0
         # Header and size have been found to fit; what is left is to see whether the disk gives all bytes.

@@ -70,7 +70,7 @@ def write_named(
     metadata: Mapping[str, str] | None = None,
     max_shard_size: int = MAX_SHARD,
     sync: bool = True,
-) -> list[Path]:
+) -> dict[Path, int]:
     """Write a tensor for each name, as one safetensors file or in shards.
 
     Parameters
@@ -91,8 +91,8 @@ def write_named(
 
     Returns
     -------
-    list
-        The files that hold tensors.
+    dict
+        The files that hold tensors, and the bytes of each.
 
     Raises
     ------
@@ -122,7 +122,7 @@ def write_named(
     room = MAX_HEADER - PAGE - len(safetensors_header(texts, [], [], kind_of[:0], 1))
     counts = safetensors_shards(names, kinds, kind_of, room, max_shard_size) or [0]
 
-    def write(file: Path, first: int, count: int) -> None:
+    def write(file: Path, first: int, count: int, complete: Callable[[], None] | None = None) -> int:
         header = safetensors_header(texts, names[first : first + count], kinds, kind_of[first : first + count], PAGE)
         chosen = list(_overlaps(parts, first, first + count))
         with replacing(file, len(header) + sum(part.nbytes * count for part, _, count in chosen), sync=sync) as out:
@@ -131,17 +131,18 @@ def write_named(
                 for block in part.blocks(start, start + count):
                     for piece in pieces_of(block):
                         out.write(piece)
+            if complete is not None:
+                complete()
+        return out.position
 
     remove_interrupted(target)
     if len(counts) == 1:
-        with replacing_file(target):
-            write(target, 0, len(names))
-        return [target]
+        with replacing_file(target) as complete:
+            return {target: write(target, 0, len(names), complete)}
     total = sum(part.nbytes * len(part.names) for part in parts)
     with replacing_shards(target, names, counts, total, sync=sync) as files:
-        for file, end, count in zip(files, np.cumsum(counts).tolist(), counts, strict=True):
-            write(file, end - count, count)
-    return files
+        starts = np.cumsum([0, *counts[:-1]]).tolist()
+        return {file: write(file, first, count) for file, first, count in zip(files, starts, counts, strict=True)}
 
 
 def _check(names: list[str]) -> None:

@@ -27,7 +27,7 @@ from pdrs._tensor_file import CheckpointError
 from pdrs.parameter_dict import ParameterDict
 from pdrs.stacked import StackedParameterDict
 
-__all__ = ["Checkpoint", "SavedDictionary", "open_dictionary"]
+__all__ = ["Checkpoint", "NamedTensors", "SavedDictionary", "open_dictionary"]
 
 
 class Checkpoint(Protocol):
@@ -199,6 +199,24 @@ class SavedDictionary:
             yield prefix + name, tables[table_of(id_)][row_of(id_)]
 
 
+class NamedTensors:
+    """Tensors by name, which an empty ParameterDict takes over.
+
+    Parameters
+    ----------
+    tensors
+        In order.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def load_into(self, module: ParameterDict, *_: object) -> None:
+        """Make entries of copies."""
+        values = [Parameter(one.clone(), one.is_floating_point() or one.is_complex()) for one in self.tensors.values()]
+        module._insert(list(self.tensors), values)
+
+
 class _Stacked:
     """The tensors of a file in which each name has one, as a dictionary."""
 
@@ -241,7 +259,7 @@ def open_dictionary(
         for one in checkpoint.prefixes()
         if prefix.startswith(one) and one not in dictionaries
     }
-    if not dictionaries and not around and not _continues(checkpoint):
+    if not dictionaries and not around and not _has_more(checkpoint):
         sd = StackedParameterDict()
         part = _Stacked(checkpoint, prefix)
         if prefix and not len(part.index):
@@ -266,8 +284,11 @@ def open_dictionary(
     return sd
 
 
-def _continues(checkpoint: Checkpoint) -> bool:
-    return isinstance(checkpoint, Archive) and checkpoint.previous is not None
+def _has_more(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is one of a chain, or its file has padding, too."""
+    if not isinstance(checkpoint, Archive) or checkpoint.id is None:
+        return False
+    return checkpoint.previous is not None or len(checkpoint.names) < len(checkpoint.file)
 
 
 def fill(

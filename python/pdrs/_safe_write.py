@@ -22,7 +22,7 @@ from typing import Any
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["Progress", "WholeFile", "being_written", "remove_left_behind", "replacing"]
+__all__ = ["Progress", "WholeFile", "being_written", "folder_locked", "remove_left_behind", "replacing"]
 
 # Seconds after which a save is long enough for a progress bar.
 _PATIENCE = 2.0
@@ -198,6 +198,27 @@ def remove_left_behind(target: Path, look: Callable[[Path], None] | None = None)
 def being_written(target: Path) -> int:
     """Return how many new files are there that are to take the place of a file, or have been left behind."""
     return len(_beside(target))
+
+
+@contextmanager
+def folder_locked(folder: Path) -> Iterator[None]:
+    """Keep out all others that lock the folder, threads or processes, where the system can lock folders."""
+    if sys.platform == "win32":
+        yield
+        return
+    descriptor = -1
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        if descriptor >= 0:
+            with suppress(OSError):
+                # Processes that were forked meanwhile have the lock, too, until somebody gives it back.
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+            os.close(descriptor)
 
 
 def _beside(target: Path) -> list[Path]:

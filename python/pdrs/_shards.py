@@ -4,6 +4,10 @@ They are replaced as one. The new index is written first, under another name (se
 shards that it lists, under names that no file has; then it takes the place of the old one. So who looks at any instant
 finds the old index with its shards, or the new one. What a killed process leaves is listed in the index that it left,
 or, if that was in its place already, as what it replaces: the next save of the same path removes it.
+
+Of several processes that save to the same path, the last one wins. They lock the folder while they choose names, and
+while they replace and remove: so nobody removes what another has just written, or takes a name that another is about to
+remove.
 """
 
 from __future__ import annotations
@@ -12,12 +16,12 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pdrs._safe_write import being_written, remove_left_behind, replacing
+from pdrs._safe_write import being_written, folder_locked, remove_left_behind, replacing
 
 __all__ = ["INDEX", "files_of", "index_of", "remove_interrupted", "replacing_file", "replacing_shards"]
 
@@ -58,26 +62,38 @@ def replacing_shards(
         Whether to wait until the index is on the disk.
     """
     files: list[Path] = []
-    try:
-        with replacing(index_of(target), 0, sync=sync) as out:
-            files = _new_shards(target, len(counts))
-            before = files_of(target)
-            out.write(_index(names, files, counts, total, before))
-            yield files
-            # Another process may have been faster.
-            before |= files_of(target)
-    except BaseException:
-        _remove(files)
-        raise
-    _remove(before.difference(files, [index_of(target)]))
+    with ExitStack() as end:
+        try:
+            with replacing(index_of(target), 0, sync=sync) as out:
+                with folder_locked(target.parent):
+                    files = _new_shards(target, len(counts))
+                    before = files_of(target)
+                out.write(_index(names, files, counts, total, before))
+                yield files
+                end.enter_context(folder_locked(target.parent))
+                # Another process may have been faster.
+                before |= files_of(target)
+        except BaseException:
+            _remove(files)
+            raise
+        _remove(before.difference(files, [index_of(target)]))
 
 
 @contextmanager
-def replacing_file(target: Path) -> Iterator[None]:
-    """Remove the index and the shards that were there, when a single file has taken their place."""
-    before = files_of(target)
-    yield
-    _remove(before - {target})
+def replacing_file(target: Path) -> Iterator[Callable[[], None]]:
+    """Remove the index and the shards that are there when a single file takes their place.
+
+    Gives a function that is to be called when the new file is complete, before it is put in its place.
+    """
+    before: set[Path] = set()
+    with ExitStack() as end:
+
+        def complete() -> None:
+            end.enter_context(folder_locked(target.parent))
+            before.update(files_of(target))
+
+        yield complete
+        _remove(before - {target})
 
 
 def _remove(files: Iterable[Path]) -> None:
@@ -103,10 +119,12 @@ def _new_shards(target: Path, count: int) -> list[Path]:
     """Return paths of shards that are not there yet: the usual ones if they are free."""
     # Another process that saves to the same path at the same time may have chosen those.
     tag = "" if being_written(index_of(target)) == 1 else _tag()
+    # What was replaced, others may find listed and remove, though it is there no more.
+    listed = _listed(target, index_of(target)) or set()
     while True:
         ending = f"-of-{count:05}{target.suffix}"
         paths = [target.with_name(f"{target.stem}{tag}-{number:05}{ending}") for number in range(1, count + 1)]
-        if not any(path.exists() or path.is_symlink() for path in paths):
+        if not any(path in listed or path.exists() or path.is_symlink() for path in paths):
             return paths
         tag = _tag()
 

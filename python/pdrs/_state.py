@@ -99,6 +99,26 @@ def load_from_state_dict(
     )
     if is_copied and type(parameters) is dict and _is_dict(state_dict):
         rest, loaded = load_matching(parameters, state_dict, prefix, LARGEST, False)
+    load_rest(module, rest, loaded, state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+
+def load_rest(
+    module: ParameterDict,
+    rest: list[str],
+    loaded: int,
+    state_dict: Mapping[str, Any],
+    prefix: str,
+    local_metadata: Mapping[str, Any],
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
+) -> None:
+    """Load the buffers, and those Parameters that are left, and say which keys are unexpected.
+
+    ``loaded`` is how many keys of the state dict have been loaded.
+    """
+    parameters = module._parameters
     buffers = {
         name: buffer for name, buffer in module._buffers.items() if name not in module._non_persistent_buffers_set
     }

@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -80,17 +82,37 @@ def open_state(path: str | os.PathLike[str]) -> TensorFile | ShardedFile | Torch
     OSError
         If it cannot be opened.
     """
-    shown = os.fspath(path)
-    if not os.path.exists(shown) and index_of(shown).exists():
-        shown = os.fspath(index_of(shown))
-    if shown.endswith(".json"):
-        return ShardedFile(shown)
-    with open(shown, "rb") as file:
+    version = _version(path)
+    try:
+        return _open(os.fspath(path))
+    except (CheckpointError, FileNotFoundError):
+        if _version(path) == version:
+            raise
+    # Somebody has replaced the file or the shards meanwhile, and removed what was there.
+    return open_state(path)
+
+
+def _open(path: str) -> TensorFile | ShardedFile | TorchFile:
+    if not os.path.exists(path) and index_of(path).exists():
+        path = os.fspath(index_of(path))
+    if path.endswith(".json"):
+        return ShardedFile(path)
+    with open(path, "rb") as file:
         beginning = file.read(9)
     # A zip archive, or a pickle: the beginning of a header of so many bytes would not be a brace.
     if beginning.startswith(b"PK") or (beginning.startswith(b"\x80") and beginning[8:] != b"{"):
-        return TorchFile(shown)
-    return TensorFile(shown)
+        return TorchFile(path)
+    return TensorFile(path)
+
+
+def _version(path: str | os.PathLike[str]) -> list[tuple[int, int]]:
+    """Return what tells a file, or the index of shards, from one that takes its place."""
+    found = []
+    for one in (path, index_of(path)):
+        with suppress(OSError, ValueError):
+            now = os.stat(one)
+            found.append((now.st_ino, now.st_mtime_ns))
+    return found
 
 
 class ShardedFile:
@@ -244,10 +266,12 @@ class TorchFile:
         self.metadata: dict[str, str] = {}
         try:
             state = self._load()
+        except (OSError, MemoryError):
+            raise
         except pickle.UnpicklingError as error:
-            said = str(error).splitlines()[-1] if str(error) else "it cannot be unpickled"
-            raise CheckpointError(self.path, f"torch.load(weights_only=True) refuses it: {said}") from error
-        except (RuntimeError, ValueError, EOFError, KeyError, IndexError, TypeError, AttributeError) as error:
+            raise CheckpointError(self.path, f"torch.load(weights_only=True) refuses it: {_reason(error)}") from error
+        except Exception as error:
+            # Whatever damaged bytes make torch's readers do: also AssertionError, struct.error and BadZipFile.
             raise CheckpointError(self.path, f"torch.load cannot read it: {error}") from error
         if not isinstance(state, Mapping):
             raise CheckpointError(self.path, f"expected a state dict, found a {type(state).__name__}")
@@ -314,6 +338,29 @@ class TorchFile:
             tables.append(stack(chosen, chosen[0].detach()[None]))
         return IndexMap.from_names([key[len(prefix) :] for key in keys], ids), tables
 
+    def verify(self) -> bool:
+        """Read all of the file and compare its checksums, at which torch does not look; whether it has some.
+
+        Raises
+        ------
+        CheckpointError
+            If one differs; it names the record of the file.
+        """
+        try:
+            if not zipfile.is_zipfile(self.path):
+                return False
+            with zipfile.ZipFile(self.path) as records:
+                if not any(record.CRC for record in records.infolist()):
+                    return False  # see torch.serialization.set_crc32_options
+                damaged = records.testzip()
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:
+            raise CheckpointError(self.path, f"its records cannot be read: {error}") from error
+        if damaged is not None:
+            raise CheckpointError(self.path, f"the record {damaged!r} is damaged: its checksum differs")
+        return True
+
     def close(self) -> None:
         """Do nothing: all is loaded."""
 
@@ -322,6 +369,14 @@ class TorchFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _reason(error: pickle.UnpicklingError) -> str:
+    """Return what torch says is wrong, without what it says to those who trust the file."""
+    found = re.search(r"WeightsUnpickler error: (.+?)(?:\. Please|\n|$)", str(error))
+    if found and "global" in found[1].lower():
+        return f"{found[1]}; save a state dict"
+    return found[1] if found else str(error).partition("\n")[0] or "it cannot be unpickled"
 
 
 def _as_it_lies(tensor: Tensor) -> Tensor:

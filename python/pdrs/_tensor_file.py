@@ -441,6 +441,8 @@ def _placed(tensors: Sequence[NewTensor], aligned: set[str]) -> tuple[list[tuple
     """Give each tensor its place in the data; return their size, too."""
     placed, end, padded = [], 0, 0
     for tensor in tensors:
+        if is_padding(tensor.name):
+            raise ValueError(f"the name {tensor.name!r} is kept for padding: no other tensor can begin so")
         if tensor.dtype not in CODES:
             raise TypeError(f"safetensors has no dtype like {tensor.dtype}, of which {tensor.name!r} is")
         gap = -end % PAGE

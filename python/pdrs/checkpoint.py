@@ -16,13 +16,13 @@ from torch.nn import Module
 
 from pdrs._archive import Archive, packed_before, same_file, write_archive
 from pdrs._archive_sources import EXTRA_STATE, collect
-from pdrs._checkpoint_hooks import changes_what_is_loaded, giving, prefixes_where
+from pdrs._checkpoint_hooks import NamedSource, changes_what_is_loaded, giving, prefixes_where
 from pdrs._core import IndexMap
 from pdrs._named_layout import MAX_SHARD, write_named
 from pdrs._named_rows import Names, table_of
-from pdrs._opened import Checkpoint, SavedDictionary, open_dictionary
+from pdrs._opened import Checkpoint, NamedTensors, SavedDictionary, open_dictionary
 from pdrs._packed_names import is_packed
-from pdrs._state_files import StateFile, open_state
+from pdrs._state_files import StateFile, TorchFile, open_state
 from pdrs._tensor_file import CheckpointError, TensorFile
 from pdrs.parameter_dict import ParameterDict
 from pdrs.stacked import StackedParameterDict
@@ -75,7 +75,8 @@ def save(
     TypeError
         If the state dict has something else than dense tensors with memory, or of a dtype that safetensors lacks.
     ValueError
-        If ``since`` lies in another folder, is no archive, or would be replaced by ``path``.
+        If ``since`` lies in another folder, is no archive, or would be replaced by ``path``; or if ``max_shard_size``
+        is no positive number.
     CheckpointError
         If ``since`` is damaged.
     OSError
@@ -100,7 +101,9 @@ def save(
     if layout == "named":
         if since is not None:
             raise ValueError("expected layout 'archive' with since, got 'named'")
-        return sum(os.path.getsize(one) for one in write_named(path, obj, max_shard_size=max_shard_size, sync=sync))
+        if not isinstance(max_shard_size, int) or max_shard_size < 1:
+            raise ValueError(f"expected max_shard_size in bytes, got {max_shard_size!r}")
+        return sum(write_named(path, obj, max_shard_size=max_shard_size, sync=sync).values())
     if layout != "archive":
         raise ValueError(f"expected layout 'archive' or 'named', got {layout!r}")
     if since is None:
@@ -153,6 +156,8 @@ def open(  # noqa: A001  # read as pdrs.open
         If one of ``names``, or everything below ``prefix``, is missing.
     OSError
         If the file cannot be opened.
+    TypeError
+        If ``dtype`` is neither of floating point nor complex.
 
     Notes
     -----
@@ -173,6 +178,8 @@ def open(  # noqa: A001  # read as pdrs.open
 
     """
     device = None if device is None else torch.device(device)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)):
+        raise TypeError(f"expected a dtype of floating point, or a complex one, got {dtype!r}")
     with _read(path) as checkpoint:
         if verify:
             checkpoint.verify()
@@ -237,7 +244,7 @@ def load(path: _Path, module: Module, strict: bool = True, *, verify: bool = Fal
 
 
 def verify(path: _Path) -> None:
-    """Read all of an archive, and of those that it continues, and compare the checksums.
+    """Read all of an archive, and of those that it continues, or of a file of torch's, and compare the checksums.
 
     Raises
     ------
@@ -254,11 +261,11 @@ def verify(path: _Path) -> None:
                 saved.table(table)
 
 
-def _state_for(module: Module, checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, SavedDictionary]]:
+def _state_for(module: Module, checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, NamedSource]]:
     """Return a state dict for a module, and what its ParameterDicts load their entries from, by their prefixes."""
     modules = {name + "." if name else "": one for name, one in module.named_modules(remove_duplicate=False)}
     state: dict[str, Tensor] = {}
-    given: dict[str, SavedDictionary] = {}
+    given: dict[str, NamedSource] = {}
     members: set[str] = set()
     asked = prefixes_where(module, changes_what_is_loaded)
     for prefix in checkpoint.prefixes():
@@ -275,7 +282,29 @@ def _state_for(module: Module, checkpoint: Checkpoint) -> tuple[dict[str, Tensor
         else:
             state.update(saved.state(prefix))
     state.update(checkpoint.tensors([name for name in checkpoint.names if name not in members]))
+    empty = [
+        prefix
+        for prefix, one in modules.items()
+        if isinstance(one, ParameterDict) and not one._parameters and prefix not in given
+    ]
+    given.update(_taken_over(modules, [one for one in empty if not any(map(one.startswith, asked))], state))
     return state, given
+
+
+def _taken_over(modules: dict[str, Module], empty: list[str], state: dict[str, Tensor]) -> dict[str, NamedTensors]:
+    """Take from a state dict what empty ParameterDicts take over, given and returned by their prefixes."""
+    found = {prefix: NamedTensors({}) for prefix in empty}
+    if not found:
+        return {}
+    for key in list(state):
+        ends = [0, *(at + 1 for at, character in enumerate(key) if character == ".")]
+        prefix = next((key[:end] for end in ends if key[:end] in found), None)
+        if prefix is None:
+            continue
+        name, module = key[len(prefix) :], modules[prefix]
+        if name not in module._buffers and name.partition(".")[0] not in module._modules:
+            found[prefix].tensors[name] = state.pop(key)
+    return {prefix: one for prefix, one in found.items() if one.tensors}
 
 
 def _needs_names(target: StackedParameterDict, saved: SavedDictionary, sees_names: bool) -> bool:
@@ -336,7 +365,9 @@ class _States:
         return CheckpointError(self.file.path, what)
 
     def verify(self) -> None:
-        """Do nothing: there are no checksums, but those of its archive in a file of torch's, which torch reads."""
+        """Compare the checksums that torch has written, if it has; safetensors has none."""
+        if isinstance(self.file, TorchFile):
+            self.file.verify()
 
     def __enter__(self) -> _States:
         return self

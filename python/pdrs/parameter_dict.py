@@ -35,7 +35,7 @@ from pdrs._core import (
     unzip,
     use_native_slots,
 )
-from pdrs._state import load_from_state_dict, load_whole
+from pdrs._state import load_from_state_dict, load_rest, load_whole
 from pdrs._views import EntryItemsView, EntryValuesView
 from pdrs._views import KeysView as NamesView
 
@@ -432,6 +432,9 @@ class ParameterDict(torch.nn.ParameterDict):
         if given is not None:
             with _collector_paused():
                 given.load_into(self, prefix, strict, missing_keys, unexpected_keys, error_msgs)
+                load_rest(
+                    self, [], 0, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+                )
             return
         following = super()._load_from_state_dict
         if _tracing() or getattr(following, "__func__", None) is not Module._load_from_state_dict:
