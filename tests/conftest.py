@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+from torch import distributed
 
 import pdrs
 
@@ -22,3 +25,14 @@ pytest_plugins = ["fake_cuda.plugin"]
 def kind(request: pytest.FixtureRequest) -> type[torch.nn.ParameterDict]:
     """Give the class under test: torch's own, and ours, which must do the same."""
     return request.param
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    """Let ``torch.distributed`` believe in a group of this process alone."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()

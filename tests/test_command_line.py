@@ -99,6 +99,13 @@ def test_inspect_prints_json_of_every_format(
         assert len(inspected(capsys, file)["entries"]) == 20
 
 
+def test_json_has_an_entry_a_line(capsys: pytest.CaptureFixture[str], archive: Path) -> None:
+    assert main(["inspect", "--json", "--match", "head.*", str(archive)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert '    {"name": "head.weight", "dtype": "bfloat16", "shape": [2, 4]},' in lines
+    assert '    {"name": "head.bias", "dtype": "bfloat16", "shape": [2]}' in lines
+
+
 def test_names_are_chosen_by_prefix_and_by_pattern(capsys: pytest.CaptureFixture[str], archive: Path) -> None:
     for arguments, names in (
         (["--prefix", "head."], ["head.bias", "head.weight"]),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -418,16 +417,6 @@ def test_another_process_sees_shared_tables() -> None:
 
 
 # -- distributed training ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def one_process(tmp_path: Path) -> Iterator[None]:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        distributed.destroy_process_group()
 
 
 class Words(nn.Module):
