@@ -159,3 +159,35 @@ def test_packed_names_are_compared_by_all_their_bytes() -> None:
     assert _stacked_state.same_bytes(whole, whole.clone())
     assert _stacked_state.same_bytes(whole[3:], whole[3:].clone())
     assert not _stacked_state.same_bytes(whole, whole[:-1])
+
+
+def test_packed_names_that_were_the_same_are_looked_at_again_once_either_side_has_changed():
+    saved = pdrs.StackedParameterDict.from_rows(["a", "b"], torch.eye(2)).state_dict()
+    other = pdrs.StackedParameterDict.from_rows(["a", "c"], torch.eye(2)).state_dict()
+    sd = pdrs.StackedParameterDict.from_rows(["a", "b"], torch.zeros(2, 2))
+    for _ in range(2):
+        sd.load_state_dict(saved)
+        assert list(sd) == ["a", "b"]
+    sd.pop("a")
+    sd.load_state_dict(saved)
+    assert list(sd) == ["a", "b"]
+    saved["_extra_state"].copy_(other["_extra_state"])
+    sd.load_state_dict(saved)
+    assert list(sd) == ["a", "c"]
+    assert torch.equal(sd["c"], torch.tensor([0.0, 1.0]))
+
+
+def _move_to_end(sd: pdrs.StackedParameterDict) -> None:
+    row = sd.pop("a")
+    sd["a"] = row
+
+
+@pytest.mark.parametrize("change", [lambda sd: sd.popitem(), _move_to_end, lambda sd: sd.update({"d": torch.ones(2)})])
+def test_packed_names_are_ours_only_in_the_same_order_and_rows(change):
+    names = ["a", "é", "c" * 20]
+    saved = pdrs.StackedParameterDict.from_rows(names, torch.arange(6.0).view(3, 2)).state_dict()
+    sd = pdrs.StackedParameterDict.from_rows(names, torch.zeros(3, 2))
+    change(sd)
+    sd.load_state_dict(saved)
+    assert [(name, row.tolist()) for name, row in sd.items()] == list(zip(names, [[0, 1], [2, 3], [4, 5]], strict=True))
+    assert torch.equal(sd.state_dict()["_extra_state"], saved["_extra_state"])

@@ -69,7 +69,9 @@ pub(crate) fn find_rows<'py>(
     if first < 0 || differing >> ROW_BITS != 0 {
         return Ok((-1, PyArray1::from_vec(py, ids)));
     }
-    ids.iter_mut().for_each(|id| *id &= (1 << ROW_BITS) - 1);
+    for id in &mut ids {
+        *id &= (1 << ROW_BITS) - 1;
+    }
     Ok((first >> ROW_BITS, PyArray1::from_vec(py, ids)))
 }
 
