@@ -162,6 +162,25 @@ def test_tensors_inside_function_transforms_are_left_to_torch(transform: str) ->
     assert len(unusual) == 1
 
 
+def test_what_is_unusual_is_found_among_tensors_that_are_alike() -> None:
+    complexes = torch.randn(3, 2, dtype=torch.complex64)
+    parts = [complexes[0].imag, complexes[1].imag.neg(), complexes[2].conj().imag, complexes[2].imag]
+    parts[1] = torch.empty_strided((2,), (2,)).copy_(parts[1])
+    narrow = [torch.zeros(3, dtype=dtype) for dtype in (torch.uint8, torch.uint8)]
+    narrow.insert(1, torch.zeros(3, dtype=torch.uint8).view(torch.uint4))
+    memory = [torch.ones(2), torch.ones(2), torch.ones(2)]
+    memory[1].untyped_storage().resize_(0)
+    conjugates = [complexes[0], complexes[1].conj(), complexes[2]]
+    for tensors, at in ((parts, 2), (narrow, 1), (memory, 1), (conjugates, 1)):
+        (group,), unusual = group_tensors(tensors)
+        assert [index for index, _ in unusual] == [at]
+        usual = [tensor for index, tensor in enumerate(tensors) if index != at]
+        assert group.indices.tolist() == [index for index in range(len(tensors)) if index != at]
+        slab = gathered(group)
+        for offset, tensor in zip(group.offsets.tolist(), usual, strict=True):
+            assert torch.equal(slab[offset : offset + tensor.numel()], tensor)
+
+
 def test_something_that_is_no_tensor_is_a_type_error() -> None:
     with pytest.raises(TypeError, match=r"tensors\[1\]: expected a Tensor, got NoneType"):
         group_tensors([torch.ones(2), None])

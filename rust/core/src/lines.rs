@@ -1,7 +1,7 @@
-//! Which cache lines belong to something: whether stretches of memory are apart, seen without sorting them.
+//! Whether stretches of memory are apart, seen without sorting them.
 //!
-//! What allocators give out begins a line of its own, or lies far from the rest. So a bit for each line tells nearly
-//! always that stretches share no byte; several times faster than a sort, if they come in no order.
+//! What was made in order lies in order ([`Stretches`]), whether or not it is aligned. What allocators give out begins a line of its own, or lies far from the rest. So a bit for each line tells nearly
+//! always that stretches share no byte ([`Lines`]); several times faster than a sort, if they come in no order.
 
 use std::ops::Range;
 
@@ -71,6 +71,52 @@ impl Lines {
             };
         }
         Some(&mut self.chunks[self.latest].1)
+    }
+}
+
+/// Stretches of memory that come nearly in order.
+///
+/// What was made in order lies in order, in a few long runs of ascending addresses; these are short to sort.
+#[derive(Debug)]
+pub struct Stretches {
+    runs: Vec<Range<usize>>,
+    /// How many runs may be kept; none once that has become too many, or a stretch was empty.
+    most: usize,
+}
+
+impl Stretches {
+    /// No stretch yet; of more than `most` runs it will not be told whether they are apart.
+    #[must_use]
+    pub fn new(most: usize) -> Self {
+        Self { runs: Vec::new(), most }
+    }
+
+    /// Adds a stretch. Computes in **O(1)** time.
+    #[inline]
+    pub fn add(&mut self, stretch: Range<usize>) {
+        if self.most == 0 {
+            return;
+        }
+        if let Some(last) = self.runs.last_mut()
+            && stretch.start >= last.end
+            && !stretch.is_empty()
+        {
+            last.end = stretch.end;
+        } else if stretch.is_empty() || self.runs.len() == self.most {
+            *self = Self::new(0);
+        } else {
+            self.runs.push(stretch);
+        }
+    }
+
+    /// Whether no stretch is empty, and no two share a byte; `false` also if it cannot be told.
+    ///
+    /// Computes in **O(n log n)** time of the number of runs.
+    #[must_use]
+    pub fn are_apart(&self) -> bool {
+        let mut runs = self.runs.clone();
+        runs.sort_unstable_by_key(|run| run.start);
+        self.most > 0 && runs.windows(2).all(|pair| pair[0].end <= pair[1].start)
     }
 }
 

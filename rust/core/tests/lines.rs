@@ -1,11 +1,11 @@
-//! Cache lines that are taken, against every pair of stretches.
+//! Stretches that come in order, and cache lines that are taken, against every pair of stretches.
 //!
 //! The bugs that this hunts: an overlap that is not seen, so that a tensor is written twice; a bit of the wrong line,
 //! word or chunk; memory for lines that nobody uses.
 
 use std::ops::Range;
 
-use pdrs_core::lines::Lines;
+use pdrs_core::lines::{Lines, Stretches};
 use proptest::prelude::*;
 
 const CHUNK: usize = 1 << 24;
@@ -35,6 +35,38 @@ proptest! {
             }
         }
     }
+}
+
+fn are_apart(most: usize, stretches: &[Range<usize>]) -> bool {
+    let mut seen = Stretches::new(most);
+    for stretch in stretches {
+        seen.add(stretch.clone());
+    }
+    seen.are_apart()
+}
+
+proptest! {
+    #[test]
+    fn stretches_are_apart_if_none_shares_a_byte_with_another(
+        stretches in prop::collection::vec((0_usize..60, 1_usize..9).prop_map(|(begin, bytes)| begin..begin + bytes), 0..6)
+    ) {
+        let apart = |one: &Range<usize>, other: &Range<usize>| one.end <= other.start || other.end <= one.start;
+        let expected = (0..stretches.len()).all(|at| stretches[..at].iter().all(|other| apart(&stretches[at], other)));
+        // Runs that lie within each other cannot be told apart, but are never taken for apart.
+        prop_assert!(expected || !are_apart(10, &stretches));
+        let mut sorted = stretches;
+        sorted.sort_unstable_by_key(|stretch| stretch.start);
+        prop_assert_eq!(are_apart(10, &sorted), expected);
+        prop_assert_eq!(are_apart(1, &sorted), expected);
+    }
+}
+
+#[test]
+fn too_many_runs_and_empty_stretches_cannot_be_told() {
+    assert!(are_apart(2, &[10..11, 11..12, 0..4, 4..8]));
+    assert!(!are_apart(1, &[10..11, 0..4]) && !are_apart(2, &[20..21, 10..11, 0..4]));
+    assert!(!are_apart(2, &[0..1, 1..1, 1..2]) && !are_apart(2, &[0..0, 0..1]));
+    assert!(!are_apart(2, &[0..1, 5..6, 4..7]) && !are_apart(2, &[4..7, 5..6]));
 }
 
 #[test]

@@ -243,10 +243,11 @@ pub(crate) fn save_parameters(
     let detach_name = intern!(py, "detach");
     let detach = parameter.getattr(detach_name)?;
     let bare = prefix.is_empty()?;
-    // Taken together first: what a `detach` of a subclass runs, or another thread meanwhile, may change the dict.
-    let all: Vec<_> = parameters.iter().collect();
-    for (at, (name, value)) in all.iter().enumerate() {
-        if let Some((_, next)) = all.get(at + AHEAD) {
+    // Taken together first: what a `detach` of a subclass runs, or another thread meanwhile, may change the dict. Each is
+    // given up as soon as it is saved, as long as it is in the cache.
+    let mut all = parameters.iter().collect::<Vec<_>>().into_iter();
+    while let Some((name, value)) = all.next() {
+        if let Some((_, next)) = all.as_slice().get(AHEAD - 1) {
             prefetch(next);
         }
         if value.is_none() {

@@ -14,7 +14,9 @@ use std::ops::Range;
 use std::ptr;
 use std::sync::{Mutex, PoisonError};
 
-use pdrs_core::staging::MOST_ALIGNMENT;
+use pdrs_core::Error;
+use pdrs_core::lines::Stretches;
+use pdrs_core::staging::{Layout, MOST_ALIGNMENT};
 use pdrs_core::strides::{self, Loop, for_each_row, may_fold};
 use pyo3::exceptions::PyValueError;
 use pyo3::gc::{PyTraverseError, PyVisit};
@@ -22,6 +24,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
 use crate::dlpack::Dtype;
+use crate::huge_pages::advise;
 use crate::tensor::Torch;
 
 /// How many regions are looked at ahead, so that their cache misses overlap.
@@ -34,6 +37,7 @@ const BYTES_PER_THREAD: u64 = 8 << 20;
 const SHARED_FROM: u64 = 4096;
 
 /// A region and its place in the slab. There are millions of these: they are kept small.
+#[derive(Clone, Copy)]
 struct Region {
     pointer: usize,
     /// In bytes, as everything here.
@@ -51,6 +55,10 @@ pub(crate) struct Regions {
     itemsize: u64,
     list: Vec<Region>,
     loops: Vec<Loop>,
+    places: Places,
+    /// The bytes from the address of the last region to its end.
+    reach: usize,
+    stretches: Stretches,
     /// The lowest address, and the one behind the highest.
     lowest: usize,
     end: usize,
@@ -59,6 +67,15 @@ pub(crate) struct Regions {
     /// A slab is often copied by way of one small block, again and again, and to look at all regions each time would
     /// take time that grows with the square of their number.
     apart: Mutex<Range<usize>>,
+}
+
+/// Gives regions their places in a slab, one after another.
+struct Places {
+    /// The logarithm of how many times narrower the elements may be made, and the regions are aligned even then.
+    shift: u32,
+    /// The slab of such narrow elements.
+    layout: Layout,
+    is_too_large: bool,
 }
 
 /// The memory of a contiguous tensor on the CPU.
@@ -118,6 +135,8 @@ impl Part<'_, '_> {
     /// Copies the regions into the block; gaps between them become zeros.
     pub(crate) fn gather(&self, py: Python<'_>, threads: usize) {
         let (regions, memory, start) = (self.regions, self.block.memory, self.start);
+        // A large block is mostly new, and never written before.
+        advise(memory.pointer, memory.bytes as usize);
         // SAFETY: the tensors that `regions` keeps own the regions, and the tensor in the block owns the block, which
         // shares memory with none of them (`Regions::part`) and holds whole elements, as all tensors do.
         py.detach(|| unsafe { regions.copy(Direction::Gather, memory, start, threads) });
@@ -131,6 +150,27 @@ impl Part<'_, '_> {
     }
 }
 
+impl Places {
+    fn new(shift: u32) -> Self {
+        Self { shift, layout: Layout::default(), is_too_large: false }
+    }
+
+    #[inline]
+    fn give(&mut self, region: &mut Region) {
+        match self.layout.place(region.bytes >> self.shift) {
+            Ok(place) => region.offset = place << self.shift,
+            Err(_) => self.is_too_large = true,
+        }
+    }
+
+    fn length(&self) -> Result<u64, Error> {
+        let end = self.layout.end();
+        // Not even with the widest elements may a slab be larger than torch can count.
+        let widest = end.checked_mul(16).filter(|bytes| i64::try_from(*bytes).is_ok());
+        if self.is_too_large || widest.is_none() { Err(Error::TooLarge) } else { Ok(end << self.shift) }
+    }
+}
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Direction {
     Gather,
@@ -138,12 +178,16 @@ enum Direction {
 }
 
 impl Regions {
-    pub(crate) fn new(tensors: &Bound<'_, PyTuple>, itemsize: u64, capacity: usize) -> Self {
+    /// No region yet. The slab will stay aligned when its elements are made `narrowest` bytes wide.
+    pub(crate) fn new(tensors: &Bound<'_, PyTuple>, itemsize: u64, narrowest: u64, capacity: usize) -> Self {
         Self {
             tensors: tensors.clone().unbind(),
             itemsize,
             list: Vec::with_capacity(capacity),
             loops: Vec::new(),
+            places: Places::new((itemsize / narrowest.min(itemsize)).ilog2()),
+            reach: 0,
+            stretches: Stretches::new(1 + tensors.len() / 16),
             lowest: usize::MAX,
             end: 0,
             apart: Mutex::new(0..0),
@@ -162,32 +206,53 @@ impl Regions {
         self.itemsize
     }
 
-    /// Adds a region whose elements are neighbours. Its place in the slab is given later, by [`Self::place`].
-    pub(crate) fn push(&mut self, pointer: usize, numel: u64) {
-        self.list.push(Region { pointer, offset: 0, bytes: numel * self.itemsize, first_loop: 0, loops: 0 });
-        self.cover(self.list.len() - 1);
-    }
-
-    /// Makes the last region a strided one, of this shape and these strides in elements.
+    /// Adds a region, which takes the next place in the slab.
     ///
-    /// Its elements are put into the slab in C order of `order`, the dimensions from the outermost to the innermost.
-    pub(crate) fn stride_last(&mut self, shape: &[i64], strides: &[i64], order: &[usize]) {
-        let loops = strides::loops(shape, strides, order, self.itemsize);
-        if let Some(last) = self.list.last_mut()
-            && !loops.is_empty()
-        {
-            (last.first_loop, last.loops) = (self.loops.len() as u32, loops.len() as u32);
-            self.loops.extend(loops);
-            self.cover(self.list.len() - 1);
+    /// If its elements are no neighbours, they are put there in C order of the dimensions from the outermost to the
+    /// innermost, which are given behind the shape and the strides.
+    pub(crate) fn push(&mut self, pointer: usize, numel: u64, strided: Option<(&[i64], &[i64], &[usize])>) {
+        let first_loop = self.loops.len();
+        if let Some((shape, strides, order)) = strided {
+            self.loops.extend(strides::loops(shape, strides, order, self.itemsize));
+        }
+        let loops = (self.loops.len() - first_loop) as u32;
+        let bytes = numel * self.itemsize;
+        let region = Region { pointer, offset: 0, bytes, first_loop: first_loop as u32, loops };
+        self.reach = self.end_of(&region) - pointer;
+        self.append(region);
+    }
+
+    /// Adds a region that differs from the last one only in its address.
+    pub(crate) fn push_alike(&mut self, pointer: usize) {
+        if let Some(last) = self.list.last() {
+            self.append(Region { pointer, ..*last });
         }
     }
 
-    fn cover(&mut self, at: usize) {
-        let region = &self.list[at];
-        if region.bytes > 0 {
-            self.lowest = self.lowest.min(region.pointer);
-            self.end = self.end.max(self.end_of(region));
+    #[inline]
+    fn append(&mut self, mut region: Region) {
+        self.places.give(&mut region);
+        let addresses = region.pointer..region.pointer + self.reach;
+        if !addresses.is_empty() {
+            self.lowest = self.lowest.min(addresses.start);
+            self.end = self.end.max(addresses.end);
         }
+        self.stretches.add(addresses);
+        self.list.push(region);
+    }
+
+    /// Whether it was easily seen that no two regions share memory, and none is empty.
+    pub(crate) fn are_in_order(&self) -> bool {
+        self.stretches.are_apart()
+    }
+
+    /// The bytes of the slab.
+    ///
+    /// # Errors
+    ///
+    /// That torch could not count them, were its elements made as wide as any are.
+    pub(crate) fn length(&self) -> Result<u64, Error> {
+        self.places.length()
     }
 
     fn loops_of(&self, region: &Region) -> &[Loop] {
@@ -210,7 +275,7 @@ impl Regions {
         region.pointer..self.end_of(region)
     }
 
-    /// Drops the regions at these places, which are ascending.
+    /// Drops the regions at these places, which are ascending; the others move up in the slab.
     pub(crate) fn remove(&mut self, places: impl IntoIterator<Item = usize>) {
         let mut places = places.into_iter().peekable();
         let mut at = 0;
@@ -218,21 +283,10 @@ impl Regions {
             at += 1;
             places.next_if_eq(&(at - 1)).is_none()
         });
-    }
-
-    /// Gives all regions their places in the slab, ascending and apart, by the place of each of these sizes.
-    ///
-    /// # Errors
-    ///
-    /// That of `place`; then the regions have no places.
-    pub(crate) fn place<E>(&mut self, mut place: impl FnMut(u64) -> Result<u64, E>) -> Result<(), E> {
-        let mut end = 0;
+        self.places = Places::new(self.places.shift);
         for region in &mut self.list {
-            region.offset = place(region.bytes)?;
-            debug_assert!(region.offset >= end, "places in a slab are apart");
-            end = region.offset + region.bytes;
+            self.places.give(region);
         }
-        Ok(())
     }
 
     /// The places in the slab.
@@ -342,7 +396,7 @@ impl Regions {
                 // SAFETY: `filled <= from < to <= end`, so all this lies inside the block; and `from - offset` to
                 // `to - offset` lies inside the region. Block and regions are apart, as the caller promises.
                 unsafe {
-                    if direction == Direction::Gather {
+                    if direction == Direction::Gather && filled < from {
                         ptr::write_bytes(at(filled), 0, (from - filled) as usize);
                     }
                     self.copy_region(direction, region, from - region.offset..to - region.offset, at(from));

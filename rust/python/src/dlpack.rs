@@ -53,6 +53,41 @@ pub(crate) struct DlTensor {
     pub(crate) byte_offset: u64,
 }
 
+impl DlTensor {
+    /// The address of the first element.
+    pub(crate) fn pointer(&self) -> usize {
+        (self.data as usize).wrapping_add(self.byte_offset as usize)
+    }
+
+    /// The shape and the strides.
+    ///
+    /// # Safety
+    ///
+    /// The tensor that is described lives, and keeps its shape, as long as they are used.
+    pub(crate) unsafe fn dims(&self) -> (&[i64], &[i64]) {
+        let ndim = usize::try_from(self.ndim).unwrap_or(0);
+        if ndim == 0 {
+            return (&[], &[]);
+        }
+        // SAFETY: both point to `ndim` numbers inside the tensor, as the caller promises.
+        unsafe { (std::slice::from_raw_parts(self.shape, ndim), std::slice::from_raw_parts(self.strides, ndim)) }
+    }
+
+    /// Whether these are its shape and then its strides.
+    ///
+    /// # Safety
+    ///
+    /// As of [`Self::dims`].
+    #[inline]
+    pub(crate) unsafe fn has_dims(&self, dims: &[i64]) -> bool {
+        // SAFETY: as the caller promises.
+        let (shape, strides) = unsafe { self.dims() };
+        let ndim = shape.len();
+        // As a loop: there are few, and a call of `memcmp` takes longer.
+        dims.len() == 2 * ndim && (0..ndim).all(|dim| shape[dim] == dims[dim] && strides[dim] == dims[ndim + dim])
+    }
+}
+
 #[repr(C)]
 pub(crate) struct ManagedTensor {
     pub(crate) version: Version,

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use numpy::{PyArray1, PyArrayLike1};
 use pdrs_core::lines::Lines;
-use pdrs_core::staging::{self, Layout};
+use pdrs_core::staging;
 use pdrs_core::strides::{is_dense, make_dense, order_of};
 use pyo3::exceptions::{PyIndexError, PyTypeError, PyValueError};
 use pyo3::gc::{PyTraverseError, PyVisit};
@@ -16,7 +16,7 @@ use pyo3::types::{PyList, PyTuple};
 use crate::copy::{Block, Part, Regions};
 use crate::dlpack::{Device, Dtype};
 use crate::slab::{Door, Slab, flat};
-use crate::tensor::{Found, Torch, prefetch};
+use crate::tensor::{Ahead, Finder, Found, Seen, Torch, prefetch};
 
 /// How many tensors are looked at ahead, so that their cache misses overlap.
 const BATCH: usize = 32;
@@ -42,16 +42,19 @@ impl Forms {
         &self.dims[begin..self.ends[form]]
     }
 
+    /// The number of the latest form.
+    fn last(&self) -> u32 {
+        (self.ends.len() as u32).saturating_sub(1)
+    }
+
     /// The number of a form, which is a new one if it is not that of the latest.
     fn add(&mut self, dims: &[i64]) -> u32 {
-        if let Some(last) = (self.ends.len() as u32).checked_sub(1)
-            && self.dims(last) == dims
-        {
-            return last;
+        if !self.ends.is_empty() && self.dims(self.last()) == dims {
+            return self.last();
         }
         self.dims.extend_from_slice(dims);
         self.ends.push(self.dims.len());
-        self.ends.len() as u32 - 1
+        self.last()
     }
 
     fn shape_and_strides(&self, form: u32) -> (&[i64], &[i64]) {
@@ -104,61 +107,52 @@ pub(crate) fn group_tensors(
     let tensors = tensors.to_tuple();
     let mut groups: Vec<TensorGroup> = Vec::new();
     let mut unusual = Vec::new();
-    let mut dims = Vec::new();
     let mut current = 0;
-    let batch_from = |begin: usize| begin.min(tensors.len())..tensors.len().min(begin + BATCH);
-    prefetch_all(&tensors, batch_from(0))?;
-    for begin in (0..tensors.len()).step_by(BATCH) {
-        prefetch_all(&tensors, batch_from(begin + BATCH))?;
-        for index in batch_from(begin) {
-            dims.clear();
-            let found = torch
-                .find(&*tensors.get_borrowed_item(index)?, &mut dims)
-                .map_err(|error| PyTypeError::new_err(format!("tensors[{index}]: {}", error.value(py))))?;
-            let found = match found {
-                Ok(found) => found,
-                Err(why) => {
-                    unusual.push((index, why.to_string()));
-                    continue;
+    let mut finder = Finder::new(torch);
+    let mut ahead = Ahead::new(torch, &tensors)?;
+    for (index, tensor) in tensors.iter_borrowed().enumerate() {
+        ahead.step();
+        let seen = finder
+            .find(&tensor)
+            .map_err(|error| PyTypeError::new_err(format!("tensors[{index}]: {}", error.value(py))))?;
+        match seen {
+            // The last that was found was the last of this group, too.
+            Seen::Alike(pointer) => groups[current].add_alike(index as u32, pointer),
+            Seen::Other(found) => {
+                let bytes = found.numel * found.itemsize.min(narrowest);
+                let large = found.device.is_cpu() && large_bytes.is_some_and(|least| bytes >= least);
+                let fits = |group: &TensorGroup| {
+                    group.device == found.device && group.dtype == found.dtype && group.large == large
+                };
+                if !groups.get(current).is_some_and(fits) {
+                    current = groups.iter().position(fits).unwrap_or(groups.len());
                 }
-            };
-            let bytes = found.numel * found.itemsize.min(narrowest);
-            let large = found.device.is_cpu() && large_bytes.is_some_and(|least| bytes >= least);
-            let fits = |group: &TensorGroup| {
-                group.device == found.device && group.dtype == found.dtype && group.large == large
-            };
-            if !groups.get(current).is_some_and(fits) {
-                current = groups.iter().position(fits).unwrap_or(groups.len());
+                if current == groups.len() {
+                    // Nearly always all tensors are of one group.
+                    let capacity = if current == 0 { tensors.len() } else { 0 };
+                    groups.push(TensorGroup::new(&tensors, &found, large, narrowest, capacity));
+                }
+                groups[current].add(index as u32, &found, finder.dims(), keep_strides);
             }
-            if current == groups.len() {
-                // Nearly always all tensors are of one group.
-                let capacity = if current == 0 { tensors.len() } else { 0 };
-                groups.push(TensorGroup::new(&tensors, &found, large, capacity));
-            }
-            groups[current].add(index as u32, &found, &mut dims, keep_strides);
+            Seen::Unusual(why) => unusual.push((index, why.to_string())),
         }
     }
     for group in &mut groups {
         group.take_repeated(py)?;
-        group.lay_out(narrowest)?;
+        let bytes = group.regions.length().map_err(|error| PyValueError::new_err(error.to_string()))?;
+        group.length = bytes / group.regions.itemsize();
     }
     Ok((groups, unusual))
 }
 
-fn prefetch_all(tensors: &Bound<'_, PyTuple>, batch: Range<usize>) -> PyResult<()> {
-    for index in batch {
-        prefetch(&*tensors.get_borrowed_item(index)?);
-    }
-    Ok(())
-}
-
 impl TensorGroup {
-    fn new(tensors: &Bound<'_, PyTuple>, found: &Found, large: bool, capacity: usize) -> Self {
+    /// An empty group, whose slab stays aligned when each element is made as narrow as `narrowest`.
+    fn new(tensors: &Bound<'_, PyTuple>, found: &Found, large: bool, narrowest: u64, capacity: usize) -> Self {
         Self {
             device: found.device,
             dtype: found.dtype,
             length: 0,
-            regions: Regions::new(tensors, found.itemsize, capacity),
+            regions: Regions::new(tensors, found.itemsize, narrowest, capacity),
             entries: Vec::with_capacity(capacity),
             forms: Forms { dims: Vec::new(), ends: Vec::new() },
             repeated: Vec::new(),
@@ -169,43 +163,31 @@ impl TensorGroup {
     }
 
     /// Adds a tensor; `dims` are its shape and its strides.
-    fn add(&mut self, index: u32, found: &Found, dims: &mut [i64], keep_strides: bool) {
-        self.regions.push(found.pointer, found.numel);
-        if !found.contiguous {
+    fn add(&mut self, index: u32, found: &Found, dims: &[i64], keep_strides: bool) {
+        let form = if found.contiguous {
+            self.regions.push(found.pointer, found.numel, None);
+            self.forms.add(dims)
+        } else {
+            let mut dims = dims.to_vec();
             let (shape, strides) = dims.split_at_mut(found.ndim);
             let order = if keep_strides { order_of(shape, strides) } else { (0..found.ndim).collect() };
-            self.regions.stride_last(shape, strides, &order);
+            self.regions.push(found.pointer, found.numel, Some((shape, strides, &order)));
             if !(keep_strides && is_dense(shape, strides, &order)) {
                 make_dense(shape, strides, &order);
             }
-        }
-        self.entries.push(Entry { index, form: self.forms.add(dims) });
+            self.forms.add(&dims)
+        };
+        self.entries.push(Entry { index, form });
     }
 
-    /// Whether it is easily seen that no two tensors share memory, and none is empty.
-    ///
-    /// What was made in order lies in order, in a few long stretches of memory; so it is looked whether stretches of
-    /// ascending addresses are apart.
-    fn are_in_order(&self) -> bool {
-        let mut stretches: Vec<Range<usize>> = Vec::new();
-        for at in 0..self.entries.len() {
-            let addresses = self.regions.addresses(at);
-            if addresses.is_empty() {
-                return false;
-            }
-            match stretches.last_mut() {
-                Some(last) if addresses.start >= last.end => last.end = addresses.end,
-                _ => stretches.push(addresses),
-            }
-            if stretches.len() > 1 + self.entries.len() / 16 {
-                return false;
-            }
-        }
-        stretches.sort_unstable_by_key(|stretch| stretch.start);
-        stretches.windows(2).all(|pair| pair[0].end <= pair[1].start)
+    /// Adds a tensor that differs from the last one of the group only in its address.
+    fn add_alike(&mut self, index: u32, pointer: usize) {
+        self.regions.push_alike(pointer);
+        self.entries.push(Entry { index, form: self.forms.last() });
     }
 
-    /// The same of what comes in no order, but begins a cache line, as most that was allocated does.
+    /// Whether it is easily seen that no two tensors share memory, and none is empty, for each begins a cache line, as
+    /// most that was allocated does.
     fn are_on_lines_of_their_own(&self) -> bool {
         let mut lines = Lines::new(self.entries.len());
         (0..self.entries.len()).all(|at| {
@@ -216,7 +198,7 @@ impl TensorGroup {
 
     /// Takes out what is listed again, and notes whether other entries share memory.
     fn take_repeated(&mut self, py: Python<'_>) -> PyResult<()> {
-        if self.are_in_order() || self.are_on_lines_of_their_own() {
+        if self.regions.are_in_order() || self.are_on_lines_of_their_own() {
             return Ok(());
         }
         let tensors = self.regions.tensors(py);
@@ -266,21 +248,6 @@ impl TensorGroup {
             gone.next_if_eq(&(at - 1)).is_none()
         });
         self.regions.remove(again.iter().map(|(at, _)| *at));
-        Ok(())
-    }
-
-    /// Gives every entry its place in the slab, which stays aligned when each element is made as narrow as this.
-    fn lay_out(&mut self, narrowest: u64) -> PyResult<()> {
-        let scale = self.regions.itemsize() / narrowest.min(self.regions.itemsize());
-        let too_large = |error: pdrs_core::Error| PyValueError::new_err(error.to_string());
-        let mut layout = Layout::default();
-        self.regions.place(|bytes| Ok(layout.place(bytes / scale)? * scale)).map_err(too_large)?;
-        let end = layout.end();
-        // Not even with the widest elements may a slab be larger than torch can count.
-        self.length = end * scale / self.regions.itemsize();
-        if end.checked_mul(16).is_none_or(|bytes| i64::try_from(bytes).is_err()) {
-            return Err(too_large(pdrs_core::Error::TooLarge));
-        }
         Ok(())
     }
 }

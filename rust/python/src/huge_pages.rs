@@ -47,15 +47,19 @@ unsafe impl GlobalAlloc for HugePages {
 }
 
 fn advised(block: *mut u8, size: usize) -> *mut u8 {
-    if size >= LARGE && !block.is_null() {
+    if !block.is_null() {
         advise(block as usize, size);
     }
     block
 }
 
-/// Asks for huge pages for those that lie whole in a stretch of memory.
+/// Asks for huge pages for memory, whatever it holds, if there is much: for the pages that lie in it whole.
 #[cfg(target_os = "linux")]
-fn advise(address: usize, bytes: usize) {
+#[inline]
+pub(crate) fn advise(address: usize, bytes: usize) {
+    if bytes < LARGE {
+        return;
+    }
     let begin = address.next_multiple_of(HUGE_PAGE);
     let end = (address + bytes) / HUGE_PAGE * HUGE_PAGE;
     if begin < end {
@@ -65,7 +69,7 @@ fn advise(address: usize, bytes: usize) {
 }
 
 #[cfg(not(target_os = "linux"))]
-fn advise(_address: usize, _bytes: usize) {}
+pub(crate) fn advise(_address: usize, _bytes: usize) {}
 
 /// Asks for huge pages for a tensor's memory, if it is a large plain tensor on the CPU; best before it is written to.
 #[pyfunction]
@@ -75,10 +79,7 @@ pub(crate) fn use_huge_pages(tensor: &Bound<'_, PyAny>) -> PyResult<()> {
         && found.device.is_cpu()
         && found.contiguous
     {
-        let bytes = usize::try_from(found.numel * found.itemsize)?;
-        if bytes >= LARGE {
-            advise(found.pointer, bytes);
-        }
+        advise(found.pointer, usize::try_from(found.numel * found.itemsize)?);
     }
     Ok(())
 }

@@ -77,6 +77,14 @@ pub(crate) struct Handle {
     delete: Delete,
 }
 
+impl Handle {
+    /// The address of the tensor in C++, its `TensorImpl`.
+    pub(crate) fn address(&self) -> usize {
+        // SAFETY: a live handle points to an `at::Tensor`, which is a pointer and nothing else.
+        unsafe { ptr::read(self.tensor.cast()) }
+    }
+}
+
 impl Drop for Handle {
     fn drop(&mut self) {
         // SAFETY: the handle came from torch as a new reference and is given up once, here.

@@ -16,7 +16,8 @@ use pyo3::ffi;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyBool, PyDict, PyList, PyType};
+use pyo3::types::iter::BorrowedTupleIterator;
+use pyo3::types::{PyBool, PyDict, PyList, PyTuple, PyType};
 
 use crate::dlpack::{Describe, Device, DlTensor, Dtype, Export, Import, exchange_api, unsupported};
 use crate::stable_abi::StableAbi;
@@ -223,6 +224,15 @@ impl Torch {
         tensor: &Bound<'_, PyAny>,
         dims: &mut Vec<i64>,
     ) -> PyResult<std::result::Result<Found, Unusual>> {
+        match self.see(tensor)? {
+            Ok(seen) => self.read(tensor, &seen, dims),
+            Err(unusual) => Ok(Err(unusual)),
+        }
+    }
+
+    /// What torch says of a tensor. Where the shape and the strides lie is good until the tensor changes.
+    #[inline]
+    fn see(&self, tensor: &Bound<'_, PyAny>) -> PyResult<std::result::Result<DlTensor, Unusual>> {
         if !self.is_plain(tensor) {
             let class = tensor.get_type();
             let name = class.name()?.to_string();
@@ -247,26 +257,30 @@ impl Torch {
             let error = PyErr::fetch(tensor.py()).value(tensor.py()).to_string();
             return Ok(Err(Unusual::Refused(error.lines().next().unwrap_or_default().to_owned())));
         }
+        Ok(Ok(seen))
+    }
+
+    /// Makes sense of what torch has just said of a tensor.
+    fn read(
+        &self,
+        tensor: &Bound<'_, PyAny>,
+        seen: &DlTensor,
+        dims: &mut Vec<i64>,
+    ) -> PyResult<std::result::Result<Found, Unusual>> {
         let Some(itemsize) = seen.dtype.itemsize() else {
             return Ok(Err(Unusual::Dtype(dtype_name(tensor)?)));
         };
-        let ndim = usize::try_from(seen.ndim).unwrap_or(0);
-        let (shape, strides): (&[i64], &[i64]) = if ndim == 0 {
-            (&[], &[])
-        } else {
-            // SAFETY: both point to `ndim` numbers inside the tensor, which is alive, and nothing else runs before they
-            // have been copied.
-            unsafe { (std::slice::from_raw_parts(seen.shape, ndim), std::slice::from_raw_parts(seen.strides, ndim)) }
-        };
+        // SAFETY: `tensor` has not changed since it was seen.
+        let (shape, strides) = unsafe { seen.dims() };
         let start = dims.len();
         // As a loop: there are few, and a call of `memcpy` takes longer.
         dims.extend(shape.iter().chain(strides));
         let found = Found {
-            pointer: (seen.data as usize).wrapping_add(seen.byte_offset as usize),
+            pointer: seen.pointer(),
             device: seen.device,
             dtype: seen.dtype,
             itemsize,
-            ndim,
+            ndim: shape.len(),
             numel: if shape.contains(&0) { 0 } else { shape.iter().map(|size| size.cast_unsigned()).product() },
             contiguous: is_contiguous(shape, strides),
         };
@@ -283,25 +297,91 @@ impl Torch {
         if found.numel > 0 && found.pointer == 0 {
             return Ok(Some(Unusual::NoMemory));
         }
-        if found.itemsize == 1 && found.dtype.code < 2 {
+        if found.may_be_narrow() {
             let dtype = tensor.getattr(intern!(py, "dtype"))?;
             if !dtype.is(&self.int8) && !dtype.is(&self.uint8) {
                 return Ok(Some(Unusual::Dtype(dtype.to_string())));
             }
         }
-        // Only complex tensors can be conjugate views. A real negative view is the imaginary part of one: it steps over
-        // the real parts, unless a single element hides that. (`torch._neg_view` of contiguous memory is private.)
-        let complex = found.dtype.is_complex();
-        if complex && self.is_conj.bind(py).call1((tensor,))?.is_truthy()? {
-            return Ok(Some(Unusual::Lazy));
-        }
-        if found.dtype.is_differentiable()
-            && (complex || found.numel == 1 || !found.contiguous)
-            && self.is_neg.bind(py).call1((tensor,))?.is_truthy()?
+        if found.may_be_lazy()
+            && ((found.dtype.is_complex() && self.is_conj.bind(py).call1((tensor,))?.is_truthy()?)
+                || self.is_neg.bind(py).call1((tensor,))?.is_truthy()?)
         {
             return Ok(Some(Unusual::Lazy));
         }
         Ok(None)
+    }
+}
+
+/// Looks at tensors one after another: those of a list are mostly alike, so that only their addresses differ.
+pub(crate) struct Finder {
+    torch: &'static Torch,
+    /// The last that was found, and its shape and strides.
+    latest: Option<Found>,
+    dims: Vec<i64>,
+}
+
+/// What a [`Finder`] sees.
+pub(crate) enum Seen {
+    /// All but the address is as of the last tensor that was found.
+    Alike(usize),
+    Other(Found),
+    Unusual(Unusual),
+}
+
+impl Finder {
+    pub(crate) fn new(torch: &'static Torch) -> Self {
+        Self { torch, latest: None, dims: Vec::new() }
+    }
+
+    /// What [`Torch::find`] tells, with its errors.
+    #[inline]
+    pub(crate) fn find(&mut self, tensor: &Bound<'_, PyAny>) -> PyResult<Seen> {
+        let seen = match self.torch.see(tensor)? {
+            Ok(seen) => seen,
+            Err(unusual) => return Ok(Seen::Unusual(unusual)),
+        };
+        if let Some(latest) = &self.latest
+            && latest.device == seen.device
+            && latest.dtype == seen.dtype
+            // SAFETY: nothing has run since the tensor was seen.
+            && unsafe { seen.has_dims(&self.dims) }
+        {
+            let pointer = seen.pointer();
+            if pointer == 0 || latest.may_be_lazy() || latest.may_be_narrow() {
+                let found = Found { pointer, ..*latest };
+                if let Some(unusual) = self.torch.look_closer(tensor, &found)? {
+                    return Ok(Seen::Unusual(unusual));
+                }
+            }
+            return Ok(Seen::Alike(pointer));
+        }
+        self.dims.clear();
+        self.latest = None;
+        Ok(match self.torch.read(tensor, &seen, &mut self.dims)? {
+            Ok(found) => Seen::Other(*self.latest.insert(found)),
+            Err(unusual) => Seen::Unusual(unusual),
+        })
+    }
+
+    /// The shape and then the strides of the last that was found.
+    pub(crate) fn dims(&self) -> &[i64] {
+        &self.dims
+    }
+}
+
+impl Found {
+    /// Whether `DLPack` may have taken for it a tensor of integers of less than 8 bits.
+    fn may_be_narrow(&self) -> bool {
+        self.itemsize == 1 && self.dtype.code < 2
+    }
+
+    /// Whether it may be a conjugate or a negative view.
+    ///
+    /// Only complex tensors can be conjugate views. A real negative view is the imaginary part of one: it steps over the
+    /// real parts, unless a single element hides that. (`torch._neg_view` of contiguous memory is private.)
+    fn may_be_lazy(&self) -> bool {
+        self.dtype.is_complex() || (self.dtype.is_differentiable() && (self.numel == 1 || !self.contiguous))
     }
 }
 
@@ -310,20 +390,96 @@ impl Torch {
 /// Its Python object is read, which is a cache miss if it is not in the cache, but misses of several objects overlap.
 /// What it points to is only hinted at: with tensors in random order that makes `find` two to three times as fast.
 pub(crate) fn prefetch(object: &Bound<'_, PyAny>) {
-    const WORDS: usize = 4;
-    let object = object.as_ptr();
-    // SAFETY: `object` is a live Python object of at least so many bytes; any words of it may be read.
-    let words = unsafe {
-        if (*ffi::Py_TYPE(object)).tp_basicsize < size_of::<[usize; WORDS]>().cast_signed() {
-            return;
-        }
-        ptr::read_volatile(object.cast::<[usize; WORDS]>())
+    let Some(words) = words_of(object) else {
+        return;
     };
     // Behind the two words of every Python object lies the address of the tensor in C++; in older torch, a flag first.
     // Should this be wrong, then nothing is gained, but nothing is lost.
     let address = if words[2] > usize::from(u8::MAX) { words[2] } else { words[3] };
     for line in 0..3 {
         hint(address.wrapping_add(64 * line));
+    }
+}
+
+/// The first words of a Python object, if it has as many.
+#[inline]
+fn words_of(object: &Bound<'_, PyAny>) -> Option<[usize; 4]> {
+    let object = object.as_ptr();
+    // SAFETY: `object` is a live Python object of at least so many bytes; any words of it may be read.
+    unsafe {
+        let is_large = (*ffi::Py_TYPE(object)).tp_basicsize >= size_of::<[usize; 4]>().cast_signed();
+        is_large.then(|| ptr::read_volatile(object.cast()))
+    }
+}
+
+/// Goes ahead of who looks at tensors one after another, and begins to load what [`Torch::find`] will read.
+///
+/// Where a tensor lies is known only when its object has been read, and where its storage lies when the tensor has; so
+/// there are three of these walks, one behind the other.
+pub(crate) struct Ahead<'a, 'py> {
+    torch: &'static Torch,
+    objects: BorrowedTupleIterator<'a, 'py>,
+    tensors: BorrowedTupleIterator<'a, 'py>,
+    storages: BorrowedTupleIterator<'a, 'py>,
+    /// Whether it is certain where the object of a tensor has the address of the tensor in C++.
+    is_address_known: bool,
+}
+
+impl<'a, 'py> Ahead<'a, 'py> {
+    /// How many tensors each walk is ahead of the next one.
+    const DISTANCE: usize = 16;
+
+    pub(crate) fn new(torch: &'static Torch, list: &'a Bound<'py, PyTuple>) -> PyResult<Self> {
+        let walk = || list.iter_borrowed();
+        let is_address_known = match (&torch.stable_abi, walk().find(|object| torch.is_plain(object))) {
+            (Some(abi), Some(tensor)) => {
+                abi.handle(&tensor)?.address() == words_of(&tensor).map_or(0, |words| words[2])
+            }
+            _ => false,
+        };
+        let mut ahead = Self { torch, objects: walk(), tensors: walk(), storages: walk(), is_address_known };
+        (0..2 * Self::DISTANCE).for_each(|_| ahead.step_objects());
+        (0..Self::DISTANCE).for_each(|_| ahead.step_tensors());
+        Ok(ahead)
+    }
+
+    /// To be called before each tensor is looked at.
+    #[inline]
+    pub(crate) fn step(&mut self) {
+        self.step_objects();
+        self.step_tensors();
+        if self.is_address_known {
+            self.step_storages();
+        }
+    }
+
+    #[inline]
+    fn step_objects(&mut self) {
+        if let Some(object) = self.objects.next() {
+            hint(object.as_ptr() as usize);
+        }
+    }
+
+    #[inline]
+    fn step_tensors(&mut self) {
+        if let Some(object) = self.tensors.next() {
+            prefetch(&object);
+        }
+    }
+
+    #[inline]
+    fn step_storages(&mut self) {
+        if let Some(object) = self.storages.next()
+            && self.torch.is_plain(&object)
+            && let Some(words) = words_of(&object)
+            && words[2] != 0
+        {
+            // SAFETY: this is the address of the tensor in C++, as was seen of an object of the same layout; it is alive,
+            // and has many words. The third is the address of the storage; should it not be, then nothing is lost.
+            let storage = unsafe { ptr::read_volatile((words[2] as *const usize).add(2)) };
+            hint(storage);
+            hint(storage.wrapping_add(64));
+        }
     }
 }
 
