@@ -119,14 +119,12 @@ impl SafetensorsStack {
     }
 
     fn index(&self, py: Python<'_>) -> PyResult<IndexMap> {
-        let index = IndexMap::empty();
         let rows = self.stack.table_of.iter().zip(&self.stack.row_of);
         let entries = self.stack.tensors.iter().zip(rows).map(|(&tensor, (&table, &row))| {
-            let name = PyString::new(py, &self.header.name(tensor)[self.stripped..]);
-            (Name::new(name), (u64::from(table) << ROW_BITS | row).cast_signed())
+            let name = &self.header.name(tensor)[self.stripped..];
+            Ok((Name::from_utf8(py, name.as_bytes())?, (u64::from(table) << ROW_BITS | row).cast_signed()))
         });
-        index.insert_all(py, entries.collect())?;
-        Ok(index)
+        IndexMap::collect(self.stack.tensors.len(), entries)
     }
 
     fn spans(&self, gap: u64) -> Vec<(u64, u64)> {
