@@ -609,7 +609,7 @@ class SafetensorsHeader:
     def columns(self) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
         """Return the number of the kind of each tensor, and its first byte in the file. **O(n)**."""
     def stack(self, prefix: str) -> SafetensorsStack:
-        """Make those tensors rows of tables whose names begin with ``prefix``, which is left out then. **O(n)**."""
+        """Make those tensors rows of tables whose names begin with ``prefix`` and go on; it is left out. **O(n)**."""
 
 @final
 class SafetensorsStack:

@@ -57,14 +57,17 @@ class StateFile(Protocol):
     def tensors(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Return many tensors, by default all."""
 
-    def stacked(self, prefix: str = "") -> tuple[IndexMap, list[Tensor]]:
+    def load(self, name: str) -> Tensor:
+        """Return a tensor of its own that lies in memory; KeyError if there is none of that name."""
+
+    def stacked(self, prefix: str = "", *, loads: bool = False) -> tuple[IndexMap, list[Tensor]]:
         """Return tensors as rows of tables: see :meth:`pdrs._tensor_file.TensorFile.stacked`."""
 
     def close(self) -> None:
         """Close what is open; tensors stay valid."""
 
 
-def open_state(path: str | os.PathLike[str]) -> TensorFile | ShardedFile | TorchFile:
+def open_state(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> TensorFile | ShardedFile | TorchFile:
     """Open a file of tensors by name, of any kind.
 
     Parameters
@@ -79,8 +82,10 @@ def open_state(path: str | os.PathLike[str]) -> TensorFile | ShardedFile | Torch
         If the file is damaged, or of another kind.
     OSError
         If it cannot be opened.
+    TypeError
+        If it is no path.
     """
-    shown = os.fspath(path)
+    shown = os.fsdecode(path)
     if not os.path.exists(shown) and index_of(shown).exists():
         shown = os.fspath(index_of(shown))
     if shown.endswith(".json"):
@@ -179,6 +184,10 @@ class ShardedFile:
         """Return a tensor: see :meth:`pdrs._tensor_file.TensorFile.tensor`."""
         return self._files[self._map[name]].tensor(name)
 
+    def load(self, name: str) -> Tensor:
+        """Return a tensor that lies in memory; KeyError if there is no such tensor."""
+        return self._files[self._map[name]].load(name)
+
     def tensors(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Return many tensors, by default all, in the order of the index."""
         chosen = self.names if names is None else list(names)
@@ -190,7 +199,7 @@ class ShardedFile:
             found.update(self._files[shard].tensors(of_shard))
         return {name: found[name] for name in chosen}
 
-    def stacked(self, prefix: str = "") -> tuple[IndexMap, list[Tensor]]:
+    def stacked(self, prefix: str = "", *, loads: bool = False) -> tuple[IndexMap, list[Tensor]]:
         """Return tensors as rows of tables: see :meth:`pdrs._tensor_file.TensorFile.stacked`.
 
         Names are in the order of the shards. Where tensors of one kind are in several shards, they are copied.
@@ -199,7 +208,7 @@ class ShardedFile:
         parts: list[list[Tensor]] = []
         index = IndexMap()
         for shard, file in self._files.items():
-            of_shard, tables = file.stacked(prefix)
+            of_shard, tables = file.stacked(prefix, loads=loads)
             names, ids = list(of_shard), of_shard.rows()
             listed = self._listed[shard]
             if len(file) > len(listed):
@@ -295,9 +304,13 @@ class TorchFile:
         """Return many tensors, by default all."""
         return dict(self._state) if names is None else {name: self._state[name] for name in names}
 
-    def stacked(self, prefix: str = "") -> tuple[IndexMap, list[Tensor]]:
-        """Return copies of tensors as rows of tables: see :meth:`pdrs._tensor_file.TensorFile.stacked`."""
-        keys = [name for name in self._state if name.startswith(prefix)]
+    def load(self, name: str) -> Tensor:
+        """Return a copy of a tensor; KeyError if there is no such tensor."""
+        return self._state[name].clone()
+
+    def stacked(self, prefix: str = "", *, loads: bool = False) -> tuple[IndexMap, list[Tensor]]:
+        """Return tensors as rows of tables: see :meth:`pdrs._tensor_file.TensorFile.stacked`."""
+        keys = [name for name in self._state if name.startswith(prefix) and (name != prefix or not prefix)]
         values: list[Any] = [self._state[name] for name in keys]
         classes, firsts = sort_tensors(values)
         odd = np.flatnonzero(classes < 0)
@@ -311,7 +324,9 @@ class TorchFile:
             there = np.flatnonzero(classes == class_)
             ids[there] = id_of(class_, np.arange(len(there)))
             chosen = [values[at] for at in there.tolist()]
-            tables.append(stack(chosen, chosen[0].detach()[None]))
+            table = stack(chosen, chosen[0].detach()[None])
+            # One alone has not been copied.
+            tables.append(table.clone() if loads and len(chosen) == 1 else table)
         return IndexMap.from_names([key[len(prefix) :] for key in keys], ids), tables
 
     def close(self) -> None:

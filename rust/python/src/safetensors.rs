@@ -91,7 +91,9 @@ impl SafetensorsHeader {
 
     fn stack(&self, py: Python<'_>, prefix: &str) -> SafetensorsStack {
         let header = &self.header;
-        let stack = py.detach(|| Stack::new(header, |number| header.name(number).starts_with(prefix)));
+        // What is the prefix itself has no name without it.
+        let goes_on = |name: &str| name.starts_with(prefix) && (name.len() > prefix.len() || prefix.is_empty());
+        let stack = py.detach(|| Stack::new(header, |number| goes_on(header.name(number))));
         SafetensorsStack { header: Arc::clone(header), stack, stripped: prefix.len() }
     }
 }
