@@ -183,14 +183,9 @@ def _is_of_pdrs(key: str) -> bool:
 
 
 def _contents(path: str, file: StateFile) -> _Contents:
-    if isinstance(file, TensorFile) and not _is_archive(file):
+    if isinstance(file, ShardedFile) or (isinstance(file, TensorFile) and not _is_archive(file)):
         kinds, kind_of = file.kinds()
         return _Contents(file.names, kind_of, [(_torch_name(code), shape) for code, shape in kinds])
-    if isinstance(file, ShardedFile):
-        tensors = [(file.code(name), file.shape(name)) for name in file]
-        numbers = {kind: number for number, kind in enumerate(dict.fromkeys(tensors))}
-        kind_of = np.array([numbers[kind] for kind in tensors], np.int64)
-        return _Contents(file.names, kind_of, [(_torch_name(code), shape) for code, shape in numbers])
     if isinstance(file, TorchFile):
         described = [(_short(tensor.dtype), tuple(tensor.shape)) for tensor in file.tensors().values()]
         places = {kind: number for number, kind in enumerate(dict.fromkeys(described))}

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 from pdrs._archive import Archive
 from pdrs._archive_sources import EXTRA_STATE, sorted_parameters
-from pdrs._core import IndexMap, TableRows, group_tensors, insert_ids, slab_views
+from pdrs._core import IndexMap, TableRows, group_tensors, insert_ids, names_behind, slab_views
 from pdrs._memory import empty
 from pdrs._named_rows import Names, as_list, id_of, row_of, table_of
 from pdrs._packed_names import Header, TableHeader, table_in_slab, unpack
@@ -106,11 +106,8 @@ class SavedDictionary:
 
     def narrow(self, beginning: str) -> bool:
         """Keep those names only that begin so, without their beginning; whether there are any. **O(n)**."""
-        names = list(self.index)
-        kept = [at for at, name in enumerate(names) if name.startswith(beginning) and len(name) > len(beginning)]
-        self.ids = self.ids[kept]
-        self.index = IndexMap.from_names([names[at][len(beginning) :] for at in kept], self.ids)
-        return bool(kept)
+        self.index, self.ids = names_behind(self.index, self.ids, beginning)
+        return len(self.index) > 0
 
     def table(self, table: TableHeader, *, loads: bool = False) -> Tensor:
         """Return the rows of a table, ``[capacity, *shape]``: loaded into memory, or mapped."""

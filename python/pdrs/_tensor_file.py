@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pdrs._core import IndexMap, SafetensorsHeader, safetensors_header
+from pdrs._core import IndexMap, SafetensorsHeader, SafetensorsStack, safetensors_header
 from pdrs._memory import empty
 from pdrs._safe_write import Progress, WholeFile, replacing
 
@@ -168,12 +168,12 @@ class TensorFile:
     def _read_header(self) -> None:
         try:
             length = SafetensorsHeader.size(self._read(0, min(8, self.size)), self.size)
-            self._header = SafetensorsHeader(self._read(8, 8 + length), self.size)
+            self.header = SafetensorsHeader(self._read(8, 8 + length), self.size)
         except ValueError as error:
             raise self.error(str(error)) from None
-        self.metadata: dict[str, str] = self._header.metadata
+        self.metadata: dict[str, str] = self.header.metadata
         """The texts of the header."""
-        self.data_start: int = self._header.data_start
+        self.data_start: int = self.header.data_start
         """The byte of the file at which the data begin."""
 
     def error(self, what: str) -> CheckpointError:
@@ -200,28 +200,28 @@ class TensorFile:
     @property
     def names(self) -> list[str]:
         """The names of all tensors, in the order of the header. **O(n)**."""
-        return self._header.names()
+        return self.header.names()
 
     def names_ending(self, ending: str) -> list[str]:
         """Return those names that end so, without a ``str`` for each of the others. **O(n)**."""
-        return self._header.names_ending(ending)
+        return self.header.names_ending(ending)
 
     def __len__(self) -> int:
         """Return the number of tensors. **O(1)**."""
-        return len(self._header)
+        return len(self.header)
 
     def __contains__(self, name: object) -> bool:
         """Whether there is a tensor of that name. **O(1)**."""
-        return isinstance(name, str) and self._header.find(name) is not None
+        return isinstance(name, str) and self.header.find(name) is not None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
     def _entry(self, name: str) -> tuple[str, str, tuple[int, ...], int, int]:
-        number = self._header.find(name)
+        number = self.header.find(name)
         if number is None:
             raise KeyError(name)
-        return self._header.entry(number)
+        return self.header.entry(number)
 
     def code(self, name: str) -> str:
         """Return the dtype as the file names it, such as ``"F32"``; KeyError if there is no such tensor."""
@@ -246,7 +246,7 @@ class TensorFile:
 
     def kinds(self) -> tuple[list[tuple[str, tuple[int, ...]]], NDArray[np.uint32]]:
         """Return the dtypes (as the file names them) and shapes that there are, and the number of each tensor's."""
-        return self._header.kinds(), self._header.columns()[0]
+        return self.header.kinds(), self.header.columns()[0]
 
     # -- the data ------------------------------------------------------------------------------------------------------
 
@@ -370,7 +370,12 @@ class TensorFile:
         CheckpointError
             As for :meth:`tensor`.
         """
-        stack = self._header.stack(prefix)
+        stack, tables = self.stack(prefix, loads=loads)
+        return stack.index(), tables
+
+    def stack(self, prefix: str = "", *, loads: bool = False) -> tuple[SafetensorsStack, list[Tensor]]:
+        """Return what :meth:`stacked` does, before names are made."""
+        stack = self.header.stack(prefix)
         tables, targets = [], []
         for code, shape, count, start in stack.tables():
             dtype, size = self._dtype(code), (count, *shape)
@@ -386,7 +391,7 @@ class TensorFile:
             for first in range(start, stop, BLOCK):
                 block = np.frombuffer(self._read(first, min(first + BLOCK, stop)), np.uint8)
                 stack.copy_block(block, first, targets)
-        return stack.index(), tables
+        return stack, tables
 
     def _map(self, start: int, stop: int) -> mmap.mmap:
         self._check_size()

@@ -327,7 +327,7 @@ class _States:
         return self.file.names
 
     def prefixes(self) -> list[str]:
-        found = [name for name in self.file if name.endswith(EXTRA_STATE) and is_packed(self.file.tensor(name))]
+        found = [name for name in self.file.names_ending(EXTRA_STATE) if is_packed(self.file.tensor(name))]
         return [name[: -len(EXTRA_STATE)] for name in found]
 
     def dtype(self, name: str) -> torch.dtype:

@@ -170,6 +170,21 @@ impl IndexMap {
         map.get_or_insert_many(names, draw, |_| ()).map_err(refused)
     }
 
+    /// Inserts entries as they are made, a batch at a time; those in front of one that fails stay.
+    pub(crate) fn extend_with(
+        &self,
+        py: Python<'_>,
+        mut entries: impl Iterator<Item = PyResult<(Name, i64)>>,
+    ) -> PyResult<()> {
+        loop {
+            let batch: Vec<_> = entries.by_ref().take(TOGETHER).collect::<PyResult<_>>()?;
+            if batch.is_empty() {
+                return Ok(());
+            }
+            self.insert_all(py, batch)?;
+        }
+    }
+
     /// Inserts entries: all, or, if a row is negative or there are too many, none.
     pub(crate) fn insert_all(&self, py: Python<'_>, entries: Vec<(Name, i64)>) -> PyResult<()> {
         let Some(largest) = entries.iter().map(|(_, row)| *row).max() else {
