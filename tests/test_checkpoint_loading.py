@@ -184,3 +184,48 @@ def test_tensors_of_any_size_are_read_whole(tmp_path: Path, monkeypatch: pytest.
 def _described(item: tuple[str, Tensor]) -> tuple[Any, ...]:
     name, tensor = item
     return name, tensor.dtype, tuple(tensor.shape), (tensor,)
+
+
+@pytest.mark.parametrize("write", [_named, _sharded, _of_torch])
+def test_a_dictionary_of_the_same_names_is_filled_without_a_tensor_for_each(
+    write: Callable[[pdrs.StackedParameterDict, Path], Path],
+    sd: pdrs.StackedParameterDict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = write(sd, tmp_path)
+    names = list(sd)
+    # Other rows, another order, and another dtype.
+    mine = pdrs.StackedParameterDict({name: torch.zeros_like(sd[name]).half() for name in (*names[-2:], *names[9::-1])})
+    part = pdrs.StackedParameterDict.from_rows(names[10:-2], torch.zeros(len(names) - 12, 8))
+    mine.update(part)
+    tables = list(mine.parameters())
+    versions = [table._version for table in tables]
+    monkeypatch.setattr(pdrs.checkpoint, "_state_for", None)
+    result = pdrs.load(path, mine)
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
+    assert [id(table) for table in mine.parameters()] == [id(table) for table in tables]
+    assert all(table._version > version for table, version in zip(tables, versions, strict=True))
+    for name in (*names[:12], *names[5000::999], *names[-3:]):
+        assert torch.equal(mine[name], sd[name].to(mine[name].dtype)), name
+
+
+def test_a_dictionary_that_differs_is_refused_with_the_messages_of_torch(
+    sd: pdrs.StackedParameterDict, tmp_path: Path
+) -> None:
+    rows = {"a": torch.ones(2), "b": torch.ones(3)}
+    pdrs.save(pdrs.StackedParameterDict(rows), tmp_path / "f", layout="named")
+    for wrong, said in (
+        ({"a": torch.zeros(2)}, "Unexpected key"),
+        ({"a": torch.zeros(2), "c": torch.zeros(3)}, "Missing key"),
+        ({"a": torch.zeros(2), "b": torch.zeros(4)}, "size mismatch for b"),
+    ):
+        module = pdrs.StackedParameterDict(wrong)
+        with pytest.raises(RuntimeError, match=said):
+            pdrs.load(tmp_path / "f", module)
+    seen: list[str] = []
+    hooked = pdrs.StackedParameterDict({name: torch.zeros_like(row) for name, row in rows.items()})
+    hooked.register_load_state_dict_post_hook(lambda module, keys: seen.append("hook"))
+    pdrs.load(tmp_path / "f", hooked)
+    assert seen == ["hook"]
+    assert torch.equal(hooked["b"], rows["b"])

@@ -17,18 +17,20 @@ from torch.nn import Parameter
 
 from pdrs._archive import Archive
 from pdrs._archive_sources import EXTRA_STATE, sorted_parameters
+from pdrs._checkpoint_hooks import changes_what_is_loaded
 from pdrs._core import IndexMap, TableRows, group_tensors, insert_ids, names_behind, slab_views
 from pdrs._memory import empty
-from pdrs._named_rows import Names, as_list, id_of, row_of, table_of
+from pdrs._named_rows import Names, as_list, id_of, partition, row_of, table_of
 from pdrs._packed_names import Header, TableHeader, table_in_slab, unpack
-from pdrs._row_blocks import scatter
+from pdrs._row_blocks import scatter, write_rows
 from pdrs._staging import upload
+from pdrs._state import is_intercepted
 from pdrs._tables import Kind
 from pdrs._tensor_file import CheckpointError
 from pdrs.parameter_dict import ParameterDict
 from pdrs.stacked import StackedParameterDict
 
-__all__ = ["Checkpoint", "SavedDictionary", "is_loaded", "open_dictionary"]
+__all__ = ["Checkpoint", "SavedDictionary", "continues", "is_loaded", "load_named", "open_dictionary"]
 
 # How many of many missing names an error lists.
 _LISTED = 5
@@ -225,6 +227,36 @@ class _Stacked:
         return self._tables[self.header.tables.index(table)]
 
 
+def load_named(checkpoint: Checkpoint, sd: StackedParameterDict) -> bool:
+    """Load a file that has a tensor for each name into a dictionary that has just these names, in their shapes.
+
+    Without a tensor for each. If anything differs nothing is loaded, and the result is false: torch's way, by the state
+    dict, then says what it is.
+    """
+    others = sd._modules or sd._buffers or sd._load_state_dict_post_hooks or len(sd._parameters) != len(sd._tables)
+    if others or changes_what_is_loaded(sd) or is_intercepted():
+        return False
+    part = _Stacked(checkpoint, "", loads=False)
+    with sd._lock:
+        if not 0 < len(sd._index) == len(part.index):
+            return False
+        ids = sd._index.lookup(part.index, -1)
+        plan = []
+        for (of_file, number), there in partition([table_of(part.ids), table_of(ids)]):
+            parameter = sd._parameters[sd._tables[number].attribute] if number >= 0 else None
+            rows = part.table(part.header.tables[of_file])
+            if type(parameter) is not Parameter or type(parameter.data) is not Tensor:
+                return False
+            if parameter.shape[1:] != rows.shape[1:]:
+                return False
+            plan.append((parameter, row_of(ids[there]), rows, row_of(part.ids[there])))
+        for parameter, places, rows, chosen in plan:
+            together = len(chosen) == len(rows) and bool((np.diff(chosen) == 1).all())
+            write_rows(parameter, places, rows if together else rows[torch.from_numpy(chosen)])
+        sd._note_load()
+    return True
+
+
 # -- a StackedParameterDict --------------------------------------------------------------------------------------------
 
 
@@ -246,7 +278,7 @@ def open_dictionary(
         for one in checkpoint.prefixes()
         if prefix.startswith(one) and one not in dictionaries
     }
-    if not dictionaries and not around and not _continues(checkpoint):
+    if not dictionaries and not around and not continues(checkpoint):
         sd = StackedParameterDict()
         loads = names is None and is_loaded(device, dtype)
         part = _Stacked(checkpoint, prefix, loads=loads)
@@ -272,7 +304,8 @@ def open_dictionary(
     return sd
 
 
-def _continues(checkpoint: Checkpoint) -> bool:
+def continues(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is an archive that continues another."""
     return isinstance(checkpoint, Archive) and checkpoint.previous is not None
 
 

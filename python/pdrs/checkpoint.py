@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.modules.module import _IncompatibleKeys
 
 from pdrs._archive import Archive, packed_before, same_file, write_archive
 from pdrs._archive_sources import EXTRA_STATE, collect
@@ -21,7 +22,7 @@ from pdrs._checkpoint_hooks import changes_what_is_loaded, giving, prefixes_wher
 from pdrs._core import IndexMap
 from pdrs._named_layout import MAX_SHARD, write_named
 from pdrs._named_rows import Names, table_of
-from pdrs._opened import Checkpoint, SavedDictionary, is_loaded, open_dictionary
+from pdrs._opened import Checkpoint, SavedDictionary, continues, is_loaded, load_named, open_dictionary
 from pdrs._packed_names import is_packed
 from pdrs._state_files import StateFile, open_state
 from pdrs._tensor_file import CheckpointError, TensorFile
@@ -238,6 +239,9 @@ def load(path: _Path, module: Module, strict: bool = True, *, verify: bool = Fal
     with _read(path) as checkpoint:
         if verify:
             checkpoint.verify()
+        is_plain = not checkpoint.prefixes() and not continues(checkpoint)
+        if is_plain and isinstance(module, StackedParameterDict) and load_named(checkpoint, module):
+            return _IncompatibleKeys([], [])
         state, given = _state_for(module, checkpoint)
         with giving(given):
             if given and isinstance(module, ParameterDict):
