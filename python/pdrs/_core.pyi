@@ -613,8 +613,11 @@ class SafetensorsHeader:
         """Return the dtype and shape of each kind of tensors that there is."""
     def columns(self) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
         """Return the number of the kind of each tensor, and its first byte in the file. **O(n)**."""
-    def stack(self, prefix: str) -> SafetensorsStack:
-        """Make those tensors rows of tables whose names begin with ``prefix`` and go on; it is left out. **O(n)**."""
+    def stack(self, prefix: str, padding: str) -> SafetensorsStack:
+        """Make those tensors rows of tables whose names begin with ``prefix`` and go on; it is left out. **O(n)**.
+
+        Tensors whose names begin with ``padding`` are none.
+        """
 
 @final
 class SafetensorsStack:

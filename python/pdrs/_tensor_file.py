@@ -375,7 +375,7 @@ class TensorFile:
 
     def stack(self, prefix: str = "", *, loads: bool = False) -> tuple[SafetensorsStack, list[Tensor]]:
         """Return what :meth:`stacked` does, before names are made."""
-        stack = self.header.stack(prefix)
+        stack = self.header.stack(prefix, _PADDING)
         tables, targets = [], []
         for code, shape, count, start in stack.tables():
             dtype, size = self._dtype(code), (count, *shape)

@@ -90,11 +90,12 @@ impl SafetensorsHeader {
         (PyArray1::from_vec(py, kinds), PyArray1::from_vec(py, starts))
     }
 
-    fn stack(&self, py: Python<'_>, prefix: &str) -> SafetensorsStack {
+    fn stack(&self, py: Python<'_>, prefix: &str, padding: &str) -> SafetensorsStack {
         let header = &self.header;
         // What is the prefix itself has no name without it.
         let goes_on = |name: &str| name.starts_with(prefix) && (name.len() > prefix.len() || prefix.is_empty());
-        let stack = py.detach(|| Stack::new(header, |number| goes_on(header.name(number))));
+        let is_chosen = |name: &str| goes_on(name) && !name.starts_with(padding);
+        let stack = py.detach(|| Stack::new(header, |number| is_chosen(header.name(number))));
         SafetensorsStack { header: Arc::clone(header), stack, stripped: prefix.len() }
     }
 }
