@@ -73,6 +73,7 @@ class Archive:
         self.dictionaries: dict[str, str] = {}
         self.id: str | None = None
         self._how: dict[str, tuple[str, tuple[int, ...], str]] = {}
+        self._verified: dict[str, Tensor] = {}
         text = self.file.metadata.get("pdrs")
         if text is None:
             if _CHECK in self.file.metadata:
@@ -122,6 +123,7 @@ class Archive:
 
     def close(self) -> None:
         """Close the files; tensors that were taken from them stay valid."""
+        self._verified.clear()
         self.file.close()
         if self.previous is not None:
             self.previous.close()
@@ -165,16 +167,27 @@ class Archive:
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor of its own: nobody sees what is written to it. What has not changed is a map of its file."""
+        return self._tensor(name, self.file.tensor, Archive.tensor)
+
+    def load(self, name: str) -> Tensor:
+        """Return a tensor of its own that lies in memory."""
+        return self._tensor(name, self.file.load, Archive.load)
+
+    def _tensor(
+        self, name: str, in_file: Callable[[str], Tensor], in_archive: Callable[[Archive, str], Tensor]
+    ) -> Tensor:
+        if name in self._verified:
+            return self._verified.pop(name)
         if not self._how:
-            return self.file.tensor(name)
+            return in_file(name)
         how, shape, total = self._how[name]
         made: Tensor
         if how == _WHOLE:
-            made = self._in_file(name, self.file.tensor)
+            made = self._in_file(name, in_file)
         elif how == _SAME:
-            made = self._before(name).tensor(name)
+            made = in_archive(self._before(name), name)
         elif how == _SOME:
-            made = self._with_rows(name, shape)
+            made = self._with_rows(name, shape, in_archive(self._before(name), name))
         elif how == _NAMES:
             old, delta = self._before(name).tensor(name), self._in_file(name + _CHANGES, self.file.tensor)
             try:
@@ -193,9 +206,9 @@ class Archive:
         """Return many tensors of their own."""
         return {name: self.tensor(name) for name in names} if self._how else self.file.tensors(names)
 
-    def stacked(self, prefix: str) -> tuple[IndexMap, list[Tensor]]:
+    def stacked(self, prefix: str, *, loads: bool) -> tuple[IndexMap, list[Tensor]]:
         """Return the tensors below a prefix as rows of tables, if there is neither a dictionary nor a chain."""
-        return self.file.stacked(prefix)
+        return self.file.stacked(prefix, loads=loads)
 
     def _in_file(self, name: str, take: Callable[[str], Any]) -> Any:
         if name not in self.file:
@@ -208,10 +221,9 @@ class Archive:
             raise self.error(f"the tensor {name!r} is missing in {self.previous.file.path}, which it continues")
         return self.previous
 
-    def _with_rows(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def _with_rows(self, name: str, shape: tuple[int, ...], old: Tensor) -> Tensor:
         rows = self._in_file(name + _ROWS, self.file.tensor)
         values = self._in_file(name + _VALUES, self.file.tensor)
-        old = self._before(name).tensor(name)
         fits = rows.dtype in (torch.int32, torch.int64) and rows.dim() == 1 and values.dtype == old.dtype
         if not fits or old.dim() == 0 or not shape or values.shape != (len(rows), *shape[1:]):
             raise self.error(f"the tensors {name + _ROWS!r} and {name + _VALUES!r} do not fit to {name!r}")
@@ -248,8 +260,13 @@ class Archive:
             return self.file.view(start, min(stop, start + 16))
         return self._before(name)._beginning(name)
 
-    def verify(self) -> None:
+    def verify(self, *, keeps: Callable[[str], bool] = lambda name: False) -> None:
         """Read all data, and compare their checksums with those in the metadata, where there are some.
+
+        Parameters
+        ----------
+        keeps
+            Says of a tensor whether what was read is kept, for the next call that asks for it.
 
         Raises
         ------
@@ -265,8 +282,7 @@ class Archive:
                 continue
             if name not in self.sums:
                 raise self.error(f"the tensor {name!r} has no checksum")
-            dtype, shape = self.file.code(name), self.file.shape(name)
-            found = f"{crc32(bytes_of(self.file.tensor(name)), _sum_before(name, dtype, shape)):08x}"
+            found = self._sum_in_file(name, keeps=not self._how and keeps(name))
             if found != self.sums[name]:
                 start, stop = self.file.offsets(name)
                 raise self.error(
@@ -279,6 +295,20 @@ class Archive:
         for name, (_, _, total) in self._how.items():
             if _sum_of(self.tensor(name)) != total:
                 raise self.error(f"the tensor {name!r} is not what it was: the checksum differs")
+
+    def _sum_in_file(self, name: str, *, keeps: bool) -> str:
+        total = _sum_before(name, self.file.code(name), self.file.shape(name))
+
+        def add(part: NDArray[np.uint8]) -> None:
+            nonlocal total
+            total = crc32(part, total)
+
+        if keeps:
+            self._verified[name] = self.file.load(name, add)
+        else:
+            for part in self.file.parts(name):
+                add(part)
+        return f"{total:08x}"
 
 
 def _sum_of_text(text: str) -> str:

@@ -195,14 +195,9 @@ def _contents(path: str, file: StateFile) -> _Contents:
         sd = checkpoint.open(path)
         tables = [sd._parameter(table) for table in sd._tables]
         return _Contents(list(sd), table_of(sd._index.rows()), [(_short(t.dtype), tuple(t.shape[1:])) for t in tables])
-    if isinstance(file, TensorFile):
+    if isinstance(file, (TensorFile, ShardedFile)):
         kinds, kind_of = file.kinds()
         return _Contents(file.names, kind_of, [(_torch_name(code), shape) for code, shape in kinds])
-    if isinstance(file, ShardedFile):
-        tensors = [(file.code(name), file.shape(name)) for name in file]
-        numbers = {kind: number for number, kind in enumerate(dict.fromkeys(tensors))}
-        kind_of = np.array([numbers[kind] for kind in tensors], np.int64)
-        return _Contents(file.names, kind_of, [(_torch_name(code), shape) for code, shape in numbers])
     described = [(_short(file.dtype(name)), file.shape(name)) for name in file]
     places = {kind: number for number, kind in enumerate(dict.fromkeys(described))}
     return _Contents(file.names, np.array([places[kind] for kind in described], np.int64), list(places))

@@ -17,6 +17,7 @@ __all__ = [
     "NameIterator",
     "SafetensorsHeader",
     "SafetensorsStack",
+    "ShardIndex",
     "TableRows",
     "TensorGroup",
     "all_kept",
@@ -36,6 +37,7 @@ __all__ = [
     "insert_ids",
     "load_matching",
     "missing_names",
+    "names_behind",
     "not_copied_yet",
     "pack_names",
     "place_copies",
@@ -46,11 +48,13 @@ __all__ = [
     "prepare",
     "remove_names",
     "replace_ids",
+    "safetensors_entries",
     "safetensors_header",
     "safetensors_shards",
     "save_parameters",
     "set_entry",
     "set_row",
+    "shard_lines",
     "slab_views",
     "sort_tensors",
     "take_over",
@@ -575,6 +579,7 @@ def find_rows(index: IndexMap, names: Iterable[str]) -> tuple[int, NDArray[np.in
 
 def insert_ids(index: IndexMap, names: Iterable[str], ids: NDArray[np.int64]) -> None: ...
 def missing_names(index: IndexMap, names: Iterable[str]) -> list[str]: ...
+def names_behind(index: IndexMap, ids: NDArray[np.int64], beginning: str) -> tuple[IndexMap, NDArray[np.int64]]: ...
 def remove_names(index: IndexMap, names: Iterable[str]) -> NDArray[np.int64]: ...
 def replace_ids(index: IndexMap, ids: NDArray[np.int64]) -> None: ...
 def pop_row(stacked: Any, name: str) -> Tensor | None: ...
@@ -629,7 +634,7 @@ class SafetensorsHeader:
     def columns(self) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
         """Return the number of the kind of each tensor, and its first byte in the file. **O(n)**."""
     def stack(self, prefix: str) -> SafetensorsStack:
-        """Make those tensors rows of tables whose names begin with ``prefix``, which is left out then. **O(n)**."""
+        """Make those tensors rows of tables whose names begin with ``prefix`` and go on; it is left out. **O(n)**."""
 
 @final
 class SafetensorsStack:
@@ -642,6 +647,20 @@ class SafetensorsStack:
         """
     def index(self) -> IndexMap:
         """Return the names in the order of the header, with ids: the table in the upper bits, 40 bits for the row."""
+    def add_names(
+        self, index: IndexMap, numbers: list[int], first_rows: list[int], listed: tuple[ShardIndex, int] | None
+    ) -> None:
+        """Add the names to an index in which there may be others, with ids of larger tables. **O(n)**.
+
+        Parameters
+        ----------
+        index
+            What they are added to.
+        numbers, first_rows
+            Of each table, the number of the one that it becomes a part of, and the row at which it begins there.
+        listed
+            The index of a file in shards, and the number of this one: names that it does not list are left out.
+        """
     def spans(self, gap: int) -> list[tuple[int, int]]:
         """Return the parts of the file that must be copied; there are more than ``gap`` bytes between them."""
     def copy_block(self, block: NDArray[np.uint8], start: int, targets: list[NDArray[np.uint8]]) -> None:
@@ -649,6 +668,67 @@ class SafetensorsStack:
 
         ``targets`` are the bytes of each such table, and for others no bytes.
         """
+
+@final
+class ShardIndex:
+    """The index of a safetensors file in shards: which name is in which.
+
+    Parameters
+    ----------
+    text
+        The JSON of the file ``model.safetensors.index.json``.
+
+    Raises
+    ------
+    ValueError
+        If it is damaged or has no ``weight_map``.
+
+    Cost: **O(n)**, as for a header.
+    """
+
+    def __new__(cls, text: bytes) -> ShardIndex: ...
+    def __len__(self) -> int:
+        """Return the number of names. **O(1)**."""
+    @property
+    def shards(self) -> list[str]:
+        """The files, in the order of their first names."""
+    @property
+    def metadata(self) -> str:
+        """What stands beside the names, as JSON; empty if there is nothing."""
+    def counts(self) -> list[int]:
+        """Return the number of names in each shard. **O(n)**."""
+    def names(self) -> list[str]:
+        """Return all names in order. **O(n)**."""
+    def names_ending(self, ending: str) -> list[str]:
+        """Return those names that end so, in order. **O(n)**."""
+    def find(self, name: str) -> int | None:
+        """Return the number of the shard that a name is in, or None if it is not there. **O(1)**."""
+    def missing(self, headers: list[SafetensorsHeader]) -> tuple[int, str] | None:
+        """Return the first name that is not in the header of its shard, behind the number of that. **O(n)**.
+
+        ``headers`` are those of all shards.
+        """
+    def kinds(self, headers: list[SafetensorsHeader]) -> tuple[list[tuple[str, tuple[int, ...]]], NDArray[np.uint32]]:
+        """Return the dtypes and shapes that there are, and the number of that of each name, in order. **O(n)**.
+
+        ``headers`` are those of all shards.
+        """
+
+def shard_lines(names: list[str], range: tuple[int, int], file: str) -> NDArray[np.uint8]:
+    """Return the lines of an index which say that some names are in a file, each behind a comma. **O(m)**."""
+
+def safetensors_entries(
+    names: list[str],
+    kinds: Sequence[tuple[str, Sequence[int]]],
+    kind_of: NDArray[np.uint32],
+    range: tuple[int, int],
+    start: int,
+) -> tuple[NDArray[np.uint8], int]:
+    """Return what a header has of some tensors, each behind a comma, and where the data behind them begin. **O(m)**.
+
+    Arguments are those of ``safetensors_header``; ``range`` is the first name and the one behind the last, and
+    ``start`` where the data of the first begin.
+    """
 
 def safetensors_header(
     metadata: list[tuple[str, str]],
@@ -682,10 +762,11 @@ def safetensors_shards(
     kind_of: NDArray[np.uint32],
     header_bytes: int,
     data_bytes: int,
-) -> list[int]:
-    """Cut tensors into shards with headers and data of at most so many bytes; return how many tensors each has.
+) -> list[tuple[int, int]]:
+    """Cut tensors into shards with headers and data of at most so many bytes.
 
-    A single tensor may be larger. Arguments are those of ``safetensors_header``.
+    Return how many tensors each has, and the bytes that ``safetensors_entries`` gives for them. A single tensor may be
+    larger. Arguments are those of ``safetensors_header``; ValueError if a name is ``"__metadata__"``.
     """
 
 def sort_tensors(values: list[Any]) -> tuple[NDArray[np.int64], list[int]]: ...

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Module
 
-from pdrs._core import IndexMap, safetensors_header, safetensors_shards, sort_tensors
+from pdrs._core import IndexMap, safetensors_entries, safetensors_header, safetensors_shards, sort_tensors
 from pdrs._named_rows import partition, row_of, table_of
 from pdrs._row_blocks import stack
 from pdrs._safe_write import replacing
-from pdrs._shards import remove_interrupted, replacing_file, replacing_shards
+from pdrs._shards import PIECE, remove_interrupted, replacing_file, replacing_shards
 from pdrs._tensor_file import BLOCK, CODES, PAGE, pieces_of
 from pdrs.stacked import StackedParameterDict
 
@@ -46,12 +46,19 @@ class _Rows:
         Of each tensor.
     block
         Gives the tensors from one place to another, as ``[count, *shape]``.
+    origin
+        Where the names come from: those of one origin differ.
     """
 
     def __init__(
-        self, names: list[str], dtype: torch.dtype, shape: Sequence[int], block: Callable[[int, int], Tensor]
+        self,
+        names: list[str],
+        dtype: torch.dtype,
+        shape: Sequence[int],
+        block: Callable[[int, int], Tensor],
+        origin: object,
     ) -> None:
-        self.names, self.dtype, self.shape, self.block = names, dtype, list(shape), block
+        self.names, self.dtype, self.shape, self.block, self.origin = names, dtype, list(shape), block, origin
         if dtype not in CODES:
             raise TypeError(f"safetensors has no dtype like {dtype}, of which {names[0]!r} is")
         self.nbytes = prod(self.shape) * dtype.itemsize
@@ -108,25 +115,33 @@ def write_named(
     Whenever the process dies, a reader finds the old file or files, or the new ones: shards get names that no file
     has, and the index, or the one file, is replaced in one step. What it replaces is deleted only then.
     The order is that of the names, tensors with wider elements first, which keeps all of them aligned. Tensors that
-    share memory are written each. Extra memory: a block of 64 MB, and the header.
+    share memory are written each. Extra memory: a block of 64 MB at most. Headers and the index are written in pieces.
 
     """
     # Wider elements first: each tensor then begins at a multiple of the size of its elements.
     parts = sorted(_parts(source), key=lambda part: -part.dtype.itemsize)
     names = parts[0].names if len(parts) == 1 else [name for part in parts for name in part.names]
-    _check(names)
+    _check(names, parts)
     target = Path(os.fspath(path))
     texts = list(({"format": "pt"} | dict(metadata or {})).items())
     kinds = [(CODES[part.dtype], part.shape) for part in parts]
     kind_of = np.repeat(np.arange(len(parts), dtype=np.uint32), [len(part.names) for part in parts])
-    room = MAX_HEADER - PAGE - len(safetensors_header(texts, [], [], kind_of[:0], 1))
-    counts = safetensors_shards(names, kinds, kind_of, room, max_shard_size) or [0]
+    # As far as tensors have no part in it.
+    beginning = safetensors_header(texts, [], [], kind_of[:0], 1)
+    shards = safetensors_shards(names, kinds, kind_of, MAX_HEADER - PAGE - len(beginning), max_shard_size) or [(0, 0)]
 
-    def write(file: Path, first: int, count: int, complete: Callable[[], None] | None = None) -> int:
-        header = safetensors_header(texts, names[first : first + count], kinds, kind_of[first : first + count], PAGE)
-        chosen = list(_overlaps(parts, first, first + count))
-        with replacing(file, len(header) + sum(part.nbytes * count for part, _, count in chosen), sync=sync) as out:
-            out.write(header)
+    def write(file: Path, first: int, count: int, entry_bytes: int, complete: Callable[[], None] | None = None) -> int:
+        end = first + count
+        size = -(-(len(beginning) + entry_bytes) // PAGE) * PAGE
+        chosen = list(_overlaps(parts, first, end))
+        with replacing(file, size + sum(part.nbytes * count for part, _, count in chosen), sync=sync) as out:
+            out.write((size - 8).to_bytes(8, "little"))
+            out.write(beginning[8:-1])
+            at = 0
+            for start in range(first, end, PIECE):
+                entries, at = safetensors_entries(names, kinds, kind_of, (start, min(start + PIECE, end)), at)
+                out.write(entries)
+            out.write(b"}" + b" " * (size - out.position - 1))
             for part, start, count in chosen:
                 for block in part.blocks(start, start + count):
                     for piece in pieces_of(block):
@@ -136,23 +151,28 @@ def write_named(
         return out.position
 
     remove_interrupted(target)
-    if len(counts) == 1:
+    if len(shards) == 1:
         with replacing_file(target) as complete:
-            return {target: write(target, 0, len(names), complete)}
+            return {target: write(target, 0, *shards[0], complete)}
+    counts = [count for count, _ in shards]
     total = sum(part.nbytes * len(part.names) for part in parts)
     with replacing_shards(target, names, counts, total, sync=sync) as files:
-        starts = np.cumsum([0, *counts[:-1]]).tolist()
-        return {file: write(file, first, count) for file, first, count in zip(files, starts, counts, strict=True)}
+        ends = np.cumsum(counts).tolist()
+        return {
+            file: write(file, end - count, count, entry_bytes)
+            for file, end, (count, entry_bytes) in zip(files, ends, shards, strict=True)
+        }
 
 
-def _check(names: list[str]) -> None:
+def _check(names: list[str], parts: list[_Rows]) -> None:
+    if len({id(part.origin) for part in parts}) < 2:
+        return
+    # A row of a dictionary may have the name of another module's tensor.
     index = IndexMap.from_names(names)
     if len(index) < len(names):
         seen: set[str] = set()
         twice = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise ValueError(f"two tensors have the name {twice!r}")
-    if "__metadata__" in index:
-        raise ValueError("no tensor can have the name '__metadata__' in a safetensors file")
 
 
 def _overlaps(parts: list[_Rows], first: int, end: int) -> Iterator[tuple[_Rows, int, int]]:
@@ -203,7 +223,7 @@ def _of_stacked(sd: StackedParameterDict, prefix: str) -> list[_Rows]:
     for (number,), there in partition([table_of(ids)]):
         table, rows = tables[number], row_of(ids[there])
         chosen = names if len(there) == len(names) else [names[at] for at in there.tolist()]
-        parts.append(_Rows(chosen, table.dtype, table.shape[1:], _TableBlocks(table, rows)))
+        parts.append(_Rows(chosen, table.dtype, table.shape[1:], _TableBlocks(table, rows), sd))
     return parts
 
 
@@ -212,13 +232,18 @@ class _TableBlocks:
 
     def __init__(self, table: Tensor, rows: NDArray[np.int64]) -> None:
         self.table = table
-        self.first = int(rows[0]) if (np.diff(rows) == 1).all() else None
-        self.rows = torch.from_numpy(rows)
+        self.first = int(rows[0]) if _follow_each_other(rows) else None
+        self.rows = torch.from_numpy(rows if self.first is None else rows[:0].copy())
 
     def __call__(self, start: int, stop: int) -> Tensor:
         if self.first is not None:
             return self.table[self.first + start : self.first + stop]
         return self.table.index_select(0, self.rows[start:stop].to(self.table.device))
+
+
+def _follow_each_other(rows: NDArray[np.int64]) -> bool:
+    # A part at a time: the difference of all would take as much memory as they do.
+    return all(bool((np.diff(rows[at : at + PIECE + 1]) == 1).all()) for at in range(0, len(rows), PIECE))
 
 
 def _of_tensors(names: list[str], values: list[Any]) -> list[_Rows]:
@@ -239,7 +264,7 @@ def _of_tensors(names: list[str], values: list[Any]) -> list[_Rows]:
         places = there.tolist()
         first = values[places[0]]
         chosen = [values[at] for at in places]
-        parts.append(_Rows([names[at] for at in places], first.dtype, first.shape, _ListBlocks(chosen)))
+        parts.append(_Rows([names[at] for at in places], first.dtype, first.shape, _ListBlocks(chosen), None))
     return parts
 
 

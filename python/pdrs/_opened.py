@@ -17,17 +17,23 @@ from torch.nn import Parameter
 
 from pdrs._archive import Archive
 from pdrs._archive_sources import EXTRA_STATE, sorted_parameters
-from pdrs._core import IndexMap, TableRows, group_tensors, insert_ids, slab_views
-from pdrs._named_rows import Names, as_list, id_of, row_of, table_of
+from pdrs._checkpoint_hooks import changes_what_is_loaded
+from pdrs._core import IndexMap, TableRows, group_tensors, insert_ids, names_behind, slab_views
+from pdrs._memory import empty
+from pdrs._named_rows import Names, as_list, id_of, partition, row_of, table_of
 from pdrs._packed_names import Header, TableHeader, table_in_slab, unpack
-from pdrs._row_blocks import scatter
+from pdrs._row_blocks import scatter, write_rows
 from pdrs._staging import upload
+from pdrs._state import is_intercepted
 from pdrs._tables import Kind
 from pdrs._tensor_file import CheckpointError
 from pdrs.parameter_dict import ParameterDict
 from pdrs.stacked import StackedParameterDict
 
-__all__ = ["Checkpoint", "NamedTensors", "SavedDictionary", "open_dictionary"]
+__all__ = ["Checkpoint", "NamedTensors", "SavedDictionary", "continues", "is_loaded", "load_named", "open_dictionary"]
+
+# How many of many missing names an error lists.
+_LISTED = 5
 
 
 class Checkpoint(Protocol):
@@ -48,11 +54,14 @@ class Checkpoint(Protocol):
     def tensor(self, name: str) -> Tensor:
         """Return a tensor of its own."""
 
+    def load(self, name: str) -> Tensor:
+        """Return a tensor of its own that lies in memory, and is no map of a file."""
+
     def tensors(self, names: list[str]) -> dict[str, Tensor]:
         """Return many tensors, which may share maps."""
 
-    def stacked(self, prefix: str) -> tuple[IndexMap, list[Tensor]]:
-        """Return tensors below a prefix as rows of tables, where there are no dictionaries."""
+    def stacked(self, prefix: str, *, loads: bool) -> tuple[IndexMap, list[Tensor]]:
+        """Return tensors below a prefix as rows of tables, where there are no dictionaries; loaded, or else mapped."""
 
     def error(self, what: str) -> CheckpointError:
         """Return an error about the checkpoint."""
@@ -99,26 +108,24 @@ class SavedDictionary:
 
     def narrow(self, beginning: str) -> bool:
         """Keep those names only that begin so, without their beginning; whether there are any. **O(n)**."""
-        names = list(self.index)
-        kept = [at for at, name in enumerate(names) if name.startswith(beginning) and len(name) > len(beginning)]
-        self.ids = self.ids[kept]
-        self.index = IndexMap.from_names([names[at][len(beginning) :] for at in kept], self.ids)
-        return bool(kept)
+        self.index, self.ids = names_behind(self.index, self.ids, beginning)
+        return len(self.index) > 0
 
-    def table(self, table: TableHeader) -> Tensor:
-        """Return the rows of a table, ``[capacity, *shape]``."""
+    def table(self, table: TableHeader, *, loads: bool = False) -> Tensor:
+        """Return the rows of a table, ``[capacity, *shape]``: loaded into memory, or mapped."""
+        take = self.checkpoint.load if loads else self.checkpoint.tensor
         name = self.prefix + (table.attribute if table.slab is None else table.slab.tensor)
         if name not in self._there:
             raise self._error(table, f"there is no tensor {name!r}")
         if table.slab is not None:
             if name not in self._slabs:
-                self._slabs[name] = self.checkpoint.tensor(name)
+                self._slabs[name] = take(name)
             try:
                 found = table_in_slab(table, self._slabs[name])
             except ValueError as error:
                 raise self.checkpoint.error(str(error)) from error
         else:
-            found = self.checkpoint.tensor(name)
+            found = take(name)
         if found.dim() == 0 or len(found) < table.used:
             raise self._error(table, f"{table.used} rows are in use, and its shape is {list(found.shape)}")
         if table.trainable and not (found.is_floating_point() or found.is_complex()):
@@ -179,7 +186,7 @@ class SavedDictionary:
         numbers, rows = table_of(self.ids), row_of(self.ids)
         for number, table in enumerate(self.header.tables):
             there = np.flatnonzero(numbers == number)
-            data = self.table(table)
+            data = self.table(table, loads=True)
             shape = list(data.shape[1:])
             numel = prod(shape)
             made: list[Any]
@@ -220,11 +227,11 @@ class NamedTensors:
 class _Stacked:
     """The tensors of a file in which each name has one, as a dictionary."""
 
-    def __init__(self, checkpoint: Checkpoint, prefix: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, prefix: str, *, loads: bool) -> None:
         self.prefix = ""
-        self.index, self._tables = checkpoint.stacked(prefix)
+        self.index, self._tables = checkpoint.stacked(prefix, loads=loads)
         if "" in self.index:
-            raise checkpoint.error(f"the tensor {prefix!r} has no name without its prefix")
+            raise checkpoint.error("a tensor has the empty name, which no entry can have")
         self.ids = self.index.rows()
         headers = []
         for number, table in enumerate(self._tables):
@@ -233,9 +240,39 @@ class _Stacked:
             headers.append(TableHeader(f"{attribute}.{number}", 0, trainable, len(table)))
         self.header = Header(tuple(headers))
 
-    def table(self, table: TableHeader) -> Tensor:
-        """Return the rows of a table, ``[capacity, *shape]``."""
+    def table(self, table: TableHeader, *, loads: bool = False) -> Tensor:
+        """Return the rows of a table, ``[capacity, *shape]``, as they have been read."""
         return self._tables[self.header.tables.index(table)]
+
+
+def load_named(checkpoint: Checkpoint, sd: StackedParameterDict) -> bool:
+    """Load a file that has a tensor for each name into a dictionary that has just these names, in their shapes.
+
+    Without a tensor for each. If anything differs nothing is loaded, and the result is false: torch's way, by the state
+    dict, then says what it is.
+    """
+    others = sd._modules or sd._buffers or sd._load_state_dict_post_hooks or len(sd._parameters) != len(sd._tables)
+    if others or changes_what_is_loaded(sd) or is_intercepted():
+        return False
+    part = _Stacked(checkpoint, "", loads=False)
+    with sd._lock:
+        if not 0 < len(sd._index) == len(part.index):
+            return False
+        ids = sd._index.lookup(part.index, -1)
+        plan = []
+        for (of_file, number), there in partition([table_of(part.ids), table_of(ids)]):
+            parameter = sd._parameters[sd._tables[number].attribute] if number >= 0 else None
+            rows = part.table(part.header.tables[of_file])
+            if type(parameter) is not Parameter or type(parameter.data) is not Tensor:
+                return False
+            if parameter.shape[1:] != rows.shape[1:]:
+                return False
+            plan.append((parameter, row_of(ids[there]), rows, row_of(part.ids[there])))
+        for parameter, places, rows, chosen in plan:
+            together = len(chosen) == len(rows) and bool((np.diff(chosen) == 1).all())
+            write_rows(parameter, places, rows if together else rows[torch.from_numpy(chosen)])
+        sd._note_load()
+    return True
 
 
 # -- a StackedParameterDict --------------------------------------------------------------------------------------------
@@ -261,7 +298,8 @@ def open_dictionary(
     }
     if not dictionaries and not around and not _has_more(checkpoint):
         sd = StackedParameterDict()
-        part = _Stacked(checkpoint, prefix)
+        loads = names is None and is_loaded(device, dtype)
+        part = _Stacked(checkpoint, prefix, loads=loads)
         if prefix and not len(part.index):
             raise KeyError(f"nothing in the checkpoint begins with {prefix!r}")
         fill(sd, [part], checkpoint, prefix, None if names is None else as_list(names), device, dtype)
@@ -289,6 +327,16 @@ def _has_more(checkpoint: Checkpoint) -> bool:
     if not isinstance(checkpoint, Archive) or checkpoint.id is None:
         return False
     return checkpoint.previous is not None or len(checkpoint.names) < len(checkpoint.file)
+
+
+def continues(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is an archive that continues another."""
+    return isinstance(checkpoint, Archive) and checkpoint.previous is not None
+
+
+def is_loaded(device: torch.device | None, dtype: torch.dtype | None) -> bool:
+    """Whether tables are to be read as they are, and not mapped: what is converted or sent off is read from a map."""
+    return device is not None and device.type == "cpu" and dtype is None
 
 
 def fill(
@@ -327,7 +375,7 @@ def fill(
     if gathers and names is None:
         names = list(index)
     if names is not None:
-        chosen = index.lookup(names)
+        chosen = _chosen(index, names)
         index = IndexMap()
     new_ids = []
     numbers = table_of(ids if chosen is None else chosen)
@@ -335,11 +383,12 @@ def fill(
         there = np.flatnonzero(numbers == number) if len(tables) > 1 else np.arange(len(numbers))
         if chosen is not None and len(there) == 0:
             continue
+        loads = chosen is None and is_loaded(device, dtype)
         if part_ is None:
             assert checkpoint is not None
-            rows = checkpoint.tensor(name)[None]
+            rows = (checkpoint.load if loads else checkpoint.tensor)(name)[None]
         else:
-            rows = part_.table(table)
+            rows = part_.table(table, loads=loads)
         used = table.used
         if chosen is not None:
             rows, used = rows[torch.from_numpy(row_of(chosen[there]))], len(there)
@@ -367,6 +416,16 @@ def fill(
     sd.__dict__["_index"] = index
 
 
+def _chosen(index: IndexMap, names: list[str]) -> NDArray[np.int64]:
+    ids = index.lookup(names, -1)
+    missing = np.flatnonzero(ids < 0)
+    if len(missing):
+        listed = ", ".join(repr(names[at]) for at in missing[:_LISTED].tolist())
+        more = ", ..." if len(missing) > _LISTED else ""
+        raise KeyError(f"{len(missing)} of {len(names)} names are not in the checkpoint: {listed}{more}")
+    return ids
+
+
 def _joined(
     indices: list[tuple[IndexMap | list[str], NDArray[np.int64]]], checkpoint: Checkpoint | None
 ) -> tuple[IndexMap, NDArray[np.int64]]:
@@ -386,7 +445,7 @@ def _joined(
 def _moved(tensor: Tensor, device: torch.device | None, dtype: torch.dtype | None) -> Tensor:
     wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
     if device is None or device.type == "cpu":
-        return tensor.to(wanted)
+        return tensor if tensor.dtype == wanted else empty(tensor.shape, dtype=wanted).copy_(tensor)
     if device.type != "cuda" or tensor.numel() == 0:
         return tensor.to(device, wanted)
     # What is read from the file goes through page-locked blocks, one at a time.

@@ -21,14 +21,21 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from pdrs._core import ShardIndex, shard_lines
 from pdrs._safe_write import being_written, folder_locked, remove_left_behind, replacing
 
-__all__ = ["INDEX", "files_of", "index_of", "remove_interrupted", "replacing_file", "replacing_shards"]
+__all__ = ["INDEX", "PIECE", "files_of", "index_of", "remove_interrupted", "replacing_file", "replacing_shards"]
 
 # What the index of shards has behind the name of the file that would be written without them.
 INDEX = ".index.json"
 
 _REPLACES = "pdrs_replaces"
+
+# What tells of this many names is made, and written, at once: some megabytes.
+PIECE = 1 << 16
 
 
 def index_of(path: str | os.PathLike[str]) -> Path:
@@ -46,7 +53,7 @@ def files_of(target: Path) -> set[Path]:
 
 @contextmanager
 def replacing_shards(
-    target: Path, names: Sequence[str], counts: Sequence[int], total: int, *, sync: bool = True
+    target: Path, names: list[str], counts: Sequence[int], total: int, *, sync: bool = True
 ) -> Iterator[list[Path]]:
     """Give the paths of shards to write; at the end of the block they take the place of what was there.
 
@@ -68,7 +75,8 @@ def replacing_shards(
                 with folder_locked(target.parent):
                     files = _new_shards(target, len(counts))
                     before = files_of(target)
-                out.write(_index(names, files, counts, total, before))
+                for piece in _index(names, files, counts, total, before):
+                    out.write(piece)
                 yield files
                 end.enter_context(folder_locked(target.parent))
                 # Another process may have been faster.
@@ -133,26 +141,31 @@ def _tag() -> str:
     return f"-{secrets.token_hex(4)}"
 
 
-def _index(names: Sequence[str], files: list[Path], counts: Sequence[int], total: int, before: set[Path]) -> bytes:
-    """Return which name is in which file, and what is replaced."""
-    weight_map: dict[str, str] = {}
-    first = 0
-    for file, count in zip(files, counts, strict=True):
-        weight_map.update(dict.fromkeys(names[first : first + count], file.name))
-        first += count
+def _index(
+    names: list[str], files: list[Path], counts: Sequence[int], total: int, before: set[Path]
+) -> Iterator[bytes | NDArray[np.uint8]]:
+    """Yield the text that says which name is in which file, and what is replaced."""
     metadata: dict[str, Any] = {"total_size": total}
     if before:
         metadata[_REPLACES] = sorted(path.name for path in before)
-    return json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2).encode() + b"\n"
+    yield f'{{\n  "metadata": {json.dumps(metadata)},\n  "weight_map": {{'.encode()
+    first = 0
+    for file, count in zip(files, counts, strict=True):
+        end = first + count
+        for start in range(first, end, PIECE):
+            lines = shard_lines(names, (start, min(start + PIECE, end)), file.name)
+            yield lines if start else lines[1:]
+        first = end
+    yield b"\n  }\n}\n"
 
 
 def _listed(target: Path, index: Path, *, replaced: bool = True) -> set[Path] | None:
     """Return the shards that an index lists, if they have names that we give, or None if it cannot be read."""
     ours = re.compile(rf"{re.escape(target.stem)}(-[0-9a-f]{{8}})?-\d{{5}}-of-\d{{5}}{re.escape(target.suffix)}")
     with suppress(OSError, ValueError, AttributeError, TypeError, KeyError):
-        fields = json.loads(index.read_bytes())
-        shards = set(fields["weight_map"].values())
+        found = ShardIndex(index.read_bytes())
+        shards = set(found.shards)
         if replaced:
-            shards.update(fields["metadata"].get(_REPLACES, []))
+            shards.update(json.loads(found.metadata).get(_REPLACES, []))
         return {target.with_name(shard) for shard in shards if ours.fullmatch(shard)}
     return None

@@ -5,7 +5,6 @@ What kind of file it is, its first bytes say, not its name.
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import re
@@ -17,10 +16,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from pdrs._core import IndexMap, insert_ids, sort_tensors
-from pdrs._named_rows import id_of, row_of, table_of
+from pdrs._core import IndexMap, ShardIndex, sort_tensors
+from pdrs._memory import empty
+from pdrs._named_rows import id_of
+from pdrs._packed_names import bytes_of
 from pdrs._row_blocks import stack
 from pdrs._shards import index_of
 from pdrs._tensor_file import CheckpointError, TensorFile
@@ -43,6 +45,9 @@ class StateFile(Protocol):
     def names(self) -> list[str]:
         """All names, in order."""
 
+    def names_ending(self, ending: str) -> list[str]:
+        """Return those names that end so."""
+
     def __len__(self) -> int: ...
     def __contains__(self, name: object) -> bool: ...
     def __iter__(self) -> Iterator[str]: ...
@@ -59,14 +64,17 @@ class StateFile(Protocol):
     def tensors(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Return many tensors, by default all."""
 
-    def stacked(self, prefix: str = "") -> tuple[IndexMap, list[Tensor]]:
+    def load(self, name: str) -> Tensor:
+        """Return a tensor of its own that lies in memory; KeyError if there is none of that name."""
+
+    def stacked(self, prefix: str = "", *, loads: bool = False) -> tuple[IndexMap, list[Tensor]]:
         """Return tensors as rows of tables: see :meth:`pdrs._tensor_file.TensorFile.stacked`."""
 
     def close(self) -> None:
         """Close what is open; tensors stay valid."""
 
 
-def open_state(path: str | os.PathLike[str]) -> TensorFile | ShardedFile | TorchFile:
+def open_state(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> TensorFile | ShardedFile | TorchFile:
     """Open a file of tensors by name, of any kind.
 
     Parameters
@@ -81,15 +89,18 @@ def open_state(path: str | os.PathLike[str]) -> TensorFile | ShardedFile | Torch
         If the file is damaged, or of another kind.
     OSError
         If it cannot be opened.
+    TypeError
+        If it is no path.
     """
-    version = _version(path)
+    shown = os.fsdecode(path)
+    version = _version(shown)
     try:
-        return _open(os.fspath(path))
+        return _open(shown)
     except (CheckpointError, FileNotFoundError):
-        if _version(path) == version:
+        if _version(shown) == version:
             raise
     # Somebody has replaced the file or the shards meanwhile, and removed what was there.
-    return open_state(path)
+    return open_state(shown)
 
 
 def _open(path: str) -> TensorFile | ShardedFile | TorchFile:
@@ -126,93 +137,98 @@ class ShardedFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
-        self._files: dict[str, TensorFile] = {}
-        self._map = self._read_index()
+        self.shards: list[TensorFile] = []
+        """The files, in the order of their first names in the index."""
+        self._index = self._read_index()
         folder = Path(self.path).parent
-        listed: dict[str, list[str]] = {}
-        for name, shard in self._map.items():
-            listed.setdefault(shard, []).append(name)
         try:
-            for shard, names in listed.items():
+            for shard in self._index.shards:
+                # Whoever wrote the index must not choose files elsewhere.
+                if shard != os.path.basename(shard) or shard in ("", ".", "..") or "\0" in shard or "\\" in shard:
+                    raise self._error(f"{shard!r} is no file in the folder of the index")
                 try:
-                    file = self._files[shard] = TensorFile(folder / shard)
+                    file = TensorFile(folder / shard)
                 except FileNotFoundError:
                     raise self._error(f"the shard {shard!r} is not there") from None
-                missing = next((name for name in names if name not in file), None)
-                if missing is not None:
-                    raise self._error(f"the shard {shard!r} has no tensor {missing!r}")
+                self.shards.append(file)
+            missing = self._index.missing([file.header for file in self.shards])
+            if missing is not None:
+                number, name = missing
+                raise self._error(f"the shard {self._index.shards[number]!r} has no tensor {name!r}")
         except BaseException:
             self.close()
             raise
-        self._listed = listed
-        self.metadata = next((file.metadata for file in self._files.values()), {})
+        self.metadata = self.shards[0].metadata if self.shards else {}
 
     def _error(self, what: str) -> CheckpointError:
         return CheckpointError(self.path, what)
 
-    def _read_index(self) -> dict[str, str]:
+    def _read_index(self) -> ShardIndex:
         try:
-            fields = json.loads(Path(self.path).read_bytes(), object_pairs_hook=_distinct)
-        except (ValueError, RecursionError) as error:
-            raise self._error(f"the index cannot be read: {error}") from error
-        found = fields.get("weight_map") if isinstance(fields, dict) else None
-        if not isinstance(found, dict):
-            raise self._error("the index has no 'weight_map'")
-        for shard in {str(shard) for shard in found.values()}:
-            # Whoever wrote the index must not choose files elsewhere.
-            if shard != os.path.basename(shard) or shard in ("", ".", "..") or "\0" in shard or "\\" in shard:
-                raise self._error(f"{shard!r} is no file in the folder of the index")
-        if not all(type(shard) is str for shard in found.values()):
-            raise self._error("the index names something that is no file")
-        return found
-
-    @property
-    def shards(self) -> list[TensorFile]:
-        """The files, in the order of their first names in the index."""
-        return list(self._files.values())
+            return ShardIndex(Path(self.path).read_bytes())
+        except ValueError as error:
+            raise self._error(str(error)) from None
 
     @property
     def names(self) -> list[str]:
         """The names, in the order of the index."""
-        return list(self._map)
+        return self._index.names()
+
+    def names_ending(self, ending: str) -> list[str]:
+        """Return those names that end so. **O(n)**."""
+        return self._index.names_ending(ending)
 
     def __len__(self) -> int:
-        return len(self._map)
+        return len(self._index)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._map
+        return isinstance(name, str) and self._index.find(name) is not None
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._map)
+        return iter(self.names)
+
+    def _shard(self, name: str) -> int:
+        number = self._index.find(name)
+        if number is None:
+            raise KeyError(name)
+        return number
+
+    def kinds(self) -> tuple[list[tuple[str, tuple[int, ...]]], NDArray[np.uint32]]:
+        """Return the dtypes (as the file names them) and shapes that there are, and the number of each tensor's."""
+        return self._index.kinds([file.header for file in self.shards])
 
     def code(self, name: str) -> str:
         """Return the dtype as the file names it; KeyError if there is no such tensor."""
-        return self._files[self._map[name]].code(name)
+        return self.shards[self._shard(name)].code(name)
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype; CheckpointError if torch has none like it."""
-        return self._files[self._map[name]].dtype(name)
+        return self.shards[self._shard(name)].dtype(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape; KeyError if there is no such tensor."""
-        return self._files[self._map[name]].shape(name)
+        return self.shards[self._shard(name)].shape(name)
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor: see :meth:`pdrs._tensor_file.TensorFile.tensor`."""
-        return self._files[self._map[name]].tensor(name)
+        return self.shards[self._shard(name)].tensor(name)
+
+    def load(self, name: str) -> Tensor:
+        """Return a tensor that lies in memory; KeyError if there is no such tensor."""
+        return self.shards[self._shard(name)].load(name)
 
     def tensors(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Return many tensors, by default all, in the order of the index."""
         chosen = self.names if names is None else list(names)
-        by_shard: dict[str, list[str]] = {}
+        by_shard: dict[int, list[str]] = {}
         for name in chosen:
-            by_shard.setdefault(self._map[name], []).append(name)
+            by_shard.setdefault(self._shard(name), []).append(name)
         found: dict[str, Tensor] = {}
         for shard, of_shard in by_shard.items():
-            found.update(self._files[shard].tensors(of_shard))
+            found.update(self.shards[shard].tensors(of_shard))
         return {name: found[name] for name in chosen}
 
-    def stacked(self, prefix: str = "") -> tuple[IndexMap, list[Tensor]]:
+    def stacked(self, prefix: str = "", *, loads: bool = False) -> tuple[IndexMap, list[Tensor]]:
         """Return tensors as rows of tables: see :meth:`pdrs._tensor_file.TensorFile.stacked`.
 
         Names are in the order of the shards. Where tensors of one kind are in several shards, they are copied.
@@ -220,29 +236,23 @@ class ShardedFile:
         numbers: dict[tuple[torch.dtype, torch.Size], int] = {}
         parts: list[list[Tensor]] = []
         index = IndexMap()
-        for shard, file in self._files.items():
-            of_shard, tables = file.stacked(prefix)
-            names, ids = list(of_shard), of_shard.rows()
-            listed = self._listed[shard]
-            if len(file) > len(listed):
-                # What the index does not list is not there.
-                wanted = set(listed)
-                kept = np.array([prefix + name in wanted for name in names], bool)
-                names, ids = [name for name, keeps in zip(names, kept.tolist(), strict=True) if keeps], ids[kept]
-            moved = np.empty_like(ids)
-            for number, table in enumerate(tables):
-                merged = numbers.setdefault((table.dtype, table.shape[1:]), len(numbers))
-                if merged == len(parts):
+        for shard, (file, count) in enumerate(zip(self.shards, self._index.counts(), strict=True)):
+            stack, tables = file.stack(prefix, loads=loads)
+            merged, first_rows = [], []
+            for table in tables:
+                number = numbers.setdefault((table.dtype, table.shape[1:]), len(numbers))
+                if number == len(parts):
                     parts.append([])
-                there = table_of(ids) == number
-                moved[there] = id_of(merged, row_of(ids[there]) + sum(map(len, parts[merged])))
-                parts[merged].append(table)
-            insert_ids(index, names, moved)
-        return index, [part[0] if len(part) == 1 else torch.cat(part) for part in parts]
+                merged.append(number)
+                first_rows.append(sum(map(len, parts[number])))
+                parts[number].append(table)
+            # What the index does not list is not there.
+            stack.add_names(index, merged, first_rows, (self._index, shard) if len(file) > count else None)
+        return index, [part[0] if len(part) == 1 else _joined(part) for part in parts]
 
     def close(self) -> None:
         """Close the files; tensors stay valid."""
-        for file in self._files.values():
+        for file in self.shards:
             file.close()
 
     def __enter__(self) -> ShardedFile:
@@ -294,6 +304,10 @@ class TorchFile:
         """The names, in order."""
         return list(self._state)
 
+    def names_ending(self, ending: str) -> list[str]:
+        """Return those names that end so. **O(n)**."""
+        return [name for name in self._state if name.endswith(ending)]
+
     def __len__(self) -> int:
         return len(self._state)
 
@@ -319,9 +333,13 @@ class TorchFile:
         """Return many tensors, by default all."""
         return dict(self._state) if names is None else {name: self._state[name] for name in names}
 
-    def stacked(self, prefix: str = "") -> tuple[IndexMap, list[Tensor]]:
-        """Return copies of tensors as rows of tables: see :meth:`pdrs._tensor_file.TensorFile.stacked`."""
-        keys = [name for name in self._state if name.startswith(prefix)]
+    def load(self, name: str) -> Tensor:
+        """Return a copy of a tensor; KeyError if there is no such tensor."""
+        return self._state[name].clone()
+
+    def stacked(self, prefix: str = "", *, loads: bool = False) -> tuple[IndexMap, list[Tensor]]:
+        """Return tensors as rows of tables: see :meth:`pdrs._tensor_file.TensorFile.stacked`."""
+        keys = [name for name in self._state if name.startswith(prefix) and (name != prefix or not prefix)]
         values: list[Any] = [self._state[name] for name in keys]
         classes, firsts = sort_tensors(values)
         odd = np.flatnonzero(classes < 0)
@@ -335,7 +353,9 @@ class TorchFile:
             there = np.flatnonzero(classes == class_)
             ids[there] = id_of(class_, np.arange(len(there)))
             chosen = [values[at] for at in there.tolist()]
-            tables.append(stack(chosen, chosen[0].detach()[None]))
+            table = stack(chosen, chosen[0].detach()[None])
+            # One alone has not been copied.
+            tables.append(table.clone() if loads and len(chosen) == 1 else table)
         return IndexMap.from_names([key[len(prefix) :] for key in keys], ids), tables
 
     def verify(self) -> bool:
@@ -384,8 +404,9 @@ def _as_it_lies(tensor: Tensor) -> Tensor:
     return tensor.resolve_conj().resolve_neg() if tensor.is_conj() or tensor.is_neg() else tensor
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name is listed twice")
-    return found
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Return tables of one kind, one behind another."""
+    joined = empty((sum(map(len, parts)), *parts[0].shape[1:]), dtype=parts[0].dtype)
+    # As bytes: torch would wake its threads for each part.
+    np.concatenate([bytes_of(part) for part in parts], out=bytes_of(joined))
+    return joined

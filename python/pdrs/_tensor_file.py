@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pdrs._core import IndexMap, SafetensorsHeader, safetensors_header
-from pdrs._safe_write import WholeFile, replacing
+from pdrs._core import IndexMap, SafetensorsHeader, SafetensorsStack, safetensors_header
+from pdrs._memory import empty
+from pdrs._safe_write import Progress, WholeFile, replacing
 
 __all__ = [
     "BLOCK",
@@ -40,6 +41,9 @@ BLOCK = 64 << 20
 
 # Tensors below this size are read; larger ones are mapped.
 _MAPPED = 1 << 20
+
+# What is read of a large tensor at once: enough for the disk, and little enough to be in the cache afterwards.
+_STEP = 8 << 20
 
 _PADDING = "__padding__."
 
@@ -77,6 +81,9 @@ class CheckpointError(ValueError):
     what
         What is wrong, and where.
     """
+
+    # By this name users know it; pickles, too.
+    __module__ = "pdrs"
 
     def __init__(self, path: str | os.PathLike[str], what: str) -> None:
         super().__init__(os.fspath(path), what)
@@ -161,12 +168,12 @@ class TensorFile:
     def _read_header(self) -> None:
         try:
             length = SafetensorsHeader.size(self._read(0, min(8, self.size)), self.size)
-            self._header = SafetensorsHeader(self._read(8, 8 + length), self.size)
+            self.header = SafetensorsHeader(self._read(8, 8 + length), self.size)
         except ValueError as error:
             raise self.error(str(error)) from None
-        self.metadata: dict[str, str] = self._header.metadata
+        self.metadata: dict[str, str] = self.header.metadata
         """The texts of the header."""
-        self.data_start: int = self._header.data_start
+        self.data_start: int = self.header.data_start
         """The byte of the file at which the data begin."""
 
     def error(self, what: str) -> CheckpointError:
@@ -193,28 +200,28 @@ class TensorFile:
     @property
     def names(self) -> list[str]:
         """The names of all tensors, in the order of the header. **O(n)**."""
-        return self._header.names()
+        return self.header.names()
 
     def names_ending(self, ending: str) -> list[str]:
         """Return those names that end so, without a ``str`` for each of the others. **O(n)**."""
-        return self._header.names_ending(ending)
+        return self.header.names_ending(ending)
 
     def __len__(self) -> int:
         """Return the number of tensors. **O(1)**."""
-        return len(self._header)
+        return len(self.header)
 
     def __contains__(self, name: object) -> bool:
         """Whether there is a tensor of that name. **O(1)**."""
-        return isinstance(name, str) and self._header.find(name) is not None
+        return isinstance(name, str) and self.header.find(name) is not None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
     def _entry(self, name: str) -> tuple[str, str, tuple[int, ...], int, int]:
-        number = self._header.find(name)
+        number = self.header.find(name)
         if number is None:
             raise KeyError(name)
-        return self._header.entry(number)
+        return self.header.entry(number)
 
     def code(self, name: str) -> str:
         """Return the dtype as the file names it, such as ``"F32"``; KeyError if there is no such tensor."""
@@ -239,7 +246,7 @@ class TensorFile:
 
     def kinds(self) -> tuple[list[tuple[str, tuple[int, ...]]], NDArray[np.uint32]]:
         """Return the dtypes (as the file names them) and shapes that there are, and the number of each tensor's."""
-        return self._header.kinds(), self._header.columns()[0]
+        return self.header.kinds(), self.header.columns()[0]
 
     # -- the data ------------------------------------------------------------------------------------------------------
 
@@ -265,11 +272,64 @@ class TensorFile:
             return torch.empty(0, dtype=dtype)
         if stop - start < _MAPPED or start % dtype.itemsize:
             # Also what is not aligned, as it may be in files of others.
-            data = torch.empty(stop - start, dtype=torch.uint8)
-            self._read_into(data.numpy().data, start)
-            return data.view(dtype)
+            return self._loaded(start, stop, dtype)
         base = start - start % mmap.ALLOCATIONGRANULARITY
         return torch.frombuffer(self._map(base, stop), dtype=dtype, offset=start - base)
+
+    def load(self, name: str, see: Callable[[NDArray[np.uint8]], None] | None = None) -> Tensor:
+        """Return a tensor that lies in memory: what happens to the file afterwards does not matter.
+
+        It is read straight to where it will lie, which takes about a third of the time of copying it out of a map.
+
+        Parameters
+        ----------
+        name
+            Of the tensor.
+        see
+            Is called with all bytes in order, a part at a time, while they are in the processor's cache.
+
+        Raises
+        ------
+        KeyError
+            If there is no such tensor.
+        CheckpointError
+            As for :meth:`tensor`.
+        """
+        _, code, shape, start, stop = self._entry(name)
+        return self._loaded(start, stop, self._dtype(code), see).view(shape)
+
+    def _loaded(
+        self, start: int, stop: int, dtype: torch.dtype, see: Callable[[NDArray[np.uint8]], None] | None = None
+    ) -> Tensor:
+        # What the file does not have is not asked for.
+        self._check_size()
+        data = empty(stop - start, dtype=torch.uint8)
+        for part in self._parts(start, stop, data.numpy()):
+            if see is not None:
+                see(part)
+        return data.view(dtype)
+
+    def parts(self, name: str) -> Iterator[NDArray[np.uint8]]:
+        """Yield the bytes of a tensor in order, each part in the memory of the one before."""
+        _, _, _, start, stop = self._entry(name)
+        return self._parts(start, stop, np.empty(min(stop - start, _STEP), np.uint8))
+
+    def _parts(self, start: int, stop: int, memory: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
+        """Read bytes of the file into memory that is as large, or is filled again and again, and yield them."""
+        progress = Progress(stop - start, os.path.basename(self.path)) if stop - start > BLOCK else None
+        at, end = 0, stop - start
+        try:
+            while at < end:
+                place = at % len(memory)
+                part = memory[place : place + min(_STEP, end - at)]
+                self._read_into(part.data, start + at)
+                at += len(part)
+                if progress is not None:
+                    progress.add(len(part))
+                yield part
+        finally:
+            if progress is not None:
+                progress.close()
 
     def tensors(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Return many tensors, by default all, as :meth:`tensor` would; small ones share one map of the file."""
@@ -287,13 +347,15 @@ class TensorFile:
             found[name] = torch.frombuffer(shared, dtype=dtype, offset=start, count=prod(shape)).view(shape)
         return found
 
-    def stacked(self, prefix: str = "") -> tuple[IndexMap, list[Tensor]]:
+    def stacked(self, prefix: str = "", *, loads: bool = False) -> tuple[IndexMap, list[Tensor]]:
         """Return the tensors as rows of tables, one for each dtype and shape. **O(n)**, without a tensor for each name.
 
         Parameters
         ----------
         prefix
             Takes those tensors only whose names begin so, and leaves it out of the names.
+        loads
+            Whether to read all into memory, and map nothing.
 
         Returns
         -------
@@ -308,22 +370,28 @@ class TensorFile:
         CheckpointError
             As for :meth:`tensor`.
         """
-        stack = self._header.stack(prefix)
+        stack, tables = self.stack(prefix, loads=loads)
+        return stack.index(), tables
+
+    def stack(self, prefix: str = "", *, loads: bool = False) -> tuple[SafetensorsStack, list[Tensor]]:
+        """Return what :meth:`stacked` does, before names are made."""
+        stack = self.header.stack(prefix)
         tables, targets = [], []
         for code, shape, count, start in stack.tables():
             dtype, size = self._dtype(code), (count, *shape)
             if start is None:
-                table = torch.empty(size, dtype=dtype)
+                table = empty(size, dtype=dtype)
                 targets.append(table.reshape(-1).view(torch.uint8).numpy())
             else:
-                table = self.view(start, start + prod(size) * dtype.itemsize, dtype).view(size)
+                take = self._loaded if loads else self.view
+                table = take(start, start + prod(size) * dtype.itemsize, dtype).view(size)
                 targets.append(np.empty(0, np.uint8))
             tables.append(table)
         for start, stop in stack.spans(PAGE):
             for first in range(start, stop, BLOCK):
                 block = np.frombuffer(self._read(first, min(first + BLOCK, stop)), np.uint8)
                 stack.copy_block(block, first, targets)
-        return stack.index(), tables
+        return stack, tables
 
     def _map(self, start: int, stop: int) -> mmap.mmap:
         self._check_size()

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.modules.module import _IncompatibleKeys
 
 from pdrs._archive import Archive, packed_before, same_file, write_archive
 from pdrs._archive_sources import EXTRA_STATE, collect
@@ -20,7 +22,7 @@ from pdrs._checkpoint_hooks import NamedSource, changes_what_is_loaded, giving, 
 from pdrs._core import IndexMap
 from pdrs._named_layout import MAX_SHARD, write_named
 from pdrs._named_rows import Names, table_of
-from pdrs._opened import Checkpoint, NamedTensors, SavedDictionary, open_dictionary
+from pdrs._opened import Checkpoint, NamedTensors, SavedDictionary, continues, is_loaded, load_named, open_dictionary
 from pdrs._packed_names import is_packed
 from pdrs._state_files import StateFile, TorchFile, open_state
 from pdrs._tensor_file import CheckpointError, TensorFile
@@ -29,7 +31,7 @@ from pdrs.stacked import StackedParameterDict
 
 __all__ = ["CheckpointError", "load", "open", "save", "verify"]
 
-_Path = str | os.PathLike[str]
+_Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 
 def save(
@@ -98,6 +100,7 @@ def save(
     [0.0, 1.0, 0.0]
 
     """
+    path = os.fsdecode(path)
     if layout == "named":
         if since is not None:
             raise ValueError("expected layout 'archive' with since, got 'named'")
@@ -108,14 +111,15 @@ def save(
         raise ValueError(f"expected layout 'archive' or 'named', got {layout!r}")
     if since is None:
         return write_archive(path, collect(obj), sync=sync)
+    since = os.fsdecode(since)
     with _read(since) as before:
         if not isinstance(before, Archive) or before.id is None:
-            raise ValueError(f"{os.fspath(since)} was not written by pdrs.save, and cannot be continued")
+            raise ValueError(f"{since} was not written by pdrs.save, and cannot be continued")
         here, there = (os.path.dirname(os.path.realpath(one)) for one in (path, since))
         if here != there:
             raise ValueError(f"expected since in the folder of the new file, {here}, got one in {there}")
         if same_file(path, before.files()):
-            raise ValueError(f"{os.fspath(path)} is needed to read {os.fspath(since)}, and cannot be replaced by it")
+            raise ValueError(f"{path} is needed to read {since}, and cannot be replaced by it")
         return write_archive(path, collect(obj, packed_before(before)), before, sync=sync)
 
 
@@ -136,14 +140,15 @@ def open(  # noqa: A001  # read as pdrs.open
         An archive, any other safetensors file, the index of one in shards, or a state dict that ``torch.save`` wrote.
     device
         Where the tables are to lie. By default they are private maps of the file: what is looked at is read, what is
-        written stays in memory, and the file is never changed. To a CUDA device they go through page-locked blocks.
+        written stays in memory, and the file is never changed. ``"cpu"`` reads all of them into memory, a CUDA device
+        through page-locked blocks.
     dtype
         Of floating point tables; by default what the file has.
     names
         Take these only, in this order. Their rows are read.
     prefix
-        Take only what begins with it, and cut it off: ``"weights."`` opens the dictionary ``weights`` of a module. If
-        it ends within the names of a dictionary, as ``"weights.a."`` may, the rows of those are read.
+        Take only what begins with it and goes on, and cut it off: ``"weights."`` opens the dictionary ``weights`` of a
+        module. If it ends within the names of a dictionary, as ``"weights.a."`` may, the rows of those are read.
         Without one, everything that the file holds is an entry, under its name in the state dict.
     verify
         Whether to read everything and compare checksums first.
@@ -180,9 +185,10 @@ def open(  # noqa: A001  # read as pdrs.open
     device = None if device is None else torch.device(device)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)):
         raise TypeError(f"expected a dtype of floating point, or a complex one, got {dtype!r}")
+    loads = names is None and is_loaded(device, dtype)
     with _read(path) as checkpoint:
         if verify:
-            checkpoint.verify()
+            checkpoint.verify(keeps=lambda name: loads and name.startswith(prefix))
         collects = gc.isenabled()
         gc.disable()
         try:
@@ -200,7 +206,8 @@ def load(path: _Path, module: Module, strict: bool = True, *, verify: bool = Fal
     path
         An archive, any other safetensors file, the index of one in shards, or a state dict that ``torch.save`` wrote.
     module
-        Its dictionaries may be of another class than those that were saved. An empty one takes over the names.
+        A torch.nn.Module. Its dictionaries may be of another class than those that were saved. An empty one takes over
+        the names.
     strict
         Whether missing and unexpected names are errors.
     verify
@@ -219,6 +226,8 @@ def load(path: _Path, module: Module, strict: bool = True, *, verify: bool = Fal
         If the file is damaged, or is no checkpoint.
     OSError
         If the file cannot be opened.
+    TypeError
+        If the module is something else, such as a dict.
 
     Examples
     --------
@@ -232,9 +241,14 @@ def load(path: _Path, module: Module, strict: bool = True, *, verify: bool = Fal
     [1.0, 1.0]
 
     """
+    if not isinstance(module, Module):
+        raise TypeError(f"expected a torch.nn.Module to fill, such as a ParameterDict, got {type(module).__name__}")
     with _read(path) as checkpoint:
         if verify:
             checkpoint.verify()
+        is_plain = not checkpoint.prefixes() and not continues(checkpoint)
+        if is_plain and isinstance(module, StackedParameterDict) and load_named(checkpoint, module):
+            return _IncompatibleKeys([], [])
         state, given = _state_for(module, checkpoint)
         with giving(given):
             if given and isinstance(module, ParameterDict):
@@ -346,7 +360,7 @@ class _States:
         return self.file.names
 
     def prefixes(self) -> list[str]:
-        found = [name for name in self.file if name.endswith(EXTRA_STATE) and is_packed(self.file.tensor(name))]
+        found = [name for name in self.file.names_ending(EXTRA_STATE) if is_packed(self.file.tensor(name))]
         return [name[: -len(EXTRA_STATE)] for name in found]
 
     def dtype(self, name: str) -> torch.dtype:
@@ -358,13 +372,16 @@ class _States:
     def tensors(self, names: list[str]) -> dict[str, Tensor]:
         return self.file.tensors(names)
 
-    def stacked(self, prefix: str) -> tuple[IndexMap, list[Tensor]]:
-        return self.file.stacked(prefix)
+    def load(self, name: str) -> Tensor:
+        return self.file.load(name)
+
+    def stacked(self, prefix: str, *, loads: bool) -> tuple[IndexMap, list[Tensor]]:
+        return self.file.stacked(prefix, loads=loads)
 
     def error(self, what: str) -> CheckpointError:
         return CheckpointError(self.file.path, what)
 
-    def verify(self) -> None:
+    def verify(self, *, keeps: Callable[[str], bool] = lambda name: False) -> None:
         """Compare the checksums that torch has written, if it has; safetensors has none."""
         if isinstance(self.file, TorchFile):
             self.file.verify()

@@ -141,24 +141,20 @@ fn to_index<'py>(
     names: &Names<'_>,
     prefix: Option<&Bound<'py, PyString>>,
 ) -> PyResult<(IndexMap, Bound<'py, PyArray1<i64>>)> {
-    let mut entries = Vec::with_capacity(names.len());
     let mut ids = Vec::with_capacity(names.len());
     let mut joined = prefix.map(to_utf8).unwrap_or_default();
     let behind = joined.len();
-    for (name, id) in names.iter() {
+    let entries = names.iter().map(|(name, id)| {
         let id = id.cast_signed();
-        let name = if behind == 0 {
-            Name::from_utf8(py, name)?
-        } else {
-            joined.truncate(behind);
-            joined.extend_from_slice(name);
-            Name::from_utf8(py, &joined)?
-        };
-        entries.push((name, id));
         ids.push(id);
-    }
-    let index = IndexMap::empty();
-    index.insert_all(py, entries)?;
+        if behind == 0 {
+            return Ok((Name::from_utf8(py, name)?, id));
+        }
+        joined.truncate(behind);
+        joined.extend_from_slice(name);
+        Ok((Name::from_utf8(py, &joined)?, id))
+    });
+    let index = IndexMap::collect(names.len(), entries)?;
     if index.len(py) != names.len() {
         let twice = names.repeated().and_then(|at| names.iter().nth(at));
         let name = twice.map(|(name, _)| String::from_utf8_lossy(name).into_owned()).unwrap_or_default();

@@ -23,6 +23,9 @@ const SHOWN: usize = 5;
 /// How many of many missing names an error lists.
 const LISTED: usize = 5;
 
+/// How many names are made before they are put into a map: few enough to be in the cache still.
+const TOGETHER: usize = 256;
+
 struct State {
     map: Map<Name, i64>,
     /// One more than the largest row that was ever given to a name.
@@ -53,6 +56,26 @@ impl Drop for Locked<'_> {
 impl IndexMap {
     pub(crate) fn empty() -> Self {
         Self::from_state(State { map: Map::new(), next_row: 0 })
+    }
+
+    /// A map of so many entries, in their order; a name that comes again keeps its place.
+    ///
+    /// Each is put into the map while what made it is still in the cache.
+    pub(crate) fn collect(len: usize, mut entries: impl Iterator<Item = PyResult<(Name, i64)>>) -> PyResult<Self> {
+        let (mut map, mut next_row) = (Map::new(), 0);
+        map.reserve(len).map_err(refused)?;
+        let mut batch = Vec::with_capacity(TOGETHER);
+        loop {
+            for entry in entries.by_ref().take(TOGETHER) {
+                let (name, row) = entry?;
+                next_row = checked_row(row)?.saturating_add(1).max(next_row);
+                batch.push((name, row));
+            }
+            if batch.is_empty() {
+                return Ok(Self::from_state(State { map, next_row }));
+            }
+            map.insert_many(batch.drain(..), drop).map_err(refused)?;
+        }
     }
 
     fn from_state(state: State) -> Self {
@@ -145,6 +168,21 @@ impl IndexMap {
             *next_row - 1
         };
         map.get_or_insert_many(names, draw, |_| ()).map_err(refused)
+    }
+
+    /// Inserts entries as they are made, a batch at a time; those in front of one that fails stay.
+    pub(crate) fn extend_with(
+        &self,
+        py: Python<'_>,
+        mut entries: impl Iterator<Item = PyResult<(Name, i64)>>,
+    ) -> PyResult<()> {
+        loop {
+            let batch: Vec<_> = entries.by_ref().take(TOGETHER).collect::<PyResult<_>>()?;
+            if batch.is_empty() {
+                return Ok(());
+            }
+            self.insert_all(py, batch)?;
+        }
     }
 
     /// Inserts entries: all, or, if a row is negative or there are too many, none.

@@ -19,6 +19,7 @@ mod modules;
 mod name;
 mod row;
 mod safetensors;
+mod shards;
 mod slab;
 mod slots;
 mod stable_abi;
@@ -57,12 +58,16 @@ mod _core {
     #[pymodule_export]
     use super::row::{sort_tensors, zero_row};
     #[pymodule_export]
-    use super::safetensors::{SafetensorsHeader, SafetensorsStack, safetensors_header, safetensors_shards};
+    use super::safetensors::{
+        SafetensorsHeader, SafetensorsStack, safetensors_entries, safetensors_header, safetensors_shards,
+    };
+    #[pymodule_export]
+    use super::shards::{ShardIndex, shard_lines};
     #[pymodule_export]
     use super::slots::use_native_slots;
     #[pymodule_export]
     use super::stacked::{
-        find_rows, insert_ids, missing_names, pop_end_row, pop_row, remove_names, replace_ids, set_row,
+        find_rows, insert_ids, missing_names, names_behind, pop_end_row, pop_row, remove_names, replace_ids, set_row,
     };
     #[pymodule_export]
     use super::state::{load_matching, not_copied_yet, place_copies, unexpected_keys};

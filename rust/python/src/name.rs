@@ -58,6 +58,10 @@ impl Name {
 
     /// The name that [`with_utf8`](Self::with_utf8) handed out; an error if the bytes are no such name.
     pub(crate) fn from_utf8(py: Python<'_>, bytes: &[u8]) -> PyResult<Self> {
+        // Python has one object for each `str` of one character.
+        if bytes.len() > 1 && bytes.is_ascii() {
+            return Ok(Self::new(ascii(py, bytes)?));
+        }
         if let Ok(text) = std::str::from_utf8(bytes) {
             return Ok(Self::new(PyString::new(py, text)));
         }
@@ -111,6 +115,20 @@ pub(crate) fn precedes(one: &Bound<'_, PyString>, other: &Bound<'_, PyString>) -
     match (latin1(one), latin1(other)) {
         (Some(one), Some(other)) => Ok(one <= other),
         _ => one.le(other),
+    }
+}
+
+/// The `str` of ASCII characters: Python's decoder would look at them once more, and copy them as this does.
+fn ascii<'py>(py: Python<'py>, characters: &[u8]) -> PyResult<Bound<'py, PyString>> {
+    let length = ffi::Py_ssize_t::try_from(characters.len())?;
+    // SAFETY: a new `str` of that length, which nobody else has seen, has one byte for each character if the largest is
+    // below 128; all of them are written.
+    unsafe {
+        let text =
+            Bound::from_owned_ptr_or_err(py, ffi::PyUnicode_New(length, 0x7f))?.cast_into_unchecked::<PyString>();
+        let data = ffi::PyUnicode_DATA(text.as_ptr()).cast::<u8>();
+        std::ptr::copy_nonoverlapping(characters.as_ptr(), data, characters.len());
+        Ok(text)
     }
 }
 

@@ -3,18 +3,19 @@
 use std::sync::Arc;
 
 use numpy::{PyArray1, PyReadonlyArray1, PyReadwriteArray1};
-use pdrs_core::safetensors::{Dtype, Header, HeaderWriter, Stack};
+use pdrs_core::safetensors::{Dtype, Header, HeaderWriter, METADATA, Stack};
 use pyo3::exceptions::{PyIndexError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList, PyString, PyTuple};
 
 use crate::index_map::IndexMap;
 use crate::name::Name;
+use crate::shards::ShardIndex;
 use crate::stacked::ROW_BITS;
 
 #[pyclass(frozen, module = "pdrs._core")]
 pub(crate) struct SafetensorsHeader {
-    header: Arc<Header>,
+    pub(crate) header: Arc<Header>,
 }
 
 /// What `entry` gives: name, dtype, shape, and the first byte in the file and the one behind the last.
@@ -91,7 +92,9 @@ impl SafetensorsHeader {
 
     fn stack(&self, py: Python<'_>, prefix: &str) -> SafetensorsStack {
         let header = &self.header;
-        let stack = py.detach(|| Stack::new(header, |number| header.name(number).starts_with(prefix)));
+        // What is the prefix itself has no name without it.
+        let goes_on = |name: &str| name.starts_with(prefix) && (name.len() > prefix.len() || prefix.is_empty());
+        let stack = py.detach(|| Stack::new(header, |number| goes_on(header.name(number))));
         SafetensorsStack { header: Arc::clone(header), stack, stripped: prefix.len() }
     }
 }
@@ -119,14 +122,36 @@ impl SafetensorsStack {
     }
 
     fn index(&self, py: Python<'_>) -> PyResult<IndexMap> {
-        let index = IndexMap::empty();
         let rows = self.stack.table_of.iter().zip(&self.stack.row_of);
         let entries = self.stack.tensors.iter().zip(rows).map(|(&tensor, (&table, &row))| {
-            let name = PyString::new(py, &self.header.name(tensor)[self.stripped..]);
-            (Name::new(name), (u64::from(table) << ROW_BITS | row).cast_signed())
+            let name = &self.header.name(tensor)[self.stripped..];
+            Ok((Name::from_utf8(py, name.as_bytes())?, (u64::from(table) << ROW_BITS | row).cast_signed()))
         });
-        index.insert_all(py, entries.collect())?;
-        Ok(index)
+        IndexMap::collect(self.stack.tensors.len(), entries)
+    }
+
+    fn add_names(
+        &self,
+        index: &Bound<'_, IndexMap>,
+        numbers: Vec<u32>,
+        first_rows: Vec<u64>,
+        listed: Option<(Bound<'_, ShardIndex>, u32)>,
+    ) -> PyResult<()> {
+        if numbers.len() != self.stack.tables.len() || first_rows.len() != numbers.len() {
+            return Err(PyValueError::new_err("expected a number and a first row for each table"));
+        }
+        let py = index.py();
+        let rows = self.stack.table_of.iter().zip(&self.stack.row_of);
+        let named = self.stack.tensors.iter().zip(rows).filter_map(|(&tensor, (&table, &row))| {
+            let name = self.header.name(tensor);
+            if listed.as_ref().is_some_and(|(listed, shard)| listed.get().index.find(name) != Some(*shard)) {
+                return None;
+            }
+            let (number, row) = (numbers[table as usize], first_rows[table as usize] + row);
+            let id = (u64::from(number) << ROW_BITS | row).cast_signed();
+            Some(Name::from_utf8(py, &name.as_bytes()[self.stripped..]).map(|name| (name, id)))
+        });
+        index.get().extend_with(py, named)
     }
 
     fn spans(&self, gap: u64) -> Vec<(u64, u64)> {
@@ -202,7 +227,32 @@ pub(crate) fn safetensors_header<'py>(
     Ok(PyArray1::from_vec(py, writer.finish(alignment.max(1))))
 }
 
-/// Cuts tensors into shards: how many of the first belong to the first, and so on.
+/// The part of a header that tells of some tensors, each behind a comma, and where the data of the next one begin.
+#[pyfunction]
+pub(crate) fn safetensors_entries<'py>(
+    py: Python<'py>,
+    names: &Bound<'py, PyList>,
+    kinds: Kinds,
+    kind_of: PyReadonlyArray1<'py, u32>,
+    range: (usize, usize),
+    start: u64,
+) -> PyResult<(Bound<'py, PyArray1<u8>>, u64)> {
+    let kinds = described(kinds)?;
+    let kind_of = checked(&kind_of, names.len(), kinds.len())?;
+    let mut writer = HeaderWriter::behind_others();
+    let stop = range.1.min(names.len());
+    writer.reserve(stop.saturating_sub(range.0), 16 * stop.saturating_sub(range.0));
+    let mut start = start;
+    for at in range.0..stop {
+        let (like, bytes) = &kinds[kind_of[at] as usize];
+        let stop = start.checked_add(*bytes).ok_or_else(|| PyValueError::new_err("the tensors are too large"))?;
+        writer.push(names.get_item(at)?.cast::<PyString>()?.to_str()?, like, start, stop);
+        start = stop;
+    }
+    Ok((PyArray1::from_vec(py, writer.take()), start))
+}
+
+/// Cuts tensors into shards: how many of the first belong to the first, and the bytes of their part of its header.
 #[pyfunction]
 pub(crate) fn safetensors_shards(
     names: &Bound<'_, PyList>,
@@ -210,7 +260,7 @@ pub(crate) fn safetensors_shards(
     kind_of: PyReadonlyArray1<'_, u32>,
     header_bytes: usize,
     data_bytes: u64,
-) -> PyResult<Vec<usize>> {
+) -> PyResult<Vec<(usize, usize)>> {
     let kinds = described(kinds)?;
     let kind_of = checked(&kind_of, names.len(), kinds.len())?;
     let mut shards = Vec::new();
@@ -218,10 +268,15 @@ pub(crate) fn safetensors_shards(
     for (name, kind) in names.iter().zip(kind_of) {
         let (like, bytes) = &kinds[*kind as usize];
         let name = name.cast::<PyString>()?.to_str()?;
+        if name == METADATA {
+            return Err(PyValueError::new_err(format!(
+                "no tensor can have the name '{METADATA}' in a safetensors file"
+            )));
+        }
         let mut stop = data.saturating_add(*bytes);
         let mut entry = HeaderWriter::bytes_of(name, like, data, stop);
         if tensors > 0 && (header + entry > header_bytes || stop > data_bytes) {
-            shards.push(tensors);
+            shards.push((tensors, header));
             stop = *bytes;
             entry = HeaderWriter::bytes_of(name, like, 0, stop);
             (tensors, header) = (0, 0);
@@ -231,7 +286,7 @@ pub(crate) fn safetensors_shards(
         data = stop;
     }
     if tensors > 0 {
-        shards.push(tensors);
+        shards.push((tensors, header));
     }
     Ok(shards)
 }

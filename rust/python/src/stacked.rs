@@ -77,6 +77,31 @@ pub(crate) fn find_rows<'py>(
 
 /// Removes many names and gives their ids in order; a `KeyError`, with nothing removed, if one is not there, or is
 /// listed twice.
+/// Those names that begin so and go on, without their beginning, and their ids.
+#[pyfunction]
+pub(crate) fn names_behind<'py>(
+    index: &Bound<'py, IndexMap>,
+    ids: PyReadonlyArray1<'py, i64>,
+    beginning: &Bound<'py, PyString>,
+) -> PyResult<(IndexMap, Bound<'py, PyArray1<i64>>)> {
+    let py = index.py();
+    let (mut buffer, mut kept, mut kept_ids) = (Vec::new(), Vec::new(), Vec::new());
+    let beginning = Name::new(beginning.clone()).with_utf8(py, &mut buffer, <[u8]>::to_vec);
+    let mut ids = ids.as_array().into_iter();
+    index.get().for_each(py, |name, _| {
+        let id = ids.next();
+        name.with_utf8(py, &mut buffer, |text| {
+            if let (Some(rest), Some(id)) = (text.strip_prefix(&*beginning).filter(|rest| !rest.is_empty()), id) {
+                kept.push(rest.to_vec());
+                kept_ids.push(*id);
+            }
+        });
+    });
+    let entries = kept.iter().zip(&kept_ids).map(|(name, id)| Ok((Name::from_utf8(py, name)?, *id)));
+    let narrowed = IndexMap::collect(kept.len(), entries)?;
+    Ok((narrowed, PyArray1::from_vec(py, kept_ids)))
+}
+
 #[pyfunction]
 pub(crate) fn remove_names<'py>(
     index: &Bound<'py, IndexMap>,

@@ -13,6 +13,7 @@ mod dtype;
 mod error;
 mod layout;
 mod scanner;
+mod shard_index;
 mod stack;
 mod write;
 
@@ -20,6 +21,7 @@ use std::collections::{HashMap, HashSet};
 
 pub use dtype::Dtype;
 pub use error::{Fault, HeaderError};
+pub use shard_index::{IndexError, ShardIndex};
 pub use stack::{Stack, Table};
 pub use write::HeaderWriter;
 
@@ -41,7 +43,8 @@ const BATCH: usize = 32;
 /// The characters of a name that an error shows.
 const SHOWN: usize = 100;
 
-const METADATA: &str = "__metadata__";
+/// What stands in the place of a tensor's name in front of the metadata.
+pub const METADATA: &str = "__metadata__";
 
 /// What tensors of one dtype and shape have in common.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]

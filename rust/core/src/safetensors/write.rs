@@ -62,6 +62,26 @@ impl HeaderWriter {
         self.bytes.extend_from_slice(b"]}");
     }
 
+    /// Hands out what has been written since the last time, for headers that are too large to be kept whole.
+    #[must_use]
+    pub fn take(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.bytes)
+    }
+
+    /// Goes on behind tensors that have been written elsewhere.
+    #[must_use]
+    pub fn behind_others() -> Self {
+        Self { bytes: Vec::new(), last: Digits::of(0) }
+    }
+
+    /// Writes which file a name is in, on a line of an [index](super::ShardIndex) behind others.
+    pub fn push_line(&mut self, name: &str, file: &str) {
+        self.bytes.extend_from_slice(b",\n    ");
+        self.string(name);
+        self.bytes.extend_from_slice(b": ");
+        self.string(file);
+    }
+
     /// Ends the header: its size in front, and spaces up to a multiple of `alignment` behind it.
     ///
     /// # Panics
