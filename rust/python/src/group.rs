@@ -54,6 +54,10 @@ impl Forms {
         self.ends.len() as u32 - 1
     }
 
+    fn latest(&self) -> u32 {
+        self.ends.len() as u32 - 1
+    }
+
     fn shape_and_strides(&self, form: u32) -> (&[i64], &[i64]) {
         let dims = self.dims(form);
         dims.split_at(dims.len() / 2)
@@ -104,19 +108,22 @@ pub(crate) fn group_tensors(
     let tensors = tensors.to_tuple();
     let mut groups: Vec<TensorGroup> = Vec::new();
     let mut unusual = Vec::new();
-    let mut dims = Vec::new();
+    let (mut before, mut dims) = (None, Vec::new());
     let mut current = 0;
     let batch_from = |begin: usize| begin.min(tensors.len())..tensors.len().min(begin + BATCH);
-    prefetch_all(&tensors, batch_from(0))?;
+    tensors.as_slice()[batch_from(0)].iter().for_each(prefetch);
     for begin in (0..tensors.len()).step_by(BATCH) {
-        prefetch_all(&tensors, batch_from(begin + BATCH))?;
+        tensors.as_slice()[batch_from(begin + BATCH)].iter().for_each(prefetch);
         for index in batch_from(begin) {
-            dims.clear();
             let found = torch
-                .find(&*tensors.get_borrowed_item(index)?, &mut dims)
+                .find_next(&tensors.as_slice()[index], &mut before, &mut dims)
                 .map_err(|error| PyTypeError::new_err(format!("tensors[{index}]: {}", error.value(py))))?;
             let found = match found {
-                Ok(found) => found,
+                Ok((found, true)) => {
+                    groups[current].add_again(index as u32, &found);
+                    continue;
+                }
+                Ok((found, false)) => found,
                 Err(why) => {
                     unusual.push((index, why.to_string()));
                     continue;
@@ -139,17 +146,10 @@ pub(crate) fn group_tensors(
         }
     }
     for group in &mut groups {
-        group.take_repeated(py)?;
+        group.take_repeated(py);
         group.lay_out(narrowest)?;
     }
     Ok((groups, unusual))
-}
-
-fn prefetch_all(tensors: &Bound<'_, PyTuple>, batch: Range<usize>) -> PyResult<()> {
-    for index in batch {
-        prefetch(&*tensors.get_borrowed_item(index)?);
-    }
-    Ok(())
 }
 
 impl TensorGroup {
@@ -180,6 +180,12 @@ impl TensorGroup {
             }
         }
         self.entries.push(Entry { index, form: self.forms.add(dims) });
+    }
+
+    /// Adds a tensor that is like the latest one but for its address.
+    fn add_again(&mut self, index: u32, found: &Found) {
+        self.regions.push(found.pointer, found.numel);
+        self.entries.push(Entry { index, form: self.forms.latest() });
     }
 
     /// Whether it is easily seen that no two tensors share memory, and none is empty.
@@ -215,14 +221,12 @@ impl TensorGroup {
     }
 
     /// Takes out what is listed again, and notes whether other entries share memory.
-    fn take_repeated(&mut self, py: Python<'_>) -> PyResult<()> {
+    fn take_repeated(&mut self, py: Python<'_>) {
         if self.are_in_order() || self.are_on_lines_of_their_own() {
-            return Ok(());
+            return;
         }
-        let tensors = self.regions.tensors(py);
-        let object = |at: usize| -> PyResult<usize> {
-            Ok(tensors.get_borrowed_item(self.entries[at].index as usize)?.as_ptr() as usize)
-        };
+        let tensors = self.regions.tensors(py).as_slice();
+        let object = |at: usize| tensors[self.entries[at].index as usize].as_ptr() as usize;
         // A stable sort makes use of stretches that are in order already.
         let mut order: Vec<_> =
             (0..self.entries.len()).map(|at| (self.regions.addresses(at).start, at as u32)).collect();
@@ -244,7 +248,7 @@ impl TensorGroup {
             }
             let mut objects = Vec::with_capacity(same_address.len());
             for &(_, at) in same_address {
-                objects.push((object(at as usize)?, at as usize));
+                objects.push((object(at as usize), at as usize));
             }
             objects.sort_unstable();
             for same_object in objects.chunk_by(|one, other| one.0 == other.0) {
@@ -266,7 +270,6 @@ impl TensorGroup {
             gone.next_if_eq(&(at - 1)).is_none()
         });
         self.regions.remove(again.iter().map(|(at, _)| *at));
-        Ok(())
     }
 
     /// Gives every entry its place in the slab, which stays aligned when each element is made as narrow as this.
@@ -409,10 +412,10 @@ impl TensorGroup {
         for at in part.touched() {
             let tensor = self.tensor(py, at)?;
             // Any dtype can be written, but torch would not count up the version of a tensor from inference mode.
-            if let Err(why) = torch.check_rebindable(&tensor, true)? {
+            if let Err(why) = torch.check_rebindable(tensor, true)? {
                 return Err(PyValueError::new_err(format!("tensors[{}] {why}", self.entries[at].index)));
             }
-            written.push(tensor.to_owned());
+            written.push(tensor);
         }
         torch.increment_version(&PyList::new(py, written)?)?;
         part.scatter(py, threads);
@@ -438,8 +441,8 @@ impl TensorGroup {
         for (at, entry) in self.entries.iter().enumerate() {
             self.fetch_ahead(py, at)?;
             let like = self.tensor(py, at)?;
-            let requires_grad = !detached && trainable && torch.requires_grad(&like)?;
-            made.push(if !detached && torch.is_parameter(&like) {
+            let requires_grad = !detached && trainable && torch.requires_grad(like)?;
+            made.push(if !detached && torch.is_parameter(like) {
                 let (shape, strides) = self.shape_and_strides(entry);
                 slab.parameter(self.regions.first_element(at), shape, strides, requires_grad)?
             } else {
@@ -470,7 +473,7 @@ impl TensorGroup {
         let torch = Torch::get(py)?;
         self.check_in_place()?;
         match self.regions.base() {
-            Some((base, first)) => flat(torch, &*self.tensor(py, first)?, base, self.dtype, self.device, self.length),
+            Some((base, first)) => flat(torch, self.tensor(py, first)?, base, self.dtype, self.device, self.length),
             None => Ok(None),
         }
     }
@@ -486,9 +489,9 @@ impl TensorGroup {
         self.entries.len()
     }
 
-    pub(crate) fn tensor<'a, 'py: 'a>(&'a self, py: Python<'py>, at: usize) -> PyResult<Borrowed<'a, 'py, PyAny>> {
+    pub(crate) fn tensor<'a, 'py: 'a>(&'a self, py: Python<'py>, at: usize) -> PyResult<&'a Bound<'py, PyAny>> {
         let entry = self.entries.get(at).ok_or_else(|| PyIndexError::new_err("the group is empty"))?;
-        self.regions.tensors(py).get_borrowed_item(entry.index as usize)
+        Ok(&self.regions.tensors(py).as_slice()[entry.index as usize])
     }
 
     fn shape_and_strides(&self, entry: &Entry) -> (&[i64], &[i64]) {
@@ -540,7 +543,7 @@ impl TensorGroup {
     /// Brings a tensor that is needed soon into the cache.
     fn fetch_ahead(&self, py: Python<'_>, at: usize) -> PyResult<()> {
         if at + BATCH < self.entries.len() {
-            prefetch(&*self.tensor(py, at + BATCH)?);
+            prefetch(self.tensor(py, at + BATCH)?);
         }
         Ok(())
     }
@@ -555,7 +558,7 @@ impl TensorGroup {
         let py = slab.py();
         self.check_in_place()?;
         let slab = self.slab_of(torch, slab, door)?;
-        if !self.entries.is_empty() && !torch.can_hold(&*self.tensor(py, 0)?, &self.view(&slab, 0)?)? {
+        if !self.entries.is_empty() && !torch.can_hold(self.tensor(py, 0)?, &self.view(&slab, 0)?)? {
             return Err(PyValueError::new_err("tensors of this device cannot become tensors of the slab's device"));
         }
         self.check_rebindable(torch, py, slab.found.dtype.is_differentiable())?;
@@ -567,7 +570,7 @@ impl TensorGroup {
         self.check_in_place()?;
         for (at, entry) in self.entries.iter().enumerate() {
             self.fetch_ahead(py, at)?;
-            if let Err(why) = torch.check_rebindable(&*self.tensor(py, at)?, trainable)? {
+            if let Err(why) = torch.check_rebindable(self.tensor(py, at)?, trainable)? {
                 return Err(PyValueError::new_err(format!("tensors[{}] {why}", entry.index)));
             }
         }
@@ -583,7 +586,10 @@ impl TensorGroup {
         self.begin_to_move();
         for at in 0..self.entries.len() {
             self.fetch_ahead(slab.py(), at)?;
-            torch.set_data(&*self.tensor(slab.py(), at)?, &self.view(slab, at)?)?;
+            let (shape, strides) = self.shape_and_strides(&self.entries[at]);
+            slab.with_view(self.regions.first_element(at), shape, strides, |view| {
+                torch.set_data(self.tensor(slab.py(), at)?, view)
+            })?;
         }
         slab.remember();
         Ok(())

@@ -56,7 +56,8 @@ pub(crate) fn load_matching<'py>(
     // What torch will write and read for those that are left to it.
     let mut others = Vec::new();
     let mut keys = Keys::new(state, prefix);
-    let (mut to_dims, mut from_dims) = (Vec::new(), Vec::new());
+    let (mut targets, mut origins) = (Seen::default(), Seen::default());
+    let mut bytes = None;
     let mut found = Vec::with_capacity(BATCH);
     let mut written = Vec::with_capacity(WRITTEN_AT_ONCE + BATCH);
     for begin in (0..entries.len()).step_by(BATCH) {
@@ -76,21 +77,25 @@ pub(crate) fn load_matching<'py>(
                 continue;
             };
             let at = begin + at;
-            let into = plain(torch, to, &mut to_dims)?;
-            let out_of = plain(torch, &from, &mut from_dims)?;
-            if let (Some(into), Some(out_of)) = (&into, &out_of)
-                && let Some(bytes) = copied_as_bytes(into, out_of, &to_dims, &from_dims)
-                && bytes <= largest
-                // A tensor that was made in inference mode has no version, and may not be written outside.
-                && torch.check_rebindable(to, true)?.is_ok()
-            {
-                pairs.push(Pair { at, from: out_of.pointer, to: into.pointer, bytes });
-                sources.push(from);
-                written.push(to);
-            } else {
-                others.push(Stretch { addresses: addresses(into, to, &to_dims), at, is_written: true });
-                others.push(Stretch { addresses: addresses(out_of, &from, &from_dims), at, is_written: false });
+            let into = targets.look_at(torch, to)?;
+            let out_of = origins.look_at(torch, &from)?;
+            if let (Some(into), Some(out_of)) = (&into, &out_of) {
+                if !(targets.is_like_before && origins.is_like_before) {
+                    bytes = copied_as_bytes(into, out_of, &targets.dims, &origins.dims);
+                }
+                if let Some(bytes) = bytes
+                    && bytes <= largest
+                    // A tensor that was made in inference mode has no version, and may not be written outside.
+                    && torch.counts_writes(to)
+                {
+                    pairs.push(Pair { at, from: out_of.pointer, to: into.pointer, bytes });
+                    sources.push(from);
+                    written.push(to);
+                    continue;
+                }
             }
+            others.push(Stretch { addresses: addresses(into, to, &targets.dims), at, is_written: true });
+            others.push(Stretch { addresses: addresses(out_of, &from, &origins.dims), at, is_written: false });
         }
         if whole && pairs.len() < begin + batch.len() {
             return Ok((entries.into_iter().map(|(name, _)| name).collect(), 0));
@@ -130,10 +135,26 @@ fn copied_as_bytes(to: &Found, from: &Found, to_dims: &[i64], from_dims: &[i64])
     alike.then(|| to.numel * to.itemsize)
 }
 
-/// Where a tensor lies, and in `dims` its shape and its strides, if it is a plain one.
-fn plain(torch: &Torch, value: &Bound<'_, PyAny>, dims: &mut Vec<i64>) -> PyResult<Option<Found>> {
-    dims.clear();
-    if torch.is_plain(value) { Ok(torch.find(value, dims)?.ok()) } else { Ok(None) }
+/// What has been seen of the latest of some tensors.
+#[derive(Default)]
+struct Seen {
+    latest: Option<Found>,
+    /// Its shape and its strides.
+    dims: Vec<i64>,
+    is_like_before: bool,
+}
+
+impl Seen {
+    /// Where a tensor lies, if it is a plain one.
+    fn look_at(&mut self, torch: &Torch, value: &Bound<'_, PyAny>) -> PyResult<Option<Found>> {
+        if torch.is_plain(value) {
+            let found = torch.find_next(value, &mut self.latest, &mut self.dims)?.ok();
+            self.is_like_before = found.is_some_and(|(_, is_like_before)| is_like_before);
+            return Ok(found.map(|(found, _)| found));
+        }
+        *self = Self::default();
+        Ok(None)
+    }
 }
 
 /// The memory that a tensor takes, as far as it can be told: none of what no plain tensor could share.

@@ -8,6 +8,7 @@
 //! Subclasses of Tensor are never asked: what they hold may be anything.
 #![allow(unsafe_code)] // C structs and functions of torch; every pointer that crosses the border does so here.
 
+use std::ffi::c_void;
 use std::ptr;
 
 use pdrs_core::strides::is_contiguous;
@@ -33,6 +34,15 @@ pub(crate) struct Found {
     pub(crate) numel: u64,
     /// Whether elements in C order are neighbours.
     pub(crate) contiguous: bool,
+}
+
+impl Found {
+    /// Whether another tensor of this dtype, shape and strides needs no closer look, as [`Torch::look_closer`] takes, if
+    /// it has memory.
+    fn is_plain_to_see(&self) -> bool {
+        let small_integer = self.itemsize == 1 && self.dtype.code < 2;
+        self.contiguous && self.numel > 1 && !small_integer && !self.dtype.is_complex()
+    }
 }
 
 /// Why a tensor must be left to torch.
@@ -61,37 +71,55 @@ impl std::fmt::Display for Unusual {
     }
 }
 
-/// An attribute of Tensor that is called without looking its name up.
+/// An attribute of Tensor that is read and set without looking its name up, and without looking at the tensor's class.
+///
+/// torch has it from a table of C functions, as `CPython` has attributes of types that are written in C.
 struct Attribute {
-    descriptor: Py<PyAny>,
-    get: ffi::descrgetfunc,
-    set: Option<ffi::descrsetfunc>,
+    get: ffi::getter,
+    set: Option<ffi::setter>,
+    closure: *mut c_void,
+    /// Owns the table.
+    _descriptor: Py<PyAny>,
 }
+
+// SAFETY: the pointer is an opaque argument of torch's functions, which are called with the GIL held only.
+unsafe impl Send for Attribute {}
+// SAFETY: as above; nothing can be changed through a shared reference.
+unsafe impl Sync for Attribute {}
 
 impl Attribute {
     fn new(tensor: &Bound<'_, PyType>, name: &str) -> PyResult<Self> {
         let descriptor = tensor.getattr(name)?;
-        // SAFETY: `descriptor` is a live object, and so is its type; the fields of the type are those of CPython.
-        let (get, set) = unsafe {
-            let class = ffi::Py_TYPE(descriptor.as_ptr());
-            ((*class).tp_descr_get, (*class).tp_descr_set)
+        let unknown = || PyRuntimeError::new_err(format!("torch.Tensor.{name} is not an attribute written in C"));
+        // SAFETY: `descriptor` is a live object. If this is its exact type, it is a struct of the type's layout, which
+        // points to a row of a table that lives as long as the class that it is an attribute of.
+        let row = unsafe {
+            if ffi::Py_TYPE(descriptor.as_ptr()) != &raw mut ffi::PyGetSetDescr_Type {
+                return Err(unknown());
+            }
+            *(*descriptor.as_ptr().cast::<ffi::PyGetSetDescrObject>()).d_getset
         };
-        let get = get.ok_or_else(|| PyRuntimeError::new_err(format!("torch.Tensor.{name} is no attribute")))?;
-        Ok(Self { descriptor: descriptor.unbind(), get, set })
+        let get = row.get.ok_or_else(unknown)?;
+        Ok(Self { get, set: row.set, closure: row.closure, _descriptor: descriptor.unbind() })
     }
 
-    fn get<'py>(&self, tensor: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
-        // SAFETY: descriptor and tensor are live objects; a descriptor's getter gives a new reference or raises.
-        unsafe {
-            let class = ffi::Py_TYPE(tensor.as_ptr()).cast();
-            Bound::from_owned_ptr_or_err(tensor.py(), (self.get)(self.descriptor.as_ptr(), tensor.as_ptr(), class))
-        }
+    /// # Safety
+    ///
+    /// It must be a Tensor.
+    unsafe fn get<'py>(&self, tensor: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        // SAFETY: `tensor` is a live object of the class that the attribute is of; a getter gives a new reference or
+        // raises.
+        unsafe { Bound::from_owned_ptr_or_err(tensor.py(), (self.get)(tensor.as_ptr(), self.closure)) }
     }
 
-    fn set(&self, tensor: &Bound<'_, PyAny>, value: &Bound<'_, PyAny>) -> PyResult<()> {
+    /// # Safety
+    ///
+    /// It must be a Tensor.
+    unsafe fn set(&self, tensor: &Bound<'_, PyAny>, value: &Bound<'_, PyAny>) -> PyResult<()> {
         let set = self.set.ok_or_else(|| PyRuntimeError::new_err("an attribute of torch.Tensor cannot be set"))?;
-        // SAFETY: all three are live objects; a descriptor's setter takes its own references, and raises if not 0.
-        let status = unsafe { set(self.descriptor.as_ptr(), tensor.as_ptr(), value.as_ptr()) };
+        // SAFETY: both are live objects, and `tensor` is of the class that the attribute is of; a setter takes its own
+        // references, and raises if not 0.
+        let status = unsafe { set(tensor.as_ptr(), value.as_ptr(), self.closure) };
         if status == 0 { Ok(()) } else { Err(PyErr::fetch(tensor.py())) }
     }
 }
@@ -157,22 +185,38 @@ impl Torch {
         object.get_type_ptr().cast() == self.parameter.as_ptr()
     }
 
+    fn get_attribute<'py>(&self, attribute: &Attribute, tensor: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        if !self.is_plain(tensor) {
+            return Err(expected_a_tensor(tensor)?);
+        }
+        // SAFETY: it is a Tensor, as has just been seen.
+        unsafe { attribute.get(tensor) }
+    }
+
+    fn set_attribute(&self, attribute: &Attribute, tensor: &Bound<'_, PyAny>, to: &Bound<'_, PyAny>) -> PyResult<()> {
+        if !self.is_plain(tensor) {
+            return Err(expected_a_tensor(tensor)?);
+        }
+        // SAFETY: it is a Tensor, as has just been seen.
+        unsafe { attribute.set(tensor, to) }
+    }
+
     /// `tensor.grad` of a plain tensor, without looking the attribute up.
     pub(crate) fn gradient<'py>(&self, tensor: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
-        self.grad.get(tensor)
+        self.get_attribute(&self.grad, tensor)
     }
 
     pub(crate) fn requires_grad(&self, tensor: &Bound<'_, PyAny>) -> PyResult<bool> {
-        Ok(self.requires_grad.get(tensor)?.is(PyBool::new(tensor.py(), true)))
+        Ok(self.get_attribute(&self.requires_grad, tensor)?.is(PyBool::new(tensor.py(), true)))
     }
 
     pub(crate) fn require_grad(&self, tensor: &Bound<'_, PyAny>) -> PyResult<()> {
-        self.requires_grad.set(tensor, &PyBool::new(tensor.py(), true))
+        self.set_attribute(&self.requires_grad, tensor, &PyBool::new(tensor.py(), true))
     }
 
     /// Whether torch counts what is written to a tensor: not of one from inference mode, which it guards otherwise.
     pub(crate) fn counts_writes(&self, tensor: &Bound<'_, PyAny>) -> bool {
-        self.version.get(tensor).is_ok()
+        self.get_attribute(&self.version, tensor).is_ok()
     }
 
     /// Tells autograd that the values of tensors change, or are about to.
@@ -209,7 +253,7 @@ impl Torch {
 
     /// `tensor.data = data`, without looking the attribute up.
     pub(crate) fn set_data(&self, tensor: &Bound<'_, PyAny>, data: &Bound<'_, PyAny>) -> PyResult<()> {
-        self.data.set(tensor, data)
+        self.set_attribute(&self.data, tensor, data)
     }
 
     /// Tells where a tensor lies, and appends its shape and then its strides, in elements, to `dims`.
@@ -229,9 +273,73 @@ impl Torch {
             return if class.is_subclass(self.tensor.bind(tensor.py()))? {
                 Ok(Err(Unusual::Subclass(name)))
             } else {
-                Err(PyTypeError::new_err(format!("expected a Tensor, got {name}")))
+                Err(expected_a_tensor(tensor)?)
             };
         }
+        let seen = match self.describe(tensor) {
+            Ok(seen) => seen,
+            Err(error) => {
+                let error = error.value(tensor.py()).to_string();
+                return Ok(Err(Unusual::Refused(error.lines().next().unwrap_or_default().to_owned())));
+            }
+        };
+        let Some(itemsize) = seen.dtype.itemsize() else {
+            return Ok(Err(Unusual::Dtype(dtype_name(tensor)?)));
+        };
+        // SAFETY: the tensor is alive, and nothing else runs before the numbers have been copied.
+        let (shape, strides) = unsafe { shape_and_strides(&seen) };
+        let start = dims.len();
+        // As a loop: there are few, and a call of `memcpy` takes longer.
+        dims.extend(shape.iter().chain(strides));
+        let found = Found {
+            pointer: address(&seen),
+            device: seen.device,
+            dtype: seen.dtype,
+            itemsize,
+            ndim: shape.len(),
+            numel: if shape.contains(&0) { 0 } else { shape.iter().map(|size| size.cast_unsigned()).product() },
+            contiguous: is_contiguous(shape, strides),
+        };
+        let unusual = self.look_closer(tensor, &found)?;
+        if unusual.is_some() {
+            dims.truncate(start);
+        }
+        Ok(unusual.map_or(Ok(found), Err))
+    }
+
+    /// What [`find`](Self::find) tells, where one tensor after another is asked for; `dims` has the shape and the strides
+    /// of this one only.
+    ///
+    /// Neighbours are mostly alike but for their address. The flag says that this one is like the one before, so that
+    /// `dims` is as it was left.
+    pub(crate) fn find_next(
+        &self,
+        tensor: &Bound<'_, PyAny>,
+        before: &mut Option<Found>,
+        dims: &mut Vec<i64>,
+    ) -> PyResult<std::result::Result<(Found, bool), Unusual>> {
+        if let Some(like) = before
+            && self.is_plain(tensor)
+            && let Ok(seen) = self.describe(tensor)
+            && (seen.device, seen.dtype) == (like.device, like.dtype)
+            && address(&seen) != 0
+        {
+            // SAFETY: the tensor is alive, and nothing else runs before the numbers have been compared.
+            let (shape, strides) = unsafe { shape_and_strides(&seen) };
+            // As a loop: there are few, and a call of `memcmp` takes longer.
+            if shape.len() == like.ndim && shape.iter().chain(strides).zip(dims.iter()).all(|(one, other)| one == other)
+            {
+                return Ok(Ok((Found { pointer: address(&seen), ..*like }, true)));
+            }
+        }
+        dims.clear();
+        let found = self.find(tensor, dims)?;
+        *before = found.as_ref().ok().filter(|found| found.is_plain_to_see()).copied();
+        Ok(found.map(|found| (found, false)))
+    }
+
+    /// Asks the exchange API of a tensor of exactly the class Tensor or Parameter.
+    fn describe(&self, tensor: &Bound<'_, PyAny>) -> PyResult<DlTensor> {
         let mut seen = DlTensor {
             data: ptr::null_mut(),
             device: Device { kind: 0, index: 0 },
@@ -243,38 +351,11 @@ impl Torch {
         };
         // SAFETY: `tensor` is a live torch.Tensor, the class that the table of functions is of; `seen` is a struct of
         // the layout that the checked version of the table names.
-        if unsafe { (self.describe)(tensor.as_ptr(), &raw mut seen) } != 0 {
-            let error = PyErr::fetch(tensor.py()).value(tensor.py()).to_string();
-            return Ok(Err(Unusual::Refused(error.lines().next().unwrap_or_default().to_owned())));
-        }
-        let Some(itemsize) = seen.dtype.itemsize() else {
-            return Ok(Err(Unusual::Dtype(dtype_name(tensor)?)));
-        };
-        let ndim = usize::try_from(seen.ndim).unwrap_or(0);
-        let (shape, strides): (&[i64], &[i64]) = if ndim == 0 {
-            (&[], &[])
+        if unsafe { (self.describe)(tensor.as_ptr(), &raw mut seen) } == 0 {
+            Ok(seen)
         } else {
-            // SAFETY: both point to `ndim` numbers inside the tensor, which is alive, and nothing else runs before they
-            // have been copied.
-            unsafe { (std::slice::from_raw_parts(seen.shape, ndim), std::slice::from_raw_parts(seen.strides, ndim)) }
-        };
-        let start = dims.len();
-        // As a loop: there are few, and a call of `memcpy` takes longer.
-        dims.extend(shape.iter().chain(strides));
-        let found = Found {
-            pointer: (seen.data as usize).wrapping_add(seen.byte_offset as usize),
-            device: seen.device,
-            dtype: seen.dtype,
-            itemsize,
-            ndim,
-            numel: if shape.contains(&0) { 0 } else { shape.iter().map(|size| size.cast_unsigned()).product() },
-            contiguous: is_contiguous(shape, strides),
-        };
-        let unusual = self.look_closer(tensor, &found)?;
-        if unusual.is_some() {
-            dims.truncate(start);
+            Err(PyErr::fetch(tensor.py()))
         }
-        Ok(unusual.map_or(Ok(found), Err))
     }
 
     /// Asks for what the exchange API does not tell, where it can matter.
@@ -346,6 +427,29 @@ fn hint(address: usize) {
 
 #[cfg(not(target_arch = "x86_64"))]
 fn hint(_address: usize) {}
+
+/// The shape and the strides of a tensor.
+///
+/// # Safety
+///
+/// The tensor must be alive, and nothing may change it as long as these are used.
+unsafe fn shape_and_strides<'a>(seen: &DlTensor) -> (&'a [i64], &'a [i64]) {
+    match usize::try_from(seen.ndim) {
+        Err(_) | Ok(0) => (&[], &[]),
+        // SAFETY: both point to `ndim` numbers inside the tensor, as the caller promises.
+        Ok(ndim) => unsafe {
+            (std::slice::from_raw_parts(seen.shape, ndim), std::slice::from_raw_parts(seen.strides, ndim))
+        },
+    }
+}
+
+fn address(seen: &DlTensor) -> usize {
+    (seen.data as usize).wrapping_add(seen.byte_offset as usize)
+}
+
+fn expected_a_tensor(got: &Bound<'_, PyAny>) -> PyResult<PyErr> {
+    Ok(PyTypeError::new_err(format!("expected a Tensor, got {}", got.get_type().name()?)))
+}
 
 fn dtype_name(tensor: &Bound<'_, PyAny>) -> PyResult<String> {
     Ok(tensor.getattr(intern!(tensor.py(), "dtype"))?.to_string())
