@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import os
-import subprocess
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
@@ -18,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-TIMEOUT_SECONDS = 300
+from fresh_process import figures
 
 
 class _MallInfo(ctypes.Structure):
@@ -49,15 +47,7 @@ def bytes_per_entry(what: str, entries: int) -> float:
 
 def all_bytes_per_entry(what: str, entries: int) -> tuple[float, ...]:
     """Measure in a fresh process what gives several figures."""
-    finished = subprocess.run(
-        [sys.executable, str(Path(__file__).resolve()), what, str(entries)],
-        env={**os.environ, "PYTHONMALLOC": "malloc"},
-        stdout=subprocess.PIPE,
-        timeout=TIMEOUT_SECONDS,
-        check=True,
-        text=True,
-    )
-    return tuple(map(float, finished.stdout.split()))
+    return figures(__file__, what, entries, PYTHONMALLOC="malloc")
 
 
 def allocated() -> int:

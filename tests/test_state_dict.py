@@ -654,3 +654,15 @@ def test_loading_leaves_the_collector_as_it_was(kind: Kind, enabled: bool) -> No
         assert gc.isenabled() == enabled
     finally:
         gc.enable()
+
+
+def test_what_is_copied_does_not_depend_on_an_unusual_entry_before():
+    # The second source looks like the first, but is a conjugate view; the third is as the first again.
+    shapes = {"a": 4, "b": 9, "c": 9}
+    target = pdrs.ParameterDict({name: torch.zeros(size, dtype=torch.complex64) for name, size in shapes.items()})
+    state = {name: torch.ones(4, dtype=torch.complex64) for name in shapes}
+    state["b"] = state["b"].conj()
+    with pytest.raises(RuntimeError) as caught:
+        target.load_state_dict(state)
+    assert str(caught.value).count("size mismatch") == 2
+    assert not target["c"].any()

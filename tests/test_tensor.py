@@ -148,6 +148,45 @@ def test_what_memory_does_not_tell_is_left_to_torch(make: Any, why: str) -> None
     assert why in reason
 
 
+NEIGHBOURS: list[Any] = [
+    lambda: torch.randn(2, 3),
+    lambda: torch.randn(2, 3),
+    lambda: torch.randn(3, 2),
+    lambda: torch.randn(3, 2).t(),
+    lambda: torch.randn(6),
+    lambda: torch.randn(2, 3, dtype=torch.float64),
+    lambda: torch.randn(()),
+    lambda: torch.randn(1),
+    lambda: torch.ones(1, dtype=torch.complex64).conj().imag,
+    lambda: torch.randn(2, 0),
+    lambda: torch.randn(2, 3, dtype=torch.complex64),
+    lambda: torch.randn(2, 3, dtype=torch.complex64).conj(),
+    lambda: torch.randint(9, (2, 3), dtype=torch.uint8),
+    lambda: torch.empty(2, 3, dtype=torch.uint4),
+    lambda: torch.randn(2, 3, device="meta"),
+    lambda: torch.randn(2, 3).as_subclass(Subclass),
+    without_memory,
+    lambda: torch.ones(3),
+]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_found_of_a_tensor_does_not_depend_on_the_one_before(seed: int) -> None:
+    tensors = [make() for make in Random(seed).choices(NEIGHBOURS, k=300)]
+    alone = [group_tensors([tensor]) for tensor in tensors]
+    groups, unusual = group_tensors(tensors)
+    assert unusual == [(at, why) for at, (_, left) in enumerate(alone) for _, why in left]
+    assert sorted(at for group in groups for at in group.indices.tolist()) == [
+        at for at, (found, _) in enumerate(alone) if found
+    ]
+    for group in groups:
+        slab = torch.empty(group.length, dtype=group.dtype)
+        group.gather(slab)
+        for at, view in zip(group.indices.tolist(), group.views(slab), strict=True):
+            assert torch.equal(view, tensors[at])
+            assert view.stride() == tensors[at].stride()
+
+
 @pytest.mark.parametrize("transform", ["vmap", "grad", "functionalize"])
 def test_tensors_inside_function_transforms_are_left_to_torch(transform: str) -> None:
     seen = []

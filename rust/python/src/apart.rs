@@ -31,7 +31,7 @@ pub(crate) fn convert_apart(
         if slab.is_none() {
             match tensor.call_method1(intern!(py, "to"), (&dtype,)) {
                 Ok(converted) => {
-                    torch.set_data(&tensor, &converted)?;
+                    torch.set_data(tensor, &converted)?;
                     continue;
                 }
                 Err(error) => interrupt = (!error.is_instance_of::<PyException>(py)).then_some(error),
@@ -42,8 +42,8 @@ pub(crate) fn convert_apart(
             None => slab.insert(group.slab_of(torch, reserve, None)?),
         };
         let place = group.view(slab, at)?;
-        place.call_method1(intern!(py, "copy_"), (&tensor,))?;
-        torch.set_data(&tensor, &place)?;
+        place.call_method1(intern!(py, "copy_"), (tensor,))?;
+        torch.set_data(tensor, &place)?;
     }
     if let Some(slab) = slab {
         slab.remember();

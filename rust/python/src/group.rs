@@ -138,7 +138,7 @@ pub(crate) fn group_tensors(
         }
     }
     for group in &mut groups {
-        group.take_repeated(py)?;
+        group.take_repeated(py);
         let bytes = group.regions.length().map_err(|error| PyValueError::new_err(error.to_string()))?;
         group.length = bytes / group.regions.itemsize();
     }
@@ -197,14 +197,12 @@ impl TensorGroup {
     }
 
     /// Takes out what is listed again, and notes whether other entries share memory.
-    fn take_repeated(&mut self, py: Python<'_>) -> PyResult<()> {
+    fn take_repeated(&mut self, py: Python<'_>) {
         if self.regions.are_in_order() || self.are_on_lines_of_their_own() {
-            return Ok(());
+            return;
         }
-        let tensors = self.regions.tensors(py);
-        let object = |at: usize| -> PyResult<usize> {
-            Ok(tensors.get_borrowed_item(self.entries[at].index as usize)?.as_ptr() as usize)
-        };
+        let tensors = self.regions.tensors(py).as_slice();
+        let object = |at: usize| tensors[self.entries[at].index as usize].as_ptr() as usize;
         // A stable sort makes use of stretches that are in order already.
         let mut order: Vec<_> =
             (0..self.entries.len()).map(|at| (self.regions.addresses(at).start, at as u32)).collect();
@@ -226,7 +224,7 @@ impl TensorGroup {
             }
             let mut objects = Vec::with_capacity(same_address.len());
             for &(_, at) in same_address {
-                objects.push((object(at as usize)?, at as usize));
+                objects.push((object(at as usize), at as usize));
             }
             objects.sort_unstable();
             for same_object in objects.chunk_by(|one, other| one.0 == other.0) {
@@ -248,7 +246,6 @@ impl TensorGroup {
             gone.next_if_eq(&(at - 1)).is_none()
         });
         self.regions.remove(again.iter().map(|(at, _)| *at));
-        Ok(())
     }
 }
 
@@ -376,10 +373,10 @@ impl TensorGroup {
         for at in part.touched() {
             let tensor = self.tensor(py, at)?;
             // Any dtype can be written, but torch would not count up the version of a tensor from inference mode.
-            if let Err(why) = torch.check_rebindable(&tensor, true)? {
+            if let Err(why) = torch.check_rebindable(tensor, true)? {
                 return Err(PyValueError::new_err(format!("tensors[{}] {why}", self.entries[at].index)));
             }
-            written.push(tensor.to_owned());
+            written.push(tensor);
         }
         torch.increment_version(&PyList::new(py, written)?)?;
         part.scatter(py, threads);
@@ -405,8 +402,8 @@ impl TensorGroup {
         for (at, entry) in self.entries.iter().enumerate() {
             self.fetch_ahead(py, at)?;
             let like = self.tensor(py, at)?;
-            let requires_grad = !detached && trainable && torch.requires_grad(&like)?;
-            made.push(if !detached && torch.is_parameter(&like) {
+            let requires_grad = !detached && trainable && torch.requires_grad(like)?;
+            made.push(if !detached && torch.is_parameter(like) {
                 let (shape, strides) = self.shape_and_strides(entry);
                 slab.parameter(self.regions.first_element(at), shape, strides, requires_grad)?
             } else {
@@ -437,7 +434,7 @@ impl TensorGroup {
         let torch = Torch::get(py)?;
         self.check_in_place()?;
         match self.regions.base() {
-            Some((base, first)) => flat(torch, &*self.tensor(py, first)?, base, self.dtype, self.device, self.length),
+            Some((base, first)) => flat(torch, self.tensor(py, first)?, base, self.dtype, self.device, self.length),
             None => Ok(None),
         }
     }
@@ -453,9 +450,9 @@ impl TensorGroup {
         self.entries.len()
     }
 
-    pub(crate) fn tensor<'a, 'py: 'a>(&'a self, py: Python<'py>, at: usize) -> PyResult<Borrowed<'a, 'py, PyAny>> {
+    pub(crate) fn tensor<'a, 'py: 'a>(&'a self, py: Python<'py>, at: usize) -> PyResult<&'a Bound<'py, PyAny>> {
         let entry = self.entries.get(at).ok_or_else(|| PyIndexError::new_err("the group is empty"))?;
-        self.regions.tensors(py).get_borrowed_item(entry.index as usize)
+        Ok(&self.regions.tensors(py).as_slice()[entry.index as usize])
     }
 
     fn shape_and_strides(&self, entry: &Entry) -> (&[i64], &[i64]) {
@@ -507,7 +504,7 @@ impl TensorGroup {
     /// Brings a tensor that is needed soon into the cache.
     fn fetch_ahead(&self, py: Python<'_>, at: usize) -> PyResult<()> {
         if at + BATCH < self.entries.len() {
-            prefetch(&*self.tensor(py, at + BATCH)?);
+            prefetch(self.tensor(py, at + BATCH)?);
         }
         Ok(())
     }
@@ -522,7 +519,7 @@ impl TensorGroup {
         let py = slab.py();
         self.check_in_place()?;
         let slab = self.slab_of(torch, slab, door)?;
-        if !self.entries.is_empty() && !torch.can_hold(&*self.tensor(py, 0)?, &self.view(&slab, 0)?)? {
+        if !self.entries.is_empty() && !torch.can_hold(self.tensor(py, 0)?, &self.view(&slab, 0)?)? {
             return Err(PyValueError::new_err("tensors of this device cannot become tensors of the slab's device"));
         }
         self.check_rebindable(torch, py, slab.found.dtype.is_differentiable())?;
@@ -534,7 +531,7 @@ impl TensorGroup {
         self.check_in_place()?;
         for (at, entry) in self.entries.iter().enumerate() {
             self.fetch_ahead(py, at)?;
-            if let Err(why) = torch.check_rebindable(&*self.tensor(py, at)?, trainable)? {
+            if let Err(why) = torch.check_rebindable(self.tensor(py, at)?, trainable)? {
                 return Err(PyValueError::new_err(format!("tensors[{}] {why}", entry.index)));
             }
         }
@@ -550,7 +547,10 @@ impl TensorGroup {
         self.begin_to_move();
         for at in 0..self.entries.len() {
             self.fetch_ahead(slab.py(), at)?;
-            torch.set_data(&*self.tensor(slab.py(), at)?, &self.view(slab, at)?)?;
+            let (shape, strides) = self.shape_and_strides(&self.entries[at]);
+            slab.with_view(self.regions.first_element(at), shape, strides, |view| {
+                torch.set_data(self.tensor(slab.py(), at)?, view)
+            })?;
         }
         slab.remember();
         Ok(())

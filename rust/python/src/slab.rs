@@ -209,6 +209,24 @@ impl<'py> Slab<'py> {
         }
     }
 
+    /// Calls `take` with a [`view`](Self::view) that lives no longer than that.
+    ///
+    /// A tensor with a Python object takes the GIL whenever it comes to have one owner in C++, or no longer one, as it
+    /// does each time that its data is taken. With our handle there are always two.
+    pub(crate) fn with_view(
+        &self,
+        offset: u64,
+        shape: &[i64],
+        strides: &[i64],
+        take: impl FnOnce(&Bound<'py, PyAny>) -> PyResult<()>,
+    ) -> PyResult<()> {
+        if let Maker::FromBlob(abi, ..) = &self.maker {
+            let handle = self.lent(offset, shape, strides)?;
+            return take(&abi.to_python(self.tensor.py(), &handle, None)?);
+        }
+        take(&self.view(offset, shape, strides)?)
+    }
+
     /// A Parameter of these elements of the slab.
     pub(crate) fn parameter(
         &self,

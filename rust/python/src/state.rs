@@ -17,7 +17,7 @@ use pyo3::prelude::*;
 use pyo3::types::dict::BoundDictIterator;
 use pyo3::types::{PyDict, PyIterator, PyList, PyString};
 
-use crate::tensor::{Found, Torch, prefetch};
+use crate::tensor::{Finder, Found, Seen, Torch, prefetch};
 
 /// How many entries are looked at ahead, so that their cache misses overlap.
 const BATCH: usize = 32;
@@ -56,7 +56,9 @@ pub(crate) fn load_matching<'py>(
     // What torch will write and read for those that are left to it.
     let mut others = Vec::new();
     let mut keys = Keys::new(state, prefix);
-    let (mut to_dims, mut from_dims) = (Vec::new(), Vec::new());
+    let (mut targets, mut origins) = (Places::new(torch), Places::new(torch));
+    // How many bytes to copy, while one pair is like the one before.
+    let (mut bytes, mut is_known) = (None, false);
     let mut found = Vec::with_capacity(BATCH);
     let mut written = Vec::with_capacity(WRITTEN_AT_ONCE + BATCH);
     for begin in (0..entries.len()).step_by(BATCH) {
@@ -76,21 +78,28 @@ pub(crate) fn load_matching<'py>(
                 continue;
             };
             let at = begin + at;
-            let into = plain(torch, to, &mut to_dims)?;
-            let out_of = plain(torch, &from, &mut from_dims)?;
-            if let (Some(into), Some(out_of)) = (&into, &out_of)
-                && let Some(bytes) = copied_as_bytes(into, out_of, &to_dims, &from_dims)
-                && bytes <= largest
-                // A tensor that was made in inference mode has no version, and may not be written outside.
-                && torch.check_rebindable(to, true)?.is_ok()
-            {
-                pairs.push(Pair { at, from: out_of.pointer, to: into.pointer, bytes });
-                sources.push(from);
-                written.push(to);
+            let into = targets.of(to)?;
+            let out_of = origins.of(&from)?;
+            if let (Some(into), Some(out_of)) = (&into, &out_of) {
+                if !(is_known && targets.is_like_before && origins.is_like_before) {
+                    bytes = copied_as_bytes(into, out_of, targets.dims(), origins.dims());
+                    is_known = true;
+                }
+                if let Some(bytes) = bytes
+                    && bytes <= largest
+                    // A tensor that was made in inference mode has no version, and may not be written outside.
+                    && torch.counts_writes(to)
+                {
+                    pairs.push(Pair { at, from: out_of.pointer, to: into.pointer, bytes });
+                    sources.push(from);
+                    written.push(to);
+                    continue;
+                }
             } else {
-                others.push(Stretch { addresses: addresses(into, to, &to_dims), at, is_written: true });
-                others.push(Stretch { addresses: addresses(out_of, &from, &from_dims), at, is_written: false });
+                is_known = false;
             }
+            others.push(Stretch { addresses: addresses(into, to, targets.dims()), at, is_written: true });
+            others.push(Stretch { addresses: addresses(out_of, &from, origins.dims()), at, is_written: false });
         }
         if whole && pairs.len() < begin + batch.len() {
             return Ok((entries.into_iter().map(|(name, _)| name).collect(), 0));
@@ -130,10 +139,39 @@ fn copied_as_bytes(to: &Found, from: &Found, to_dims: &[i64], from_dims: &[i64])
     alike.then(|| to.numel * to.itemsize)
 }
 
-/// Where a tensor lies, and in `dims` its shape and its strides, if it is a plain one.
-fn plain(torch: &Torch, value: &Bound<'_, PyAny>, dims: &mut Vec<i64>) -> PyResult<Option<Found>> {
-    dims.clear();
-    if torch.is_plain(value) { Ok(torch.find(value, dims)?.ok()) } else { Ok(None) }
+/// Where tensors lie that are looked at one after another.
+struct Places {
+    torch: &'static Torch,
+    finder: Finder,
+    /// Whether the latest is like the one before but for its address.
+    is_like_before: bool,
+}
+
+impl Places {
+    fn new(torch: &'static Torch) -> Self {
+        Self { torch, finder: Finder::new(torch), is_like_before: false }
+    }
+
+    /// Where a tensor lies, if it is a plain one.
+    fn of(&mut self, value: &Bound<'_, PyAny>) -> PyResult<Option<Found>> {
+        self.is_like_before = false;
+        if !self.torch.is_plain(value) {
+            return Ok(None);
+        }
+        Ok(match self.finder.find(value)? {
+            Seen::Alike(pointer) => {
+                self.is_like_before = true;
+                self.finder.latest().map(|latest| Found { pointer, ..*latest })
+            }
+            Seen::Other(found) => Some(found),
+            Seen::Unusual(_) => None,
+        })
+    }
+
+    /// The shape and then the strides of the latest.
+    fn dims(&self) -> &[i64] {
+        self.finder.dims()
+    }
 }
 
 /// The memory that a tensor takes, as far as it can be told: none of what no plain tensor could share.

@@ -8,6 +8,7 @@
 //! Subclasses of Tensor are never asked: what they hold may be anything.
 #![allow(unsafe_code)] // C structs and functions of torch; every pointer that crosses the border does so here.
 
+use std::ffi::c_void;
 use std::ptr;
 
 use pdrs_core::strides::is_contiguous;
@@ -62,37 +63,55 @@ impl std::fmt::Display for Unusual {
     }
 }
 
-/// An attribute of Tensor that is called without looking its name up.
+/// An attribute of Tensor that is read and set without looking its name up, and without looking at the tensor's class.
+///
+/// torch has it from a table of C functions, as `CPython` has attributes of types that are written in C.
 struct Attribute {
-    descriptor: Py<PyAny>,
-    get: ffi::descrgetfunc,
-    set: Option<ffi::descrsetfunc>,
+    get: ffi::getter,
+    set: Option<ffi::setter>,
+    closure: *mut c_void,
+    /// Owns the table.
+    _descriptor: Py<PyAny>,
 }
+
+// SAFETY: the pointer is an opaque argument of torch's functions, which are called with the GIL held only.
+unsafe impl Send for Attribute {}
+// SAFETY: as above; nothing can be changed through a shared reference.
+unsafe impl Sync for Attribute {}
 
 impl Attribute {
     fn new(tensor: &Bound<'_, PyType>, name: &str) -> PyResult<Self> {
         let descriptor = tensor.getattr(name)?;
-        // SAFETY: `descriptor` is a live object, and so is its type; the fields of the type are those of CPython.
-        let (get, set) = unsafe {
-            let class = ffi::Py_TYPE(descriptor.as_ptr());
-            ((*class).tp_descr_get, (*class).tp_descr_set)
+        let unknown = || PyRuntimeError::new_err(format!("torch.Tensor.{name} is not an attribute written in C"));
+        // SAFETY: `descriptor` is a live object. If this is its exact type, it is a struct of the type's layout, which
+        // points to a row of a table that lives as long as the class that it is an attribute of.
+        let row = unsafe {
+            if ffi::Py_TYPE(descriptor.as_ptr()) != &raw mut ffi::PyGetSetDescr_Type {
+                return Err(unknown());
+            }
+            *(*descriptor.as_ptr().cast::<ffi::PyGetSetDescrObject>()).d_getset
         };
-        let get = get.ok_or_else(|| PyRuntimeError::new_err(format!("torch.Tensor.{name} is no attribute")))?;
-        Ok(Self { descriptor: descriptor.unbind(), get, set })
+        let get = row.get.ok_or_else(unknown)?;
+        Ok(Self { get, set: row.set, closure: row.closure, _descriptor: descriptor.unbind() })
     }
 
-    fn get<'py>(&self, tensor: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
-        // SAFETY: descriptor and tensor are live objects; a descriptor's getter gives a new reference or raises.
-        unsafe {
-            let class = ffi::Py_TYPE(tensor.as_ptr()).cast();
-            Bound::from_owned_ptr_or_err(tensor.py(), (self.get)(self.descriptor.as_ptr(), tensor.as_ptr(), class))
-        }
+    /// # Safety
+    ///
+    /// It must be a Tensor.
+    unsafe fn get<'py>(&self, tensor: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        // SAFETY: `tensor` is a live object of the class that the attribute is of; a getter gives a new reference or
+        // raises.
+        unsafe { Bound::from_owned_ptr_or_err(tensor.py(), (self.get)(tensor.as_ptr(), self.closure)) }
     }
 
-    fn set(&self, tensor: &Bound<'_, PyAny>, value: &Bound<'_, PyAny>) -> PyResult<()> {
+    /// # Safety
+    ///
+    /// It must be a Tensor.
+    unsafe fn set(&self, tensor: &Bound<'_, PyAny>, value: &Bound<'_, PyAny>) -> PyResult<()> {
         let set = self.set.ok_or_else(|| PyRuntimeError::new_err("an attribute of torch.Tensor cannot be set"))?;
-        // SAFETY: all three are live objects; a descriptor's setter takes its own references, and raises if not 0.
-        let status = unsafe { set(self.descriptor.as_ptr(), tensor.as_ptr(), value.as_ptr()) };
+        // SAFETY: both are live objects, and `tensor` is of the class that the attribute is of; a setter takes its own
+        // references, and raises if not 0.
+        let status = unsafe { set(tensor.as_ptr(), value.as_ptr(), self.closure) };
         if status == 0 { Ok(()) } else { Err(PyErr::fetch(tensor.py())) }
     }
 }
@@ -158,22 +177,38 @@ impl Torch {
         object.get_type_ptr().cast() == self.parameter.as_ptr()
     }
 
+    fn get_attribute<'py>(&self, attribute: &Attribute, tensor: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        if !self.is_plain(tensor) {
+            return Err(expected_a_tensor(tensor)?);
+        }
+        // SAFETY: it is a Tensor, as has just been seen.
+        unsafe { attribute.get(tensor) }
+    }
+
+    fn set_attribute(&self, attribute: &Attribute, tensor: &Bound<'_, PyAny>, to: &Bound<'_, PyAny>) -> PyResult<()> {
+        if !self.is_plain(tensor) {
+            return Err(expected_a_tensor(tensor)?);
+        }
+        // SAFETY: it is a Tensor, as has just been seen.
+        unsafe { attribute.set(tensor, to) }
+    }
+
     /// `tensor.grad` of a plain tensor, without looking the attribute up.
     pub(crate) fn gradient<'py>(&self, tensor: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
-        self.grad.get(tensor)
+        self.get_attribute(&self.grad, tensor)
     }
 
     pub(crate) fn requires_grad(&self, tensor: &Bound<'_, PyAny>) -> PyResult<bool> {
-        Ok(self.requires_grad.get(tensor)?.is(PyBool::new(tensor.py(), true)))
+        Ok(self.get_attribute(&self.requires_grad, tensor)?.is(PyBool::new(tensor.py(), true)))
     }
 
     pub(crate) fn require_grad(&self, tensor: &Bound<'_, PyAny>) -> PyResult<()> {
-        self.requires_grad.set(tensor, &PyBool::new(tensor.py(), true))
+        self.set_attribute(&self.requires_grad, tensor, &PyBool::new(tensor.py(), true))
     }
 
     /// Whether torch counts what is written to a tensor: not of one from inference mode, which it guards otherwise.
     pub(crate) fn counts_writes(&self, tensor: &Bound<'_, PyAny>) -> bool {
-        self.version.get(tensor).is_ok()
+        self.get_attribute(&self.version, tensor).is_ok()
     }
 
     /// Tells autograd that the values of tensors change, or are about to.
@@ -210,7 +245,7 @@ impl Torch {
 
     /// `tensor.data = data`, without looking the attribute up.
     pub(crate) fn set_data(&self, tensor: &Bound<'_, PyAny>, data: &Bound<'_, PyAny>) -> PyResult<()> {
-        self.data.set(tensor, data)
+        self.set_attribute(&self.data, tensor, data)
     }
 
     /// Tells where a tensor lies, and appends its shape and then its strides, in elements, to `dims`.
@@ -239,7 +274,7 @@ impl Torch {
             return if class.is_subclass(self.tensor.bind(tensor.py()))? {
                 Ok(Err(Unusual::Subclass(name)))
             } else {
-                Err(PyTypeError::new_err(format!("expected a Tensor, got {name}")))
+                Err(expected_a_tensor(tensor)?)
             };
         }
         let mut seen = DlTensor {
@@ -362,6 +397,11 @@ impl Finder {
             Ok(found) => Seen::Other(*self.latest.insert(found)),
             Err(unusual) => Seen::Unusual(unusual),
         })
+    }
+
+    /// The last that was found and was not [`Seen::Alike`].
+    pub(crate) fn latest(&self) -> Option<&Found> {
+        self.latest.as_ref()
     }
 
     /// The shape and then the strides of the last that was found.
@@ -503,6 +543,10 @@ pub(crate) fn hint(address: usize) {
 
 #[cfg(not(target_arch = "x86_64"))]
 pub(crate) fn hint(_address: usize) {}
+
+fn expected_a_tensor(got: &Bound<'_, PyAny>) -> PyResult<PyErr> {
+    Ok(PyTypeError::new_err(format!("expected a Tensor, got {}", got.get_type().name()?)))
+}
 
 fn dtype_name(tensor: &Bound<'_, PyAny>) -> PyResult<String> {
     Ok(tensor.getattr(intern!(tensor.py(), "dtype"))?.to_string())
