@@ -83,4 +83,4 @@ def test_the_error_has_the_name_by_which_it_is_caught(tmp_path: Path) -> None:
     assert f"{type(caught.value).__module__}.{type(caught.value).__qualname__}" == "pdrs.CheckpointError"
     again = pickle.loads(pickle.dumps(caught.value))
     assert (type(again), str(again), again.path) == (pdrs.CheckpointError, str(caught.value), caught.value.path)
-    assert b"_tensor_file" not in pickle.dumps(caught.value)
+    assert b"tensor_file" not in pickle.dumps(caught.value)

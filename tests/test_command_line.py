@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 import pdrs
-from pdrs import _command_line
-from pdrs._command_line import main
-from pdrs._state_files import open_state
+from pdrs._checkpoint import command_line
+from pdrs._checkpoint.command_line import main
+from pdrs._checkpoint.state_files import open_state
 
 
 def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -165,7 +165,7 @@ def test_every_format_becomes_every_other(
     many: bool,
 ) -> None:
     if many:
-        monkeypatch.setattr(_command_line, "_MANY", 10)
+        monkeypatch.setattr(command_line, "_MANY", 10)
     sources = {"archive": archive}
     for kind, name, options in (
         ("torch", "t.pt", []),
@@ -294,7 +294,7 @@ def test_what_has_no_checksums_is_read_through(capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize("text", ["5", "5MB", "5mb", "1.5 GB", "2K"])
 def test_sizes_are_understood(text: str) -> None:
     expected = {"5": 5, "5MB": 5 * 10**6, "5mb": 5 * 10**6, "1.5 GB": 1_500_000_000, "2K": 2000}
-    assert _command_line._size(text) == expected[text]
+    assert command_line._size(text) == expected[text]
 
 
 @pytest.mark.parametrize("arguments", [[], ["frob"], ["inspect"], ["convert", "a", "b", "--max-shard-size", "0"]])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import pdrs
-from pdrs import _named_rows, _tables
+from pdrs._stacked import named_rows, tables
 
 SD = pdrs.StackedParameterDict
 ENTRIES = [("a", (2,)), ("b", (2,)), ("c", (3,)), ("d", (3,)), ("e", (4,))]
@@ -79,7 +79,7 @@ def test_a_state_dict_with_a_table_that_does_not_fit_changes_nothing(table: str,
 
 def test_loading_without_memory_for_one_of_the_tables_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     state = numbered(OTHERS, 50).state_dict()
-    arrange, zeros = _tables._Arranged.__call__, torch.zeros
+    arrange, zeros = tables._Arranged.__call__, torch.zeros
     allowed = 0
     while True:
         sd, optimizer = trained()
@@ -96,7 +96,7 @@ def test_loading_without_memory_for_one_of_the_tables_changes_nothing(monkeypatc
 
             return counted
 
-        monkeypatch.setattr(_tables._Arranged, "__call__", limited(arrange, allowed))
+        monkeypatch.setattr(tables._Arranged, "__call__", limited(arrange, allowed))
         monkeypatch.setattr(torch, "zeros", limited(zeros, allowed))
         try:
             sd.load_state_dict(state)
@@ -133,13 +133,13 @@ def test_clearing_that_fails_leaves_no_name_with_a_free_row(monkeypatch: pytest.
 
 def test_an_interrupt_in_an_insertion_gives_no_row_to_two_names(monkeypatch: pytest.MonkeyPatch) -> None:
     sd = numbered([("a", (2,))])
-    insert = _named_rows.insert_ids
+    insert = named_rows.insert_ids
 
     def interrupted(*arguments: Any) -> None:
         insert(*arguments)
         raise KeyboardInterrupt  # as the next line of Python would, if Ctrl-C came now
 
-    monkeypatch.setattr(_named_rows, "insert_ids", interrupted)
+    monkeypatch.setattr(named_rows, "insert_ids", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sd.gather(["x"], missing="insert")
     monkeypatch.undo()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import pdrs
-from pdrs import _stacked_state
+from pdrs._stacked import saved_rows
 
 SD = pdrs.StackedParameterDict
 NAMES = [f"n{at}" for at in range(40)]
@@ -32,13 +32,13 @@ def saved() -> OrderedDict[str, Tensor]:
 def ways(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Note each time whether the short way was taken."""
     taken: list[bool] = []
-    short = _stacked_state._load_whole
+    short = saved_rows._load_whole
 
     def watched(*arguments: Any) -> bool:
         taken.append(short(*arguments))
         return taken[-1]
 
-    monkeypatch.setattr(_stacked_state, "_load_whole", watched)
+    monkeypatch.setattr(saved_rows, "_load_whole", watched)
     return taken
 
 
@@ -155,10 +155,10 @@ def test_packed_names_are_compared_by_all_their_bytes() -> None:
     for at in range(27):
         other = whole.clone()
         other[at] += 1
-        assert not _stacked_state.same_bytes(whole, other)
-    assert _stacked_state.same_bytes(whole, whole.clone())
-    assert _stacked_state.same_bytes(whole[3:], whole[3:].clone())
-    assert not _stacked_state.same_bytes(whole, whole[:-1])
+        assert not saved_rows.same_bytes(whole, other)
+    assert saved_rows.same_bytes(whole, whole.clone())
+    assert saved_rows.same_bytes(whole[3:], whole[3:].clone())
+    assert not saved_rows.same_bytes(whole, whole[:-1])
 
 
 def test_packed_names_that_were_the_same_are_looked_at_again_once_either_side_has_changed():

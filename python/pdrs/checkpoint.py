@@ -16,16 +16,24 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules.module import _IncompatibleKeys
 
-from pdrs._archive import Archive, packed_before, same_file, write_archive
-from pdrs._archive_sources import EXTRA_STATE, collect
-from pdrs._checkpoint_hooks import NamedSource, changes_what_is_loaded, giving, prefixes_where
+from pdrs._checkpoint.archive import Archive, packed_before, same_file, write_archive
+from pdrs._checkpoint.archive_sources import EXTRA_STATE, collect
+from pdrs._checkpoint.hooks import NamedSource, changes_what_is_loaded, giving, prefixes_where
+from pdrs._checkpoint.named_layout import MAX_SHARD, write_named
+from pdrs._checkpoint.opened import (
+    Checkpoint,
+    NamedTensors,
+    SavedDictionary,
+    continues,
+    is_loaded,
+    load_named,
+    open_dictionary,
+)
+from pdrs._checkpoint.state_files import StateFile, TorchFile, open_state
+from pdrs._checkpoint.tensor_file import CheckpointError, TensorFile
 from pdrs._core import IndexMap
-from pdrs._named_layout import MAX_SHARD, write_named
-from pdrs._named_rows import Names, table_of
-from pdrs._opened import Checkpoint, NamedTensors, SavedDictionary, continues, is_loaded, load_named, open_dictionary
-from pdrs._packed_names import is_packed
-from pdrs._state_files import StateFile, TorchFile, open_state
-from pdrs._tensor_file import CheckpointError, TensorFile
+from pdrs._stacked.named_rows import Names, table_of
+from pdrs._stacked.packed_names import is_packed
 from pdrs.parameter_dict import ParameterDict
 from pdrs.stacked import StackedParameterDict
 

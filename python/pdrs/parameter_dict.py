@@ -19,7 +19,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from torch.nn.utils.parametrize import is_parametrized
 
 from pdrs import _copies, transfer
-from pdrs._checkpoint_hooks import given_to, takes_down
+from pdrs._checkpoint.hooks import given_to, takes_down
 from pdrs._core import (
     IndexMap,
     can_take_over,

@@ -15,11 +15,11 @@ from torch.nn import Parameter
 
 from pdrs import _memory, parameter_dict, transfer
 from pdrs._core import IndexMap, TableRows, pop_end_row, pop_row, set_row, slab_views
-from pdrs._gathered_rows import Handle
-from pdrs._named_rows import Initialiser, Names, as_list, id_of, row_of, table_of
-from pdrs._stacked_state import SavedRows
+from pdrs._stacked.gathered_rows import Handle
+from pdrs._stacked.named_rows import Initialiser, Names, as_list, id_of, row_of, table_of
+from pdrs._stacked.saved_rows import SavedRows
+from pdrs._stacked.tables import Kind, Table, mask_device, whole
 from pdrs._state import is_intercepted
-from pdrs._tables import Kind, Table, mask_device, whole
 from pdrs._views import KeysView as NamesView
 from pdrs.parameter_dict import MissingEntryError, ParameterDict
 

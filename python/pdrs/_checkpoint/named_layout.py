@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Module
 
+from pdrs._checkpoint.safe_write import replacing
+from pdrs._checkpoint.shards import PIECE, remove_interrupted, replacing_file, replacing_shards
+from pdrs._checkpoint.tensor_file import BLOCK, CODES, PAGE, pieces_of
 from pdrs._core import IndexMap, safetensors_entries, safetensors_header, safetensors_shards, sort_tensors
-from pdrs._named_rows import partition, row_of, table_of
-from pdrs._row_blocks import stack
-from pdrs._safe_write import replacing
-from pdrs._shards import PIECE, remove_interrupted, replacing_file, replacing_shards
-from pdrs._tensor_file import BLOCK, CODES, PAGE, pieces_of
+from pdrs._stacked.named_rows import partition, row_of, table_of
+from pdrs._stacked.row_blocks import stack
 from pdrs.stacked import StackedParameterDict
 
 __all__ = ["MAX_HEADER", "MAX_SHARD", "write_named"]

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from pdrs import _memory, _optimizer_rows
+from pdrs import _memory
 from pdrs._core import Lock, TableRows, zero_row
+from pdrs._stacked import optimizer_rows
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -232,7 +233,7 @@ class Tables(Module):
             table.hook(parameter)
             if table.frozen is not None:
                 table.frozen = table.frozen.to(mask_device(parameter.device))
-            _optimizer_rows.watch(parameter)
+            optimizer_rows.watch(parameter)
 
     @contextmanager
     def _swappable(self) -> Iterator[None]:
@@ -249,14 +250,14 @@ class Tables(Module):
                 parameter._post_accumulate_grad_hooks = None
             if not parameter._backward_hooks:
                 parameter._backward_hooks = None
-            tables.append((table, _optimizer_rows.unwatch(parameter)))
+            tables.append((table, optimizer_rows.unwatch(parameter)))
         try:
             yield
         finally:
             for table, steppers in tables:
                 parameter = self._parameter(table)
                 table.hook(parameter)
-                _optimizer_rows.watch(parameter, steppers)
+                optimizer_rows.watch(parameter, steppers)
 
     # -- which table ---------------------------------------------------------------------------------------------------
 
@@ -301,12 +302,12 @@ class Tables(Module):
         table = Table(attribute, group)
         self.register_parameter(attribute, parameter)
         self._tables.append(table)
-        _optimizer_rows.watch(parameter)
+        optimizer_rows.watch(parameter)
         optimizers = self._attached()
         if parameter.requires_grad and optimizers:
             tables = {one.attribute: self._parameter(one) for one in self._tables}
             for optimizer in optimizers:
-                _optimizer_rows.join(optimizer, attribute, self._pattern(group), tables)
+                optimizer_rows.join(optimizer, attribute, self._pattern(group), tables)
         return len(self._tables) - 1
 
     def _remove_last_table(self) -> None:
@@ -315,7 +316,7 @@ class Tables(Module):
     def _discard_table(self, attribute: str) -> None:
         parameter = self._parameters.pop(attribute, None)
         for optimizer in self._attached():
-            _optimizer_rows.leave(optimizer, parameter)
+            optimizer_rows.leave(optimizer, parameter)
 
     def _pattern(self, group: int) -> str | None:
         """Return what marks the parameter group of an optimizer that is to have the tables of a group."""
@@ -331,9 +332,9 @@ class Tables(Module):
     def _refuse_strangers(self, table: Table, what: str) -> None:
         """Raise if an optimizer that is not attached has state by row for a table."""
         if table.loaded:
-            _optimizer_rows.look_for_optimizers()
+            optimizer_rows.look_for_optimizers()
             table.loaded = False
-        _optimizer_rows.refuse_strangers(self._parameter(table), self._attached(), what)
+        optimizer_rows.refuse_strangers(self._parameter(table), self._attached(), what)
 
     # -- rows ----------------------------------------------------------------------------------------------------------
 
@@ -394,7 +395,7 @@ class Tables(Module):
             states = [
                 (state, key, arranged(state[key], fill))
                 for optimizer in self._attached()
-                for state, key, fill in _optimizer_rows.of_rows(optimizer, parameter)
+                for state, key, fill in optimizer_rows.of_rows(optimizer, parameter)
             ]
 
         def put_in_place() -> None:
@@ -418,7 +419,7 @@ class Tables(Module):
     def _forget(self, table: Table, rows: Rows | int) -> None:
         """Clear what belonged to rows, or one, that get new names: gradients, state of optimizers, masks."""
         parameter = self._parameter(table)
-        states = [one for optimizer in self._attached() for one in _optimizer_rows.of_rows(optimizer, parameter)]
+        states = [one for optimizer in self._attached() for one in optimizer_rows.of_rows(optimizer, parameter)]
         gradient = parameter.grad
         if not states and table.frozen is None and gradient is None:
             return
@@ -484,7 +485,7 @@ class Tables(Module):
                     "the optimizer has no parameter of this dictionary: make it of dictionary.parameters()"
                 )
             for parameter in tables:
-                for _ in _optimizer_rows.of_rows(optimizer, parameter):
+                for _ in optimizer_rows.of_rows(optimizer, parameter):
                     pass
             self._optimizers.append(weakref.ref(optimizer))
 

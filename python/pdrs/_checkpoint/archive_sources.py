@@ -19,14 +19,14 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from pdrs._checkpoint_hooks import collecting
+from pdrs._checkpoint.hooks import collecting
+from pdrs._checkpoint.tensor_file import BLOCK, CODES
 from pdrs._core import IndexMap, group_tensors, in_step, sort_tensors
-from pdrs._named_rows import id_of
-from pdrs._packed_names import Header, Slab, TableHeader, is_packed, pack, unpack
-from pdrs._row_blocks import copy_in_pieces
+from pdrs._stacked.named_rows import id_of
+from pdrs._stacked.packed_names import Header, Slab, TableHeader, is_packed, pack, unpack
+from pdrs._stacked.row_blocks import copy_in_pieces
+from pdrs._stacked.tables import Kind
 from pdrs._staging import download
-from pdrs._tables import Kind
-from pdrs._tensor_file import BLOCK, CODES
 from pdrs.parameter_dict import ParameterDict
 
 __all__ = ["EXTRA_STATE", "Collected", "Source", "collect", "sorted_parameters"]

@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn.modules.module import _IncompatibleKeys
 
-from pdrs import _memory, _optimizer_rows
+from pdrs import _memory
+from pdrs._checkpoint.tensor_file import is_padding
 from pdrs._core import TableRows, sort_tensors
-from pdrs._named_rows import partition, row_of, table_of
-from pdrs._packed_names import (
+from pdrs._stacked import optimizer_rows
+from pdrs._stacked.named_rows import partition, row_of, table_of
+from pdrs._stacked.packed_names import (
     Header,
     TableHeader,
     is_packed,
@@ -27,11 +29,10 @@ from pdrs._packed_names import (
     table_in_slab,
     unpack,
 )
-from pdrs._row_blocks import stack, write_rows
+from pdrs._stacked.row_blocks import stack, write_rows
+from pdrs._stacked.tables import Table, is_sharded, refuse_sharded, whole
+from pdrs._stacked.trained_rows import TrainedRows
 from pdrs._state import Rest, is_intercepted
-from pdrs._tables import Table, is_sharded, refuse_sharded, whole
-from pdrs._tensor_file import is_padding
-from pdrs._trained_rows import TrainedRows
 
 __all__ = ["SavedRows"]
 
@@ -266,7 +267,7 @@ class SavedRows(TrainedRows):
             # In the saved order, by which an optimizer's state dict knows them.
             self._parameters[table.attribute] = self._parameters.pop(table.attribute)
         for optimizer in self._attached():
-            _optimizer_rows.put_in_order(optimizer, [self._parameter(table) for table in made])
+            optimizer_rows.put_in_order(optimizer, [self._parameter(table) for table in made])
         self.__dict__.update(_tables=made, _index=index, _patterns=header.patterns)
         self._moved()
 
@@ -289,7 +290,7 @@ class SavedRows(TrainedRows):
         if not is_sharded(parameter) or capacity != len(parameter) or table.frozen is not None:
             return False
         return parameter.grad is None and not any(
-            True for optimizer in self._attached() for _ in _optimizer_rows.of_rows(optimizer, parameter)
+            True for optimizer in self._attached() for _ in optimizer_rows.of_rows(optimizer, parameter)
         )
 
     def _fit_capacities(self, saved: Mapping[str, Any]) -> None:

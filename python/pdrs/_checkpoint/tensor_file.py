@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pdrs._checkpoint.safe_write import Progress, WholeFile, replacing
 from pdrs._core import IndexMap, SafetensorsHeader, SafetensorsStack, safetensors_header
 from pdrs._memory import empty
-from pdrs._safe_write import Progress, WholeFile, replacing
 
 __all__ = [
     "BLOCK",
@@ -445,7 +445,7 @@ def write_tensors(
     Parameters
     ----------
     path
-        The file. A symbolic link stays one; see :func:`pdrs._safe_write.replacing`.
+        The file. A symbolic link stays one; see :func:`pdrs._checkpoint.safe_write.replacing`.
     metadata
         Texts that the header is to have.
     tensors
@@ -480,7 +480,7 @@ def write_tensors(
     Examples
     --------
     >>> import os, tempfile, torch
-    >>> from pdrs._tensor_file import NewTensor, TensorFile, write_tensors
+    >>> from pdrs._checkpoint.tensor_file import NewTensor, TensorFile, write_tensors
     >>> path = os.path.join(tempfile.mkdtemp(), "a.safetensors")
     >>> halves = (torch.full((2, 4), float(n)) for n in range(2))
     >>> write_tensors(path, {"format": "pt"}, [("x", torch.float32, (4, 4), halves)])

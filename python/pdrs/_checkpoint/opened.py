@@ -15,18 +15,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Parameter
 
-from pdrs._archive import Archive
-from pdrs._archive_sources import EXTRA_STATE, sorted_parameters
-from pdrs._checkpoint_hooks import changes_what_is_loaded
+from pdrs._checkpoint.archive import Archive
+from pdrs._checkpoint.archive_sources import EXTRA_STATE, sorted_parameters
+from pdrs._checkpoint.hooks import changes_what_is_loaded
+from pdrs._checkpoint.tensor_file import CheckpointError
 from pdrs._core import IndexMap, TableRows, group_tensors, insert_ids, names_behind, slab_views
 from pdrs._memory import empty
-from pdrs._named_rows import Names, as_list, id_of, partition, row_of, table_of
-from pdrs._packed_names import Header, TableHeader, table_in_slab, unpack
-from pdrs._row_blocks import scatter, write_rows
+from pdrs._stacked.named_rows import Names, as_list, id_of, partition, row_of, table_of
+from pdrs._stacked.packed_names import Header, TableHeader, table_in_slab, unpack
+from pdrs._stacked.row_blocks import scatter, write_rows
+from pdrs._stacked.tables import Kind
 from pdrs._staging import upload
 from pdrs._state import is_intercepted
-from pdrs._tables import Kind
-from pdrs._tensor_file import CheckpointError
 from pdrs.parameter_dict import ParameterDict
 from pdrs.stacked import StackedParameterDict
 

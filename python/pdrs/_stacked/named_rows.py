@@ -17,8 +17,8 @@ from torch.nn import Parameter
 
 from pdrs import _memory
 from pdrs._core import IndexMap, insert_ids, missing_names, remove_names, sort_tensors
-from pdrs._row_blocks import stack, write_rows
-from pdrs._tables import Kind, Rows, Table, Tables, refuse_sharded
+from pdrs._stacked.row_blocks import stack, write_rows
+from pdrs._stacked.tables import Kind, Rows, Table, Tables, refuse_sharded
 
 __all__ = ["Initialiser", "NamedRows", "Names", "as_list", "id_of", "partition", "row_of", "table_of"]
 

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pdrs import _optimizer_rows
 from pdrs._core import TableRows, replace_ids
-from pdrs._gathered_rows import GatheredRows, Handle
-from pdrs._named_rows import Names, id_of, row_of, table_of
-from pdrs._row_blocks import write_rows
-from pdrs._tables import Kind, Table, mask_device, refuse_sharded, whole
+from pdrs._stacked import optimizer_rows
+from pdrs._stacked.gathered_rows import GatheredRows, Handle
+from pdrs._stacked.named_rows import Names, id_of, row_of, table_of
+from pdrs._stacked.row_blocks import write_rows
+from pdrs._stacked.tables import Kind, Table, mask_device, refuse_sharded, whole
 
 __all__ = ["TrainedRows"]
 
@@ -264,7 +264,7 @@ class TrainedRows(GatheredRows):
         write_rows(self._parameter(target), rows, source.detach().index_select(0, old))
         target.rows.take(len(there))
         for optimizer in self._attached():
-            _optimizer_rows.carry(optimizer, source, old, self._parameter(target), torch.from_numpy(rows))
+            optimizer_rows.carry(optimizer, source, old, self._parameter(target), torch.from_numpy(rows))
         if home.frozen is not None:
             device = home.frozen.device
             frozen = home.frozen[torch.from_numpy(row_of(ids[there])).to(device)]

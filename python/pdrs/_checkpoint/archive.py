@@ -18,10 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pdrs._archive_sources import EXTRA_STATE, Collected, Source
+from pdrs._checkpoint.archive_sources import EXTRA_STATE, Collected, Source
+from pdrs._checkpoint.tensor_file import CODES, CheckpointError, NewTensor, TensorFile, is_padding, write_tensors
 from pdrs._core import IndexMap, apply_names, changed_rows, crc32, diff_names
-from pdrs._packed_names import bytes_of, is_packed
-from pdrs._tensor_file import CODES, CheckpointError, NewTensor, TensorFile, is_padding, write_tensors
+from pdrs._stacked.packed_names import bytes_of, is_packed
 
 __all__ = ["Archive", "write_archive"]
 

@@ -19,13 +19,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pdrs._checkpoint.shards import index_of
+from pdrs._checkpoint.tensor_file import CheckpointError, TensorFile
 from pdrs._core import IndexMap, ShardIndex, sort_tensors
 from pdrs._memory import empty
-from pdrs._named_rows import id_of
-from pdrs._packed_names import bytes_of
-from pdrs._row_blocks import stack
-from pdrs._shards import index_of
-from pdrs._tensor_file import CheckpointError, TensorFile
+from pdrs._stacked.named_rows import id_of
+from pdrs._stacked.packed_names import bytes_of
+from pdrs._stacked.row_blocks import stack
 
 __all__ = ["ShardedFile", "StateFile", "TorchFile", "open_state"]
 
@@ -68,7 +68,7 @@ class StateFile(Protocol):
         """Return a tensor of its own that lies in memory; KeyError if there is none of that name."""
 
     def stacked(self, prefix: str = "", *, loads: bool = False) -> tuple[IndexMap, list[Tensor]]:
-        """Return tensors as rows of tables: see :meth:`pdrs._tensor_file.TensorFile.stacked`."""
+        """Return tensors as rows of tables: see :meth:`pdrs._checkpoint.tensor_file.TensorFile.stacked`."""
 
     def close(self) -> None:
         """Close what is open; tensors stay valid."""
@@ -210,7 +210,7 @@ class ShardedFile:
         return self.shards[self._shard(name)].shape(name)
 
     def tensor(self, name: str) -> Tensor:
-        """Return a tensor: see :meth:`pdrs._tensor_file.TensorFile.tensor`."""
+        """Return a tensor: see :meth:`pdrs._checkpoint.tensor_file.TensorFile.tensor`."""
         return self.shards[self._shard(name)].tensor(name)
 
     def load(self, name: str) -> Tensor:
@@ -229,7 +229,7 @@ class ShardedFile:
         return {name: found[name] for name in chosen}
 
     def stacked(self, prefix: str = "", *, loads: bool = False) -> tuple[IndexMap, list[Tensor]]:
-        """Return tensors as rows of tables: see :meth:`pdrs._tensor_file.TensorFile.stacked`.
+        """Return tensors as rows of tables: see :meth:`pdrs._checkpoint.tensor_file.TensorFile.stacked`.
 
         Names are in the order of the shards. Where tensors of one kind are in several shards, they are copied.
         """
@@ -338,7 +338,7 @@ class TorchFile:
         return self._state[name].clone()
 
     def stacked(self, prefix: str = "", *, loads: bool = False) -> tuple[IndexMap, list[Tensor]]:
-        """Return tensors as rows of tables: see :meth:`pdrs._tensor_file.TensorFile.stacked`."""
+        """Return tensors as rows of tables: see :meth:`pdrs._checkpoint.tensor_file.TensorFile.stacked`."""
         keys = [name for name in self._state if name.startswith(prefix) and (name != prefix or not prefix)]
         values: list[Any] = [self._state[name] for name in keys]
         classes, firsts = sort_tensors(values)

@@ -23,14 +23,14 @@ from torch import Tensor
 from torch.nn import Module
 
 from pdrs import checkpoint
-from pdrs._archive import Archive, write_archive
-from pdrs._archive_sources import EXTRA_STATE, collect
-from pdrs._named_layout import MAX_SHARD, write_named
-from pdrs._named_rows import table_of
-from pdrs._packed_names import is_packed
-from pdrs._safe_write import Progress, replacing
-from pdrs._state_files import ShardedFile, StateFile, TorchFile, open_state
-from pdrs._tensor_file import DTYPES, CheckpointError, TensorFile
+from pdrs._checkpoint.archive import Archive, write_archive
+from pdrs._checkpoint.archive_sources import EXTRA_STATE, collect
+from pdrs._checkpoint.named_layout import MAX_SHARD, write_named
+from pdrs._checkpoint.safe_write import Progress, replacing
+from pdrs._checkpoint.state_files import ShardedFile, StateFile, TorchFile, open_state
+from pdrs._checkpoint.tensor_file import DTYPES, CheckpointError, TensorFile
+from pdrs._stacked.named_rows import table_of
+from pdrs._stacked.packed_names import is_packed
 from pdrs.stacked import StackedParameterDict
 
 __all__ = ["main"]

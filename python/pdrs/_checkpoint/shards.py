@@ -1,9 +1,9 @@
 """Safetensors files in shards, beside an index in JSON that says which name is in which, as the Hugging Face tools do.
 
-They are replaced as one. The new index is written first, under another name (see :mod:`pdrs._safe_write`); then the
-shards that it lists, under names that no file has; then it takes the place of the old one. So who looks at any instant
-finds the old index with its shards, or the new one. What a killed process leaves is listed in the index that it left,
-or, if that was in its place already, as what it replaces: the next save of the same path removes it.
+They are replaced as one. The new index is written first, under another name (see :mod:`pdrs._checkpoint.safe_write`);
+then the shards that it lists, under names that no file has; then it takes the place of the old one. So who looks at any
+instant finds the old index with its shards, or the new one. What a killed process leaves is listed in the index that it
+left, or, if that was in its place already, as what it replaces: the next save of the same path removes it.
 
 Of several processes that save to the same path, the last one wins. They lock the folder while they choose names, and
 while they replace and remove: so nobody removes what another has just written, or takes a name that another is about to
@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pdrs._checkpoint.safe_write import being_written, folder_locked, remove_left_behind, replacing
 from pdrs._core import ShardIndex, shard_lines
-from pdrs._safe_write import being_written, folder_locked, remove_left_behind, replacing
 
 __all__ = ["INDEX", "PIECE", "files_of", "index_of", "remove_interrupted", "replacing_file", "replacing_shards"]
 

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pdrs._core import TableRows, find_rows, replace_ids
-from pdrs._named_rows import Initialiser, NamedRows, Names, as_list, id_of, row_of, table_of
-from pdrs._row_blocks import write_rows
-from pdrs._row_gather import gather_rows, gather_tables
-from pdrs._tables import Kind, Rows, Table, refuse_sharded
+from pdrs._stacked.named_rows import Initialiser, NamedRows, Names, as_list, id_of, row_of, table_of
+from pdrs._stacked.row_blocks import write_rows
+from pdrs._stacked.row_gather import gather_rows, gather_tables
+from pdrs._stacked.tables import Kind, Rows, Table, refuse_sharded
 from pdrs.parameter_dict import MissingEntryError
 
 __all__ = ["GatheredRows", "Handle", "Missing"]
