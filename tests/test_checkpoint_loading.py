@@ -132,7 +132,7 @@ def test_a_table_is_read_once_also_when_it_is_verified_and_in_steps(
     sd: pdrs.StackedParameterDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = _archive(sd, tmp_path)
-    monkeypatch.setattr(tensor_file, "_STEP", 1 << 20)
+    monkeypatch.setattr(tensor_file, "STEP", 1 << 20)
     reads = _Reads(monkeypatch)
     for verify in (False, True):
         reads.sizes.clear()
@@ -166,7 +166,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(
     sd: pdrs.StackedParameterDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = _archive(sd, tmp_path)
-    monkeypatch.setattr(tensor_file, "_STEP", 1 << 16)
+    monkeypatch.setattr(tensor_file, "STEP", 1 << 16)
     with TensorFile(path) as file:
         with pytest.raises(pdrs.CheckpointError, match="has been cut off"):
             file.load("float32_8", lambda _: os.truncate(path, PAGE + (1 << 17)))
@@ -179,7 +179,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(
 
 
 def test_tensors_of_any_size_are_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensor_file, "_STEP", 8)
+    monkeypatch.setattr(tensor_file, "STEP", 8)
     shapes: list[tuple[int, ...]] = [(0, 3), (), (1,), (2,), (3, 3)]
     tensors = {f"{n}": torch.randn(shape).double() for n, shape in enumerate(shapes)}
     tensor_file.write_tensors(tmp_path / "f", {}, [(*_described(item),) for item in tensors.items()])

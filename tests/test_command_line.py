@@ -208,6 +208,40 @@ def test_an_archive_that_continues_others_becomes_one_in_its_own_place(
     assert opened["words.word.8"].tolist() == [32, 33, 34, 35]
 
 
+@pytest.mark.parametrize("layout", ["archive", "named", "torch"])
+@pytest.mark.parametrize("through", ["itself", "symbolic link", "hard link"])
+def test_what_the_input_continues_is_not_written_over(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, archive: Path, model: nn.Module, through: str, layout: str
+) -> None:
+    middle, last = tmp_path / "middle", tmp_path / "last"
+    with torch.no_grad():
+        for before, after in ((archive, middle), (middle, last)):
+            model["words"]["word.7"].add_(1)
+            pdrs.save(model, after, since=before)
+    for number, needed in enumerate((archive, middle)):
+        target = needed if through == "itself" else tmp_path / f"link{number}"
+        if target != needed:
+            (target.symlink_to if through == "symbolic link" else target.hardlink_to)(needed)
+        files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+        assert main(["convert", str(last), str(target), "--layout", layout]) == 1
+        said = f"pdrs: {target} is {needed}, which is needed to open {last}, and cannot be replaced\n"
+        assert capsys.readouterr().err == said
+        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+    assert pdrs.open(last, verify=True)["words.word.7"].tolist() == [30, 31, 32, 33]
+
+
+def test_a_shard_of_the_input_is_not_written_over(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, archive: Path, named: dict[str, torch.Tensor]
+) -> None:
+    index = tmp_path / "m.safetensors.index.json"
+    options = ["--layout=named", "--max-shard-size=2KB"]
+    assert main(["convert", str(archive), str(tmp_path / "m.safetensors"), *options]) == 0
+    shard = next(tmp_path.glob("m-00001-of-*"))
+    assert main(["convert", str(index), str(shard)]) == 1
+    assert "which is needed to open" in capsys.readouterr().err
+    same(dict(pdrs.open(index)), named)
+
+
 def test_an_archive_with_slabs_stays_what_it_is(tmp_path: Path) -> None:
     words = pdrs.ParameterDict({f"word.{n}": torch.full((n + 1,), float(n)) for n in range(300)})
     pdrs.save(words, tmp_path / "in")

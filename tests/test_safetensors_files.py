@@ -192,8 +192,20 @@ def test_what_is_no_tensor_and_what_the_format_does_not_have_is_refused(tmp_path
             write_named(tmp_path / "m.safetensors", {"a": torch.zeros(2), "x": value})
     with pytest.raises(ValueError, match="'__metadata__'"):
         write_named(tmp_path / "m.safetensors", {"__metadata__": torch.zeros(2)})
-    with pytest.raises(ValueError, match="surrogates not allowed"):
-        write_named(tmp_path / "m.safetensors", {"\ud800": torch.zeros(2)})
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_name_that_is_no_unicode_is_said_and_nothing_is_written(tmp_path: Path) -> None:
+    names = ["a", "\ud7ff\ue000\U00010000", "b.\udfff", "c\ud800"]
+    tensors = {name: torch.zeros(2) for name in names}
+    said = r"^expected names of valid Unicode, got 'b\.\\udfff', which has a surrogate$"
+    path = tmp_path / "m.safetensors"
+    for size in (8, 1000):
+        with pytest.raises(ValueError, match=said):
+            write_named(path, tensors, max_shard_size=size)
+    for dictionary in (pdrs.ParameterDict(tensors), pdrs.StackedParameterDict(tensors)):
+        with pytest.raises(ValueError, match=said):
+            pdrs.save(dictionary, path, layout="named")
     assert os.listdir(tmp_path) == []
 
 

@@ -19,7 +19,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pdrs._checkpoint.archive_sources import EXTRA_STATE, Collected, Source
-from pdrs._checkpoint.tensor_file import CODES, CheckpointError, NewTensor, TensorFile, is_padding, write_tensors
+from pdrs._checkpoint.tensor_file import (
+    CODES,
+    STEP,
+    CheckpointError,
+    NewTensor,
+    TensorFile,
+    counting,
+    is_padding,
+    write_tensors,
+)
 from pdrs._core import IndexMap, apply_names, changed_rows, crc32, diff_names
 from pdrs._stacked.packed_names import bytes_of, is_packed
 
@@ -277,31 +286,35 @@ class Archive:
             self.previous.verify()
         if self.id is None:
             return
-        for name in self.file.names:
-            if is_padding(name):
-                continue
-            if name not in self.sums:
-                raise self.error(f"the tensor {name!r} has no checksum")
-            found = self._sum_in_file(name, keeps=not self._how and keeps(name))
-            if found != self.sums[name]:
-                start, stop = self.file.offsets(name)
-                raise self.error(
-                    f"the tensor {name!r} (bytes {start} to {stop}) is damaged: its checksum is {found}, and was "
-                    f"{self.sums[name]} when it was written"
-                )
+        with counting(self.file.size, self.file.path) as count:
+            for name in self.file.names:
+                if is_padding(name):
+                    continue
+                if name not in self.sums:
+                    raise self.error(f"the tensor {name!r} has no checksum")
+                found = self._sum_in_file(name, count, keeps=not self._how and keeps(name))
+                if found != self.sums[name]:
+                    start, stop = self.file.offsets(name)
+                    raise self.error(
+                        f"the tensor {name!r} (bytes {start} to {stop}) is damaged: its checksum is {found}, and was "
+                        f"{self.sums[name]} when it was written"
+                    )
         gone = [name for name in self.sums if name not in self.file]
         if gone:
             raise self.error(f"the tensor {gone[0]!r} is missing")
-        for name, (_, _, total) in self._how.items():
-            if _sum_of(self.tensor(name)) != total:
-                raise self.error(f"the tensor {name!r} is not what it was: the checksum differs")
+        # The files have about as many bytes as what follows from them.
+        with counting(self.chain_bytes() if self._how else 0, self.file.path) as count:
+            for name, (_, _, total) in self._how.items():
+                if _sum_of(self.tensor(name), count) != total:
+                    raise self.error(f"the tensor {name!r} is not what it was: the checksum differs")
 
-    def _sum_in_file(self, name: str, *, keeps: bool) -> str:
+    def _sum_in_file(self, name: str, count: Callable[[int], None], *, keeps: bool) -> str:
         total = _sum_before(name, self.file.code(name), self.file.shape(name))
 
         def add(part: NDArray[np.uint8]) -> None:
             nonlocal total
             total = crc32(part, total)
+            count(len(part))
 
         if keeps:
             self._verified[name] = self.file.load(name, add)
@@ -321,8 +334,13 @@ def _sum_before(name: str, dtype: str, shape: tuple[int, ...]) -> int:
     return crc32(np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8))
 
 
-def _sum_of(tensor: Tensor) -> str:
-    return f"{crc32(bytes_of(tensor)):08x}"
+def _sum_of(tensor: Tensor, count: Callable[[int], None] = lambda _: None) -> str:
+    data, total = bytes_of(tensor), 0
+    for at in range(0, len(data), STEP):
+        part = data[at : at + STEP]
+        total = crc32(part, total)
+        count(len(part))
+    return f"{total:08x}"
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -339,6 +340,7 @@ def _convert(options: argparse.Namespace) -> int:
     target = Path(options.target)
     layout = options.layout or ("torch" if target.suffix in (".pt", ".pth", ".bin") else "archive")
     with open_state(options.source) as file:
+        _refuse_needed(target, file)
         _compare(options.source, file)  # What is damaged must not get new checksums.
         if layout == "archive":
             written = {target: _save_archive(options.source, file, target)}
@@ -352,6 +354,14 @@ def _convert(options: argparse.Namespace) -> int:
     count, size = len(written), sum(written.values())
     print(f"{_printable(os.fspath(target))}: {layout}, {count} file{'s'[: count > 1]}, {_bytes(size)}")
     return 0
+
+
+def _refuse_needed(target: Path, file: StateFile) -> None:
+    """Refuse to write over a file without which the one that is converted cannot be opened any more."""
+    for path in _paths(file)[1:]:
+        with suppress(FileNotFoundError):
+            if os.path.samefile(path, target):
+                raise ValueError(f"{target} is {path}, which is needed to open {file.path}, and cannot be replaced")
 
 
 def _save_archive(path: str, file: StateFile, target: Path) -> int:

@@ -128,7 +128,11 @@ def write_named(
     kind_of = np.repeat(np.arange(len(parts), dtype=np.uint32), [len(part.names) for part in parts])
     # As far as tensors have no part in it.
     beginning = safetensors_header(texts, [], [], kind_of[:0], 1)
-    shards = safetensors_shards(names, kinds, kind_of, MAX_HEADER - PAGE - len(beginning), max_shard_size) or [(0, 0)]
+    try:
+        shards = safetensors_shards(names, kinds, kind_of, MAX_HEADER - PAGE - len(beginning), max_shard_size)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"expected names of valid Unicode, got {_no_text(names)!r}, which has a surrogate") from error
+    shards = shards or [(0, 0)]
 
     def write(file: Path, first: int, count: int, entry_bytes: int, complete: Callable[[], None] | None = None) -> int:
         end = first + count
@@ -173,6 +177,11 @@ def _check(names: list[str], parts: list[_Rows]) -> None:
         seen: set[str] = set()
         twice = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise ValueError(f"two tensors have the name {twice!r}")
+
+
+def _no_text(names: list[str]) -> str:
+    """Return the first name that UTF-8 cannot write."""
+    return next(name for name in names if any("\ud800" <= character <= "\udfff" for character in name))
 
 
 def _overlaps(parts: list[_Rows], first: int, end: int) -> Iterator[tuple[_Rows, int, int]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import prod
 from typing import Any, NamedTuple
 
@@ -26,9 +27,11 @@ __all__ = [
     "CODES",
     "DTYPES",
     "PAGE",
+    "STEP",
     "CheckpointError",
     "NewTensor",
     "TensorFile",
+    "counting",
     "is_padding",
     "pieces_of",
     "write_tensors",
@@ -36,14 +39,15 @@ __all__ = [
 
 PAGE = 4096
 
-# What `write_tensors` copies at once, at most, of a tensor that does not lie in one piece.
+# What `write_tensors` copies at once, at most, of a tensor that does not lie in one piece. Up to so much is read
+# without a progress bar.
 BLOCK = 64 << 20
 
 # Tensors below this size are read; larger ones are mapped.
 _MAPPED = 1 << 20
 
 # What is read of a large tensor at once: enough for the disk, and little enough to be in the cache afterwards.
-_STEP = 8 << 20
+STEP = 8 << 20
 
 _PADDING = "__padding__."
 
@@ -286,7 +290,8 @@ class TensorFile:
         name
             Of the tensor.
         see
-            Is called with all bytes in order, a part at a time, while they are in the processor's cache.
+            Is called with all bytes in order, a part at a time, while they are in the processor's cache. There is no
+            progress bar then, as whoever sees the bytes can count those of more than one tensor.
 
         Raises
         ------
@@ -304,32 +309,29 @@ class TensorFile:
         # What the file does not have is not asked for.
         self._check_size()
         data = empty(stop - start, dtype=torch.uint8)
-        for part in self._parts(start, stop, data.numpy()):
-            if see is not None:
+        if see is not None:
+            for part in self._parts(start, stop, data.numpy()):
                 see(part)
+            return data.view(dtype)
+        with counting(stop - start, self.path) as count:
+            for part in self._parts(start, stop, data.numpy()):
+                count(len(part))
         return data.view(dtype)
 
     def parts(self, name: str) -> Iterator[NDArray[np.uint8]]:
         """Yield the bytes of a tensor in order, each part in the memory of the one before."""
         _, _, _, start, stop = self._entry(name)
-        return self._parts(start, stop, np.empty(min(stop - start, _STEP), np.uint8))
+        return self._parts(start, stop, np.empty(min(stop - start, STEP), np.uint8))
 
     def _parts(self, start: int, stop: int, memory: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
         """Read bytes of the file into memory that is as large, or is filled again and again, and yield them."""
-        progress = Progress(stop - start, os.path.basename(self.path)) if stop - start > BLOCK else None
         at, end = 0, stop - start
-        try:
-            while at < end:
-                place = at % len(memory)
-                part = memory[place : place + min(_STEP, end - at)]
-                self._read_into(part.data, start + at)
-                at += len(part)
-                if progress is not None:
-                    progress.add(len(part))
-                yield part
-        finally:
-            if progress is not None:
-                progress.close()
+        while at < end:
+            place = at % len(memory)
+            part = memory[place : place + min(STEP, end - at)]
+            self._read_into(part.data, start + at)
+            at += len(part)
+            yield part
 
     def tensors(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Return many tensors, by default all, as :meth:`tensor` would; small ones share one map of the file."""
@@ -545,6 +547,19 @@ def _write_parts(file: WholeFile, tensor: NewTensor, end: int) -> None:
     if file.position != end:
         missing = end - file.position
         raise ValueError(f"the parts of {tensor.name!r} have {missing} bytes less than its {tensor.nbytes}")
+
+
+@contextmanager
+def counting(total: int, path: str) -> Iterator[Callable[[int], None]]:
+    """Give a function that is told of bytes of a file as they are read, for a progress bar if there are many."""
+    if total <= BLOCK:
+        yield lambda _: None
+        return
+    progress = Progress(total, os.path.basename(path))
+    try:
+        yield progress.add
+    finally:
+        progress.close()
 
 
 def pieces_of(tensor: Tensor) -> Iterator[Any]:
