@@ -15,7 +15,7 @@ use pyo3::types::{PyList, PyTuple};
 
 use crate::copy::{Block, Part, Regions};
 use crate::dlpack::{Device, Dtype};
-use crate::slab::{Door, Slab, flat};
+use crate::slab::{Door, Form, Slab, flat};
 use crate::tensor::{Ahead, Finder, Found, Seen, Torch, prefetch};
 
 /// How many tensors are looked at ahead, so that their cache misses overlap.
@@ -57,9 +57,30 @@ impl Forms {
         self.last()
     }
 
-    fn shape_and_strides(&self, form: u32) -> (&[i64], &[i64]) {
+    fn get(&self, form: u32) -> Form<'_> {
         let dims = self.dims(form);
-        dims.split_at(dims.len() / 2)
+        let (shape, strides) = dims.split_at(dims.len() / 2);
+        Form::new(shape, strides)
+    }
+}
+
+/// The forms of entries, one after another: a form is got anew only where it changes.
+struct Latest<'a> {
+    forms: &'a Forms,
+    latest: Option<(u32, Form<'a>)>,
+}
+
+impl<'a> Latest<'a> {
+    fn new(forms: &'a Forms) -> Self {
+        Self { forms, latest: None }
+    }
+
+    #[inline]
+    fn of(&mut self, entry: &Entry) -> &Form<'a> {
+        if self.latest.is_some_and(|(form, _)| form != entry.form) {
+            self.latest = None;
+        }
+        &self.latest.get_or_insert_with(|| (entry.form, self.forms.get(entry.form))).1
     }
 }
 
@@ -283,9 +304,10 @@ pub(crate) fn slab_views<'py>(
         strides.clear();
         strides.resize(shape.len(), 0);
         make_dense(&shape, &mut strides, &(0..shape.len()).collect::<Vec<_>>());
+        let form = Form::new(&shape, &strides);
         made.push(match requires_grad {
-            Some(requires_grad) => slab.parameter(offset, &shape, &strides, requires_grad)?,
-            None => slab.view(offset, &shape, &strides)?,
+            Some(requires_grad) => slab.parameter(offset, &form, requires_grad)?,
+            None => slab.view(offset, &form)?,
         });
     }
     slab.remember();
@@ -399,15 +421,15 @@ impl TensorGroup {
         let trainable = slab.found.dtype.is_differentiable();
         let _paused = Paused::new(py)?;
         let mut made = Vec::with_capacity(self.entries.len());
+        let mut forms = Latest::new(&self.forms);
         for (at, entry) in self.entries.iter().enumerate() {
             self.fetch_ahead(py, at)?;
             let like = self.tensor(py, at)?;
             let requires_grad = !detached && trainable && torch.requires_grad(like)?;
             made.push(if !detached && torch.is_parameter(like) {
-                let (shape, strides) = self.shape_and_strides(entry);
-                slab.parameter(self.regions.first_element(at), shape, strides, requires_grad)?
+                slab.parameter(self.regions.first_element(at), forms.of(entry), requires_grad)?
             } else {
-                let view = self.view(&slab, at)?;
+                let view = slab.view(self.regions.first_element(at), forms.of(entry))?;
                 if requires_grad {
                     torch.require_grad(&view)?;
                 }
@@ -455,10 +477,6 @@ impl TensorGroup {
         Ok(&self.regions.tensors(py).as_slice()[entry.index as usize])
     }
 
-    fn shape_and_strides(&self, entry: &Entry) -> (&[i64], &[i64]) {
-        self.forms.shape_and_strides(entry.form)
-    }
-
     /// What `give` says of each entry, in the order of the list; it gets the index and the region.
     fn by_index<T>(&self, give: impl Fn(u32, usize) -> T) -> Vec<T> {
         let mut repeated = self.repeated.iter().peekable();
@@ -474,8 +492,7 @@ impl TensorGroup {
     }
 
     pub(crate) fn view<'py>(&self, slab: &Slab<'py>, at: usize) -> PyResult<Bound<'py, PyAny>> {
-        let (shape, strides) = self.shape_and_strides(&self.entries[at]);
-        slab.view(self.regions.first_element(at), shape, strides)
+        slab.view(self.regions.first_element(at), &self.forms.get(self.entries[at].form))
     }
 
     pub(crate) fn slab_of<'py>(
@@ -545,10 +562,10 @@ impl TensorGroup {
 
     pub(crate) fn set_data(&self, torch: &Torch, slab: &Slab<'_>) -> PyResult<()> {
         self.begin_to_move();
-        for at in 0..self.entries.len() {
+        let mut forms = Latest::new(&self.forms);
+        for (at, entry) in self.entries.iter().enumerate() {
             self.fetch_ahead(slab.py(), at)?;
-            let (shape, strides) = self.shape_and_strides(&self.entries[at]);
-            slab.with_view(self.regions.first_element(at), shape, strides, |view| {
+            slab.with_view(self.regions.first_element(at), forms.of(entry), |view| {
                 torch.set_data(self.tensor(slab.py(), at)?, view)
             })?;
         }

@@ -55,6 +55,22 @@ impl Door {
     }
 }
 
+/// The shape and the strides of views, and how far they reach, which is looked at once for all of them.
+#[derive(Clone, Copy)]
+pub(crate) struct Form<'a> {
+    shape: &'a [i64],
+    strides: &'a [i64],
+    /// None if no slab can hold such a view.
+    extent: Option<u64>,
+}
+
+impl<'a> Form<'a> {
+    pub(crate) fn new(shape: &'a [i64], strides: &'a [i64]) -> Self {
+        let extent = if shape.len() == strides.len() { extent(shape, strides) } else { None };
+        Self { shape, strides, extent }
+    }
+}
+
 /// A contiguous tensor of which views are made.
 pub(crate) struct Slab<'py> {
     torch: &'static Torch,
@@ -184,11 +200,12 @@ impl<'py> Slab<'py> {
     }
 
     /// A tensor of these elements of the slab; a plain Tensor without gradients.
-    pub(crate) fn view(&self, offset: u64, shape: &[i64], strides: &[i64]) -> PyResult<Bound<'py, PyAny>> {
+    pub(crate) fn view(&self, offset: u64, form: &Form<'_>) -> PyResult<Bound<'py, PyAny>> {
         let py = self.tensor.py();
-        let check = || self.check(offset, shape, strides);
+        let Form { shape, strides, .. } = *form;
+        let check = || self.check(offset, form);
         match &self.maker {
-            Maker::FromBlob(abi, ..) => abi.to_python(py, &self.lent(offset, shape, strides)?, None),
+            Maker::FromBlob(abi, ..) => abi.to_python(py, &self.lent(offset, form)?, None),
             Maker::Dlpack(memory) => {
                 check()?;
                 memory.view(self.torch, py, offset * self.found.itemsize, shape, strides)
@@ -216,31 +233,24 @@ impl<'py> Slab<'py> {
     pub(crate) fn with_view(
         &self,
         offset: u64,
-        shape: &[i64],
-        strides: &[i64],
+        form: &Form<'_>,
         take: impl FnOnce(&Bound<'py, PyAny>) -> PyResult<()>,
     ) -> PyResult<()> {
         if let Maker::FromBlob(abi, ..) = &self.maker {
-            let handle = self.lent(offset, shape, strides)?;
+            let handle = self.lent(offset, form)?;
             return take(&abi.to_python(self.tensor.py(), &handle, None)?);
         }
-        take(&self.view(offset, shape, strides)?)
+        take(&self.view(offset, form)?)
     }
 
     /// A Parameter of these elements of the slab.
-    pub(crate) fn parameter(
-        &self,
-        offset: u64,
-        shape: &[i64],
-        strides: &[i64],
-        requires_grad: bool,
-    ) -> PyResult<Bound<'py, PyAny>> {
+    pub(crate) fn parameter(&self, offset: u64, form: &Form<'_>, requires_grad: bool) -> PyResult<Bound<'py, PyAny>> {
         let class = self.torch.parameter.bind(self.tensor.py());
         let made = match &self.maker {
-            Maker::FromBlob(abi, ..) => Some((abi, self.lent(offset, shape, strides)?)),
+            Maker::FromBlob(abi, ..) => Some((abi, self.lent(offset, form)?)),
             Maker::StableAbi(abi, slab) => {
-                self.check(offset, shape, strides)?;
-                Some((abi, abi.view(slab, offset.cast_signed(), shape, strides)?))
+                self.check(offset, form)?;
+                Some((abi, abi.view(slab, offset.cast_signed(), form.shape, form.strides)?))
             }
             _ => None,
         };
@@ -250,7 +260,7 @@ impl<'py> Slab<'py> {
             }
             return abi.to_python(self.tensor.py(), &view, Some(class));
         }
-        let view = self.view(offset, shape, strides)?;
+        let view = self.view(offset, form)?;
         view.setattr(intern!(view.py(), "__class__"), class)?;
         if requires_grad {
             self.torch.require_grad(&view)?;
@@ -259,8 +269,8 @@ impl<'py> Slab<'py> {
     }
 
     /// A tensor of its own over these elements of the slab, for [`Maker::FromBlob`] only.
-    fn lent(&self, offset: u64, shape: &[i64], strides: &[i64]) -> PyResult<Handle> {
-        self.check(offset, shape, strides)?;
+    fn lent(&self, offset: u64, form: &Form<'_>) -> PyResult<Handle> {
+        self.check(offset, form)?;
         let Maker::FromBlob(abi, kind, memory) = &self.maker else {
             return Err(PyRuntimeError::new_err(
                 "a bug in pdrs, please report it: a slab of another kind was expected",
@@ -268,19 +278,23 @@ impl<'py> Slab<'py> {
         };
         let address = memory.pointer + (offset * self.found.itemsize) as usize;
         // SAFETY: `check` has found that the elements lie in the slab, whose memory `memory` keeps.
-        unsafe { abi.lend(address, *kind, shape, strides, Arc::clone(memory)) }
+        unsafe { abi.lend(address, *kind, form.shape, form.strides, Arc::clone(memory)) }
     }
 
     /// Refuses a view that would reach beyond the slab.
-    fn check(&self, offset: u64, shape: &[i64], strides: &[i64]) -> PyResult<()> {
-        let end = extent(shape, strides).and_then(|extent| offset.checked_add(extent));
-        if shape.len() == strides.len() && end.is_some_and(|end| end <= self.found.numel) {
-            return Ok(());
-        }
-        Err(PyValueError::new_err(format!(
+    #[inline]
+    fn check(&self, offset: u64, form: &Form<'_>) -> PyResult<()> {
+        let end = form.extent.and_then(|extent| offset.checked_add(extent));
+        if end.is_some_and(|end| end <= self.found.numel) { Ok(()) } else { Err(self.reaches_beyond(offset, form)) }
+    }
+
+    #[cold]
+    fn reaches_beyond(&self, offset: u64, form: &Form<'_>) -> PyErr {
+        let Form { shape, strides, .. } = form;
+        PyValueError::new_err(format!(
             "a view of shape {shape:?} and strides {strides:?} at element {offset} reaches beyond the slab of {} elements",
             self.found.numel
-        )))
+        ))
     }
 }
 
