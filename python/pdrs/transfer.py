@@ -25,14 +25,13 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from pdrs import _memory, _staging
+from pdrs import _staging
 from pdrs._core import (
     TensorGroup,
     all_kept,
     collect_parameters,
     complete_move,
     group_tensors,
-    use_huge_pages,
     walk_modules,
 )
 from pdrs._pinned import pinned_empty
@@ -463,16 +462,12 @@ def _reserve(group: TensorGroup, dtype: torch.dtype) -> Tensor:
     # `torch.empty` would, in torch's deterministic mode, if it had elements.
     bytes_ = max(group.length * dtype.itemsize, _UNTOUCHED)
     storage = torch.UntypedStorage(bytes_, device="cpu")  # type: ignore[no-untyped-call]
-    slab: Tensor = torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, (group.length,))  # type: ignore[call-overload]
-    use_huge_pages(slab)
-    return slab
+    return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, (group.length,))  # type: ignore[call-overload,no-any-return]
 
 
 def _allocate(group: TensorGroup, dtype: torch.dtype, device: torch.device, pinned: bool = False) -> Tensor:
     with _explained(group, dtype, device):
-        if pinned:
-            return torch.empty(group.length, dtype=dtype, device=device, pin_memory=True)
-        return _memory.empty(group.length, dtype=dtype, device=device)
+        return torch.empty(group.length, dtype=dtype, device=device, pin_memory=pinned)
 
 
 @contextmanager
