@@ -102,7 +102,7 @@ PICTURES = {
     ),
     "transfer": Picture(
         "Moves by pdrs beside moves by torch",
-        ".to(torch.float64), all entries together",
+        ".to(torch.float64), in all",
         "",
         (
             Line(cases_transfer.LOOSE, "tensordict", "tensordict", (-8, 6), "right", "bottom"),
