@@ -37,7 +37,7 @@ def test_paths_of_bytes_are_paths(path: Path) -> None:
     assert sorted(opened) == ["a", "a.x", "b"]
     pdrs.load(raw, pdrs.StackedParameterDict())
     for options in ({"layout": "named"}, {}):
-        pdrs.save(opened, raw + b"2", **options)  # type: ignore[arg-type]
+        pdrs.save(opened, raw + b"2", **options)
         assert sorted(pdrs.open(raw + b"2")) == ["a", "a.x", "b"]
     pdrs.save(opened, raw + b"3", since=raw + b"2")
     assert sorted(pdrs.open(os.fsdecode(raw) + "3")) == ["a", "a.x", "b"]

@@ -283,7 +283,7 @@ class TensorFile:
     def load(self, name: str, see: Callable[[NDArray[np.uint8]], None] | None = None) -> Tensor:
         """Return a tensor that lies in memory: what happens to the file afterwards does not matter.
 
-        It is read straight to where it will lie, which takes about a third of the time of copying it out of a map.
+        It is read straight to where it will lie: to copy it out of a map would also fault at each page of the map.
 
         Parameters
         ----------

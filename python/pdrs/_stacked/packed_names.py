@@ -116,7 +116,7 @@ def pack(index: IndexMap, header: Header, ids: NDArray[np.int64] | None = None) 
 
 
 def is_packed_from(packed: Tensor, index: IndexMap, header: Header) -> bool:
-    """Whether :func:`pack` would return the same, in half of the time. **O(n)**."""
+    """Whether :func:`pack` would return the same; nothing is packed for it. **O(n)**."""
     return has_packed(bytes_of(packed), index, list(header.tables), list(header.patterns))
 
 

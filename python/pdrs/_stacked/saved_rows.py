@@ -61,6 +61,10 @@ class SavedRows(TrainedRows):
         """Leave out what is only remembered to be faster."""
         return super().__getstate__() | {"_packed": None, "_same": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore what was pickled or copied, by an earlier version too, which remembered less."""
+        super().__setstate__({"_packed": None, "_same": None, "_taken": None} | state)
+
     # -- saving --------------------------------------------------------------------------------------------------------
 
     def get_extra_state(self) -> Tensor:

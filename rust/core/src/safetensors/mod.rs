@@ -123,7 +123,8 @@ impl Header {
             Some(number) => refused((number, fault)),
             None => HeaderError { fault, at: data_start, tensor: None },
         })?;
-        let words = found.indexed().map_err(refused)?;
+        let words =
+            words_of(found.len(), |number| found.name(number)).map_err(|twice| refused((twice, Fault::Duplicate)))?;
         found.by_offset = by_offset;
         found.words = words;
         Ok(found)
@@ -139,28 +140,6 @@ impl Header {
             by_offset: None,
             data_start,
         }
-    }
-
-    /// The table that finds a tensor by its name, or the first one whose name is listed twice.
-    fn indexed(&self) -> Result<Words, (usize, Fault)> {
-        let mut words = Words::default();
-        words.reserve(self.len());
-        let mut hashes = [0; BATCH];
-        for first in (0..self.len()).step_by(BATCH) {
-            let batch = &mut hashes[..BATCH.min(self.len() - first)];
-            for (at, hash) in batch.iter_mut().enumerate() {
-                *hash = stored_hash(self.name(first + at));
-            }
-            words.touch(batch.iter().copied());
-            for (number, &hash) in (first..).zip(batch.iter()) {
-                let name = self.name(number);
-                match words.search(hash, |other| self.name(other as usize) == name) {
-                    Ok(_) => return Err((number, Fault::Duplicate)),
-                    Err(empty) => words.fill(empty, hash, number as u32),
-                }
-            }
-        }
-        Ok(words)
     }
 
     /// The number of tensors. **O(1)**.
@@ -238,6 +217,27 @@ impl Header {
     pub fn in_data(&self, place: usize) -> usize {
         self.by_offset.as_ref().map_or(place, |order| order[place] as usize)
     }
+}
+
+/// The table that finds names by their numbers, or the number of the first one that is listed twice.
+fn words_of<'a>(count: usize, name: impl Fn(usize) -> &'a str) -> Result<Words, usize> {
+    let mut words = Words::default();
+    words.reserve(count);
+    let mut hashes = [0; BATCH];
+    for first in (0..count).step_by(BATCH) {
+        let batch = &mut hashes[..BATCH.min(count - first)];
+        for (at, hash) in batch.iter_mut().enumerate() {
+            *hash = stored_hash(name(first + at));
+        }
+        words.touch(batch.iter().copied());
+        for (number, &hash) in (first..).zip(batch.iter()) {
+            match words.search(hash, |other| name(other as usize) == name(number)) {
+                Ok(_) => return Err(number),
+                Err(empty) => words.fill(empty, hash, number as u32),
+            }
+        }
+    }
+    Ok(words)
 }
 
 fn stored_hash(name: &str) -> u32 {

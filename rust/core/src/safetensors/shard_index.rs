@@ -8,12 +8,9 @@ use std::fmt;
 
 use super::error::Where;
 use super::scanner::Scanner;
-use super::{Fault, Header, stored_hash};
+use super::{Fault, Header, stored_hash, words_of};
 use crate::index_map::MAX_ENTRIES;
 use crate::words::Words;
-
-/// How many names are looked for ahead.
-const BATCH: usize = 32;
 
 /// Why an index is refused.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -149,28 +146,8 @@ impl ShardIndex {
             };
             self.shard_of.push(number);
         }
-        self.fill_words().map_err(|number| Where { fault: Fault::Duplicate, at: places[number] }.into())
-    }
-
-    /// Makes the table that finds names, or gives the number of one that is listed twice.
-    fn fill_words(&mut self) -> Result<(), usize> {
-        let mut words = Words::default();
-        words.reserve(self.len());
-        let mut hashes = [0; BATCH];
-        for first in (0..self.len()).step_by(BATCH) {
-            let batch = &mut hashes[..BATCH.min(self.len() - first)];
-            for (at, hash) in batch.iter_mut().enumerate() {
-                *hash = stored_hash(self.name(first + at));
-            }
-            words.touch(batch.iter().copied());
-            for (number, &hash) in (first..).zip(batch.iter()) {
-                match words.search(hash, |other| self.name(other as usize) == self.name(number)) {
-                    Ok(_) => return Err(number),
-                    Err(empty) => words.fill(empty, hash, number as u32),
-                }
-            }
-        }
-        self.words = words;
+        self.words = words_of(self.len(), |number| self.name(number))
+            .map_err(|twice| Where { fault: Fault::Duplicate, at: places[twice] })?;
         Ok(())
     }
 
