@@ -19,9 +19,9 @@
 //! * Bulk operations first touch what a batch will need, so that the cache misses of a batch overlap.
 
 mod build;
+mod look_up;
 
 use std::collections::VecDeque;
-use std::hint::black_box;
 
 use crate::error::{Error, Result};
 use crate::key::{Hashed, Matches};
@@ -328,45 +328,6 @@ impl<K: Hashed, V> IndexMap<K, V> {
         self.find(stored_hash(query), query).is_some()
     }
 
-    /// Looks up many at once: calls `each` with the place in `queries` and what was found, in order.
-    ///
-    /// **O(m)** for `m` queries, several times faster than `m` calls of [`get`](Self::get) in a map larger than the
-    /// cache, because the misses of a batch overlap.
-    pub fn get_many<Q>(&self, queries: &[Q], mut each: impl FnMut(usize, Option<&V>))
-    where
-        Q: Hashed,
-        K: Matches<Q>,
-    {
-        let mut hashes = [0; BATCH];
-        let mut positions = [0; BATCH];
-        for (batch, keys) in queries.chunks(BATCH).enumerate() {
-            for (hash, key) in hashes.iter_mut().zip(keys) {
-                *hash = stored_hash(key);
-            }
-            let hashes = &hashes[..keys.len()];
-            if self.is_empty() {
-                (0..keys.len()).for_each(|at| each(batch * BATCH + at, None));
-                continue;
-            }
-            self.words.touch(hashes.iter().copied());
-            for (position, &hash) in positions.iter_mut().zip(hashes) {
-                *position = self.words.first_id(hash).map_or(usize::MAX, |id| self.position(id));
-            }
-            let entries = || positions[..keys.len()].iter().filter_map(|at| self.entries.get(*at));
-            // All entries before the first key: a key cannot be loaded before its entry.
-            black_box(entries().filter(|entry| entry.is_some()).count());
-            black_box(entries().flatten().fold(0, |mixed, (key, _)| mixed ^ key.touch()));
-            for (at, (query, &hash)) in keys.iter().zip(hashes).enumerate() {
-                let first = self.entries.get(positions[at]).and_then(Option::as_ref);
-                let found = match first {
-                    Some((key, _)) if !key.matches(query) => self.get_hashed(hash, query),
-                    first => first.map(|(_, value)| value),
-                };
-                each(batch * BATCH + at, found);
-            }
-        }
-    }
-
     /// Adds an entry at the end and gives `None`, or replaces the value of the entry that is there, which keeps its key
     /// and its place, and gives the old value.
     ///
@@ -667,6 +628,14 @@ impl<'a, K, V> Iterator for Iter<'a, K, V> {
 
     fn size_hint(&self) -> (usize, Option<usize>) {
         (self.left, Some(self.left))
+    }
+
+    fn fold<B, F: FnMut(B, Self::Item) -> B>(self, first: B, mut fold: F) -> B {
+        // In two slices, which a deque hands out only here.
+        self.entries.fold(first, |folded, entry| match entry {
+            Some((key, value)) => fold(folded, (key, value)),
+            None => folded,
+        })
     }
 }
 

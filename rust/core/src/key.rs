@@ -11,11 +11,13 @@ pub trait Hashed {
     /// The hash of this value.
     fn hash(&self) -> u32;
 
-    /// Reads from the memory that a comparison of this key will need, beyond that of the key itself. What is given means
-    /// nothing; bulk operations ask for it so that the cache misses of a batch overlap.
-    fn touch(&self) -> u32 {
-        0
-    }
+    /// Begins to load the memory that a comparison of this key will need, beyond that of the key itself.
+    ///
+    /// Bulk operations ask for it, so that cache misses overlap.
+    fn prefetch(&self) {}
+
+    /// Begins to load what lies at a place, a hint that this crate cannot give, for it has no unsafe code.
+    fn prefetch_place<T>(_place: &T) {}
 }
 
 /// A key that can be compared with a query of type `Q`.

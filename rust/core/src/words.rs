@@ -137,6 +137,11 @@ impl Words {
         Some(id_of(self.words[slot]))
     }
 
+    /// The word where a search for `hash` begins. There must be words.
+    pub(crate) fn home_word(&self, hash: u32) -> &u64 {
+        &self.words[self.home(hash)]
+    }
+
     /// Writes a word into a slot that is empty, or is the entry's own.
     pub(crate) fn fill(&mut self, slot: usize, hash: u32, id: u32) {
         self.words[slot] = word(hash, id);

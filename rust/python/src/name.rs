@@ -13,6 +13,11 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyString};
 
+use crate::tensor::hint;
+
+/// Where the length of a `str` stands.
+const LENGTH: usize = std::mem::offset_of!(ffi::PyASCIIObject, length);
+
 /// A shared, exact `str` whose hash has been computed.
 pub(crate) struct Name(Py<PyString>);
 
@@ -46,14 +51,12 @@ impl Name {
     /// `buffer` is used where they do not lie in memory like that.
     pub(crate) fn with_utf8<R>(&self, py: Python<'_>, buffer: &mut Vec<u8>, take: impl FnOnce(&[u8]) -> R) -> R {
         let text = self.0.bind(py);
-        match latin1(text) {
-            Some(ascii) if ascii.is_ascii() => take(ascii),
-            _ => {
-                buffer.clear();
-                each_character(text, |character| push_character(character, buffer));
-                take(buffer)
-            }
+        if let Some(ascii) = ascii_of(text) {
+            return take(ascii);
         }
+        buffer.clear();
+        each_character(text, |character| push_character(character, buffer));
+        take(buffer)
     }
 
     /// The name that [`with_utf8`](Self::with_utf8) handed out; an error if the bytes are no such name.
@@ -85,10 +88,13 @@ impl Hashed for Name {
         hash(self.0.as_ptr())
     }
 
-    fn touch(&self) -> u32 {
-        // SAFETY: the `str` is alive; its length stands in the object, and short characters behind it, mostly in the
-        // same cache line.
-        unsafe { ffi::PyUnicode_GET_LENGTH(self.0.as_ptr()).unsigned_abs() as u32 }
+    fn prefetch(&self) {
+        // The length stands in the object, and short characters behind it, mostly in the same cache line.
+        hint(self.0.as_ptr() as usize + LENGTH);
+    }
+
+    fn prefetch_place<T>(place: &T) {
+        hint(std::ptr::from_ref(place) as usize);
     }
 }
 
@@ -142,6 +148,15 @@ fn latin1<'a>(text: &'a Bound<'_, PyString>) -> Option<&'a [u8]> {
         (ffi::PyUnicode_KIND(text) == ffi::PyUnicode_1BYTE_KIND)
             .then(|| std::slice::from_raw_parts(ffi::PyUnicode_DATA(text).cast(), length))
     }
+}
+
+/// The characters of an exact `str` of nothing but ASCII.
+fn ascii_of<'a>(text: &'a Bound<'_, PyString>) -> Option<&'a [u8]> {
+    // SAFETY: `text` is a live `str`, which knows whether it is ASCII.
+    if unsafe { ffi::PyUnicode_IS_ASCII(text.as_ptr()) } == 0 {
+        return None;
+    }
+    latin1(text)
 }
 
 /// Hands the code points of an exact `str` to `take`.
