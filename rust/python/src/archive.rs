@@ -45,14 +45,14 @@ fn to_header(tables: Vec<TableTuple<'_>>, patterns: &[Bound<'_, PyString>]) -> H
 /// The number of names, and their rows, unless the n-th name has row n.
 fn listed_rows(py: Python<'_>, index: &IndexMap) -> (usize, Option<Vec<u64>>) {
     let (mut count, mut plain) = (0, true);
-    index.for_each(py, |_, row| {
+    index.for_each_row(py, |row| {
         plain &= row == count;
         count += 1;
     });
     let count = count.unsigned_abs() as usize;
     let listed = (!plain).then(|| {
         let mut listed = Vec::with_capacity(count);
-        index.for_each(py, |_, row| listed.push(row.cast_unsigned()));
+        index.for_each_row(py, |row| listed.push(row.cast_unsigned()));
         listed
     });
     (count, listed)
@@ -78,17 +78,21 @@ pub(crate) fn pack_names<'py>(
         }
     };
     let mut encoder = Encoder::new(&header, count, listed.map(Vec::into_iter), 16 * count);
-    let (mut buffer, mut pushed, mut result) = (Vec::new(), 0, Ok(()));
+    let (mut buffer, mut pushed, mut refused) = (Vec::new(), 0, None);
     index.get().for_each(py, |name, _| {
         pushed += 1;
-        if result.is_ok() {
-            result = name.with_utf8(py, &mut buffer, |text| encoder.push(text));
+        if refused.is_none()
+            && let Err(error) = name.with_utf8(py, &mut buffer, |text| encoder.push(text))
+        {
+            refused = Some(error);
         }
     });
+    if let Some(error) = refused {
+        return Err(damaged(error));
+    }
     if pushed != count {
         return Err(PyValueError::new_err(format!("got {pushed} names and {count} ids")));
     }
-    result.map_err(damaged)?;
     Ok(PyArray1::from_vec(py, encoder.finish()))
 }
 

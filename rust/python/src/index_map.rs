@@ -104,6 +104,11 @@ impl IndexMap {
         self.read(py).map.iter().for_each(|(name, row)| take(name, *row));
     }
 
+    /// Looks at every row in order, under the lock: `take` must run no Python code.
+    pub(crate) fn for_each_row(&self, py: Python<'_>, mut take: impl FnMut(i64)) {
+        self.read(py).map.iter().for_each(|(_, row)| take(*row));
+    }
+
     pub(crate) fn len(&self, py: Python<'_>) -> usize {
         self.read(py).map.len()
     }
