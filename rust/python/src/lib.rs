@@ -15,6 +15,7 @@ mod index_map;
 mod instance;
 mod interpreter;
 mod lock;
+mod look_up;
 mod modules;
 mod name;
 mod row;
