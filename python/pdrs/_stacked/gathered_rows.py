@@ -91,8 +91,11 @@ class GatheredRows(NamedRows):
         if missing == "skip":
             return ids[ids >= 0]
         if missing == "insert":
-            if shape is None and dtype is None and ids.max() >= 0:
+            if ids.max() >= 0:
                 found = self._kind(self._tables[table_of(int(ids.max()))])
+                if (shape is not None and tuple(shape) != found.shape) or dtype not in (None, found.dtype):
+                    wanted = Kind(found.shape if shape is None else tuple(shape), dtype or found.dtype)
+                    raise ValueError(f"expected names of one shape and dtype, got {found}, and new ones of {wanted}")
                 shape, dtype = found.shape, found.dtype
             self._insert_missing(names, init, shape, dtype)
             return self._index.lookup(names)

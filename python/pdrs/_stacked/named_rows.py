@@ -139,11 +139,18 @@ class NamedRows(Tables):
             if groups is not None:
                 columns.append(np.array(groups))
             plan, numbers = [], self._numbers()
+            devices: dict[Kind, torch.device] = {}
             for place, there in partition(columns):
                 class_, number = classes[int(place[0])], int(place[1])
                 group = int(place[2]) if groups is not None else 0
                 kind = self._kind_for(names[there[0]], class_, number, group, numbers)
                 stays = number >= 0 and self._kind(self._tables[number]) == kind
+                first = devices.setdefault(kind, class_.device)
+                if first != class_.device and kind not in numbers:
+                    raise ValueError(
+                        f"expected a tensor on {first} for '{names[there[0]]}', as others that go to its new table, "
+                        f"got {class_.device}"
+                    )
                 old = held[there] if number >= 0 else np.empty(0, np.int64)
                 chosen = values if len(there) == len(values) else [values[at] for at in there]
                 plan.append(_Part(kind, there, old, chosen, stays))
