@@ -191,6 +191,54 @@ def test_new_names_of_another_shape_than_those_beside_them_are_not_inserted() ->
     assert (list(sd), len(list(sd.parameters()))) == (["a", "b"], 1)
 
 
+@pytest.mark.parametrize("change", ["insert", "remove"])
+def test_an_init_that_changes_the_dictionary_is_refused(change: str) -> None:
+    sd = two(2)
+    act = (lambda: sd.gather(["new"], missing="insert")) if change == "insert" else (lambda: sd.pop("b"))
+    with pytest.raises(RuntimeError, match=r"the dictionary was changed by init"):
+        sd.gather(["a", "new"], missing="insert", init=lambda _: act())
+    assert len(sd._tables[0].rows) == len(sd)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda sd: sd.reserve(1, shape=3),
+        lambda sd: sd.table(3),
+        lambda sd: sd.gather(["new"], missing="insert", shape=3),
+        lambda sd: sd.gather(["a", "new"], missing="insert", shape=3),
+    ],
+    ids=["reserve", "table", "gather", "gather beside another"],
+)
+def test_a_number_is_no_shape(call: Callable[[StackedParameterDict], Any]) -> None:
+    with pytest.raises(TypeError, match=r"^expected the shape of a row as a sequence of int, got 3$"):
+        call(two(2))
+
+
+@pytest.mark.parametrize("count", ["a", 1.5, None])
+def test_what_is_no_number_of_names_is_not_reserved(count: Any) -> None:
+    with pytest.raises(TypeError, match=rf"^expected a number of names, got {count!r}$"):
+        two(2).reserve(count)
+
+
+def test_a_name_moves_to_a_group_that_keeps_less_state() -> None:
+    sd = StackedParameterDict({name: torch.ones(2) for name in ("w", "x.bias", "y.bias", "z.bias")})
+    optimizer = torch.optim.Adam(sd.optimizer_groups(by={"bias$": {"amsgrad": True}}))
+    sd.attach(optimizer)
+    sd.gather(list(sd)).pow(2).sum().backward()
+    optimizer.step()
+    (target,), (source,) = (group["params"] for group in optimizer.param_groups)
+    assert "max_exp_avg_sq" in optimizer.state[source]
+    moment = optimizer.state[source]["exp_avg"][sd.rows(["z.bias"])]
+    sd.optimizer_groups(by={"[xy].bias$": {"amsgrad": True}})
+    assert sorted(optimizer.state[target]) == ["exp_avg", "exp_avg_sq", "step"]
+    assert moment.all()
+    assert torch.equal(optimizer.state[target]["exp_avg"][sd.rows(["z.bias"])], moment)
+    sd.zero_grad()
+    sd.gather(list(sd)).sum().backward()
+    optimizer.step()
+
+
 # -- damage ------------------------------------------------------------------------------------------------------------
 
 
