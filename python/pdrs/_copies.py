@@ -61,6 +61,13 @@ def deep_copy(module: ParameterDict, memo: dict[int, Any]) -> Any:
         reduced: _Reduced = (object.__new__, (type(module),), module.__dict__)
     else:
         reduced, parameters = _unpacked(module.__reduce_ex__(4))
+    return deep_copy_reduced(module, reduced, memo, parameters)
+
+
+def deep_copy_reduced(
+    module: Any, reduced: _Reduced, memo: dict[int, Any], parameters: dict[str, Any] | None = None
+) -> Any:
+    """Make the deep copy of what ``__reduce_ex__`` gave for a module, some of whose Parameters are copied as blocks."""
     make = reduced[0]
 
     def make_and_copy_parameters(*arguments: Any) -> Any:

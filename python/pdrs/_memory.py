@@ -28,7 +28,7 @@ def full(shape: int | Sequence[int], fill: float, *, dtype: torch.dtype, device:
     return empty(shape, dtype=dtype, device=device).fill_(fill)
 
 
-def full_like(tensor: Tensor, rows: int, fill: float | None) -> Tensor:
+def full_like(tensor: Tensor, rows: int, fill: complex | None) -> Tensor:
     """Return what holds so many rows like those of a tensor, full of a number, or with whatever is there."""
     made = tensor.new_empty((rows, *tensor.shape[1:]))
     use_huge_pages(made)

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.nn.utils.parametrize import is_parametrized
 
-from pdrs import _memory, parameter_dict, transfer
+from pdrs import _copies, _memory, parameter_dict, transfer
 from pdrs._core import IndexMap, TableRows, pop_end_row, pop_row, set_row, slab_views
 from pdrs._stacked.gathered_rows import Handle
 from pdrs._stacked.named_rows import Initialiser, Names, as_list, id_of, row_of, table_of
@@ -92,7 +93,8 @@ class StackedParameterDict(SavedRows):
         TypeError
             If ``rows`` is not a strided tensor.
         ValueError
-            If a name is listed twice, there are more or fewer names than rows, or rows share memory (``expand``).
+            If a name is listed twice, there are more or fewer names than rows, or rows share memory (``expand``,
+            ``unfold``).
         KeyError
             If a name is empty.
 
@@ -107,8 +109,8 @@ class StackedParameterDict(SavedRows):
         if not isinstance(rows, Tensor) or rows.layout != torch.strided:
             what = f"one of layout {rows.layout}" if isinstance(rows, Tensor) else type(rows).__name__
             raise TypeError(f"expected a strided tensor of rows, got {what}")
-        if any(size > 1 and stride == 0 for size, stride in zip(rows.shape, rows.stride(), strict=True)):
-            raise ValueError("expected rows with memory of their own, got a tensor that was expanded: clone() it")
+        if _may_overlap(rows):
+            raise ValueError("expected rows with memory of their own, got a view in which they overlap: clone() it")
         index = IndexMap.from_names(names)
         if rows.dim() == 0 or len(index) != len(rows):
             size = "a single number" if rows.dim() == 0 else f"{len(rows)} rows"
@@ -168,9 +170,9 @@ class StackedParameterDict(SavedRows):
         device = torch.get_default_device() if device is None else device
         ids: dict[str, int] = {}
         for shape, names in by_shape.items():
-            data = _memory.full((len(names), *shape), 0, dtype=dtype, device=device)
-            if init is not None:
-                with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
+                data = _memory.full((len(names), *shape), 0, dtype=dtype, device=device)
+                if init is not None:
                     init(data)
             number = made._add_table(Kind(shape, dtype).attribute(), Parameter(data), 0)
             made._tables[number].rows = TableRows(len(names))
@@ -332,7 +334,8 @@ class StackedParameterDict(SavedRows):
                 f"{type(parameters).__name__}"
             )
         if isinstance(parameters, StackedParameterDict):
-            names, values = list(parameters), parameters._detached()
+            with parameters._lock:
+                names, values = list(parameters), parameters._detached()
         else:
             names, values = parameter_dict._columns(parameters)
         self._insert(names, values, distinct=isinstance(parameters, Mapping | StackedParameterDict))
@@ -348,6 +351,15 @@ class StackedParameterDict(SavedRows):
     def copy(self) -> StackedParameterDict:
         """Return a dictionary of the same names with tables of its own, with no gradients. **O(n)**."""
         return copy.deepcopy(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StackedParameterDict:
+        """Return what ``copy.deepcopy`` makes of any module, while no other thread changes the tables or the names."""
+        with self._lock:
+            if is_parametrized(self):  # which torch lets be copied, but not be pickled, and so not be reduced
+                reduced: Any = object.__new__, (type(self),), StackedParameterDict.__getstate__(self)
+            else:
+                reduced = self.__reduce_ex__(4)
+            return _copies.deep_copy_reduced(self, reduced, memo)  # type: ignore[no-any-return]
 
     def __copy__(self) -> StackedParameterDict:
         """Return what :meth:`copy` returns: two dictionaries cannot give the rows of the same tables."""
@@ -387,8 +399,9 @@ class StackedParameterDict(SavedRows):
             tables = []
             for table in self._tables:
                 parameter = self._parameter(table)
-                data, shape, numel = whole(parameter.detach()).clone(), list(parameter.shape[1:]), parameter[:1].numel()
-                count = len(parameter)
+                # In C order, which the table of `from_rows` need not have.
+                data = whole(parameter.detach()).clone(memory_format=torch.contiguous_format)
+                count, shape, numel = len(parameter), list(parameter.shape[1:]), parameter[:1].numel()
                 if data.device.type == "cpu" and type(data) is Tensor and numel:
                     offsets = list(range(0, count * numel, numel))
                     tables.append(slab_views(data, offsets, [shape] * count, requires_grad=parameter.requires_grad))
@@ -512,6 +525,17 @@ class ItemsView(abc.ItemsView[str, Tensor]):
 
     def __reversed__(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, self._mapping._row(id_)) for name, id_ in self._mapping._index._iterate(2, True))
+
+
+def _may_overlap(rows: Tensor) -> bool:
+    """Whether two elements may have the same place: those along a dimension lie within one step along the next."""
+    reach = 0
+    for stride, size in sorted(zip(rows.stride(), rows.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return rows.numel() > 0
+            reach += stride * (size - 1)
+    return False
 
 
 def _is_same_row(value: object, row: Tensor) -> bool:

@@ -20,7 +20,7 @@ from torch.nn import Module
 
 from pdrs._checkpoint.safe_write import replacing
 from pdrs._checkpoint.shards import PIECE, remove_interrupted, replacing_file, replacing_shards
-from pdrs._checkpoint.tensor_file import BLOCK, CODES, PAGE, pieces_of
+from pdrs._checkpoint.tensor_file import BLOCK, CODES, PAGE, has_surrogate, pieces_of
 from pdrs._core import IndexMap, safetensors_entries, safetensors_header, safetensors_shards, sort_tensors
 from pdrs._stacked.named_rows import partition, row_of, table_of
 from pdrs._stacked.row_blocks import stack
@@ -131,7 +131,9 @@ def write_named(
     try:
         shards = safetensors_shards(names, kinds, kind_of, MAX_HEADER - PAGE - len(beginning), max_shard_size)
     except UnicodeEncodeError as error:
-        raise ValueError(f"expected names of valid Unicode, got {_no_text(names)!r}, which has a surrogate") from error
+        raise ValueError(
+            f"expected names of valid Unicode, got {next(filter(has_surrogate, names))!r}, which has a surrogate"
+        ) from error
     shards = shards or [(0, 0)]
 
     def write(file: Path, first: int, count: int, entry_bytes: int, complete: Callable[[], None] | None = None) -> int:
@@ -177,11 +179,6 @@ def _check(names: list[str], parts: list[_Rows]) -> None:
         seen: set[str] = set()
         twice = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise ValueError(f"two tensors have the name {twice!r}")
-
-
-def _no_text(names: list[str]) -> str:
-    """Return the first name that UTF-8 cannot write."""
-    return next(name for name in names if any("\ud800" <= character <= "\udfff" for character in name))
 
 
 def _overlaps(parts: list[_Rows], first: int, end: int) -> Iterator[tuple[_Rows, int, int]]:

@@ -10,6 +10,7 @@ import mmap
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from math import prod
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ __all__ = [
     "NewTensor",
     "TensorFile",
     "counting",
+    "has_surrogate",
     "is_padding",
     "pieces_of",
     "write_tensors",
@@ -469,7 +471,8 @@ def write_tensors(
     Raises
     ------
     ValueError
-        If a name is given twice, or the parts of a tensor have more or fewer bytes than its shape says.
+        If a name is given twice or UTF-8 cannot write it, or the parts of a tensor have more or fewer bytes than its
+        shape says.
     TypeError
         If safetensors has no such dtype.
     OSError
@@ -535,7 +538,16 @@ def _header(metadata: Mapping[str, str], placed: list[tuple[NewTensor, int]]) ->
     """Return the header with its size in front, padded with spaces to whole pages."""
     names = [tensor.name for tensor, _ in placed]
     kinds = [(CODES[tensor.dtype], list(tensor.shape)) for tensor, _ in placed]
-    return safetensors_header(list(metadata.items()), names, kinds, np.arange(len(names), dtype=np.uint32), PAGE)
+    try:
+        return safetensors_header(list(metadata.items()), names, kinds, np.arange(len(names), dtype=np.uint32), PAGE)
+    except UnicodeEncodeError as error:
+        texts = (text for text in chain(names, *metadata.items()) if has_surrogate(text))
+        raise ValueError(f"expected keys of valid Unicode, got {next(texts)!r}, which has a surrogate") from error
+
+
+def has_surrogate(text: str) -> bool:
+    """Whether UTF-8 cannot write a text."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _write_parts(file: WholeFile, tensor: NewTensor, end: int) -> None:

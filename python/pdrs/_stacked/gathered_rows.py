@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pdrs._core import TableRows, find_rows, replace_ids
-from pdrs._stacked.named_rows import Initialiser, NamedRows, Names, as_list, id_of, row_of, table_of
+from pdrs._stacked.named_rows import Initialiser, NamedRows, Names, as_list, as_shape, id_of, row_of, table_of
 from pdrs._stacked.row_blocks import write_rows
 from pdrs._stacked.row_gather import gather_rows, gather_tables
 from pdrs._stacked.tables import Kind, Rows, Table, refuse_sharded
@@ -91,8 +91,11 @@ class GatheredRows(NamedRows):
         if missing == "skip":
             return ids[ids >= 0]
         if missing == "insert":
-            if shape is None and dtype is None and ids.max() >= 0:
+            if ids.max() >= 0:
                 found = self._kind(self._tables[table_of(int(ids.max()))])
+                if (shape is not None and as_shape(shape) != found.shape) or dtype not in (None, found.dtype):
+                    wanted = Kind(found.shape if shape is None else tuple(shape), dtype or found.dtype)
+                    raise ValueError(f"expected names of one shape and dtype, got {found}, and new ones of {wanted}")
                 shape, dtype = found.shape, found.dtype
             self._insert_missing(names, init, shape, dtype)
             return self._index.lookup(names)
@@ -389,7 +392,7 @@ class GatheredRows(NamedRows):
         KeyError
             If there is none.
         """
-        wanted = (tuple(shape), dtype or torch.get_default_dtype(), trainable)
+        wanted = (as_shape(shape), dtype or torch.get_default_dtype(), trainable)
         for table in self._tables:
             parameter = self._parameter(table)
             if (tuple(parameter.shape[1:]), parameter.dtype, parameter.requires_grad) == wanted:
@@ -426,6 +429,8 @@ class GatheredRows(NamedRows):
         (0, torch.Size([1000, 16]))
 
         """
+        if not isinstance(count, int):
+            raise TypeError(f"expected a number of names, got {count!r}")
         if count < 0:
             raise ValueError(f"count must be 0 or more, got {count}")
         with self._lock:

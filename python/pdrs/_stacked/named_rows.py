@@ -20,7 +20,7 @@ from pdrs._core import IndexMap, insert_ids, missing_names, remove_names, sort_t
 from pdrs._stacked.row_blocks import stack, write_rows
 from pdrs._stacked.tables import Kind, Rows, Table, Tables, refuse_sharded
 
-__all__ = ["Initialiser", "NamedRows", "Names", "as_list", "id_of", "partition", "row_of", "table_of"]
+__all__ = ["Initialiser", "NamedRows", "Names", "as_list", "as_shape", "id_of", "partition", "row_of", "table_of"]
 
 Initialiser = Callable[[Tensor], Any]
 Names = Sequence[str] | NDArray[Any] | Iterable[str]
@@ -59,6 +59,13 @@ def as_list(names: Names) -> list[str]:
     return listed
 
 
+def as_shape(shape: Any) -> tuple[int, ...]:
+    """Return the shape of a row as a tuple; TypeError if it is something else, such as a number."""
+    if not isinstance(shape, Sequence) or isinstance(shape, str):
+        raise TypeError(f"expected the shape of a row as a sequence of int, got {shape!r}")
+    return tuple(shape)
+
+
 class NamedRows(Tables):
     """Tables, and an index of the names that their rows have."""
 
@@ -89,17 +96,16 @@ class NamedRows(Tables):
 
     def _kind_to_insert(self, shape: Sequence[int] | None, dtype: torch.dtype | None) -> Kind:
         """Return the kind that is asked for, or that of the only table that can be meant."""
+        shape = None if shape is None else as_shape(shape)
         kinds = {self._kind(table)._replace(group=0) for table in self._tables if self._parameter(table).requires_grad}
-        fitting = {
-            kind for kind in kinds if (shape is None or kind.shape == tuple(shape)) and dtype in (None, kind.dtype)
-        }
+        fitting = {kind for kind in kinds if (shape is None or kind.shape == shape) and dtype in (None, kind.dtype)}
         if len(fitting) == 1:
             return fitting.pop()
         if shape is None:
             none = "no table is trainable" if self._tables else "there is no table yet"
             which = f"{len(fitting)} tables could be meant" if fitting else none
             raise ValueError(f"expected shape=, that of names that are not there, because {which}")
-        return Kind(tuple(shape), dtype or torch.get_default_dtype())
+        return Kind(shape, dtype or torch.get_default_dtype())
 
     def _insert_missing(
         self, names: Names, init: Initialiser | None, shape: Sequence[int] | None, dtype: torch.dtype | None
@@ -111,8 +117,11 @@ class NamedRows(Tables):
         kind = self._kind_to_insert(shape, dtype)
         values = _memory.full((len(new), *kind.shape), 0, dtype=kind.dtype, device=self._device())
         if init is not None:
+            before = self._moves, self._inserts
             with torch.no_grad():
                 init(values)
+            if (self._moves, self._inserts) != before:
+                raise RuntimeError("the dictionary was changed by init, which was to give values to new rows only")
         groups = np.array(self._groups_of(new) or np.zeros(len(new), np.int64))
         plan = []
         for group in np.unique(groups):
@@ -139,11 +148,18 @@ class NamedRows(Tables):
             if groups is not None:
                 columns.append(np.array(groups))
             plan, numbers = [], self._numbers()
+            devices: dict[Kind, torch.device] = {}
             for place, there in partition(columns):
                 class_, number = classes[int(place[0])], int(place[1])
                 group = int(place[2]) if groups is not None else 0
                 kind = self._kind_for(names[there[0]], class_, number, group, numbers)
                 stays = number >= 0 and self._kind(self._tables[number]) == kind
+                first = devices.setdefault(kind, class_.device)
+                if first != class_.device and kind not in numbers:
+                    raise ValueError(
+                        f"expected a tensor on {first} for '{names[there[0]]}', as others that go to its new table, "
+                        f"got {class_.device}"
+                    )
                 old = held[there] if number >= 0 else np.empty(0, np.int64)
                 chosen = values if len(there) == len(values) else [values[at] for at in there]
                 plan.append(_Part(kind, there, old, chosen, stays))

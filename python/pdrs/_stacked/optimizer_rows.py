@@ -109,7 +109,7 @@ def refuse_strangers(parameter: Tensor, attached: Iterable[Optimizer], what: str
             )
 
 
-def of_rows(optimizer: Optimizer, parameter: Tensor) -> Iterator[tuple[dict[str, Any], str, float]]:
+def of_rows(optimizer: Optimizer, parameter: Tensor) -> Iterator[tuple[dict[str, Any], str, complex]]:
     """Yield the tensors of an optimizer's state that have a row for each row of a table, and what each begins with.
 
     Raises
@@ -174,13 +174,16 @@ def _is_by_column(state: Tensor, table: Tensor) -> bool:
     return state.dim() == table.dim() and len(state) == 1
 
 
-def _beginning(optimizer: Optimizer, parameter: Tensor, key: str) -> float:
+def _beginning(optimizer: Optimizer, parameter: Tensor, key: str) -> complex:
     """Return the number that a state is full of before the first step."""
     if key == "sum" and isinstance(optimizer, Adagrad):
-        return float(_options(optimizer, parameter)["initial_accumulator_value"])
-    if key == "step_size" and isinstance(optimizer, Rprop):
-        return float(_options(optimizer, parameter)["lr"])
-    return 0.0
+        number = float(_options(optimizer, parameter)["initial_accumulator_value"])
+    elif key == "step_size" and isinstance(optimizer, Rprop):
+        number = float(_options(optimizer, parameter)["lr"])
+    else:
+        return 0.0
+    # torch's optimizers treat complex numbers as pairs of real ones.
+    return complex(number, number) if parameter.is_complex() else number
 
 
 def _options(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:

@@ -139,6 +139,9 @@ class SavedRows(TrainedRows):
             hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         names: Any = state_dict.get(prefix + _EXTRA_STATE)
         if not is_packed(names):
+            if _were_packed(names):
+                error_msgs.append(f"While loading the names of {prefix or 'the dictionary'}: they are damaged")
+                return
             problems = missing_keys, unexpected_keys, error_msgs
             with self._lock:
                 state_dict = self._load_others(state_dict, prefix, local_metadata, strict, *problems)
@@ -306,7 +309,8 @@ class SavedRows(TrainedRows):
     def _new_table(self, attribute: str, group: int, trainable: bool, tensor: Any, capacity: int) -> Table:
         if not isinstance(tensor, Tensor) or tensor.dim() == 0:
             raise ValueError(f"the table '{attribute}' is missing")
-        data = _memory.full((capacity, *tensor.shape[1:]), 0, dtype=tensor.dtype, device=self._device())
+        with torch.inference_mode(False):
+            data = _memory.full((capacity, *tensor.shape[1:]), 0, dtype=tensor.dtype, device=self._device())
         return self._tables[self._add_table(attribute, Parameter(data, requires_grad=trainable), group)]
 
 
@@ -317,6 +321,11 @@ def _take_out_of_slabs(header: Header, saved: dict[str, Any]) -> None:
     for table in header.tables:
         if table.slab is not None:
             saved[table.attribute] = table_in_slab(table, slabs[table.slab.tensor])
+
+
+def _were_packed(names: Any) -> bool:
+    # Bytes that begin otherwise than packed names do. As an entry, they would make entries of the tables, too.
+    return isinstance(names, Tensor) and names.dtype == torch.uint8 and names.dim() == 1
 
 
 def _under(state_dict: Mapping[str, Any], prefix: str) -> list[str]:

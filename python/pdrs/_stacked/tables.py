@@ -98,10 +98,14 @@ class Table:
             this = weakref.ref(self)
             trainable = parameter.requires_grad
             parameter.requires_grad_()  # torch asks for it; whoever has taken it away may give it back
-            self.handles = [
-                parameter.register_hook(partial(_before_accumulation, this)),  # type: ignore[no-untyped-call]
-                parameter.register_post_accumulate_grad_hook(partial(_after_accumulation, this)),  # type: ignore[no-untyped-call]
-            ]
+            before = parameter.register_hook(partial(_before_accumulation, this))  # type: ignore[no-untyped-call]
+            after = parameter.register_post_accumulate_grad_hook(partial(_after_accumulation, this))  # type: ignore[no-untyped-call]
+            # In front of the user's, such as one that steps an optimizer, which are to see the gradient that counts.
+            hooks: Any = parameter._post_accumulate_grad_hooks
+            for id_ in [one for one in hooks if one != after.id]:
+                # torch goes through it as through a dict, past `move_to_end` of an OrderedDict.
+                hooks[id_] = hooks.pop(id_)
+            self.handles = [before, after]
             parameter.requires_grad_(trainable)
 
     def unhook(self) -> None:
@@ -177,12 +181,17 @@ def resized_gradient(gradient: Tensor, capacity: int) -> Tensor:
             inside = indices[0] < capacity
             indices, values = indices[:, inside], values[inside]
         return torch.sparse_coo_tensor(
-            indices, values, size, is_coalesced=gradient.is_coalesced(), check_invariants=False
+            indices,
+            values,
+            size,
+            device=gradient.device,  # which torch.device as a context would decide
+            is_coalesced=gradient.is_coalesced(),
+            check_invariants=False,
         )
     return resized(gradient, capacity)
 
 
-def resized(tensor: Tensor, capacity: int, fill: float = 0) -> Tensor:
+def resized(tensor: Tensor, capacity: int, fill: complex = 0) -> Tensor:
     """Return a copy of a tensor with so many rows: of the first ones, with new ones full of ``fill``."""
     made = _memory.full_like(tensor, capacity, None)
     kept = min(capacity, len(tensor))
@@ -508,7 +517,7 @@ class _Arranged:
             self.there, self.old = there.to(device), source[there].to(device)
             self.old_capacity = len(parameter)
 
-    def __call__(self, tensor: Tensor, fill: float = 0) -> Tensor:
+    def __call__(self, tensor: Tensor, fill: complex = 0) -> Tensor:
         if self.source is None:
             return resized(tensor, self.capacity, fill)
         made = _memory.full_like(tensor, self.capacity, fill)
@@ -524,4 +533,5 @@ class _Arranged:
         rows = renamed[gradient._indices()[0]]
         kept = rows >= 0
         size = (self.capacity, *gradient.shape[1:])
-        return torch.sparse_coo_tensor(rows[kept][None], gradient._values()[kept], size, check_invariants=False)
+        values = gradient._values()[kept]
+        return torch.sparse_coo_tensor(rows[kept][None], values, size, device=values.device, check_invariants=False)

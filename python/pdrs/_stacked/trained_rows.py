@@ -113,7 +113,7 @@ class TrainedRows(GatheredRows):
         KeyError
             If a name is not there.
         RuntimeError
-            If the table is sharded. Names that were frozen before stay frozen.
+            If the table is sharded or parametrized. Names that were frozen before stay frozen.
 
         Examples
         --------
@@ -129,6 +129,11 @@ class TrainedRows(GatheredRows):
             parts = self._by_table(names)
             for table, _ in parts:
                 refuse_sharded(table, self._parameter(table), "freeze names")
+                if self._parameters.get(table.attribute) is None:
+                    raise RuntimeError(
+                        f"the table '{table.attribute}' is parametrized: freeze names before, because no gradient of "
+                        "what is computed from the original table can be masked"
+                    )
             for table, rows in parts:
                 parameter = self._parameter(table)
                 self._forget(table, rows)
@@ -180,6 +185,8 @@ class TrainedRows(GatheredRows):
         ------
         RuntimeError
             If an optimizer that is not attached has state for a table whose rows must move.
+        TypeError
+            If ``by`` is not a mapping from ``str``.
 
         Examples
         --------
@@ -193,6 +200,9 @@ class TrainedRows(GatheredRows):
         """
         if not isinstance(by, Mapping):
             raise TypeError(f"expected a mapping from regular expressions to options, got {type(by).__name__}")
+        for expression in by:
+            if not isinstance(expression, str):  # it is saved with the names
+                raise TypeError(f"expected regular expressions as str, with flags as '(?i)', got {expression!r}")
         with self._lock:
             options = [(None, dict(others)), *((pattern, {**others, **options}) for pattern, options in by.items())]
             self._regroup(tuple(by))

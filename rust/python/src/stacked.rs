@@ -74,8 +74,6 @@ pub(crate) fn find_rows<'py>(
     Ok((first >> ROW_BITS, PyArray1::from_vec(py, ids)))
 }
 
-/// Removes many names and gives their ids in order; a `KeyError`, with nothing removed, if one is not there, or is
-/// listed twice.
 /// Those names that begin so and go on, without their beginning, and their ids.
 #[pyfunction]
 pub(crate) fn names_behind<'py>(
@@ -101,6 +99,8 @@ pub(crate) fn names_behind<'py>(
     Ok((narrowed, PyArray1::from_vec(py, kept_ids)))
 }
 
+/// Removes many names and gives their ids in order; a `KeyError`, with nothing removed, if one is not there, or is
+/// listed twice.
 #[pyfunction]
 pub(crate) fn remove_names<'py>(
     index: &Bound<'py, IndexMap>,

@@ -1,0 +1,314 @@
+"""``StackedParameterDict`` where something around it is unusual: strides, devices, modes, hooks, threads, damage.
+
+The bugs that this hunts: rows that silently share memory, state of optimizers that begins with a wrong number, damaged
+names that are taken for entries, tables that can never be trained because of the mode that they were made in, a mask
+that masks nothing, a refusal that leaves a trace, and copies that another thread has changed half way.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.utils import parametrize
+
+import pdrs
+from pdrs import StackedParameterDict
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, table: Tensor) -> Tensor:
+        return table * 2
+
+
+def two(*shape: int, dtype: torch.dtype = torch.float32) -> StackedParameterDict:
+    return StackedParameterDict.from_rows(["a", "b"], torch.ones(2, *shape, dtype=dtype))
+
+
+# -- strides -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_table_in_another_order_than_c_can_be_unstacked() -> None:
+    rows = torch.arange(6.0).reshape(2, 3).t()
+    sd = StackedParameterDict.from_rows(["a", "b", "c"], rows)
+    assert {name: row.tolist() for name, row in sd.unstack().items()} == {"a": [0, 3], "b": [1, 4], "c": [2, 5]}
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        torch.arange(3.0).unfold(0, 2, 1),
+        torch.zeros(9).as_strided((2, 2, 2), (3, 2, 1)),
+        torch.zeros(1, 2).expand(2, 2),
+    ],
+    ids=["unfolded", "strided", "expanded"],
+)
+def test_rows_that_overlap_are_refused(rows: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"rows with memory of their own, got a view in which they overlap"):
+        StackedParameterDict.from_rows(["a", "b"], rows)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        torch.zeros(4, 6)[:2, ::2],
+        torch.zeros(3, 2, 5).permute(1, 2, 0),
+        torch.zeros(2, 0),
+        torch.zeros(2, 1).expand(2, 1),
+        torch.zeros(9).as_strided((2, 2), (2, 5)),
+    ],
+    ids=["sliced", "permuted", "empty", "of one", "interlaced"],
+)
+def test_rows_with_gaps_between_them_are_taken(rows: Tensor) -> None:
+    assert StackedParameterDict.from_rows(["a", "b"], rows).gather(["b"]).shape[1:] == rows.shape[1:]
+
+
+# -- devices and modes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("devices", [("cpu", "meta"), ("meta", "cpu")])
+def test_tensors_on_two_devices_for_one_new_table_are_refused_and_leave_no_trace(devices: tuple[str, str]) -> None:
+    sd = StackedParameterDict()
+    pairs = [(device, torch.ones(2, device=device)) for device in devices]
+    with pytest.raises(ValueError, match=r"expected a tensor on cpu for 'meta', as others that go to its new table"):
+        sd.update(pairs)
+    assert (len(sd), list(sd.parameters())) == (0, [])
+
+
+@pytest.mark.parametrize("make", ["from_shapes", "load_state_dict"])
+def test_a_table_that_is_made_in_inference_mode_can_be_trained(make: str) -> None:
+    saved = two(2).state_dict()
+    with torch.inference_mode():
+        if make == "from_shapes":
+            sd = StackedParameterDict.from_shapes({"a": (2,), "b": (2,)}, init=torch.nn.init.ones_)
+        else:
+            sd = StackedParameterDict()
+            sd.load_state_dict(saved)
+    assert not sd.table((2,)).is_inference()
+    (sd["a"] * sd["b"]).sum().backward()
+    assert sd.table((2,)).grad.tolist() == [[1, 1], [1, 1]]
+
+
+@pytest.mark.parametrize("change", ["grow", "compact", "backward"])
+def test_sparse_gradients_stay_on_their_device_whatever_the_default_one_is(change: str) -> None:
+    sd = two(2, 2)
+    total = sd.gather(["b"], sparse=True).sum()
+    if change != "backward":
+        total.backward()
+    value = torch.ones(2, 2)
+    with torch.device("meta"):
+        if change == "grow":
+            sd["c"] = value
+        elif change == "compact":
+            del sd["a"]
+            sd.compact()
+        else:
+            total.backward()
+    assert sd.table((2, 2)).grad.device.type == "cpu"
+    assert dict(sd.named_grads())["b"].tolist() == [[1, 1], [1, 1]]
+
+
+# -- optimizers and hooks ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "key"),
+    [
+        (lambda tables: torch.optim.Rprop(tables, lr=0.1), "step_size"),
+        (lambda tables: torch.optim.Adagrad(tables, initial_accumulator_value=0.1), "sum"),
+    ],
+    ids=["Rprop", "Adagrad"],
+)
+def test_state_of_a_new_complex_row_begins_as_torch_begins_it(make: Callable[..., Any], key: str) -> None:
+    sd = two(2, dtype=torch.complex64)
+    optimizer = make(sd.parameters())
+    sd.attach(optimizer)
+    sd.gather(["a"]).abs().sum().backward()
+    optimizer.step()
+    del sd["a"]
+    sd.update({"c": torch.ones(2, dtype=torch.complex64), "d": torch.ones(2, dtype=torch.complex64)})
+    state = optimizer.state[sd.table((2,), torch.complex64)][key]
+    begun = torch.full((2,), complex(0.1, 0.1))
+    assert torch.equal(state[sd.rows(["c", "d"])], torch.stack([begun, begun]))
+
+
+def test_a_hook_of_the_users_sees_the_gradient_of_the_new_size() -> None:
+    sd = two(2)
+    table = sd.table((2,))
+    optimizer = torch.optim.SGD([table], lr=1.0)
+    table.register_post_accumulate_grad_hook(lambda _: optimizer.step())
+    total = sd.gather(["a", "a", "b"]).sum()
+    sd["c"] = torch.ones(2)
+    total.backward()
+    assert {name: row.tolist() for name, row in sd.items()} == {"a": [-1, -1], "b": [0, 0], "c": [1, 1]}
+
+
+def test_a_hook_of_the_users_sees_the_gradient_behind_the_mask() -> None:
+    sd = two(2)
+    seen = []
+    sd.table((2,)).register_post_accumulate_grad_hook(lambda table: seen.append(table.grad.tolist()))
+    sd.freeze(["a"])
+    sd.gather(["a", "b"]).sum().backward()
+    assert seen == [[[0, 0], [1, 1]]]
+
+
+def test_names_of_a_parametrized_table_cannot_be_frozen() -> None:
+    sd = two(2)
+    parametrize.register_parametrization(sd, "float32_2", Doubled())
+    with pytest.raises(RuntimeError, match=r"'float32_2' is parametrized: freeze names before"):
+        sd.freeze(["a"])
+
+
+def test_a_mask_from_before_a_parametrization_masks_the_original() -> None:
+    sd = two(2)
+    sd.freeze(["a"])
+    parametrize.register_parametrization(sd, "float32_2", Doubled())
+    sd.gather(["a", "b"]).sum().backward()
+    assert sd.parametrizations.float32_2.original.grad.tolist() == [[0, 0], [2, 2]]
+
+
+def test_compiled_expressions_are_refused_before_anything_moves() -> None:
+    sd = two(2)
+    with pytest.raises(TypeError, match=r"expected regular expressions as str.*got re\.compile\('b'\)"):
+        sd.optimizer_groups(by={re.compile("b"): {}})
+    assert list(sd.state_dict()) == ["float32_2", "_extra_state"]
+
+
+def test_new_names_of_another_shape_than_those_beside_them_are_not_inserted() -> None:
+    sd = two(2)
+    with pytest.raises(ValueError, match=r"got float32 of shape \[2\], and new ones of float32 of shape \[3\]"):
+        sd.gather(["a", "new"], missing="insert", shape=(3,))
+    with pytest.raises(ValueError, match=r"got float32 of shape \[2\], and new ones of float64 of shape \[2\]"):
+        sd.gather(["a", "new"], missing="insert", dtype=torch.float64)
+    assert (list(sd), len(list(sd.parameters()))) == (["a", "b"], 1)
+
+
+@pytest.mark.parametrize("change", ["insert", "remove"])
+def test_an_init_that_changes_the_dictionary_is_refused(change: str) -> None:
+    sd = two(2)
+    act = (lambda: sd.gather(["new"], missing="insert")) if change == "insert" else (lambda: sd.pop("b"))
+    with pytest.raises(RuntimeError, match=r"the dictionary was changed by init"):
+        sd.gather(["a", "new"], missing="insert", init=lambda _: act())
+    assert len(sd._tables[0].rows) == len(sd)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda sd: sd.reserve(1, shape=3),
+        lambda sd: sd.table(3),
+        lambda sd: sd.gather(["new"], missing="insert", shape=3),
+        lambda sd: sd.gather(["a", "new"], missing="insert", shape=3),
+    ],
+    ids=["reserve", "table", "gather", "gather beside another"],
+)
+def test_a_number_is_no_shape(call: Callable[[StackedParameterDict], Any]) -> None:
+    with pytest.raises(TypeError, match=r"^expected the shape of a row as a sequence of int, got 3$"):
+        call(two(2))
+
+
+@pytest.mark.parametrize("count", ["a", 1.5, None])
+def test_what_is_no_number_of_names_is_not_reserved(count: Any) -> None:
+    with pytest.raises(TypeError, match=rf"^expected a number of names, got {count!r}$"):
+        two(2).reserve(count)
+
+
+def test_a_name_moves_to_a_group_that_keeps_less_state() -> None:
+    sd = StackedParameterDict({name: torch.ones(2) for name in ("w", "x.bias", "y.bias", "z.bias")})
+    optimizer = torch.optim.Adam(sd.optimizer_groups(by={"bias$": {"amsgrad": True}}))
+    sd.attach(optimizer)
+    sd.gather(list(sd)).pow(2).sum().backward()
+    optimizer.step()
+    (target,), (source,) = (group["params"] for group in optimizer.param_groups)
+    assert "max_exp_avg_sq" in optimizer.state[source]
+    moment = optimizer.state[source]["exp_avg"][sd.rows(["z.bias"])]
+    sd.optimizer_groups(by={"[xy].bias$": {"amsgrad": True}})
+    assert sorted(optimizer.state[target]) == ["exp_avg", "exp_avg_sq", "step"]
+    assert moment.all()
+    assert torch.equal(optimizer.state[target]["exp_avg"][sd.rows(["z.bias"])], moment)
+    sd.zero_grad()
+    sd.gather(list(sd)).sum().backward()
+    optimizer.step()
+
+
+# -- damage ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("there", [[], ["a", "b"]], ids=["an empty dictionary", "one that has them"])
+@pytest.mark.parametrize("prefix", ["", "words."])
+def test_names_that_are_damaged_at_the_beginning_are_no_entries(there: list[str], prefix: str) -> None:
+    state = {prefix + key: value for key, value in two(2).state_dict().items()}
+    state[f"{prefix}_extra_state"] = torch.zeros_like(state[f"{prefix}_extra_state"])
+    sd = StackedParameterDict.from_rows(there, torch.zeros(len(there), 2))
+    module = torch.nn.ModuleDict({"words": sd}) if prefix else sd
+    with pytest.raises(RuntimeError, match=r"While loading the names of .*: they are damaged"):
+        module.load_state_dict(state)
+    assert list(sd) == there
+    assert all(row.tolist() == [0, 0] for row in sd.values())
+
+
+def test_half_of_a_surrogate_pair_in_the_name_of_an_attribute_is_named(tmp_path: Any) -> None:
+    module = torch.nn.Module()
+    module.register_parameter("x\ud800", Parameter(torch.ones(2)))
+    with pytest.raises(ValueError, match=r"^expected keys of valid Unicode, got 'x\\ud800', which has a surrogate$"):
+        pdrs.save(module, tmp_path / "model.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- copies ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_parametrized_dictionary_can_be_copied() -> None:
+    sd = two(2)
+    parametrize.register_parametrization(sd, "float32_2", Doubled())
+    copied = copy.deepcopy(sd)
+    with torch.no_grad():
+        sd.parametrizations.float32_2.original.zero_()
+    assert copied.gather(["a"]).tolist() == [[2, 2]]
+
+
+def test_a_copy_of_a_module_refers_to_one_copy() -> None:
+    sd = two(2)
+    sd.other = torch.nn.ModuleList([sd])  # a cycle
+    copied, again = copy.deepcopy((sd, sd))
+    assert copied is again is copied.other[0]
+    assert copied is not sd
+
+
+@pytest.mark.parametrize("way", ["copy", "deepcopy", "update"])
+def test_a_copy_has_the_rows_of_its_names_while_another_thread_changes_them(way: str) -> None:
+    values = [torch.full((2,), float(number)) for number in range(100)]
+    sd = StackedParameterDict({str(number): value for number, value in enumerate(values)})
+    done = threading.Event()
+
+    def change() -> None:
+        while not done.is_set():
+            for number, value in enumerate(values):
+                del sd[str(number)]
+                sd[str(number)] = value
+
+    thread = threading.Thread(target=change)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread.start()
+    try:
+        for _ in range(100):
+            made = StackedParameterDict()
+            if way == "update":
+                made.update(sd)
+            else:
+                made = sd.copy() if way == "copy" else copy.deepcopy(sd)
+            assert {name: row.tolist() for name, row in made.items()} == {name: [float(name)] * 2 for name in made}
+            assert sum(len(table.rows) for table in made._tables) == len(made)
+    finally:
+        done.set()
+        thread.join()
+        sys.setswitchinterval(interval)
