@@ -20,7 +20,19 @@ from pdrs._core import IndexMap, insert_ids, missing_names, remove_names, sort_t
 from pdrs._stacked.row_blocks import stack, write_rows
 from pdrs._stacked.tables import Kind, Rows, Table, Tables, refuse_sharded
 
-__all__ = ["Initialiser", "NamedRows", "Names", "as_list", "id_of", "partition", "row_of", "table_of"]
+__all__ = [
+    "Initialiser",
+    "NamedRows",
+    "Names",
+    "as_list",
+    "as_shape",
+    "id_of",
+    "initialise",
+    "partition",
+    "refuse_integers",
+    "row_of",
+    "table_of",
+]
 
 Initialiser = Callable[[Tensor], Any]
 Names = Sequence[str] | NDArray[Any] | Iterable[str]
@@ -59,6 +71,37 @@ def as_list(names: Names) -> list[str]:
     return listed
 
 
+def as_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return a shape as a tuple; TypeError for a number, which is the size of an embedding but no shape."""
+    if isinstance(shape, int):
+        raise TypeError(f"expected the shape of an entry, such as ({shape},), got the number {shape}")
+    return tuple(shape)
+
+
+def refuse_integers(dtype: torch.dtype) -> None:
+    """Raise RuntimeError if entries of a dtype cannot require gradients."""
+    if not (dtype.is_floating_point or dtype.is_complex):
+        raise RuntimeError(
+            f"only tensors of floating point or complex dtype can require gradients, got {dtype}: "
+            "insert torch.nn.Parameter(tensor, requires_grad=False)"
+        )
+
+
+def initialise(values: Tensor, init: Initialiser) -> None:
+    """Call ``init`` on zeros; ValueError if it has made a tensor of its own instead, which would be lost."""
+    made = init(values)
+    if (
+        isinstance(made, Tensor)
+        and made.shape == values.shape
+        and made.untyped_storage().data_ptr() != values.untyped_storage().data_ptr()
+        and not values.any()
+    ):
+        raise ValueError(
+            "init must give the new rows their values in place, as torch.nn.init.normal_ does; it returned another "
+            "tensor and left them zero"
+        )
+
+
 class NamedRows(Tables):
     """Tables, and an index of the names that their rows have."""
 
@@ -89,17 +132,16 @@ class NamedRows(Tables):
 
     def _kind_to_insert(self, shape: Sequence[int] | None, dtype: torch.dtype | None) -> Kind:
         """Return the kind that is asked for, or that of the only table that can be meant."""
+        shape = None if shape is None else as_shape(shape)
         kinds = {self._kind(table)._replace(group=0) for table in self._tables if self._parameter(table).requires_grad}
-        fitting = {
-            kind for kind in kinds if (shape is None or kind.shape == tuple(shape)) and dtype in (None, kind.dtype)
-        }
+        fitting = {kind for kind in kinds if shape in (None, kind.shape) and dtype in (None, kind.dtype)}
         if len(fitting) == 1:
             return fitting.pop()
         if shape is None:
             none = "no table is trainable" if self._tables else "there is no table yet"
             which = f"{len(fitting)} tables could be meant" if fitting else none
             raise ValueError(f"expected shape=, that of names that are not there, because {which}")
-        return Kind(tuple(shape), dtype or torch.get_default_dtype())
+        return Kind(shape, dtype or torch.get_default_dtype())
 
     def _insert_missing(
         self, names: Names, init: Initialiser | None, shape: Sequence[int] | None, dtype: torch.dtype | None
@@ -109,10 +151,11 @@ class NamedRows(Tables):
         if "" in new:
             raise KeyError(_EMPTY)
         kind = self._kind_to_insert(shape, dtype)
+        refuse_integers(kind.dtype)
         values = _memory.full((len(new), *kind.shape), 0, dtype=kind.dtype, device=self._device())
         if init is not None:
             with torch.no_grad():
-                init(values)
+                initialise(values, init)
         groups = np.array(self._groups_of(new) or np.zeros(len(new), np.int64))
         plan = []
         for group in np.unique(groups):
@@ -166,11 +209,8 @@ class NamedRows(Tables):
                 classes.append(class_)
             kinds[at] = classes.index(class_)
         for class_ in classes:
-            if class_.trainable is not False and not (class_.dtype.is_floating_point or class_.dtype.is_complex):
-                raise RuntimeError(
-                    f"only tensors of floating point or complex dtype can require gradients, got {class_.dtype}: "
-                    "insert torch.nn.Parameter(tensor, requires_grad=False)"
-                )
+            if class_.trainable is not False:
+                refuse_integers(class_.dtype)
         return kinds, classes
 
     def _kind_for(self, name: str, class_: _Class, number: int, group: int, numbers: dict[Kind, int]) -> Kind:
