@@ -364,11 +364,11 @@ def test_rows_of_one_name_or_of_no_size_may_have_any_strides() -> None:
     assert SD.from_rows([], torch.zeros(1, 3).expand(0, 3)).gather([]).shape == (0, 3)
 
 
-def test_free_rows_are_used_again_the_last_freed_first(sd: pdrs.StackedParameterDict) -> None:
+def test_free_rows_are_used_again_the_lowest_first(sd: pdrs.StackedParameterDict) -> None:
     del sd["a"]
     del sd["c"]
     sd.update(zip("xyz", full(7, 8, 9), strict=True))
-    assert sd.rows(["x", "y", "z"]).tolist() == [2, 0, 3]
+    assert sd.rows(["x", "y", "z"]).tolist() == [0, 2, 3]
     assert firsts(sd) == {"b": 1.0, "x": 7.0, "y": 8.0, "z": 9.0}
 
 

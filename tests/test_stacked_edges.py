@@ -195,8 +195,12 @@ def test_new_names_of_another_shape_than_those_beside_them_are_not_inserted() ->
 def test_an_init_that_changes_the_dictionary_is_refused(change: str) -> None:
     sd = two(2)
     act = (lambda: sd.gather(["new"], missing="insert")) if change == "insert" else (lambda: sd.pop("b"))
+
+    def init(_: Tensor) -> None:
+        act()
+
     with pytest.raises(RuntimeError, match=r"the dictionary was changed by init"):
-        sd.gather(["a", "new"], missing="insert", init=lambda _: act())
+        sd.gather(["a", "new"], missing="insert", init=init)
     assert len(sd._tables[0].rows) == len(sd)
 
 
@@ -211,7 +215,7 @@ def test_an_init_that_changes_the_dictionary_is_refused(change: str) -> None:
     ids=["reserve", "table", "gather", "gather beside another"],
 )
 def test_a_number_is_no_shape(call: Callable[[StackedParameterDict], Any]) -> None:
-    with pytest.raises(TypeError, match=r"^expected the shape of a row as a sequence of int, got 3$"):
+    with pytest.raises(TypeError, match=r"^expected the shape of an entry, such as \(3,\), got the number 3$"):
         call(two(2))
 
 

@@ -532,7 +532,7 @@ class Lock:
 
 @final
 class TableRows:
-    """Which rows of a table belong to names; the others are given again, the last freed first, before new ones.
+    """Which rows of a table belong to names; the lowest of the others is the next to be given.
 
     Parameters
     ----------
@@ -553,7 +553,7 @@ class TableRows:
     def used(self) -> int:
         """One more than the largest row that was ever given. **O(1)**."""
     def free(self) -> NDArray[np.int64]:
-        """Return the free rows below ``used``, the next one to be given last. **O(free)**."""
+        """Return the free rows below ``used``, ascending. **O(free)**."""
     def next(self, count: int) -> NDArray[np.int64]:
         """Return the next ``count`` rows, which are not given yet. **O(count)**."""
     def reused(self, count: int) -> int:
@@ -563,7 +563,7 @@ class TableRows:
     def give_back(self, row: int) -> None:
         """Take a row back whose name is gone. **O(1)**."""
     def give_back_many(self, rows: NDArray[np.int64]) -> None:
-        """Take rows back; the first of them will be the next to be given. **O(m)**."""
+        """Take rows back whose names are gone. **O(m)**."""
     def capacity_for(self, count: int, capacity: int) -> int:
         """Return the capacity of a table of ``capacity`` when ``count`` more rows are to be given. **O(1)**."""
     def __copy__(self) -> TableRows: ...

@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from pdrs import _copies, _memory, parameter_dict, transfer
 from pdrs._core import IndexMap, TableRows, pop_end_row, pop_row, set_row, slab_views
 from pdrs._stacked.gathered_rows import Handle
-from pdrs._stacked.named_rows import Initialiser, Names, as_list, id_of, row_of, table_of
+from pdrs._stacked.named_rows import Initialiser, Names, as_list, id_of, initialise, row_of, table_of
 from pdrs._stacked.saved_rows import SavedRows
 from pdrs._stacked.tables import Kind, Table, mask_device, whole
 from pdrs._state import is_intercepted
@@ -173,7 +173,7 @@ class StackedParameterDict(SavedRows):
             with torch.inference_mode(False), torch.no_grad():
                 data = _memory.full((len(names), *shape), 0, dtype=dtype, device=device)
                 if init is not None:
-                    init(data)
+                    initialise(data, init)
             number = made._add_table(Kind(shape, dtype).attribute(), Parameter(data), 0)
             made._tables[number].rows = TableRows(len(names))
             ids.update(zip(names, range(id_of(number, 0), id_of(number, 0) + len(names)), strict=True))

@@ -11,7 +11,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pdrs._core import TableRows, find_rows, replace_ids
-from pdrs._stacked.named_rows import Initialiser, NamedRows, Names, as_list, as_shape, id_of, row_of, table_of
+from pdrs._stacked.named_rows import (
+    Initialiser,
+    NamedRows,
+    Names,
+    as_list,
+    as_shape,
+    id_of,
+    refuse_integers,
+    row_of,
+    table_of,
+)
 from pdrs._stacked.row_blocks import write_rows
 from pdrs._stacked.row_gather import gather_rows, gather_tables
 from pdrs._stacked.tables import Kind, Rows, Table, refuse_sharded
@@ -238,7 +248,7 @@ class GatheredRows(NamedRows):
             zeros that gets no gradient; ``"insert"``, they are inserted first, at the end, in order.
         init
             What gives new rows their values in place, as those of ``torch.nn.init`` do: it is called with one tensor
-            ``[new names, *shape]`` of zeros. Without it they stay zeros.
+            ``[new names, *shape]`` of zeros. Without it they stay zeros. What it returns is not used.
         shape, dtype
             Of new rows, and of rows of zeros, where it cannot be told from the names that are there, or from the only
             table that there is.
@@ -253,7 +263,8 @@ class GatheredRows(NamedRows):
         KeyError
             If names are missing and nothing else is asked for; it counts them and lists some.
         ValueError
-            If the names have different shapes or dtypes, or the shape of new ones is not known.
+            If the names have different shapes or dtypes, or the shape of new ones is not known; or if ``init`` returned
+            new values instead of writing them.
         RuntimeError
             If new names need a larger table, or old rows, and an optimizer that is not attached has stepped on it.
 
@@ -435,6 +446,7 @@ class GatheredRows(NamedRows):
             raise ValueError(f"count must be 0 or more, got {count}")
         with self._lock:
             kind = self._kind_to_insert(shape, dtype)
+            refuse_integers(kind.dtype)
             place = self._device() if device is None else torch.device(device)
             tables = len(self._tables)
             try:

@@ -20,7 +20,19 @@ from pdrs._core import IndexMap, insert_ids, missing_names, remove_names, sort_t
 from pdrs._stacked.row_blocks import stack, write_rows
 from pdrs._stacked.tables import Kind, Rows, Table, Tables, refuse_sharded
 
-__all__ = ["Initialiser", "NamedRows", "Names", "as_list", "as_shape", "id_of", "partition", "row_of", "table_of"]
+__all__ = [
+    "Initialiser",
+    "NamedRows",
+    "Names",
+    "as_list",
+    "as_shape",
+    "id_of",
+    "initialise",
+    "partition",
+    "refuse_integers",
+    "row_of",
+    "table_of",
+]
 
 Initialiser = Callable[[Tensor], Any]
 Names = Sequence[str] | NDArray[Any] | Iterable[str]
@@ -60,10 +72,36 @@ def as_list(names: Names) -> list[str]:
 
 
 def as_shape(shape: Any) -> tuple[int, ...]:
-    """Return the shape of a row as a tuple; TypeError if it is something else, such as a number."""
+    """Return a shape as a tuple; TypeError for what is none, such as a number, which an embedding takes as its size."""
+    if isinstance(shape, int):
+        raise TypeError(f"expected the shape of an entry, such as ({shape},), got the number {shape}")
     if not isinstance(shape, Sequence) or isinstance(shape, str):
-        raise TypeError(f"expected the shape of a row as a sequence of int, got {shape!r}")
+        raise TypeError(f"expected the shape of an entry as a sequence of int, got {shape!r}")
     return tuple(shape)
+
+
+def refuse_integers(dtype: torch.dtype) -> None:
+    """Raise RuntimeError if entries of a dtype cannot require gradients."""
+    if not (dtype.is_floating_point or dtype.is_complex):
+        raise RuntimeError(
+            f"only tensors of floating point or complex dtype can require gradients, got {dtype}: "
+            "insert torch.nn.Parameter(tensor, requires_grad=False)"
+        )
+
+
+def initialise(values: Tensor, init: Initialiser) -> None:
+    """Call ``init`` on zeros; ValueError if it has made a tensor of its own instead, which would be lost."""
+    made = init(values)
+    if (
+        isinstance(made, Tensor)
+        and made.shape == values.shape
+        and made.untyped_storage().data_ptr() != values.untyped_storage().data_ptr()
+        and not values.any()
+    ):
+        raise ValueError(
+            "init must give the new rows their values in place, as torch.nn.init.normal_ does; it returned another "
+            "tensor and left them zero"
+        )
 
 
 class NamedRows(Tables):
@@ -115,11 +153,12 @@ class NamedRows(Tables):
         if "" in new:
             raise KeyError(_EMPTY)
         kind = self._kind_to_insert(shape, dtype)
+        refuse_integers(kind.dtype)
         values = _memory.full((len(new), *kind.shape), 0, dtype=kind.dtype, device=self._device())
         if init is not None:
             before = self._moves, self._inserts
             with torch.no_grad():
-                init(values)
+                initialise(values, init)
             if (self._moves, self._inserts) != before:
                 raise RuntimeError("the dictionary was changed by init, which was to give values to new rows only")
         groups = np.array(self._groups_of(new) or np.zeros(len(new), np.int64))
@@ -182,11 +221,8 @@ class NamedRows(Tables):
                 classes.append(class_)
             kinds[at] = classes.index(class_)
         for class_ in classes:
-            if class_.trainable is not False and not (class_.dtype.is_floating_point or class_.dtype.is_complex):
-                raise RuntimeError(
-                    f"only tensors of floating point or complex dtype can require gradients, got {class_.dtype}: "
-                    "insert torch.nn.Parameter(tensor, requires_grad=False)"
-                )
+            if class_.trainable is not False:
+                refuse_integers(class_.dtype)
         return kinds, classes
 
     def _kind_for(self, name: str, class_: _Class, number: int, group: int, numbers: dict[Kind, int]) -> Kind:

@@ -12,6 +12,7 @@ mod index_map;
 mod key;
 pub mod lines;
 pub mod names_delta;
+mod row_set;
 mod rows;
 pub mod safetensors;
 pub mod staging;

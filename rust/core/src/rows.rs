@@ -7,15 +7,18 @@
 //!                                  ^ used = 5     ^ capacity = 8
 //! ```
 //!
-//! Rows are given in ascending order, so that names that are added together lie together. A row that came back is given
-//! again before any that never was, the last one first: it is the one most likely to be in the cache.
+//! The lowest free row is the next to be given. So names that are added together lie together, and which rows come next
+//! depends on nothing but which belong to names: a run that was saved and loaded gives the rows that it would have given,
+//! and so adds up in the same order, to the same bits.
+
+use crate::row_set::RowSet;
 
 /// The rows of one table; costs are amortised.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Rows {
     /// Rows from here on have never belonged to a name since the table was made or compacted.
     used: u64,
-    free: Vec<u64>,
+    free: RowSet,
 }
 
 /// The smallest capacity that a table grows to from another.
@@ -25,11 +28,10 @@ impl Rows {
     /// The rows of a table whose first `used` rows all belong to names.
     #[must_use]
     pub fn full(used: u64) -> Self {
-        Self { used, free: Vec::new() }
+        Self { used, free: RowSet::default() }
     }
 
-    /// The rows of a table of whose first `used` rows `live` belong to names; the others are free, and the lowest of
-    /// these is given first.
+    /// The rows of a table of whose first `used` rows `live` belong to names; the others are free.
     ///
     /// **O(used)**. `None` if a row is listed twice, or is none of the first.
     #[must_use]
@@ -40,14 +42,15 @@ impl Rows {
                 return None;
             }
         }
-        let free = (0..used).rev().filter(|row| !taken[*row as usize]).collect();
+        let mut free = RowSet::default();
+        (0..used).filter(|row| !taken[*row as usize]).for_each(|row| free.insert(row));
         Some(Self { used, free })
     }
 
     /// How many rows belong to names. **O(1)**.
     #[must_use]
     pub fn len(&self) -> u64 {
-        self.used - self.free.len() as u64
+        self.used - self.free.len()
     }
 
     /// Whether no row belongs to a name. **O(1)**.
@@ -62,35 +65,36 @@ impl Rows {
         self.used
     }
 
-    /// The rows that came back, the next one to be given last. **O(1)**.
-    #[must_use]
-    pub fn free(&self) -> &[u64] {
-        &self.free
+    /// The rows that came back, ascending. **O(1)** a row.
+    pub fn free(&self) -> impl Iterator<Item = u64> + '_ {
+        self.free.iter()
     }
 
     /// The rows that the next `count` calls would give, in order, without giving them. **O(count)**.
     pub fn next(&self, count: u64) -> impl Iterator<Item = u64> + '_ {
         let reused = self.reused(count);
-        self.free.iter().rev().copied().take(reused as usize).chain(self.used..self.used + (count - reused))
+        self.free.iter().take(reused as usize).chain(self.used..self.used + (count - reused))
     }
 
     /// How many of the next `count` rows belonged to a name before. **O(1)**.
     #[must_use]
     pub fn reused(&self, count: u64) -> u64 {
-        count.min(self.free.len() as u64)
+        count.min(self.free.len())
     }
 
     /// Gives the rows that [`next`](Self::next) showed. **O(count)**.
     pub fn take(&mut self, count: u64) {
         let reused = self.reused(count);
-        self.free.truncate(self.free.len() - reused as usize);
+        for _ in 0..reused {
+            self.free.pop_first();
+        }
         self.used += count - reused;
     }
 
     /// Takes a row back, whose name is gone. **O(1)**.
     pub fn give_back(&mut self, row: u64) {
         debug_assert!(row < self.used, "a row came back that was never given");
-        self.free.push(row);
+        self.free.insert(row);
     }
 
     /// The capacity that a table of this capacity needs before `count` more rows can be given: the same if there is

@@ -62,7 +62,7 @@ impl TableRows {
     }
 
     fn free<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<i64>> {
-        to_array(py, self.lock(py).free().iter().copied())
+        to_array(py, self.lock(py).free())
     }
 
     fn next<'py>(&self, py: Python<'py>, count: u64) -> Bound<'py, PyArray1<i64>> {
@@ -83,8 +83,7 @@ impl TableRows {
 
     fn give_back_many(&self, py: Python<'_>, rows: PyReadonlyArray1<'_, i64>) {
         let mut ours = self.lock(py);
-        // The first of them will be the first to be given again.
-        rows.as_array().iter().rev().for_each(|row| ours.give_back(row.cast_unsigned()));
+        rows.as_array().iter().for_each(|row| ours.give_back(row.cast_unsigned()));
     }
 
     fn capacity_for(&self, py: Python<'_>, count: u64, capacity: u64) -> PyResult<u64> {
