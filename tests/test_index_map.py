@@ -134,23 +134,6 @@ def test_a_million_names_are_looked_up_in_one_call() -> None:
     assert index.__sizeof__() <= 45 * len(names)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("count", [0, 4_095, 4_096, 10_007])
-def test_many_names_are_found_in_their_order_whatever_the_number_of_threads(threads: int, count: int) -> None:
-    index = IndexMap.from_names([f"layer.{n}" for n in range(200_000)])
-    chosen = np.random.default_rng(count).integers(-50_000, 200_000, count)
-    names = [f"layer.{n}" for n in chosen]
-    used = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        assert np.array_equal(index.lookup(names, default=-7), np.where(chosen < 0, -7, chosen))
-        if count:
-            with pytest.raises(KeyError, match=f"^.{(chosen < 0).sum()} of {count} names are not in the IndexMap"):
-                index.lookup(names)
-    finally:
-        torch.set_num_threads(used)
-
-
 @pytest.mark.parametrize("name", ["", "a.b", "\ud800", "\0", "名", "x" * 10_000], ids=ascii)
 def test_any_str_is_a_name(name: str) -> None:
     index = IndexMap({"first": 0, name: 1})

@@ -373,7 +373,7 @@ impl TensorGroup {
         if torch.requires_grad(out)? {
             return Err(PyValueError::new_err("expected a block that does not require gradients"));
         }
-        let threads = torch.threads(py, part.useful_threads())?;
+        let threads = threads(torch, py, part.useful_threads())?;
         torch.increment_version(&PyList::new(py, [out])?)?;
         part.gather(py, threads);
         Ok(())
@@ -390,7 +390,7 @@ impl TensorGroup {
                 self.entries[at].index
             )));
         }
-        let threads = if self.overlapping { 1 } else { torch.threads(py, part.useful_threads())? };
+        let threads = if self.overlapping { 1 } else { threads(torch, py, part.useful_threads())? };
         let mut written = Vec::new();
         for at in part.touched() {
             let tensor = self.tensor(py, at)?;
@@ -592,6 +592,15 @@ impl TensorGroup {
             PyValueError::new_err(format!("the block shares memory with tensors[{}]", self.entries[at].index))
         })
     }
+}
+
+/// How many threads shall copy, of those that would be useful: no more than torch may use.
+fn threads(torch: &Torch, py: Python<'_>, useful: usize) -> PyResult<usize> {
+    if useful == 1 {
+        return Ok(1);
+    }
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    Ok(useful.min(cores).min(torch.num_threads(py)?))
 }
 
 /// Python's cyclic garbage collector, stopped; it goes on as before when this is dropped.

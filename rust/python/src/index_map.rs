@@ -15,7 +15,6 @@ use pyo3::prelude::*;
 use pyo3::sync::{MutexExt, PyOnceLock};
 use pyo3::types::{PyDict, PyList, PyString, PyTuple};
 
-use crate::look_up;
 use crate::name::{Name, Query, exact_text, to_text};
 
 /// How many entries `repr` shows at each end of a long map.
@@ -228,11 +227,22 @@ impl IndexMap {
         Ok(())
     }
 
+    /// The rows of names in their order, or the places in `names` of those that are not there.
+    pub(crate) fn find_all(&self, py: Python<'_>, names: &[Name]) -> Result<Vec<i64>, Vec<usize>> {
+        let mut rows = Vec::with_capacity(names.len());
+        let mut missing = Vec::new();
+        self.read(py).map.get_many(names, |at, row| match row {
+            Some(row) => rows.push(*row),
+            None => missing.push(at),
+        });
+        if missing.is_empty() { Ok(rows) } else { Err(missing) }
+    }
+
     /// The rows of names in their order, -1 for those that are not there.
-    pub(crate) fn find_many(&self, py: Python<'_>, names: &[Name]) -> PyResult<Vec<i64>> {
-        // Asked of torch, which is Python code, before the lock is taken.
-        let threads = look_up::threads(py, self.len(py), names.len())?;
-        Ok(look_up::rows_of(&self.read(py).map, names, threads))
+    pub(crate) fn rows_or_minus_one(&self, py: Python<'_>, names: &[Name]) -> Vec<i64> {
+        let mut rows = Vec::with_capacity(names.len());
+        self.read(py).map.get_many(names, |_, row| rows.push(row.copied().unwrap_or(-1)));
+        rows
     }
 
     /// Removes a name and gives it, the object that the map held, and its row.
@@ -546,15 +556,13 @@ impl IndexMap {
     fn lookup<'py>(&self, names: &Bound<'py, PyAny>, default: Option<i64>) -> PyResult<Bound<'py, PyArray1<i64>>> {
         let py = names.py();
         let names = to_names(names)?;
-        let mut rows = self.find_many(py, &names)?;
-        let missing: Vec<_> = look_up::missing(&rows).collect();
+        let mut rows = Vec::with_capacity(names.len());
+        let mut missing = Vec::new();
+        self.read(py).map.get_many(&names, |at, row| match row.copied().or(default) {
+            Some(row) => rows.push(row),
+            None => missing.push(at),
+        });
         if missing.is_empty() {
-            return Ok(PyArray1::from_vec(py, rows));
-        }
-        if let Some(default) = default {
-            for at in missing {
-                rows[at] = default;
-            }
             return Ok(PyArray1::from_vec(py, rows));
         }
         let mut listed = Vec::with_capacity(LISTED);

@@ -15,7 +15,6 @@ mod index_map;
 mod instance;
 mod interpreter;
 mod lock;
-mod look_up;
 mod modules;
 mod name;
 mod row;

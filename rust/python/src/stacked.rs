@@ -11,7 +11,6 @@ use pyo3::types::{PyDict, PyList, PyString};
 use crate::index_map::{IndexMap, to_names};
 use crate::instance::attributes;
 use crate::lock::{Holding, Lock};
-use crate::look_up::missing;
 use crate::name::{Name, to_text};
 use crate::row::{Fit, RowValue, copy_row};
 use crate::table_rows::TableRows;
@@ -43,9 +42,11 @@ pub(crate) fn missing_names<'py>(
     let py = index.py();
     let names = to_names(names)?;
     let found = PyList::empty(py);
-    let rows = index.get().find_many(py, &names)?;
-    let mut seen = HashSet::new();
-    for at in missing(&rows) {
+    let Err(missing) = index.get().find_all(py, &names) else {
+        return Ok(found);
+    };
+    let mut seen = HashSet::with_capacity(missing.len());
+    for at in missing {
         if seen.insert(Key(&names[at])) {
             found.append(names[at].text(py))?;
         }
@@ -61,7 +62,7 @@ pub(crate) fn find_rows<'py>(
     names: &Bound<'py, PyAny>,
 ) -> PyResult<(i64, Bound<'py, PyArray1<i64>>)> {
     let py = index.py();
-    let mut ids = index.get().find_many(py, &to_names(names)?)?;
+    let mut ids = index.get().rows_or_minus_one(py, &to_names(names)?);
     // The ids of a table, and no others, agree in the bits above the row.
     let first = ids.first().copied().unwrap_or(-1);
     let differing = ids.iter().fold(0, |bits, id| bits | (id ^ first));
@@ -108,11 +109,11 @@ pub(crate) fn remove_names<'py>(
 ) -> PyResult<Bound<'py, PyArray1<i64>>> {
     let py = index.py();
     let names = to_names(names)?;
-    let rows = index.get().find_many(py, &names)?;
+    let missing = |at: usize| IndexMap::missing(names[at].text(py));
+    index.get().find_all(py, &names).map_err(|places| missing(places[0]))?;
     let mut seen = HashSet::with_capacity(names.len());
-    let twice = || (0..names.len()).find(|at| !seen.insert(Key(&names[*at])));
-    if let Some(at) = missing(&rows).next().or_else(twice) {
-        return Err(IndexMap::missing(names[at].text(py)));
+    if let Some(at) = (0..names.len()).find(|at| !seen.insert(Key(&names[*at]))) {
+        return Err(missing(at));
     }
     let removed = index.get().remove_all(py, &names);
     Ok(PyArray1::from_vec(py, removed.iter().map(|(_, id)| *id).collect()))

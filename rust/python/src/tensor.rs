@@ -238,14 +238,9 @@ impl Torch {
         Ok(Ok(()))
     }
 
-    /// How many threads to use, of those that would be useful: no more than torch may use, or than there are cores.
-    pub(crate) fn threads(&self, py: Python<'_>, useful: usize) -> PyResult<usize> {
-        if useful <= 1 {
-            return Ok(1);
-        }
-        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        let allowed: usize = self.module.bind(py).call_method0(intern!(py, "get_num_threads"))?.extract()?;
-        Ok(useful.min(cores).min(allowed).max(1))
+    /// How many threads torch may use.
+    pub(crate) fn num_threads(&self, py: Python<'_>) -> PyResult<usize> {
+        self.module.bind(py).call_method0(intern!(py, "get_num_threads"))?.extract()
     }
 
     /// `tensor.data = data`, without looking the attribute up.
