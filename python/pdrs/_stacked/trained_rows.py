@@ -273,5 +273,5 @@ class TrainedRows(GatheredRows):
             if target.frozen is not None:
                 target.frozen[torch.from_numpy(rows).to(device)] = frozen
             target.hook(self._parameter(target))
-        self._without_gradient(home, row_of(ids[there]))
+        self._clear_gradient(home, source, row_of(ids[there]))
         ids[there] = id_of(number, rows)
