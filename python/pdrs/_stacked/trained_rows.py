@@ -131,7 +131,7 @@ class TrainedRows(GatheredRows):
                 refuse_sharded(table, self._parameter(table), "freeze names")
             for table, rows in parts:
                 parameter = self._parameter(table)
-                self._forget(table, rows)
+                self._forget(table, parameter, self._attached(), rows)
                 if table.frozen is None:
                     table.frozen = torch.zeros(len(parameter), dtype=torch.bool, device=mask_device(parameter.device))
                 table.frozen[torch.from_numpy(rows).to(table.frozen.device)] = True
@@ -228,7 +228,7 @@ class TrainedRows(GatheredRows):
                 strays = [int(group) for group in np.flatnonzero(counts) if group != homes[number]]
                 moves += [(number, group) for group in strays]
                 if strays:
-                    self._refuse_strangers(table, "move rows of a table")
+                    self._refuse_strangers(table, self._parameter(table), self._attached(), "move rows of a table")
         except BaseException:
             self.__dict__["_patterns"] = before
             raise
