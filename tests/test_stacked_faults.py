@@ -121,7 +121,7 @@ def test_clearing_that_fails_leaves_no_name_with_a_free_row(monkeypatch: pytest.
     def fails(*_: Any) -> Tensor:
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(torch, "isin", fails)
+    monkeypatch.setattr(torch, "sort", fails)
     with pytest.raises(torch.OutOfMemoryError):
         sd.clear()
     monkeypatch.undo()

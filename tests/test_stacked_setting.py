@@ -6,16 +6,18 @@ belonged to a row before and is not cleared; a write that torch, or whoever list
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pdrs
 from pdrs import stacked
+from pdrs._stacked import optimizer_rows
 
 SD = pdrs.StackedParameterDict
 
@@ -145,6 +147,90 @@ def test_a_row_that_gets_a_new_name_has_nothing_of_the_old_one(kind: str, sparse
             assert value[0].tolist() == before[key]
     assert sd._tables[0].frozen is not None
     assert not sd._tables[0].frozen.any()
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_the_sparse_momentum_of_an_old_name_is_not_that_of_a_new_one(many: bool) -> None:
+    sd = SD.from_rows(["a", "b"], torch.ones(2, 2))
+    optimizer = torch.optim.SGD(sd.parameters(), lr=0.1, momentum=0.9)
+    sd.attach(optimizer)
+    sd.gather(["a", "b", "b"], sparse=True).sum().backward()
+    optimizer.step()
+    sd.pop("b")
+    if many:
+        sd.update([("new", torch.zeros(2))])
+    else:
+        sd["new"] = torch.zeros(2)
+    assert optimizer.state[sd.table((2,))]["momentum_buffer"].to_dense().tolist() == [[1.0, 1.0], [0.0, 0.0]]
+
+
+STATES: dict[str, Callable[[Tensor], Any]] = {
+    "of another dtype": lambda state: state.double(),
+    "not contiguous": lambda state: state.t().contiguous().t(),
+    "with one number a row": lambda state: state[:, :1].clone(),
+    "that is a Parameter": lambda state: nn.Parameter(state),
+    "from inference mode": lambda state: torch.inference_mode()(torch.clone)(state),
+}
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_state_that_was_exchanged_since_the_last_name_is_cleared_for_the_next(kind: str, ways: list[bool]) -> None:
+    sd = SD.from_rows(list("abc"), torch.ones(3, 2))
+    optimizer = torch.optim.Adam(sd.parameters())
+    sd.attach(optimizer)
+    sd.gather(list("abc")).sum().backward()
+    optimizer.step()
+    state = optimizer.state[sd.table((2,))]
+    state.update({"a number": 3, "another": 0.5, "nothing": None, "a word": "none"})
+    for name, row in (("c", 2), ("b", 1)):
+        sd.pop(name)
+        ways.clear()
+        with torch.inference_mode(kind == "from inference mode"):
+            sd[f"new {name}"] = torch.zeros(2)
+        assert ways == [True]
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert not state[key][row].any()
+            assert state[key][:row].all()
+        state["exp_avg"] = STATES[kind](state["exp_avg"])
+
+
+@pytest.mark.parametrize("kind", ["Adagrad", "Rprop"])
+def test_state_that_does_not_begin_with_zeros_begins_anew_for_a_new_name(kind: str) -> None:
+    sd = SD.from_rows(["a", "b"], torch.ones(2, 2))
+    options = {"initial_accumulator_value": 0.5} if kind == "Adagrad" else {"lr": 0.25}
+    optimizer = getattr(torch.optim, kind)(sd.parameters(), **options)
+    sd.attach(optimizer)
+    for _ in range(3):
+        optimizer.zero_grad()
+        sd.gather(["a", "b"]).sum().backward()
+        optimizer.step()
+    sd.pop("b")
+    sd["new"] = torch.zeros(2)
+    key, begin = ("sum", 0.5) if kind == "Adagrad" else ("step_size", 0.25)
+    state = optimizer.state[sd.table((2,))][key]
+    assert state[1].tolist() == [begin] * 2
+    assert state[0].tolist() != [begin] * 2
+
+
+def test_a_tensor_at_the_address_of_a_table_that_is_gone_is_not_taken_for_it() -> None:
+    sd = SD.from_rows(["a"], torch.zeros(1, 2))
+    optimizer = torch.optim.Adam(sd.parameters())
+    sd.gather(["a"]).sum().backward()
+    optimizer.step()
+    table = sd.table((2,))
+    key = id(table)
+    other = nn.Parameter(torch.zeros(1, 2))
+    watched = optimizer_rows._stepped[key]
+    assert optimizer_rows._steppers(table)
+    optimizer_rows._stepped[id(other)] = watched  # as if it had the old address
+    assert optimizer_rows._steppers(other) is None
+    optimizer_rows.watch(other)
+    assert optimizer_rows._steppers(other) == []
+    del sd, table, optimizer, watched
+    gc.collect()
+    assert key not in optimizer_rows._stepped
+    assert optimizer_rows._steppers(other) == []
+    optimizer_rows.unwatch(other)
 
 
 @pytest.mark.parametrize("key", ["a", "new"])

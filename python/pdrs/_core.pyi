@@ -65,6 +65,7 @@ __all__ = [
     "use_native_slots",
     "walk_modules",
     "zero_row",
+    "zero_row_of_state",
 ]
 
 _T = TypeVar("_T")
@@ -589,6 +590,7 @@ def use_huge_pages(tensor: Tensor) -> None:
     """Ask Linux for huge pages for the memory of a large plain tensor on the CPU, best before it is written to."""
 
 def zero_row(tensors: list[Tensor], row: int) -> list[Tensor]: ...
+def zero_row_of_state(table: Tensor, state: dict[str, Any], row: int) -> bool: ...
 
 @final
 class SafetensorsHeader:

@@ -22,6 +22,10 @@ from pdrs._core import load_matching, unexpected_keys
 if TYPE_CHECKING:
     from torch.nn import ParameterDict
 
+# Asked for each entry that is set: to look them up in the modules of torch would take half of the time.
+_len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
+_len_torch_function_stack = torch._C._len_torch_function_stack
+_peek_interpreter_stack = torch._C._functorch.peek_interpreter_stack
 # Larger tensors are left to torch, which may copy one on several threads and gains nothing from company.
 LARGEST = 1 << 16
 
@@ -143,9 +147,9 @@ def load_rest(
 def is_intercepted() -> bool:
     """Whether somebody listens to what is done with tensors, and would not see what is done natively."""
     return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or (torch._C._len_torch_function_stack() > 0 and _is_function_mode_active())
+        _len_torch_dispatch_stack() > 0
+        or _peek_interpreter_stack() is not None
+        or (_len_torch_function_stack() > 0 and _is_function_mode_active())
     )
 
 

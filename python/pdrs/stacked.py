@@ -46,8 +46,9 @@ class StackedParameterDict(SavedRows):
 
     Notes
     -----
-    *n* is the number of entries and *m* that of the names in a call; costs are amortised. As long as a table has a
-    sparse gradient, each call that removes names, or inserts them into freed rows, looks through the rows of that once.
+    *n* is the number of entries and *m* that of the names in a call; costs are amortised. The rows that a sparse
+    gradient lists are sorted once, when the first name is removed, or inserted into a freed row, while the table has
+    it; what it has for a row is then found in **O(log)** of their number.
     All methods may be called by any number of threads; a lock makes them take turns.
 
     Examples
@@ -283,8 +284,7 @@ class StackedParameterDict(SavedRows):
         parameter = self._parameter(table)
         if copied is None:
             copied = whole(parameter.detach()[row]).clone()
-        if parameter.grad is not None:
-            self._without_gradient(table, row)
+        self._clear_gradient(table, parameter, row)
         return copied
 
     # -- all entries ---------------------------------------------------------------------------------------------------

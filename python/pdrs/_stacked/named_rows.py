@@ -18,7 +18,7 @@ from torch.nn import Parameter
 from pdrs import _memory
 from pdrs._core import IndexMap, insert_ids, missing_names, remove_names, sort_tensors
 from pdrs._stacked.row_blocks import stack, write_rows
-from pdrs._stacked.tables import Kind, Rows, Table, Tables, refuse_sharded
+from pdrs._stacked.tables import Kind, Rows, Tables, refuse_sharded
 
 __all__ = [
     "Initialiser",
@@ -318,12 +318,7 @@ class NamedRows(Tables):
             table = self._tables[number]
             rows = row_of(ids[numbers == number])
             table.rows.give_back_many(rows)
-            self._without_gradient(table, rows)
-
-    def _without_gradient(self, table: Table, rows: Rows | int) -> None:
-        parameter = self._parameter(table)
-        if parameter.grad is not None:
-            self._clear_gradient(parameter, torch.as_tensor(np.atleast_1d(rows), device=parameter.device))
+            self._clear_gradient(table, self._parameter(table), rows)
 
 
 class _Class:

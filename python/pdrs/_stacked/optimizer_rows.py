@@ -13,19 +13,25 @@ import gc
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Adafactor, Adagrad, Optimizer, Rprop
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from pdrs import _memory
+from pdrs._core import zero_row_of_state
+from pdrs._stacked.gradient_rows import GradientRows
 
 __all__ = [
     "carry",
+    "forget_row",
+    "forget_rows",
     "join",
     "leave",
     "look_for_optimizers",
@@ -36,10 +42,13 @@ __all__ = [
     "watch",
 ]
 
-# The optimizers that have stepped on each table: a few weak references, which are looked through faster than a WeakSet.
-_stepped: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# The optimizers that have stepped on each table, by its `id`, beside the table that this is the id of: a few weak
+# references, which are looked through faster than a WeakSet, and found faster than in a WeakTensorKeyDictionary.
+_stepped: dict[int, tuple[ref[Tensor], list[ref[Optimizer]]]] = {}
 # How many parameters each optimizer had when it was last looked through for tables.
 _looked_through: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+# They have state that is not by row, though it may have the shape of a table, or does not begin with zeros.
+_UNUSUAL = (Adafactor, Adagrad, Rprop)
 _hooked = False
 _hook_lock = threading.Lock()
 
@@ -51,19 +60,37 @@ def watch(parameter: Tensor, steppers: Iterable[Optimizer] = ()) -> None:
         if not _hooked:
             register_optimizer_step_post_hook(_note_step)
             _hooked = True
-    if parameter not in _stepped:
-        _stepped[parameter] = list(map(ref, steppers))
+    if _steppers(parameter) is None:
+        key = id(parameter)
+        _stepped[key] = ref(parameter, partial(_remove, key)), list(map(ref, steppers))
         # An optimizer that was looked through before may have this one.
         _looked_through.clear()
 
 
 def unwatch(parameter: Tensor) -> list[Optimizer]:
     """Forget a table, and return the optimizers that have stepped on it."""
-    return _alive(_stepped.pop(parameter, []))  # type: ignore[no-untyped-call]
+    steppers = _steppers(parameter)
+    if steppers is None:
+        return []
+    del _stepped[id(parameter)]
+    return _alive(steppers)
+
+
+def _steppers(parameter: Tensor) -> list[ref[Optimizer]] | None:
+    watched = _stepped.get(id(parameter))
+    return watched[1] if watched is not None and watched[0]() is parameter else None
+
+
+def _remove(key: int, gone: ref[Tensor]) -> None:
+    # Another tensor may have the id by now.
+    watched = _stepped.get(key)
+    if watched is not None and watched[0] is gone:
+        del _stepped[key]
 
 
 def _alive(steppers: list[ref[Optimizer]]) -> list[Optimizer]:
-    return [optimizer for one in steppers if (optimizer := one()) is not None]
+    # Of a copy: one that dies meanwhile takes itself out of the list.
+    return [optimizer for one in tuple(steppers) if (optimizer := one()) is not None]
 
 
 def _note_step(optimizer: Optimizer, _arguments: Any, _keywords: Any) -> None:
@@ -78,7 +105,7 @@ def _note_step(optimizer: Optimizer, _arguments: Any, _keywords: Any) -> None:
 def _note(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            steppers = _stepped.get(parameter)  # type: ignore[no-untyped-call]
+            steppers = _steppers(parameter)
             if steppers is not None and optimizer not in _alive(steppers):
                 steppers.append(ref(optimizer, steppers.remove))
 
@@ -94,14 +121,15 @@ def look_for_optimizers() -> None:
             _note(one)
 
 
-def refuse_strangers(parameter: Tensor, attached: Iterable[Optimizer], what: str) -> None:
+def refuse_strangers(parameter: Tensor, attached: Sequence[Optimizer], what: str) -> None:
     """Raise if an optimizer that is not attached has state by row for a table."""
-    steppers = _stepped.get(parameter)  # type: ignore[no-untyped-call]
+    steppers = _steppers(parameter)
     if steppers is None:
         return
-    attached = list(attached)
-    for optimizer in _alive(steppers):
-        if optimizer not in attached and any(True for _ in of_rows(optimizer, parameter)):
+    # Of a copy, as in `_alive`.
+    for one in tuple(steppers):
+        optimizer = one()
+        if optimizer is not None and optimizer not in attached and any(True for _ in of_rows(optimizer, parameter)):
             name = type(optimizer).__name__
             raise RuntimeError(
                 f"cannot {what}: the state of an optimizer ({name}) that has stepped on it would belong to other "
@@ -136,6 +164,26 @@ def of_rows(optimizer: Optimizer, parameter: Tensor) -> Iterator[tuple[dict[str,
                 f"the state '{key}' of {type(optimizer).__name__} is a {type(value).__name__} of tensors, which cannot "
                 "follow the rows of a table"
             )
+
+
+def forget_row(optimizer: Optimizer, parameter: Tensor, row: int) -> None:
+    """Set what an optimizer has for a row back to what it begins with."""
+    state = optimizer.state.get(parameter)
+    if not state:
+        return
+    if isinstance(optimizer, _UNUSUAL) or type(state) is not dict or not zero_row_of_state(parameter, state, row):
+        forget_rows(optimizer, parameter, np.array([row]))
+
+
+def forget_rows(optimizer: Optimizer, parameter: Tensor, rows: NDArray[np.int64]) -> None:
+    """Set what an optimizer has for rows back to what it begins with."""
+    index = torch.from_numpy(rows)
+    with torch.no_grad():
+        for state, key, fill in of_rows(optimizer, parameter):
+            if state[key].is_sparse:  # the momentum of SGD, if gradients are sparse
+                GradientRows(state[key]).clear(state[key], rows)
+            else:
+                state[key].index_fill_(0, index.to(state[key].device), fill)
 
 
 def carry(optimizer: Optimizer, source: Tensor, old: Tensor, target: Tensor, new: Tensor) -> None:

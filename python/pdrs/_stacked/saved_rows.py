@@ -240,7 +240,7 @@ class SavedRows(TrainedRows):
             capacity = max(used, len(tensor) if isinstance(tensor, Tensor) and tensor.dim() else 0)
             plan.append((attribute, group, trainable, there, of_table, tensor, capacity))
         for table in self._tables:
-            self._refuse_strangers(table, "load other names into a table")
+            self._refuse_strangers(table, self._parameter(table), self._attached(), "load other names into a table")
         made: list[Table] = []
         ready: list[Callable[[], None]] = []
         tables = len(self._tables)

@@ -24,6 +24,7 @@ from torch.nn import Module, Parameter
 from pdrs import _memory
 from pdrs._core import Lock, TableRows, zero_row
 from pdrs._stacked import optimizer_rows
+from pdrs._stacked.gradient_rows import GradientRows
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -65,6 +66,9 @@ class Table:
         The number of the group of options that an optimizer has for its rows.
     """
 
+    # Where rows lie in the sparse gradient that was last looked through. What was pickled before lacks it.
+    gradient_rows: GradientRows | None = None
+
     def __init__(self, attribute: str, group: int = 0) -> None:
         self.attribute = attribute
         self.group = group
@@ -82,7 +86,8 @@ class Table:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to this very Parameter."""
-        return self.__dict__ | {"hooked": None, "handles": [], "stashed": [], "resized": False, "loaded": False}
+        of_parameter: dict[str, Any] = {"hooked": None, "handles": [], "stashed": [], "gradient_rows": None}
+        return self.__dict__ | of_parameter | {"resized": False, "loaded": False}
 
     # -- the hooks of the Parameter ------------------------------------------------------------------------------------
 
@@ -254,6 +259,7 @@ class Tables(Module):
         for table in self._tables:
             parameter: Any = self._parameter(table)
             table.unhook()
+            table.gradient_rows = None
             # torch swaps the dict of hooks, even an empty one, but not what calls the hooks that are in it.
             if not parameter._post_accumulate_grad_hooks:
                 parameter._post_accumulate_grad_hooks = None
@@ -338,12 +344,12 @@ class Tables(Module):
             self.__dict__["_optimizers"] = [reference for reference in references if reference() is not None]
         return alive
 
-    def _refuse_strangers(self, table: Table, what: str) -> None:
+    def _refuse_strangers(self, table: Table, parameter: Tensor, optimizers: list[Optimizer], what: str) -> None:
         """Raise if an optimizer that is not attached has state by row for a table."""
         if table.loaded:
             optimizer_rows.look_for_optimizers()
             table.loaded = False
-        optimizer_rows.refuse_strangers(self._parameter(table), self._attached(), what)
+        optimizer_rows.refuse_strangers(parameter, optimizers, what)
 
     # -- rows ----------------------------------------------------------------------------------------------------------
 
@@ -366,10 +372,10 @@ class Tables(Module):
 
     def _make_ready(self, table: Table, rows: Rows | int) -> None:
         """Clear what belonged to the rows, or the one, that will be given next, or refuse it."""
+        parameter, optimizers = self._parameter(table), self._attached()
         if table.rows.reused(1 if isinstance(rows, int) else len(rows)):
-            strangers = "give the row of a removed name to a new one"
-            self._refuse_strangers(table, strangers)
-        self._forget(table, rows)
+            self._refuse_strangers(table, parameter, optimizers, "give the row of a removed name to a new one")
+        self._forget(table, parameter, optimizers, rows)
 
     def _resize(self, table: Table, capacity: int) -> None:
         """Change the capacity; all rows stay what they are, and zeros are added."""
@@ -392,7 +398,7 @@ class Tables(Module):
                 "insert names, or reserve rows for them, before the model is sharded or replicated"
             )
         what = "change the size of a table" if source is None else "move the rows of a table"
-        self._refuse_strangers(table, what)
+        self._refuse_strangers(table, parameter, self._attached(), what)
         # A table that grows while it serves in inference mode can be trained afterwards.
         with torch.inference_mode(parameter.is_inference()), torch.no_grad():
             arranged = _Arranged(parameter, capacity, source)
@@ -425,44 +431,38 @@ class Tables(Module):
 
         return put_in_place
 
-    def _forget(self, table: Table, rows: Rows | int) -> None:
+    def _forget(self, table: Table, parameter: Tensor, optimizers: list[Optimizer], rows: Rows | int) -> None:
         """Clear what belonged to rows, or one, that get new names: gradients, state of optimizers, masks."""
-        parameter = self._parameter(table)
-        states = [one for optimizer in self._attached() for one in optimizer_rows.of_rows(optimizer, parameter)]
-        gradient = parameter.grad
-        if not states and table.frozen is None and gradient is None:
-            return
-        if isinstance(rows, int) and (gradient is None or not gradient.is_sparse):
-            # Several times faster than with a tensor of rows.
-            zeros = [state[key] for state, key, fill in states if fill == 0]
-            for state, key, fill in states:
-                if fill != 0:
-                    state[key][rows].fill_(fill)
+        if isinstance(rows, int):  # several times faster than with a tensor of rows
+            for optimizer in optimizers:
+                optimizer_rows.forget_row(optimizer, parameter, rows)
             if table.frozen is not None:
-                zeros.append(table.frozen)
-            if gradient is not None and not is_sharded(gradient):
-                zeros.append(gradient.detach())
-            for tensor in zero_row(zeros, rows):
-                tensor[rows].zero_()
-            return
-        on_host = torch.from_numpy(np.atleast_1d(rows))
-        index = on_host.to(parameter.device)
-        with torch.no_grad():
-            for state, key, fill in states:
-                state[key].index_fill_(0, index, fill)
+                table.frozen[rows] = False
+        else:
+            for optimizer in optimizers:
+                optimizer_rows.forget_rows(optimizer, parameter, rows)
             if table.frozen is not None:
-                table.frozen.index_fill_(0, on_host.to(table.frozen.device), False)
-        self._clear_gradient(parameter, index)
+                table.frozen.index_fill_(0, torch.from_numpy(rows).to(table.frozen.device), False)
+        self._clear_gradient(table, parameter, rows)
 
-    def _clear_gradient(self, parameter: Tensor, rows: Tensor) -> None:
+    def _clear_gradient(self, table: Table, parameter: Tensor, rows: Rows | int) -> None:
+        """Set rows of the gradient, or one, to zero, in place."""
         gradient = parameter.grad
         if gradient is None or is_sharded(gradient):  # the rows of a sharded table are not given again
             return
-        with torch.no_grad():
-            if gradient.is_sparse:
-                gradient._values()[torch.isin(gradient._indices()[0], rows)] = 0
-            else:
-                gradient.index_fill_(0, rows, 0)
+        if gradient.is_sparse:
+            if gradient.is_meta:
+                return
+            known = table.gradient_rows
+            if known is None or not known.is_of(gradient):
+                known = table.gradient_rows = GradientRows(gradient)
+            known.clear(gradient, rows)
+        elif isinstance(rows, int):
+            for tensor in zero_row([gradient.detach() if gradient.requires_grad else gradient], rows):
+                tensor[rows].zero_()
+        else:
+            with torch.no_grad():
+                gradient.index_fill_(0, torch.from_numpy(rows).to(gradient.device), 0)
 
     # -- the optimizers ------------------------------------------------------------------------------------------------
 

@@ -136,7 +136,7 @@ class TrainedRows(GatheredRows):
                     )
             for table, rows in parts:
                 parameter = self._parameter(table)
-                self._forget(table, rows)
+                self._forget(table, parameter, self._attached(), rows)
                 if table.frozen is None:
                     table.frozen = torch.zeros(len(parameter), dtype=torch.bool, device=mask_device(parameter.device))
                 table.frozen[torch.from_numpy(rows).to(table.frozen.device)] = True
@@ -238,7 +238,7 @@ class TrainedRows(GatheredRows):
                 strays = [int(group) for group in np.flatnonzero(counts) if group != homes[number]]
                 moves += [(number, group) for group in strays]
                 if strays:
-                    self._refuse_strangers(table, "move rows of a table")
+                    self._refuse_strangers(table, self._parameter(table), self._attached(), "move rows of a table")
         except BaseException:
             self.__dict__["_patterns"] = before
             raise
@@ -283,5 +283,5 @@ class TrainedRows(GatheredRows):
             if target.frozen is not None:
                 target.frozen[torch.from_numpy(rows).to(device)] = frozen
             target.hook(self._parameter(target))
-        self._without_gradient(home, row_of(ids[there]))
+        self._clear_gradient(home, source, row_of(ids[there]))
         ids[there] = id_of(number, rows)

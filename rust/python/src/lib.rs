@@ -56,7 +56,7 @@ mod _core {
     #[pymodule_export]
     use super::modules::{all_kept, collect_parameters, walk_modules};
     #[pymodule_export]
-    use super::row::{sort_tensors, zero_row};
+    use super::row::{sort_tensors, zero_row, zero_row_of_state};
     #[pymodule_export]
     use super::safetensors::{
         SafetensorsHeader, SafetensorsStack, safetensors_entries, safetensors_header, safetensors_shards,

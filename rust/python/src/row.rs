@@ -8,10 +8,10 @@ use std::ptr;
 use numpy::PyArray1;
 use pdrs_core::strides::is_contiguous;
 use pyo3::prelude::*;
-use pyo3::types::PyList;
+use pyo3::types::{PyDict, PyFloat, PyInt, PyList};
 
 use crate::dlpack::Dtype;
-use crate::tensor::{Torch, hint, prefetch};
+use crate::tensor::{Found, Torch, hint, prefetch};
 
 /// Larger rows are left to torch, which copies them with several threads and without the GIL.
 const LARGEST: u64 = 1 << 16;
@@ -155,26 +155,65 @@ pub(crate) fn zero_row<'py>(tensors: &Bound<'py, PyList>, row: u64) -> PyResult<
     let (left, zeroed) = (PyList::empty(py), PyList::empty(py));
     let mut dims = Vec::with_capacity(8);
     for tensor in tensors {
-        dims.clear();
-        let found = if torch.is_plain(&tensor) { torch.find(&tensor, &mut dims)?.ok() } else { None };
-        let Some(found) = found else {
-            left.append(tensor)?;
-            continue;
-        };
-        let (shape, strides) = dims.split_at(found.ndim);
-        let length = shape.first().map_or(0, |length| length.cast_unsigned());
-        let bytes = found.numel * found.itemsize / length.max(1);
-        let usual = found.device.is_cpu() && is_contiguous(shape, strides) && torch.counts_writes(&tensor);
-        if !usual || row >= length || bytes > LARGEST {
-            left.append(tensor)?;
-            continue;
-        }
-        // SAFETY: the tensor is alive, on the CPU and contiguous, and the row lies in it. Nothing else runs meanwhile.
-        unsafe { ptr::write_bytes((found.pointer as *mut u8).add((row * bytes) as usize), 0, bytes as usize) };
-        zeroed.append(tensor)?;
+        let is_zeroed =
+            find_plain(torch, &tensor, &mut dims)?.is_some_and(|found| zero(torch, &tensor, &found, &dims, row));
+        if is_zeroed { &zeroed } else { &left }.append(tensor)?;
     }
     torch.increment_version(&zeroed)?;
     Ok(left)
+}
+
+/// Sets a row of each tensor in a dictionary that has the shape of a table to zero, and passes over
+/// numbers, torch's and Python's.
+///
+/// `false` if there is anything else, or a tensor that is to be left to torch: these are as they were.
+#[pyfunction]
+pub(crate) fn zero_row_of_state(table: &Bound<'_, PyAny>, state: &Bound<'_, PyDict>, row: u64) -> PyResult<bool> {
+    let py = table.py();
+    let torch = Torch::get(py)?;
+    let (mut dims, mut shape) = (Vec::with_capacity(8), Vec::with_capacity(8));
+    let Some(like) = find_plain(torch, table, &mut shape)? else {
+        return Ok(false);
+    };
+    shape.truncate(like.ndim);
+    let zeroed = PyList::empty(py);
+    let mut is_all = true;
+    // A list, because a dictionary must not change while it is gone through.
+    for value in state.values() {
+        let Some(found) = find_plain(torch, &value, &mut dims)? else {
+            is_all &= value.is_exact_instance_of::<PyFloat>() || value.is_exact_instance_of::<PyInt>();
+            continue;
+        };
+        if found.ndim == 0 {
+            continue;
+        }
+        if dims[..found.ndim] == shape && zero(torch, &value, &found, &dims, row) {
+            zeroed.append(value)?;
+        } else {
+            is_all = false;
+        }
+    }
+    torch.increment_version(&zeroed)?;
+    Ok(is_all)
+}
+
+fn find_plain(torch: &Torch, tensor: &Bound<'_, PyAny>, dims: &mut Vec<i64>) -> PyResult<Option<Found>> {
+    dims.clear();
+    Ok(if torch.is_plain(tensor) { torch.find(tensor, dims)?.ok() } else { None })
+}
+
+/// Sets a row of a tensor to zero. `false`, and nothing is done, if it is to be left to torch.
+fn zero(torch: &Torch, tensor: &Bound<'_, PyAny>, found: &Found, dims: &[i64], row: u64) -> bool {
+    let (shape, strides) = dims.split_at(found.ndim);
+    let length = shape.first().map_or(0, |length| length.cast_unsigned());
+    let bytes = found.numel * found.itemsize / length.max(1);
+    let usual = found.device.is_cpu() && is_contiguous(shape, strides) && torch.counts_writes(tensor);
+    if !usual || row >= length || bytes > LARGEST {
+        return false;
+    }
+    // SAFETY: the tensor is alive, on the CPU and contiguous, and the row lies in it. Nothing else runs meanwhile.
+    unsafe { ptr::write_bytes((found.pointer as *mut u8).add((row * bytes) as usize), 0, bytes as usize) };
+    true
 }
 
 /// What the tensors of one class have in common.
