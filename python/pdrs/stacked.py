@@ -15,6 +15,7 @@ from torch.nn import Parameter
 
 from pdrs import _memory, parameter_dict, transfer
 from pdrs._core import IndexMap, TableRows, pop_end_row, pop_row, set_row, slab_views
+from pdrs._stacked.changes import Changes
 from pdrs._stacked.gathered_rows import Handle
 from pdrs._stacked.named_rows import Initialiser, Names, as_list, id_of, row_of, table_of
 from pdrs._stacked.saved_rows import SavedRows
@@ -232,7 +233,11 @@ class StackedParameterDict(SavedRows):
     def __delitem__(self, key: str) -> None:
         """Remove ``key``; the order of the others stays. Raises KeyError if it is not there. **O(1)**."""
         with self._lock:
-            self._free(np.array([self._index.pop(key)]))
+            ids = np.array([self._index[key]])
+            changes = Changes()
+            changes.call(self._index.pop, key)
+            self._free(changes, ids)
+            changes.make()
 
     def __contains__(self, key: object) -> bool:
         """Whether ``key`` is the key of an entry. **O(1)**."""
@@ -282,7 +287,9 @@ class StackedParameterDict(SavedRows):
         if copied is None:
             copied = whole(parameter.detach()[row]).clone()
         if parameter.grad is not None:
-            self._without_gradient(table, row)
+            changes = Changes()
+            self._clear_gradient(changes, table, np.array([row]))
+            changes.make()
         return copied
 
     # -- all entries ---------------------------------------------------------------------------------------------------
@@ -340,10 +347,10 @@ class StackedParameterDict(SavedRows):
     def clear(self) -> None:
         """Remove all entries; the tables keep their capacity. **O(n)**."""
         with self._lock:
-            ids = self._index.rows()
-            # First the names: whatever happens then, no row that is free has one.
-            self._index.clear()
-            self._free(ids)
+            changes = Changes()
+            changes.call(self._index.clear)
+            self._free(changes, self._index.rows())
+            changes.make()
 
     def copy(self) -> StackedParameterDict:
         """Return a dictionary of the same names with tables of its own, with no gradients. **O(n)**."""
