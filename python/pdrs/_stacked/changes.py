@@ -20,7 +20,7 @@ from pdrs._core import in_one_step
 __all__ = ["Changes"]
 
 _set_data = Tensor.data.__set__  # type: ignore[attr-defined]
-_set_grad = Tensor.grad.__set__  # type: ignore[attr-defined]
+_set_grad = Tensor.grad.__set__  # type: ignore[union-attr]
 
 
 class Changes:

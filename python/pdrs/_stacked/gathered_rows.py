@@ -368,8 +368,8 @@ class GatheredRows(NamedRows):
             if isinstance(names, list) and len(absent):
                 chosen = dict(zip(map(names.__getitem__, absent), absent, strict=True))
                 places = torch.tensor(list(map(int, chosen.values())), device=values.device)
-                kind = tuple(values.shape[1:]), values.dtype
-                self._insert_missing(names, lambda new: new.copy_(values[places]), *kind, note)
+                shape = tuple(values.shape[1:])
+                self._insert_missing(names, lambda new: new.copy_(values[places]), shape, values.dtype, note)
             else:
                 changes = Changes()
                 note(changes)
