@@ -23,6 +23,9 @@ from torch import Tensor
 import pdrs
 from pdrs._stacked.packed_names import unpack
 
+# What is raised while a generator is closed goes no further, as anywhere in Python.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 SD = pdrs.StackedParameterDict
 OURS = str(Path(pdrs.__file__).parent)
 
