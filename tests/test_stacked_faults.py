@@ -1,8 +1,8 @@
 """What fails half-way in a StackedParameterDict leaves it as it was, or loses nothing but room.
 
 The bugs that this hunts: a state dict that is refused when some tables have its rows and others do not, so that names
-give rows of other names; a free row that still has a name, or two names of one row, after an error or Ctrl-C between
-two steps; a table that nobody asked for, left by what failed.
+give rows of other names; a free row that still has a name, or two names of one row, after an error between two
+steps; a table that nobody asked for, left by what failed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import pdrs
-from pdrs._stacked import named_rows, tables
+from pdrs._stacked import tables
 
 SD = pdrs.StackedParameterDict
 ENTRIES = [("a", (2,)), ("b", (2,)), ("c", (3,)), ("d", (3,)), ("e", (4,))]
@@ -129,24 +129,6 @@ def test_clearing_that_fails_leaves_no_name_with_a_free_row(monkeypatch: pytest.
     rows = sd.rows(list(sd)).tolist()
     assert len(set(rows)) == len(rows), "two names have one row"
     assert sd["y"].tolist() == [1.0, 1.0]
-
-
-def test_an_interrupt_in_an_insertion_gives_no_row_to_two_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    sd = numbered([("a", (2,))])
-    insert = named_rows.insert_ids
-
-    def interrupted(*arguments: Any) -> None:
-        insert(*arguments)
-        raise KeyboardInterrupt  # as the next line of Python would, if Ctrl-C came now
-
-    monkeypatch.setattr(named_rows, "insert_ids", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        sd.gather(["x"], missing="insert")
-    monkeypatch.undo()
-    sd.gather(["y"], missing="insert")
-    rows = sd.rows(list(sd)).tolist()
-    assert list(sd) == ["a", "x", "y"]
-    assert len(set(rows)) == len(rows), "two names have one row"
 
 
 def test_room_that_cannot_be_had_leaves_no_table(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ __all__ = [
     "find_rows",
     "group_tensors",
     "has_packed",
+    "in_one_step",
     "in_step",
     "insert_all",
     "insert_ids",
@@ -577,6 +578,9 @@ def find_rows(index: IndexMap, names: Iterable[str]) -> tuple[int, NDArray[np.in
 
     The id of a name that is not there is -1.
     """
+
+def in_one_step(calls: list[Callable[[], object]]) -> None:
+    """Call functions written in C, in order, up to the first that fails; no signal is looked at between them."""
 
 def insert_ids(index: IndexMap, names: Iterable[str], ids: NDArray[np.int64]) -> None: ...
 def missing_names(index: IndexMap, names: Iterable[str]) -> list[str]: ...

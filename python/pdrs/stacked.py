@@ -16,6 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from pdrs import _copies, _memory, parameter_dict, transfer
 from pdrs._core import IndexMap, TableRows, pop_end_row, pop_row, set_row, slab_views
+from pdrs._stacked.changes import Changes
 from pdrs._stacked.gathered_rows import Handle
 from pdrs._stacked.named_rows import Initialiser, Names, as_list, id_of, initialise, row_of, table_of
 from pdrs._stacked.saved_rows import SavedRows
@@ -235,7 +236,11 @@ class StackedParameterDict(SavedRows):
     def __delitem__(self, key: str) -> None:
         """Remove ``key``; the order of the others stays. Raises KeyError if it is not there. **O(1)**."""
         with self._lock:
-            self._free(np.array([self._index.pop(key)]))
+            ids = np.array([self._index[key]])
+            changes = Changes()
+            changes.call(self._index.pop, key)
+            self._free(changes, ids)
+            changes.make()
 
     def __contains__(self, key: object) -> bool:
         """Whether ``key`` is the key of an entry. **O(1)**."""
@@ -284,7 +289,7 @@ class StackedParameterDict(SavedRows):
         parameter = self._parameter(table)
         if copied is None:
             copied = whole(parameter.detach()[row]).clone()
-        self._clear_gradient(table, parameter, row)
+        self._clear_gradient_row(table, parameter, row)
         return copied
 
     # -- all entries ---------------------------------------------------------------------------------------------------
@@ -343,10 +348,10 @@ class StackedParameterDict(SavedRows):
     def clear(self) -> None:
         """Remove all entries; the tables keep their capacity. **O(n)**."""
         with self._lock:
-            ids = self._index.rows()
-            # First the names: whatever happens then, no row that is free has one.
-            self._index.clear()
-            self._free(ids)
+            changes = Changes()
+            changes.call(self._index.clear)
+            self._free(changes, self._index.rows())
+            changes.make()
 
     def copy(self) -> StackedParameterDict:
         """Return a dictionary of the same names with tables of its own, with no gradients. **O(n)**."""

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pdrs._core import TableRows, find_rows, replace_ids
+from pdrs._stacked.changes import Changes
 from pdrs._stacked.named_rows import (
     Initialiser,
     NamedRows,
@@ -22,7 +23,7 @@ from pdrs._stacked.named_rows import (
     row_of,
     table_of,
 )
-from pdrs._stacked.row_blocks import write_rows
+from pdrs._stacked.row_blocks import note_rows
 from pdrs._stacked.row_gather import gather_rows, gather_tables
 from pdrs._stacked.tables import Kind, Rows, Table, refuse_sharded
 from pdrs.parameter_dict import MissingEntryError
@@ -119,10 +120,10 @@ class GatheredRows(NamedRows):
             raise ValueError("the handle belongs to another dictionary")
         if handle._moves != self._moves:
             handle._ids = self._look_up(handle.names)
-            handle._moves = self._moves
             numbers = np.unique(table_of(handle._ids))
             handle._table = self._tables[numbers[0]] if len(numbers) == 1 else None
             handle._rows = torch.from_numpy(row_of(handle._ids))
+            handle._moves = self._moves  # at last: whoever stops this has a handle that is looked up again
         if handle._table is not None:
             device = self._parameter(handle._table).device
             if handle._rows.device != device and device.type != "meta":
@@ -370,14 +371,23 @@ class GatheredRows(NamedRows):
                     raise ValueError(f"expected rows of shape {list(kind.shape)}, got {list(values.shape[1:])}")
                 if kind.dtype != values.dtype:
                     raise TypeError(f"expected values of {kind.dtype}, as the rows have, got {values.dtype}")
-            if isinstance(names, list) and (ids < 0).any():
-                self._insert_missing(names, None, tuple(values.shape[1:]), values.dtype)
-                ids = self._index.lookup(names)
-                numbers = np.unique(table_of(ids))
-            for number in numbers:
-                there = np.flatnonzero(table_of(ids) == number)
-                part = values if len(there) == len(ids) else values[torch.from_numpy(there).to(values.device)]
-                write_rows(self._parameter(self._tables[number]), row_of(ids[there]), part)
+
+            def note(changes: Changes) -> None:
+                for number in numbers:
+                    there = np.flatnonzero(table_of(ids) == number)
+                    part = values if len(there) == len(ids) else values[torch.from_numpy(there).to(values.device)]
+                    note_rows(changes, self._parameter(self._tables[number]), row_of(ids[there]), part)
+
+            absent = np.flatnonzero(ids < 0)
+            if isinstance(names, list) and len(absent):
+                chosen = dict(zip(map(names.__getitem__, absent), absent, strict=True))
+                places = torch.tensor(list(map(int, chosen.values())), device=values.device)
+                shape = tuple(values.shape[1:])
+                self._insert_missing(names, lambda new: new.copy_(values[places]), shape, values.dtype, note)
+            else:
+                changes = Changes()
+                note(changes)
+                changes.make()
 
     # -- tables --------------------------------------------------------------------------------------------------------
 
@@ -448,14 +458,15 @@ class GatheredRows(NamedRows):
             kind = self._kind_to_insert(shape, dtype)
             refuse_integers(kind.dtype)
             place = self._device() if device is None else torch.device(device)
-            tables = len(self._tables)
+            tables, changes = len(self._tables), Changes()
             try:
                 table = self._tables[self._table_for(kind, place, self._numbers())]
                 wanted = table.rows.used + count - table.rows.reused(count)
                 if wanted > len(self._parameter(table)):
-                    self._resize(table, wanted)
+                    self._rearrange(changes, table, wanted, None)
+                    changes.make()
             except BaseException:
-                while len(self._tables) > tables:
+                while not changes.made and len(self._tables) > tables:
                     self._remove_last_table()
                 raise
 
@@ -479,11 +490,13 @@ class GatheredRows(NamedRows):
                 packed = np.arange(len(rows))
                 if len(rows) == len(parameter) and (rows == packed).all():
                     continue
-                self._rearrange(table, len(rows), torch.from_numpy(rows))
-                table.rows = TableRows(len(rows))
                 ids[there] = id_of(number, packed)
-                replace_ids(self._index, ids)
-                self._moved()
+                changes = Changes()
+                self._rearrange(changes, table, len(rows), torch.from_numpy(rows))
+                changes.set_attributes(table, rows=TableRows(len(rows)))
+                changes.call(replace_ids, self._index, ids)
+                self._moved(changes)
+                changes.make()
 
 
 def _check_missing(missing: str) -> None:

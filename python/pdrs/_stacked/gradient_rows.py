@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pdrs._core import zero_row
+from pdrs._stacked.changes import Changes
 
 __all__ = ["GradientRows"]
 
@@ -22,7 +23,7 @@ __all__ = ["GradientRows"]
 class GradientRows:
     """The rows that a sparse gradient lists, in order. **O(k log k)** to make, for a gradient that lists ``k``.
 
-    It holds of one gradient, until anything but :meth:`clear` writes to it: torch counts that. It takes 16 bytes for
+    It holds of one gradient, until anything else writes to it: torch counts that. It takes 16 bytes for
     each row that is listed, and lets them go when the gradient is freed.
 
     Parameters
@@ -47,17 +48,12 @@ class GradientRows:
         indices = gradient._indices()
         return indices.data_ptr() == self._indices.data_ptr() and indices.shape == self._indices.shape
 
-    def clear(self, gradient: Tensor, rows: NDArray[np.int64] | int) -> None:
-        """Set what the gradient, which it is of, has for a row, or for distinct rows, to zero, in place.
+    def clear_row(self, gradient: Tensor, row: int) -> None:
+        """Set what the gradient, which it is of, has for a row to zero, in place.
 
-        **O(m log k)** for ``m`` rows, and the number of times that they are listed.
+        **O(log k)**, and the number of times that it is listed.
         """
-        first, last = self._rows.searchsorted(rows), self._rows.searchsorted(rows, "right")
-        if isinstance(rows, int):
-            places = self._places[first:last]
-        else:
-            counts = last - first
-            places = self._places[np.repeat(last - counts.cumsum(), counts) + np.arange(counts.sum())]
+        places = self._places[self._rows.searchsorted(row) : self._rows.searchsorted(row, "right")]
         if len(places) == 0:
             return
         values = gradient._values()
@@ -65,6 +61,16 @@ class GradientRows:
             values.index_fill_(0, torch.from_numpy(places).to(values.device), 0)
         # Counted, and not read: what another thread has written meanwhile must be noticed.
         self._version += 1
+
+    def note(self, changes: Changes, gradient: Tensor, rows: NDArray[np.int64]) -> None:
+        """Note the same for distinct rows. **O(m log k)** for ``m`` rows, and the number of times they are listed."""
+        first, last = self._rows.searchsorted(rows), self._rows.searchsorted(rows, "right")
+        counts = last - first
+        places = self._places[np.repeat(last - counts.cumsum(), counts) + np.arange(counts.sum())]
+        if len(places):
+            values = gradient._values()
+            changes.call(values.index_fill_, 0, torch.from_numpy(places).to(values.device), 0)
+            changes.set_attributes(self, _version=self._version + 1)
 
 
 def _let_go(this: weakref.ref[GradientRows], _gradient: weakref.ref[Tensor]) -> None:

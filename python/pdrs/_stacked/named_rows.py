@@ -17,7 +17,8 @@ from torch.nn import Parameter
 
 from pdrs import _memory
 from pdrs._core import IndexMap, insert_ids, missing_names, remove_names, sort_tensors
-from pdrs._stacked.row_blocks import stack, write_rows
+from pdrs._stacked.changes import Changes
+from pdrs._stacked.row_blocks import note_rows, stack, write_rows
 from pdrs._stacked.tables import Kind, Rows, Tables, refuse_sharded
 
 __all__ = [
@@ -117,8 +118,8 @@ class NamedRows(Tables):
         super().__init__()
         self.__dict__.update(_index=IndexMap(), _moves=0, _inserts=0)
 
-    def _moved(self) -> None:
-        self.__dict__["_moves"] += 1
+    def _moved(self, changes: Changes) -> None:
+        changes.set_attributes(self, _moves=self._moves + 1)
 
     def _row(self, id_: int) -> Tensor:
         return self._parameter(self._tables[id_ >> _ROW_BITS])[id_ & _ROW_MASK]
@@ -146,9 +147,14 @@ class NamedRows(Tables):
         return Kind(shape, dtype or torch.get_default_dtype())
 
     def _insert_missing(
-        self, names: Names, init: Initialiser | None, shape: Sequence[int] | None, dtype: torch.dtype | None
+        self,
+        names: Names,
+        init: Initialiser | None,
+        shape: Sequence[int] | None,
+        dtype: torch.dtype | None,
+        and_then: Callable[[Changes], None] | None = None,
     ) -> None:
-        """Insert the names that are not there, in order."""
+        """Insert the names that are not there, in order; ``and_then`` is for :meth:`_carry_out`."""
         new = missing_names(self._index, names)
         if "" in new:
             raise KeyError(_EMPTY)
@@ -167,7 +173,7 @@ class NamedRows(Tables):
             there = np.flatnonzero(groups == group)
             part = values if len(there) == len(values) else values[torch.from_numpy(there).to(values.device)]
             plan.append(_Part(kind._replace(group=int(group)), there, np.empty(0, np.int64), part))
-        self._carry_out(new, np.full(len(new), -1), plan)
+        self._carry_out(new, np.full(len(new), -1), plan, and_then)
 
     def _insert(self, names: list[str], values: list[Any], distinct: bool = False) -> None:
         """Set entries: all, or, if one cannot be taken, none."""
@@ -244,9 +250,14 @@ class NamedRows(Tables):
                 )
         return kind
 
-    def _carry_out(self, names: list[str], held: Rows, plan: list[_Part]) -> None:
-        """Set entries whose names are distinct; ``held`` are their ids, -1 for new ones."""
-        tables, numbers = len(self._tables), self._numbers()
+    def _carry_out(
+        self, names: list[str], held: Rows, plan: list[_Part], and_then: Callable[[Changes], None] | None = None
+    ) -> None:
+        """Set entries whose names are distinct; ``held`` are their ids, -1 for new ones.
+
+        What ``and_then`` notes, when the tables have the room that they will have, is changed in the same step.
+        """
+        tables, numbers, changes = len(self._tables), self._numbers(), Changes()
         try:
             blocks, prepared = [], []
             for part in plan:
@@ -263,28 +274,37 @@ class NamedRows(Tables):
             for part, (number, stays) in zip(plan, prepared, strict=True):
                 wanted[number] = wanted.get(number, 0) + (0 if stays else len(part.there))
             rows = {number: self._make_room(self._tables[number], count) for number, count in wanted.items()}
+            ids = held.copy()
+            taken = dict.fromkeys(rows, 0)
+            writes: list[tuple[Tensor, Rows, Tensor]] = []
+            for part, block, (number, stays) in zip(plan, blocks, prepared, strict=True):
+                if stays:
+                    new = row_of(part.held)
+                else:
+                    new = rows[number][taken[number] : taken[number] + len(part.there)]
+                    taken[number] += len(part.there)
+                    ids[part.there] = id_of(number, new)
+                parameter = self._parameter(self._tables[number])
+                if stays:
+                    writes.append((parameter, new, block))
+                else:
+                    write_rows(parameter, new, block)
+            changes.call(insert_ids, self._index, names, ids)
+            for parameter, rows_of, block in writes:
+                note_rows(changes, parameter, rows_of, block)
+            for number, count in wanted.items():
+                changes.call(self._tables[number].rows.take, count)
+            gone = held[(held >= 0) & (held != ids)]
+            if len(gone):
+                self._free(changes, gone)
+            changes.set_attributes(self, _inserts=self._inserts + 1)
+            if and_then is not None:
+                and_then(changes)
+            changes.make()
         except BaseException:
-            while len(self._tables) > tables:
+            while not changes.made and len(self._tables) > tables:
                 self._remove_last_table()
             raise
-        ids = held.copy()
-        taken = dict.fromkeys(rows, 0)
-        for part, block, (number, stays) in zip(plan, blocks, prepared, strict=True):
-            if stays:
-                new = row_of(part.held)
-            else:
-                new = rows[number][taken[number] : taken[number] + len(part.there)]
-                taken[number] += len(part.there)
-                ids[part.there] = id_of(number, new)
-            write_rows(self._parameter(self._tables[number]), new, block)
-        # First the rows: an interrupt after this costs some, and after the other way round, two names would have one.
-        for number, count in wanted.items():
-            self._tables[number].rows.take(count)
-        insert_ids(self._index, names, ids)
-        gone = held[(held >= 0) & (held != ids)]
-        if len(gone):
-            self._free(gone)
-        self.__dict__["_inserts"] += 1
 
     # -- removing ------------------------------------------------------------------------------------------------------
 
@@ -308,17 +328,22 @@ class NamedRows(Tables):
 
         """
         with self._lock:
-            self._free(remove_names(self._index, names))
+            names = as_list(names)
+            ids = self._index.lookup(names, -1)
+            changes = Changes()
+            changes.call(remove_names, self._index, names)  # which refuses what cannot be removed
+            self._free(changes, np.unique(ids[ids >= 0]) if ids.min(initial=0) < 0 else ids)
+            changes.make()
 
-    def _free(self, ids: Rows) -> None:
+    def _free(self, changes: Changes, ids: Rows) -> None:
         """Take back rows whose names are gone, and the gradients that they have."""
-        self._moved()
+        self._moved(changes)
         numbers = table_of(ids)
         for number in np.unique(numbers):
             table = self._tables[number]
             rows = row_of(ids[numbers == number])
-            table.rows.give_back_many(rows)
-            self._clear_gradient(table, self._parameter(table), rows)
+            changes.call(table.rows.give_back_many, rows)
+            self._clear_gradient(changes, table, rows)
 
 
 class _Class:

@@ -26,6 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pdrs import _memory
 from pdrs._core import zero_row_of_state
+from pdrs._stacked.changes import Changes
 from pdrs._stacked.gradient_rows import GradientRows
 
 __all__ = [
@@ -42,6 +43,8 @@ __all__ = [
     "watch",
 ]
 
+# The lists of a parameter group that have a place for each parameter. They stay the same: LBFGS holds the very list.
+_IN_STEP = {"params", "param_names"}
 # The optimizers that have stepped on each table, by its `id`, beside the table that this is the id of: a few weak
 # references, which are looked through faster than a WeakSet, and found faster than in a WeakTensorKeyDictionary.
 _stepped: dict[int, tuple[ref[Tensor], list[ref[Optimizer]]]] = {}
@@ -172,18 +175,19 @@ def forget_row(optimizer: Optimizer, parameter: Tensor, row: int) -> None:
     if not state:
         return
     if isinstance(optimizer, _UNUSUAL) or type(state) is not dict or not zero_row_of_state(parameter, state, row):
-        forget_rows(optimizer, parameter, np.array([row]))
+        changes = Changes()
+        forget_rows(changes, optimizer, parameter, np.array([row]))
+        changes.make()
 
 
-def forget_rows(optimizer: Optimizer, parameter: Tensor, rows: NDArray[np.int64]) -> None:
+def forget_rows(changes: Changes, optimizer: Optimizer, parameter: Tensor, rows: NDArray[np.int64]) -> None:
     """Set what an optimizer has for rows back to what it begins with."""
     index = torch.from_numpy(rows)
-    with torch.no_grad():
-        for state, key, fill in of_rows(optimizer, parameter):
-            if state[key].is_sparse:  # the momentum of SGD, if gradients are sparse
-                GradientRows(state[key]).clear(state[key], rows)
-            else:
-                state[key].index_fill_(0, index.to(state[key].device), fill)
+    for state, key, fill in of_rows(optimizer, parameter):
+        if state[key].is_sparse:  # the momentum of SGD, if gradients are sparse
+            GradientRows(state[key]).note(changes, state[key], rows)
+        else:
+            changes.call(state[key].index_fill_, 0, index.to(state[key].device), fill)
 
 
 def carry(optimizer: Optimizer, source: Tensor, old: Tensor, target: Tensor, new: Tensor) -> None:
@@ -266,14 +270,16 @@ def join(optimizer: Optimizer, attribute: str, pattern: str | None, tables: Mapp
     places = [at for at, one in enumerate(group["params"]) if id(one) in ids]
     place = places[-1] + 1 if places else len(group["params"])
     table = tables[attribute]
-    group["params"].insert(place, table)
     if isinstance(optimizer, Adagrad):
         # Before torch 2.15 it begins its state when it is made, and not in the first step with a parameter.
         device = table.device if group.get("fused") else torch.device("cpu")
-        total = torch.full_like(table, _beginning(optimizer, table, "sum"), requires_grad=False)
+        total = torch.full_like(table, float(group["initial_accumulator_value"]), requires_grad=False)
         optimizer.state[table] = {"step": torch.zeros((), device=device), "sum": total}
+    changes = Changes()
+    changes.call(group["params"].insert, place, table)
     if "param_names" in group:
-        group["param_names"].insert(place, _prefix(groups, ids) + attribute)
+        changes.call(group["param_names"].insert, place, _prefix(groups, ids) + attribute)
+    changes.make()
 
 
 def _prefix(groups: list[dict[str, Any]], ids: Mapping[int, str]) -> str:
@@ -289,25 +295,27 @@ def _prefix(groups: list[dict[str, Any]], ids: Mapping[int, str]) -> str:
 def leave(optimizer: Optimizer, parameter: Tensor | None) -> None:
     """Take a table away from an optimizer, and its state."""
     for group in optimizer.param_groups:
-        _choose(group, [at for at, one in enumerate(group["params"]) if one is not parameter])
+        places = [at for at, one in enumerate(group["params"]) if one is not parameter]
+        for key in _IN_STEP & group.keys():
+            group[key][:] = [group[key][at] for at in places]
     if parameter is not None:
         optimizer.state.pop(parameter, None)
 
 
-def put_in_order(optimizer: Optimizer, tables: Sequence[Tensor]) -> None:
-    """Give the tables of a dictionary another order among themselves, in every parameter group."""
-    order = {id(table): at for at, table in enumerate(tables)}
+def put_in_order(changes: Changes, optimizer: Optimizer, tables: Sequence[Tensor], gone: Sequence[Tensor]) -> None:
+    """Give the tables of a dictionary another order among themselves, in every parameter group; take others away."""
+    order, left = {id(table): at for at, table in enumerate(tables)}, set(map(id, gone))
     for group in optimizer.param_groups:
         parameters = group["params"]
-        places = [at for at, one in enumerate(parameters) if id(one) in order]
-        chosen = list(range(len(parameters)))
-        for place, at in zip(places, sorted(places, key=lambda at: order[id(parameters[at])]), strict=True):
+        chosen = [at for at, one in enumerate(parameters) if id(one) not in left]
+        places = [place for place, at in enumerate(chosen) if id(parameters[at]) in order]
+        ordered = sorted((chosen[place] for place in places), key=lambda at: order[id(parameters[at])])
+        for place, at in zip(places, ordered, strict=True):
             chosen[place] = at
-        _choose(group, chosen)
-
-
-def _choose(group: dict[str, Any], places: list[int]) -> None:
-    # In place: LBFGS holds the very list.
-    for key in ("params", "param_names"):
-        if key in group:
-            group[key][:] = [group[key][at] for at in places]
+        for key in _IN_STEP & group.keys():
+            changes.replace_all(group[key], [group[key][at] for at in chosen])
+    if gone:
+        # All of it, because to look for a tensor in a dict runs Python code.
+        changes.replace_all(
+            optimizer.state, {one: state for one, state in optimizer.state.items() if id(one) not in left}
+        )

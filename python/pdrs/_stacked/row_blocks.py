@@ -9,8 +9,9 @@ from torch import Tensor
 
 from pdrs import _memory
 from pdrs._core import group_tensors
+from pdrs._stacked.changes import Changes
 
-__all__ = ["copy_in_pieces", "scatter", "stack", "write_rows"]
+__all__ = ["copy_in_pieces", "note_rows", "scatter", "stack", "write_rows"]
 
 # How many tensors are gathered at a time: what was gathered is still in the cache when it is copied on.
 _CHUNK = 1 << 13
@@ -66,10 +67,26 @@ def write_rows(table: Tensor, rows: NDArray[np.int64], values: Tensor) -> None:
     """Copy ``values``, ``[len(rows), *shape]``, into rows of a table."""
     if len(rows) == 0:
         return
-    if rows[-1] - rows[0] == len(rows) - 1 and (np.diff(rows) == 1).all():
+    if _are_in_a_row(rows):
         table[int(rows[0]) : int(rows[-1]) + 1].copy_(values)
     else:
         table.index_copy_(0, torch.from_numpy(rows).to(table.device), values.to(table.device, table.dtype))
+
+
+@torch.no_grad()
+def note_rows(changes: Changes, table: Tensor, rows: NDArray[np.int64], values: Tensor) -> None:
+    """Note what :func:`write_rows` would do."""
+    if len(rows) == 0:
+        return
+    if _are_in_a_row(rows):
+        changes.call(table[int(rows[0]) : int(rows[-1]) + 1].copy_, values)
+    else:
+        places = torch.from_numpy(rows).to(table.device)
+        changes.call(table.index_copy_, 0, places, values.to(table.device, table.dtype))
+
+
+def _are_in_a_row(rows: NDArray[np.int64]) -> bool:
+    return bool(rows[-1] - rows[0] == len(rows) - 1 and (np.diff(rows) == 1).all())
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from pdrs import _memory
 from pdrs._checkpoint.tensor_file import is_padding
 from pdrs._core import TableRows, sort_tensors
 from pdrs._stacked import optimizer_rows
+from pdrs._stacked.changes import Changes
 from pdrs._stacked.named_rows import partition, row_of, table_of
 from pdrs._stacked.packed_names import (
     Header,
@@ -242,7 +243,7 @@ class SavedRows(TrainedRows):
         for table in self._tables:
             self._refuse_strangers(table, self._parameter(table), self._attached(), "load other names into a table")
         made: list[Table] = []
-        ready: list[Callable[[], None]] = []
+        changes = Changes()
         tables = len(self._tables)
         try:
             for attribute, group, trainable, there, _, tensor, capacity in plan:
@@ -256,27 +257,25 @@ class SavedRows(TrainedRows):
                 parameter = self._parameter(table)
                 is_other = capacity != len(parameter) or bool((source != np.arange(capacity)).any())
                 if is_other and not self._is_only_values(table, capacity):
-                    ready.append(self._rearranged(table, capacity, torch.from_numpy(source)))
+                    self._rearrange(changes, table, capacity, torch.from_numpy(source))
                 made.append(table)
+            for table, (_, group, _, _, of_table, _, _) in zip(made, plan, strict=True):
+                changes.set_attributes(table, group=group, rows=of_table)
+            kept = {table.attribute: self._parameters[table.attribute] for table in made}
+            gone = [self._parameter(table) for table in self._tables if table not in made]
+            tables_of_both = {table.attribute for table in self._tables}
+            others = {name: one for name, one in self._parameters.items() if name not in tables_of_both}
+            # In the saved order, by which an optimizer's state dict knows them.
+            changes.replace_all(self._parameters, others | kept)
+            for optimizer in self._attached():
+                optimizer_rows.put_in_order(changes, optimizer, [self._parameter(table) for table in made], gone)
+            changes.set_attributes(self, _tables=made, _index=index, _patterns=header.patterns)
+            self._moved(changes)
+            changes.make()
         except BaseException:
-            while len(self._tables) > tables:
+            while not changes.made and len(self._tables) > tables:
                 self._remove_last_table()
             raise
-        # From here on nothing can fail.
-        for put_in_place in ready:
-            put_in_place()
-        for table, (_, group, _, _, of_table, _, _) in zip(made, plan, strict=True):
-            table.group, table.rows = group, of_table
-        for attribute, (_, table) in old.items():
-            if table not in made:
-                self._discard_table(attribute)
-        for table in made:
-            # In the saved order, by which an optimizer's state dict knows them.
-            self._parameters[table.attribute] = self._parameters.pop(table.attribute)
-        for optimizer in self._attached():
-            optimizer_rows.put_in_order(optimizer, [self._parameter(table) for table in made])
-        self.__dict__.update(_tables=made, _index=index, _patterns=header.patterns)
-        self._moved()
 
     def _has_the_names(self, packed: Tensor) -> bool:
         """Whether packed names are ours, in the same rows of the same tables."""

@@ -10,7 +10,7 @@ This layer knows rows and no names.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,6 +24,7 @@ from torch.nn import Module, Parameter
 from pdrs import _memory
 from pdrs._core import Lock, TableRows, zero_row
 from pdrs._stacked import optimizer_rows
+from pdrs._stacked.changes import Changes
 from pdrs._stacked.gradient_rows import GradientRows
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ class Table:
         # The Parameter that has hooks, and what removes them.
         self.hooked: weakref.ref[Tensor] | None = None
         self.handles: list[Any] = []
+        # The number of the hooks that count: others were left by what stopped :meth:`hook` half-way.
+        self.hooks_made = 0
         # Set when the table has changed its size: a graph from before may still bring a gradient of the old size.
         self.resized = False
         self.stashed: list[Tensor | None] = []
@@ -91,33 +94,38 @@ class Table:
 
     # -- the hooks of the Parameter ------------------------------------------------------------------------------------
 
-    def hook(self, parameter: Tensor) -> None:
-        """Make the Parameter mask and resize its gradients, where that is needed."""
-        wanted = self.frozen is not None or self.resized
+    def hook(self, parameter: Tensor, wanted: bool = False) -> None:
+        """Make the Parameter mask and resize its gradients, where that is needed, or ``wanted`` because it will be."""
+        wanted = wanted or self.frozen is not None or self.resized
         there = self.hooked is not None and self.hooked() is parameter
         if wanted == there or (wanted and not _can_be_hooked(parameter)):
             return
         self.unhook()
         if wanted:
-            self.hooked = weakref.ref(parameter)
-            this = weakref.ref(self)
+            self.hooks_made += 1
+            which = weakref.ref(self), self.hooks_made
             trainable = parameter.requires_grad
-            parameter.requires_grad_()  # torch asks for it; whoever has taken it away may give it back
-            before = parameter.register_hook(partial(_before_accumulation, this))  # type: ignore[no-untyped-call]
-            after = parameter.register_post_accumulate_grad_hook(partial(_after_accumulation, this))  # type: ignore[no-untyped-call]
+            try:
+                parameter.requires_grad_()  # torch asks for it; whoever has taken it away may give it back
+                before = parameter.register_hook(partial(_before_accumulation, which))  # type: ignore[no-untyped-call]
+                after = parameter.register_post_accumulate_grad_hook(partial(_after_accumulation, which))  # type: ignore[no-untyped-call]
+                self.handles = [before, after]
+                self.hooked = weakref.ref(parameter)
+            finally:
+                parameter.requires_grad_(trainable)
             # In front of the user's, such as one that steps an optimizer, which are to see the gradient that counts.
+            # torch goes through it as through a dict, past `move_to_end` of an OrderedDict.
             hooks: Any = parameter._post_accumulate_grad_hooks
-            for id_ in [one for one in hooks if one != after.id]:
-                # torch goes through it as through a dict, past `move_to_end` of an OrderedDict.
-                hooks[id_] = hooks.pop(id_)
-            self.handles = [before, after]
-            parameter.requires_grad_(trainable)
+            changes = Changes()
+            changes.replace_all(hooks, {after.id: hooks[after.id], **hooks})
+            changes.make()
 
     def unhook(self) -> None:
         """Remove the hooks of the Parameter that has them."""
+        self.hooked = None
         for handle in self.handles:
             handle.remove()
-        self.handles, self.hooked = [], None
+        self.handles = []
 
 
 def _can_be_hooked(parameter: Tensor) -> bool:
@@ -149,18 +157,23 @@ def refuse_sharded(table: Table, parameter: Tensor, what: str) -> None:
         raise RuntimeError(f"the table '{table.attribute}' is sharded: {what} before the model is sharded")
 
 
-def _before_accumulation(this: weakref.ref[Table], gradient: Tensor) -> None:
+def _hooked_table(which: tuple[weakref.ref[Table], int]) -> Table | None:
+    table = which[0]()
+    return table if table is not None and table.hooks_made == which[1] else None
+
+
+def _before_accumulation(which: tuple[weakref.ref[Table], int], gradient: Tensor) -> None:
     # torch would add a gradient of the old size to one of the new size, and fail: keep them apart until it has been
     # resized.
-    table = this()
+    table = _hooked_table(which)
     parameter = table.hooked() if table is not None and table.hooked is not None else None
     if table is not None and parameter is not None and gradient.shape != parameter.shape:
         table.stashed.append(parameter.grad)
         parameter.grad = None
 
 
-def _after_accumulation(this: weakref.ref[Table], parameter: Tensor) -> None:
-    table = this()
+def _after_accumulation(which: tuple[weakref.ref[Table], int], parameter: Tensor) -> None:
+    table = _hooked_table(which)
     if table is None or parameter.grad is None:
         return
     gradient = parameter.grad
@@ -212,6 +225,14 @@ def clear_gradient(gradient: Tensor, mask: Tensor) -> None:
             gradient._values()[mask[gradient._indices()[0]]] = 0
         else:
             gradient[mask] = 0
+
+
+def _rows_of(table: Table, gradient: Tensor) -> GradientRows:
+    """Return where the rows of a table lie in its sparse gradient, looked for anew if that has changed."""
+    known = table.gradient_rows
+    if known is None or not known.is_of(gradient):
+        known = table.gradient_rows = GradientRows(gradient)
+    return known
 
 
 class Tables(Module):
@@ -315,14 +336,19 @@ class Tables(Module):
             taken += 1
             attribute = f"{wanted}_{taken}"
         table = Table(attribute, group)
-        self.register_parameter(attribute, parameter)
-        self._tables.append(table)
-        optimizer_rows.watch(parameter)
-        optimizers = self._attached()
-        if parameter.requires_grad and optimizers:
-            tables = {one.attribute: self._parameter(one) for one in self._tables}
-            for optimizer in optimizers:
-                optimizer_rows.join(optimizer, attribute, self._pattern(group), tables)
+        try:
+            self.register_parameter(attribute, parameter)
+            optimizer_rows.watch(parameter)
+            optimizers = self._attached()
+            if parameter.requires_grad and optimizers:
+                tables = {one.attribute: self._parameter(one) for one in [*self._tables, table]}
+                for optimizer in optimizers:
+                    optimizer_rows.join(optimizer, attribute, self._pattern(group), tables)
+            self._tables.append(table)
+        except BaseException:
+            if table not in self._tables:  # whoever asked for it removes it where it is
+                self._discard_table(attribute)
+            raise
         return len(self._tables) - 1
 
     def _remove_last_table(self) -> None:
@@ -380,17 +406,15 @@ class Tables(Module):
     def _resize(self, table: Table, capacity: int) -> None:
         """Change the capacity; all rows stay what they are, and zeros are added."""
         if capacity != len(self._parameter(table)):
-            self._rearrange(table, capacity, None)
+            changes = Changes()
+            self._rearrange(changes, table, capacity, None)
+            changes.make()
 
-    def _rearrange(self, table: Table, capacity: int, source: Tensor | None) -> None:
+    def _rearrange(self, changes: Changes, table: Table, capacity: int, source: Tensor | None) -> None:
         """Give a table another capacity and, where ``source`` is given, other rows: the old row of each, -1 for none.
 
-        ``source`` lies on the CPU. What belongs to the rows goes along. All is made before anything is changed.
+        ``source`` lies on the CPU. What belongs to the rows goes along.
         """
-        self._rearranged(table, capacity, source)()
-
-    def _rearranged(self, table: Table, capacity: int, source: Tensor | None) -> Callable[[], None]:
-        """Make all that :meth:`_rearrange` puts in place, and return what does that, which cannot fail."""
         parameter = self._parameter(table)
         if not isinstance(parameter, Parameter) or type(parameter.data) is not Tensor:
             raise RuntimeError(
@@ -399,6 +423,9 @@ class Tables(Module):
             )
         what = "change the size of a table" if source is None else "move the rows of a table"
         self._refuse_strangers(table, parameter, self._attached(), what)
+        # Before the size changes: a gradient of the old size may come from then on.
+        table.resized = True
+        table.hook(parameter)
         # A table that grows while it serves in inference mode can be trained afterwards.
         with torch.inference_mode(parameter.is_inference()), torch.no_grad():
             arranged = _Arranged(parameter, capacity, source)
@@ -406,30 +433,14 @@ class Tables(Module):
             gradient = parameter.grad
             if gradient is not None:
                 gradient = arranged.sparse(gradient) if gradient.is_sparse else arranged(gradient)
-            frozen = None if table.frozen is None else arranged(table.frozen)
-            states = [
-                (state, key, arranged(state[key], fill))
-                for optimizer in self._attached()
-                for state, key, fill in optimizer_rows.of_rows(optimizer, parameter)
-            ]
-
-        def put_in_place() -> None:
-            with torch.inference_mode(parameter.is_inference()), torch.no_grad():
-                table.resized = True
-                parameter.grad = None
-                if parameter.requires_grad:
-                    # Data of another dtype, for a moment, makes torch forget the node that accumulates gradients, which
-                    # knows the old size.
-                    other = torch.float32 if data.dtype != torch.float32 else torch.float64
-                    parameter.data = torch.empty(0, dtype=other, device=data.device)
-                parameter.data = data
-                parameter.grad = gradient
-                table.frozen = frozen
-                for state, key, value in states:
-                    state[key] = value
-            table.hook(parameter)
-
-        return put_in_place
+            changes.set_data(parameter, data, gradient)
+            if table.frozen is not None:
+                changes.set_attributes(table, frozen=arranged(table.frozen))
+            for optimizer in self._attached():
+                for state, key, fill in optimizer_rows.of_rows(optimizer, parameter):
+                    value = state[key]
+                    # Sparse is the momentum of SGD, if gradients are.
+                    changes.update(state, {key: arranged.sparse(value) if value.is_sparse else arranged(value, fill)})
 
     def _forget(self, table: Table, parameter: Tensor, optimizers: list[Optimizer], rows: Rows | int) -> None:
         """Clear what belonged to rows, or one, that get new names: gradients, state of optimizers, masks."""
@@ -438,31 +449,36 @@ class Tables(Module):
                 optimizer_rows.forget_row(optimizer, parameter, rows)
             if table.frozen is not None:
                 table.frozen[rows] = False
-        else:
-            for optimizer in optimizers:
-                optimizer_rows.forget_rows(optimizer, parameter, rows)
-            if table.frozen is not None:
-                table.frozen.index_fill_(0, torch.from_numpy(rows).to(table.frozen.device), False)
-        self._clear_gradient(table, parameter, rows)
+            self._clear_gradient_row(table, parameter, rows)
+            return
+        changes = Changes()
+        for optimizer in optimizers:
+            optimizer_rows.forget_rows(changes, optimizer, parameter, rows)
+        self._clear_gradient(changes, table, rows)
+        if table.frozen is not None:
+            changes.call(table.frozen.index_fill_, 0, torch.from_numpy(rows).to(table.frozen.device), False)
+        changes.make()
 
-    def _clear_gradient(self, table: Table, parameter: Tensor, rows: Rows | int) -> None:
-        """Set rows of the gradient, or one, to zero, in place."""
-        gradient = parameter.grad
+    def _clear_gradient(self, changes: Changes, table: Table, rows: Rows) -> None:
+        """Set rows of the gradient to zero, in place."""
+        gradient = self._parameter(table).grad
         if gradient is None or is_sharded(gradient):  # the rows of a sharded table are not given again
             return
-        if gradient.is_sparse:
-            if gradient.is_meta:
-                return
-            known = table.gradient_rows
-            if known is None or not known.is_of(gradient):
-                known = table.gradient_rows = GradientRows(gradient)
-            known.clear(gradient, rows)
-        elif isinstance(rows, int):
-            for tensor in zero_row([gradient.detach() if gradient.requires_grad else gradient], rows):
-                tensor[rows].zero_()
-        else:
-            with torch.no_grad():
-                gradient.index_fill_(0, torch.from_numpy(rows).to(gradient.device), 0)
+        if not gradient.is_sparse:
+            changes.call(gradient.detach().index_fill_, 0, torch.from_numpy(rows).to(gradient.device), 0)
+        elif not gradient.is_meta:
+            _rows_of(table, gradient).note(changes, gradient, rows)
+
+    def _clear_gradient_row(self, table: Table, parameter: Tensor, row: int) -> None:
+        """Do the same for one row, several times faster."""
+        gradient = parameter.grad
+        if gradient is None or is_sharded(gradient):
+            return
+        if not gradient.is_sparse:
+            for tensor in zero_row([gradient.detach() if gradient.requires_grad else gradient], row):
+                tensor[row].zero_()
+        elif not gradient.is_meta:
+            _rows_of(table, gradient).clear_row(gradient, row)
 
     # -- the optimizers ------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from pdrs._core import TableRows, replace_ids
 from pdrs._stacked import optimizer_rows
+from pdrs._stacked.changes import Changes
 from pdrs._stacked.gathered_rows import GatheredRows, Handle
 from pdrs._stacked.named_rows import Names, id_of, row_of, table_of
 from pdrs._stacked.row_blocks import write_rows
@@ -134,23 +136,32 @@ class TrainedRows(GatheredRows):
                         f"the table '{table.attribute}' is parametrized: freeze names before, because no gradient of "
                         "what is computed from the original table can be masked"
                     )
+            changes, optimizers = Changes(), self._attached()
             for table, rows in parts:
                 parameter = self._parameter(table)
-                self._forget(table, parameter, self._attached(), rows)
-                if table.frozen is None:
-                    table.frozen = torch.zeros(len(parameter), dtype=torch.bool, device=mask_device(parameter.device))
-                table.frozen[torch.from_numpy(rows).to(table.frozen.device)] = True
-                table.hook(parameter)
+                table.hook(parameter, wanted=True)
+                for optimizer in optimizers:
+                    optimizer_rows.forget_rows(changes, optimizer, parameter, rows)
+                self._clear_gradient(changes, table, rows)
+                mask, index = table.frozen, torch.from_numpy(rows).to(mask_device(parameter.device))
+                if mask is None:
+                    mask = torch.zeros(len(parameter), dtype=torch.bool, device=index.device)
+                    changes.set_attributes(table, frozen=mask)
+                changes.call(mask.index_fill_, 0, index, True)
+            changes.make()
 
     def unfreeze(self, names: Names | Handle | None = None) -> None:
         """Let names, or all, have gradients again; those that are not frozen are passed over. **O(m + capacity)**."""
         with self._lock:
-            for table, rows in self._by_table(list(self._index) if names is None else names):
+            changes, parts = Changes(), self._by_table(list(self._index) if names is None else names)
+            for table, rows in parts:
                 if table.frozen is not None:
-                    table.frozen[torch.from_numpy(rows).to(table.frozen.device)] = False
-                    if not table.frozen.view(torch.uint8).any():  # ten times as fast as for bool
-                        table.frozen = None
-                    table.hook(self._parameter(table))
+                    mask = table.frozen.index_fill(0, torch.from_numpy(rows).to(table.frozen.device), False)
+                    is_left = mask.view(torch.uint8).any()  # ten times as fast as for bool
+                    changes.set_attributes(table, frozen=mask if is_left else None)
+            changes.make()
+            for table, _ in parts:
+                table.hook(self._parameter(table))
 
     def _by_table(self, names: Names | Handle) -> list[tuple[Table, Any]]:
         ids = self._look_up(names)
@@ -224,11 +235,12 @@ class TrainedRows(GatheredRows):
 
     def _regroup(self, patterns: tuple[str, ...]) -> None:
         """Move every name to a table of its group."""
-        before = self._patterns
-        self.__dict__["_patterns"] = patterns
-        ids = self._index.rows()
-        numbers = table_of(ids)
+        before = self._patterns, [(table.group, copy(table.rows)) for table in self._tables]
+        changes = Changes()
         try:
+            self.__dict__["_patterns"] = patterns
+            ids = self._index.rows()
+            numbers = table_of(ids)
             groups = np.array(self._groups_of(list(self._index)) or np.zeros(len(ids), np.int64), dtype=np.int64)
             homes, moves = [], []
             for number, table in enumerate(self._tables):
@@ -239,31 +251,30 @@ class TrainedRows(GatheredRows):
                 moves += [(number, group) for group in strays]
                 if strays:
                     self._refuse_strangers(table, self._parameter(table), self._attached(), "move rows of a table")
-        except BaseException:
-            self.__dict__["_patterns"] = before
-            raise
-        old_homes, old_ids = [table.group for table in self._tables], ids.copy()
-        for table, home in zip(self._tables, homes, strict=True):
-            table.group = home
-        try:
-            for number, group in moves:
-                self._move_rows(ids, np.flatnonzero((numbers == number) & (groups == group)), group)
-        except BaseException:
-            # What was copied to other tables is nobody's.
-            ids = old_ids
-            self.__dict__["_patterns"] = before
-            while len(self._tables) > len(old_homes):
-                self._remove_last_table()
-            for table, home in zip(self._tables, old_homes, strict=True):
+            for table, home in zip(self._tables, homes, strict=True):
                 table.group = home
-            raise
-        finally:
-            replace_ids(self._index, ids)
+            moved = ids.copy()
+            for number, group in moves:
+                self._move_rows(moved, np.flatnonzero((numbers == number) & (groups == group)), group)
             for number, table in enumerate(self._tables):
-                table.rows = TableRows.of_live(table.rows.used, row_of(ids[table_of(ids) == number]))
-            self._moved()
+                live = row_of(moved[table_of(moved) == number])
+                changes.set_attributes(table, rows=TableRows.of_live(table.rows.used, live))
+                self._clear_gradient(changes, table, row_of(ids[(numbers == number) & (moved != ids)]))
+            changes.call(replace_ids, self._index, moved)
+            self._moved(changes)
+            changes.make()
+        except BaseException:
+            if not changes.made:
+                # What was copied to other tables is nobody's.
+                while len(self._tables) > len(before[1]):
+                    self._remove_last_table()
+                self.__dict__["_patterns"] = before[0]
+                for table, (group, rows) in zip(self._tables, before[1], strict=True):
+                    table.group, table.rows = group, rows
+            raise
 
     def _move_rows(self, ids: Any, there: Any, group: int) -> None:
+        """Copy the rows of some of the ids, and all that belongs to them but gradients, to new rows; give their ids."""
         home = self._tables[table_of(int(ids[there[0]]))]
         source = self._parameter(home)
         kind = Kind(tuple(source.shape[1:]), source.dtype, source.requires_grad, group)
@@ -283,5 +294,4 @@ class TrainedRows(GatheredRows):
             if target.frozen is not None:
                 target.frozen[torch.from_numpy(rows).to(device)] = frozen
             target.hook(self._parameter(target))
-        self._clear_gradient(home, source, row_of(ids[there]))
         ids[there] = id_of(number, rows)

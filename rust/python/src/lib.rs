@@ -17,6 +17,7 @@ mod interpreter;
 mod lock;
 mod modules;
 mod name;
+mod one_step;
 mod row;
 mod safetensors;
 mod shards;
@@ -55,6 +56,8 @@ mod _core {
     use super::lock::Lock;
     #[pymodule_export]
     use super::modules::{all_kept, collect_parameters, walk_modules};
+    #[pymodule_export]
+    use super::one_step::in_one_step;
     #[pymodule_export]
     use super::row::{sort_tensors, zero_row, zero_row_of_state};
     #[pymodule_export]
