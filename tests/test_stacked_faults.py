@@ -152,3 +152,19 @@ def test_groups_that_are_none_move_no_name(by: Any) -> None:
     with pytest.raises((TypeError, re.error), match=r"mapping|unterminated"):
         sd.optimizer_groups(by=by)
     assert seen(sd, optimizer) == before
+
+
+@pytest.mark.parametrize("pop", [lambda sd: sd.pop("b"), lambda sd: sd.popitem()], ids=["pop", "popitem"])
+def test_a_name_whose_row_cannot_be_copied_stays(pop: Callable[[SD], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    sd = SD.from_rows(["a", "b"], torch.ones(2, 1 << 15))  # so large that torch makes the copy
+
+    def fail(_: SD, __: object, ___: int) -> Tensor:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SD, "_copy_of_row", fail)
+        with pytest.raises(MemoryError):
+            pop(sd)
+    assert (list(sd), len(sd._tables[0].rows)) == (["a", "b"], 2)
+    pop(sd)
+    assert list(sd) == ["a"]

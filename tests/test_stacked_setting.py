@@ -164,6 +164,23 @@ def test_the_sparse_momentum_of_an_old_name_is_not_that_of_a_new_one(many: bool)
     assert optimizer.state[sd.table((2,))]["momentum_buffer"].to_dense().tolist() == [[1.0, 1.0], [0.0, 0.0]]
 
 
+def test_sparse_momentum_follows_the_rows() -> None:
+    sd = SD.from_rows(["a", "b", "c"], torch.ones(3, 2))
+    optimizer = torch.optim.SGD(sd.parameters(), lr=0.1, momentum=0.9)
+    sd.attach(optimizer)
+    (sd.gather(["b", "c"], sparse=True) * torch.tensor([[2.0], [3.0]])).sum().backward()
+    optimizer.step()
+    sd.drop(["a"])
+    sd.compact()
+    assert optimizer.state[sd.table((2,))]["momentum_buffer"].to_dense().tolist() == [[2.0, 2.0], [3.0, 3.0]]
+    sd.update([("d", torch.ones(2)), ("e", torch.ones(2))])
+    optimizer.zero_grad()
+    sd.gather(["e", "c"], sparse=True).sum().backward()
+    optimizer.step()
+    momentum = optimizer.state[sd.table((2,))]["momentum_buffer"].to_dense()[sd.rows(["b", "c", "d", "e"])]
+    assert momentum[:, 0].tolist() == pytest.approx([1.8, 3.7, 0.0, 1.0])
+
+
 STATES: dict[str, Callable[[Tensor], Any]] = {
     "of another dtype": lambda state: state.double(),
     "not contiguous": lambda state: state.t().contiguous().t(),

@@ -284,13 +284,13 @@ class StackedParameterDict(SavedRows):
             raise KeyError("popitem(): dictionary is empty")
         return popped
 
-    def _popped(self, copied: Tensor | None, table: Table, row: int) -> Tensor:
-        """Do what ``pop_row`` leaves to do for a row that has been taken back, and return a copy of it."""
-        parameter = self._parameter(table)
-        if copied is None:
-            copied = whole(parameter.detach()[row]).clone()
-        self._clear_gradient_row(table, parameter, row)
-        return copied
+    # For `pop_row`, where it has something unusual before it.
+
+    def _copy_of_row(self, table: Table, row: int) -> Tensor:
+        return whole(self._parameter(table).detach()[row]).clone()
+
+    def _clear_gradient_of(self, table: Table, row: int) -> None:
+        self._clear_gradient_row(table, self._parameter(table), row)
 
     # -- all entries ---------------------------------------------------------------------------------------------------
 

@@ -245,15 +245,11 @@ impl IndexMap {
         rows
     }
 
-    /// Removes a name and gives it, the object that the map held, and its row.
-    pub(crate) fn remove(&self, name: &Bound<'_, PyString>) -> Option<(Name, i64)> {
-        self.write(name.py()).state.map.remove(&Query::from(name))
-    }
-
-    /// Removes the last or first name and gives it and its row.
-    pub(crate) fn remove_end(&self, py: Python<'_>, last: bool) -> Option<(Name, i64)> {
-        let map = &mut self.write(py).state.map;
-        if last { map.pop_last() } else { map.pop_first() }
+    /// The last or first name and its row.
+    pub(crate) fn end_entry(&self, py: Python<'_>, last: bool) -> Option<(Name, i64)> {
+        let state = self.read(py);
+        let (name, row) = if last { state.map.last() } else { state.map.first() }?;
+        Some((name.clone_ref(py), *row))
     }
 
     /// Removes names that are there; those that are not are passed over.

@@ -227,10 +227,11 @@ pub(crate) fn pop_row<'py>(
     let name = to_text(name)?;
     let state = attributes(stacked)?;
     let _lock = held(&state)?;
-    let Some((_, id)) = of_state(&state, intern!(state.py(), "_index"))?.cast::<IndexMap>()?.get().remove(&name) else {
-        return Ok(None);
-    };
-    take_row(stacked, &state, id).map(Some)
+    let index = of_state(&state, intern!(state.py(), "_index"))?.cast_into::<IndexMap>()?;
+    match index.get().find(&name) {
+        Some(id) => take_row(stacked, &state, id, || index.get().discard(&name)).map(Some),
+        None => Ok(None),
+    }
 }
 
 /// The same for the first or last name, which it gives, too.
@@ -242,37 +243,50 @@ pub(crate) fn pop_end_row<'py>(
     let py = stacked.py();
     let state = attributes(stacked)?;
     let _lock = held(&state)?;
-    let index = of_state(&state, intern!(py, "_index"))?;
-    let Some((name, id)) = index.cast::<IndexMap>()?.get().remove_end(py, last) else {
+    let index = of_state(&state, intern!(py, "_index"))?.cast_into::<IndexMap>()?;
+    let Some((name, id)) = index.get().end_entry(py, last) else {
         return Ok(None);
     };
-    Ok(Some((name.into_text(py), take_row(stacked, &state, id)?)))
+    let name = name.into_text(py);
+    let row = take_row(stacked, &state, id, || index.get().discard_end(py, &name, last))?;
+    Ok(Some((name, row)))
 }
 
-/// Takes the row of an id back, whose name has been removed, and gives a copy.
+/// Copies the row of an id, has its name removed, takes the row back, and gives the copy: if that cannot be made, for
+/// want of memory, the name stays.
 ///
-/// What is unusual about it is left to Python: a copy that torch must make (the row stays what it is until it is given
-/// again), and the gradient of the row, if the table has one.
-fn take_row<'py>(stacked: &Bound<'py, PyAny>, state: &Bound<'py, PyDict>, id: i64) -> PyResult<Bound<'py, PyAny>> {
+/// What is unusual is left to Python: a copy that torch must make, and the gradient of the row, if the table has one.
+fn take_row<'py>(
+    stacked: &Bound<'py, PyAny>,
+    state: &Bound<'py, PyDict>,
+    id: i64,
+    remove: impl FnOnce() -> bool,
+) -> PyResult<Bound<'py, PyAny>> {
     let py = state.py();
+    let torch = Torch::get(py)?;
     let (number, row) = place(id);
     let table = of_state(state, intern!(py, "_tables"))?.cast::<PyList>()?.get_item(number)?;
-    table.getattr(intern!(py, "rows"))?.cast::<TableRows>()?.get().give_back(py, row);
-    count(state, intern!(py, "_moves"))?;
-    let torch = Torch::get(py)?;
-    let copied = match &parameter_of(state, &table)? {
-        Some(parameter) if torch.is_plain(parameter) => {
-            let copied = copy_row(torch, parameter, row)?;
-            if let Some(copied) = &copied
-                && torch.gradient(parameter)?.is_none()
-            {
-                return Ok(copied.clone());
-            }
-            copied
-        }
-        _ => None,
+    let parameter = parameter_of(state, &table)?.filter(|parameter| torch.is_plain(parameter));
+    let copied = match &parameter {
+        Some(parameter) => copy_row(torch, parameter, row)?,
+        None => None,
     };
-    stacked.call_method1(intern!(py, "_popped"), (copied, table, row))
+    let copied = match copied {
+        Some(copied) => copied,
+        None => stacked.call_method1(intern!(py, "_copy_of_row"), (&table, row))?,
+    };
+    if remove() {
+        table.getattr(intern!(py, "rows"))?.cast::<TableRows>()?.get().give_back(py, row);
+        count(state, intern!(py, "_moves"))?;
+        let has_none = match &parameter {
+            Some(parameter) => torch.gradient(parameter)?.is_none(),
+            None => false,
+        };
+        if !has_none {
+            stacked.call_method1(intern!(py, "_clear_gradient_of"), (&table, row))?;
+        }
+    }
+    Ok(copied)
 }
 
 /// The number of the table and the row that an id names.
