@@ -67,8 +67,11 @@ class Table:
         The number of the group of options that an optimizer has for its rows.
     """
 
-    # Where rows lie in the sparse gradient that was last looked through. What was pickled before lacks it.
+    # These are of the class, because what an earlier version has pickled lacks them.
+    # Where rows lie in the sparse gradient that was last looked through.
     gradient_rows: GradientRows | None = None
+    # The number of the hooks that count: others were left by what stopped :meth:`hook` half-way.
+    hooks_made = 0
 
     def __init__(self, attribute: str, group: int = 0) -> None:
         self.attribute = attribute
@@ -79,8 +82,6 @@ class Table:
         # The Parameter that has hooks, and what removes them.
         self.hooked: weakref.ref[Tensor] | None = None
         self.handles: list[Any] = []
-        # The number of the hooks that count: others were left by what stopped :meth:`hook` half-way.
-        self.hooks_made = 0
         # Set when the table has changed its size: a graph from before may still bring a gradient of the old size.
         self.resized = False
         self.stashed: list[Tensor | None] = []
