@@ -316,3 +316,64 @@ def test_a_copy_has_the_rows_of_its_names_while_another_thread_changes_them(way:
         done.set()
         thread.join()
         sys.setswitchinterval(interval)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [lambda sd: sd.pop("a"), lambda sd: sd.popitem(), lambda sd: sd.drop(["a", "b"]), lambda sd: sd.freeze(["a"])],
+    ids=["pop", "popitem", "drop", "freeze"],
+)
+def test_a_gradient_from_inference_mode_is_cleared(change: Callable[[StackedParameterDict], Any], sparse: bool) -> None:
+    sd = two(2)
+    with torch.inference_mode():
+        gradient = torch.ones(2, 2)
+        sd.table((2,)).grad = gradient.to_sparse(1) if sparse else gradient
+    before = set(sd)
+    change(sd)
+    gone = [name for name in before if name not in sd] or ["a"]
+    cleared = [["a", "b"].index(name) for name in gone]
+    left = sd.table((2,)).grad.to_dense()
+    assert (left.sum(1) == 0).nonzero()[:, 0].tolist() == sorted(cleared)
+    assert len(sd._tables[0].rows) == len(sd)
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_of_a_parametrized_table_go_without_a_warning() -> None:
+    sd = two(2)
+    parametrize.register_parametrization(sd, "float32_2", Doubled())
+    sd.pop("a")
+    del sd["b"]
+    assert len(sd) == 0
+
+
+def test_all_names_unfrozen_leave_no_mask_of_names_that_have_gone() -> None:
+    sd = two(2)
+    sd.freeze(["a"])
+    del sd["a"]
+    sd.unfreeze()
+    assert (sd._tables[0].frozen, sd._tables[0].handles) == (None, [])
+
+
+def test_sparse_momentum_moves_with_names_to_another_group() -> None:
+    sd = StackedParameterDict.from_rows([f"n{at}" for at in range(4)], torch.zeros(4, 2))
+    optimizer = torch.optim.SGD(sd.parameters(), lr=0.1, momentum=0.9)
+    sd.attach(optimizer)
+    values = torch.arange(1.0, 5.0)[:, None].expand(4, 2)
+    (sd.gather(list(sd), sparse=True) * values).sum().backward()
+    optimizer.step()
+    sd.optimizer_groups(by={"n[12]": {"lr": 0.1}})
+    for name, expected in zip(sd, [1.0, 2.0, 3.0, 4.0], strict=True):
+        momentum = optimizer.state[sd[name]._base]["momentum_buffer"].to_dense()[sd.rows([name])]
+        assert momentum.tolist() == [[expected] * 2]
+
+
+def test_the_state_of_a_complex_table_that_is_loaded_begins_as_that_of_torch() -> None:
+    sd = StackedParameterDict({"a": torch.zeros(2, dtype=torch.complex64)})
+    optimizer = torch.optim.Adagrad(sd.parameters(), initial_accumulator_value=0.5)
+    sd.attach(optimizer)
+    other = StackedParameterDict(
+        {"a": torch.zeros(2, dtype=torch.complex64), "b": torch.zeros(3, dtype=torch.complex64)}
+    )
+    sd.load_state_dict(other.state_dict())
+    assert optimizer.state[sd["b"]._base]["sum"].tolist() == [[0.5 + 0.5j] * 3]

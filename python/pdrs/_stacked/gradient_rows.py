@@ -17,7 +17,7 @@ from torch import Tensor
 from pdrs._core import zero_row
 from pdrs._stacked.changes import Changes
 
-__all__ = ["GradientRows"]
+__all__ = ["GradientRows", "moved_rows"]
 
 
 class GradientRows:
@@ -56,7 +56,7 @@ class GradientRows:
         places = self._places[self._rows.searchsorted(row) : self._rows.searchsorted(row, "right")]
         if len(places) == 0:
             return
-        values = gradient._values()
+        values = gradient._values().detach()  # one from inference mode may be written to then
         if len(places) > 1 or zero_row([values], int(places[0])):
             values.index_fill_(0, torch.from_numpy(places).to(values.device), 0)
         # Counted, and not read: what another thread has written meanwhile must be noticed.
@@ -68,9 +68,20 @@ class GradientRows:
         counts = last - first
         places = self._places[np.repeat(last - counts.cumsum(), counts) + np.arange(counts.sum())]
         if len(places):
-            values = gradient._values()
+            values = gradient._values().detach()
             changes.call(values.index_fill_, 0, torch.from_numpy(places).to(values.device), 0)
             changes.set_attributes(self, _version=self._version + 1)
+
+
+def moved_rows(tensor: Tensor, old: Tensor, new: Tensor, capacity: int) -> Tensor:
+    """Return what a sparse tensor has for rows ``old`` as rows ``new`` of one with another number of rows."""
+    renamed = torch.full((len(tensor),), -1, device=tensor.device)
+    renamed[old.to(tensor.device)] = new.to(tensor.device)
+    rows = renamed[tensor._indices()[0]]
+    kept = rows >= 0
+    size = (capacity, *tensor.shape[1:])
+    values = tensor._values()[kept]
+    return torch.sparse_coo_tensor(rows[kept][None], values, size, device=values.device, check_invariants=False)
 
 
 def _let_go(this: weakref.ref[GradientRows], _gradient: weakref.ref[Tensor]) -> None:

@@ -27,7 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from pdrs import _memory
 from pdrs._core import zero_row_of_state
 from pdrs._stacked.changes import Changes
-from pdrs._stacked.gradient_rows import GradientRows
+from pdrs._stacked.gradient_rows import GradientRows, moved_rows
 
 __all__ = [
     "carry",
@@ -187,7 +187,7 @@ def forget_rows(changes: Changes, optimizer: Optimizer, parameter: Tensor, rows:
         if state[key].is_sparse:  # the momentum of SGD, if gradients are sparse
             GradientRows(state[key]).note(changes, state[key], rows)
         else:
-            changes.call(state[key].index_fill_, 0, index.to(state[key].device), fill)
+            changes.call(state[key].detach().index_fill_, 0, index.to(state[key].device), fill)
 
 
 def carry(optimizer: Optimizer, source: Tensor, old: Tensor, target: Tensor, new: Tensor) -> None:
@@ -197,11 +197,23 @@ def carry(optimizer: Optimizer, source: Tensor, old: Tensor, target: Tensor, new
         return
     if not optimizer.state.get(target):
         whole = {key: value for key, value in optimizer.state[source].items() if key not in by_row}
-        begun = {key: _memory.full_like(rows, len(target), fill) for key, (rows, fill) in by_row.items()}
+        begun = {
+            key: moved_rows(rows, old[:0], new[:0], len(target))
+            if rows.is_sparse
+            else _memory.full_like(rows, len(target), fill)
+            for key, (rows, fill) in by_row.items()
+        }
         optimizer.state[target] = {**deepcopy(whole), **begun}
     for key, (rows, _) in by_row.items():
-        if isinstance(optimizer.state[target].get(key), Tensor):
-            optimizer.state[target][key].index_copy_(0, new.to(rows.device), rows.index_select(0, old.to(rows.device)))
+        held = optimizer.state[target].get(key)
+        if not isinstance(held, Tensor):
+            continue
+        if rows.is_sparse:  # as it may be for one table, and not for another; the new rows are zeros before
+            optimizer.state[target][key] = held + moved_rows(rows, old, new, len(target))
+            continue
+        if held.is_sparse:
+            held = optimizer.state[target][key] = held.to_dense()
+        held.index_copy_(0, new.to(rows.device), rows.index_select(0, old.to(rows.device)))
 
 
 def _is_by_row(state: Tensor, table: Tensor) -> bool:
@@ -229,13 +241,15 @@ def _is_by_column(state: Tensor, table: Tensor) -> bool:
 def _beginning(optimizer: Optimizer, parameter: Tensor, key: str) -> complex:
     """Return the number that a state is full of before the first step."""
     if key == "sum" and isinstance(optimizer, Adagrad):
-        number = float(_options(optimizer, parameter)["initial_accumulator_value"])
-    elif key == "step_size" and isinstance(optimizer, Rprop):
-        number = float(_options(optimizer, parameter)["lr"])
-    else:
-        return 0.0
+        return _as_pair(_options(optimizer, parameter)["initial_accumulator_value"], parameter)
+    if key == "step_size" and isinstance(optimizer, Rprop):
+        return _as_pair(_options(optimizer, parameter)["lr"], parameter)
+    return 0.0
+
+
+def _as_pair(number: float | Tensor, parameter: Tensor) -> complex:
     # torch's optimizers treat complex numbers as pairs of real ones.
-    return complex(number, number) if parameter.is_complex() else number
+    return complex(float(number), float(number)) if parameter.is_complex() else float(number)
 
 
 def _options(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
@@ -273,7 +287,7 @@ def join(optimizer: Optimizer, attribute: str, pattern: str | None, tables: Mapp
     if isinstance(optimizer, Adagrad):
         # Before torch 2.15 it begins its state when it is made, and not in the first step with a parameter.
         device = table.device if group.get("fused") else torch.device("cpu")
-        total = torch.full_like(table, float(group["initial_accumulator_value"]), requires_grad=False)
+        total = torch.full_like(table, _as_pair(group["initial_accumulator_value"], table), requires_grad=False)
         optimizer.state[table] = {"step": torch.zeros((), device=device), "sum": total}
     changes = Changes()
     changes.call(group["params"].insert, place, table)

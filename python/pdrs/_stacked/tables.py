@@ -25,7 +25,7 @@ from pdrs import _memory
 from pdrs._core import Lock, TableRows, zero_row
 from pdrs._stacked import optimizer_rows
 from pdrs._stacked.changes import Changes
-from pdrs._stacked.gradient_rows import GradientRows
+from pdrs._stacked.gradient_rows import GradientRows, moved_rows
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -226,6 +226,11 @@ def clear_gradient(gradient: Tensor, mask: Tensor) -> None:
             gradient._values()[mask[gradient._indices()[0]]] = 0
         else:
             gradient[mask] = 0
+
+
+def _gradient_of(parameter: Tensor) -> Tensor | None:
+    """Return the gradient of a table, which what is computed from a parametrized one does not have."""
+    return parameter.grad if parameter.is_leaf else None
 
 
 def _rows_of(table: Table, gradient: Tensor) -> GradientRows:
@@ -462,7 +467,7 @@ class Tables(Module):
 
     def _clear_gradient(self, changes: Changes, table: Table, rows: Rows) -> None:
         """Set rows of the gradient to zero, in place."""
-        gradient = self._parameter(table).grad
+        gradient = _gradient_of(self._parameter(table))
         if gradient is None or is_sharded(gradient):  # the rows of a sharded table are not given again
             return
         if not gradient.is_sparse:
@@ -472,12 +477,12 @@ class Tables(Module):
 
     def _clear_gradient_row(self, table: Table, parameter: Tensor, row: int) -> None:
         """Do the same for one row, several times faster."""
-        gradient = parameter.grad
+        gradient = _gradient_of(parameter)
         if gradient is None or is_sharded(gradient):
             return
         if not gradient.is_sparse:
-            for tensor in zero_row([gradient.detach() if gradient.requires_grad else gradient], row):
-                tensor[row].zero_()
+            for tensor in zero_row([gradient.detach()], row):
+                tensor.index_fill_(0, torch.tensor([row], device=tensor.device), 0)
         elif not gradient.is_meta:
             _rows_of(table, gradient).clear_row(gradient, row)
 
@@ -532,7 +537,6 @@ class _Arranged:
             there = (source >= 0).nonzero()[:, 0]
             device = mask_device(parameter.device)
             self.there, self.old = there.to(device), source[there].to(device)
-            self.old_capacity = len(parameter)
 
     def __call__(self, tensor: Tensor, fill: complex = 0) -> Tensor:
         if self.source is None:
@@ -545,10 +549,4 @@ class _Arranged:
     def sparse(self, gradient: Tensor) -> Tensor:
         if self.source is None:
             return resized_gradient(gradient, self.capacity)
-        renamed = torch.full((self.old_capacity,), -1, device=gradient.device)
-        renamed[self.old.to(gradient.device)] = self.there.to(gradient.device)
-        rows = renamed[gradient._indices()[0]]
-        kept = rows >= 0
-        size = (self.capacity, *gradient.shape[1:])
-        values = gradient._values()[kept]
-        return torch.sparse_coo_tensor(rows[kept][None], values, size, device=values.device, check_invariants=False)
+        return moved_rows(gradient, self.old, self.there, self.capacity)

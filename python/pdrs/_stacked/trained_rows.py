@@ -153,14 +153,18 @@ class TrainedRows(GatheredRows):
     def unfreeze(self, names: Names | Handle | None = None) -> None:
         """Let names, or all, have gradients again; those that are not frozen are passed over. **O(m + capacity)**."""
         with self._lock:
-            changes, parts = Changes(), self._by_table(list(self._index) if names is None else names)
-            for table, rows in parts:
-                if table.frozen is not None:
-                    mask = table.frozen.index_fill(0, torch.from_numpy(rows).to(table.frozen.device), False)
-                    is_left = mask.view(torch.uint8).any()  # ten times as fast as for bool
-                    changes.set_attributes(table, frozen=mask if is_left else None)
+            changes = Changes()
+            if names is None:
+                for table in self._tables:
+                    changes.set_attributes(table, frozen=None)
+            else:
+                for table, rows in self._by_table(names):
+                    if table.frozen is not None:
+                        mask = table.frozen.index_fill(0, torch.from_numpy(rows).to(table.frozen.device), False)
+                        is_left = mask.view(torch.uint8).any()  # ten times as fast as for bool
+                        changes.set_attributes(table, frozen=mask if is_left else None)
             changes.make()
-            for table, _ in parts:
+            for table in self._tables:
                 table.hook(self._parameter(table))
 
     def _by_table(self, names: Names | Handle) -> list[tuple[Table, Any]]:

@@ -87,11 +87,11 @@ pub(crate) fn pack_names<'py>(
             refused = Some(error);
         }
     });
-    if let Some(error) = refused {
-        return Err(damaged(error));
-    }
     if pushed != count {
         return Err(PyValueError::new_err(format!("got {pushed} names and {count} ids")));
+    }
+    if let Some(error) = refused {
+        return Err(damaged(error));
     }
     Ok(PyArray1::from_vec(py, encoder.finish()))
 }
