@@ -380,10 +380,13 @@ class GatheredRows(NamedRows):
 
             absent = np.flatnonzero(ids < 0)
             if isinstance(names, list) and len(absent):
-                chosen = dict(zip(map(names.__getitem__, absent), absent, strict=True))
-                places = torch.tensor(list(map(int, chosen.values())), device=values.device)
-                shape = tuple(values.shape[1:])
-                self._insert_missing(names, lambda new: new.copy_(values[places]), shape, values.dtype, note)
+
+                def fill(new: Tensor) -> None:
+                    places = absent if len(new) == len(absent) else _each_once(names, absent)
+                    whole = len(places) == len(values)
+                    new.copy_(values if whole else values[torch.from_numpy(places).to(values.device)])
+
+                self._insert_missing(names, fill, tuple(values.shape[1:]), values.dtype, note)
             else:
                 changes = Changes()
                 note(changes)
@@ -497,6 +500,12 @@ class GatheredRows(NamedRows):
                 changes.call(replace_ids, self._index, ids)
                 self._moved(changes)
                 changes.make()
+
+
+def _each_once(names: list[str], places: Rows) -> Rows:
+    """Return a place of each of the names at some places, in the order in which they come first."""
+    chosen = dict(zip(map(names.__getitem__, places), places.tolist(), strict=True))
+    return np.fromiter(chosen.values(), np.int64, len(chosen))
 
 
 def _check_missing(missing: str) -> None:
