@@ -287,6 +287,16 @@ def test_an_initialiser_that_raises_leaves_no_trace(sd: pdrs.StackedParameterDic
     assert len(sd.table((2,))) == 3
 
 
+@pytest.mark.parametrize("names", [["x", "x", "y"], ["y", "a", "x", "b", "x"], ["a", "x", "a", "y"]])
+def test_scattered_values_reach_names_old_and_new_and_those_that_are_listed_twice(names: list[str]) -> None:
+    sd = SD.from_rows(["a", "b"], torch.zeros(2, 2))
+    values = torch.arange(1.0, 1 + len(names))[:, None].expand(-1, 2)
+    sd.scatter_(names, values, missing="insert")
+    assert list(sd) == list(dict.fromkeys(["a", "b", *names]))
+    for name in set(names):
+        assert sd[name].tolist() in [[1.0 + at] * 2 for at, one in enumerate(names) if one == name]
+
+
 def test_shapes_cannot_be_mixed_or_guessed(sd: pdrs.StackedParameterDict) -> None:
     sd["long"] = torch.zeros(3)
     with pytest.raises(ValueError, match=r"float32 of shape \[2\] and float32 of shape \[3\]"):

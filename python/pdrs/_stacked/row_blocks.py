@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -65,28 +68,23 @@ def copy_in_pieces(target: Tensor, source: Tensor) -> None:
 @torch.no_grad()
 def write_rows(table: Tensor, rows: NDArray[np.int64], values: Tensor) -> None:
     """Copy ``values``, ``[len(rows), *shape]``, into rows of a table."""
-    if len(rows) == 0:
-        return
-    if _are_in_a_row(rows):
-        table[int(rows[0]) : int(rows[-1]) + 1].copy_(values)
-    else:
-        table.index_copy_(0, torch.from_numpy(rows).to(table.device), values.to(table.device, table.dtype))
+    write, arguments = _write_of(table, rows, values)
+    write(*arguments)
 
 
 @torch.no_grad()
 def note_rows(changes: Changes, table: Tensor, rows: NDArray[np.int64], values: Tensor) -> None:
-    """Note what :func:`write_rows` would do."""
-    if len(rows) == 0:
-        return
-    if _are_in_a_row(rows):
-        changes.call(table[int(rows[0]) : int(rows[-1]) + 1].copy_, values)
-    else:
-        places = torch.from_numpy(rows).to(table.device)
-        changes.call(table.index_copy_, 0, places, values.to(table.device, table.dtype))
+    """Note what :func:`write_rows` does."""
+    write, arguments = _write_of(table, rows, values)
+    changes.call(write, *arguments)
 
 
-def _are_in_a_row(rows: NDArray[np.int64]) -> bool:
-    return bool(rows[-1] - rows[0] == len(rows) - 1 and (np.diff(rows) == 1).all())
+def _write_of(table: Tensor, rows: NDArray[np.int64], values: Tensor) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
+    first, last = (int(rows[0]), int(rows[-1])) if len(rows) else (0, -1)
+    if last - first == len(rows) - 1 and (np.diff(rows) == 1).all():
+        return table[first : last + 1].copy_, (values,)
+    places = torch.from_numpy(rows).to(table.device)
+    return table.index_copy_, (0, places, values.to(table.device, table.dtype))
 
 
 @torch.no_grad()
