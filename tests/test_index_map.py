@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import MutableMapping
@@ -124,6 +125,32 @@ def test_bulk_calls_take_any_iterable_of_names(make: Any) -> None:
     assert rows.dtype == np.int64
     assert rows.tolist() == [5, 4, 3, 2, 1, 0]
     assert torch.from_numpy(rows).tolist() == rows.tolist()
+
+
+class Text(str):
+    """A ``str`` like others, but for its class."""
+
+
+@pytest.mark.parametrize("make", [list, tuple])
+def test_names_of_any_class_are_found_beside_each_other(make: Any) -> None:
+    index = IndexMap.from_names(["a", "b", "c"])
+    assert index.lookup(make(["c", Text("b"), "a"])).tolist() == [2, 1, 0]
+    assert index.lookup(make([Text("x"), "y", Text("b"), "c"]), default=-7).tolist() == [-7, -7, 1, 2]
+    with pytest.raises(KeyError, match="1 of 3 names are not in the IndexMap: 'x'"):
+        index.lookup(make(["a", Text("b"), Text("x")]))
+    with pytest.raises(TypeError, match="names must be str, got int"):
+        index.lookup(make(["a", "x", 1]), default=0)
+    assert index.lookup(make([])).tolist() == []
+
+
+def test_looking_names_up_takes_and_leaves_no_reference() -> None:
+    names = [f"name {n}" for n in range(200)]
+    index = IndexMap.from_names(names)
+    asked = ["".join(name) for name in names]
+    before = [sys.getrefcount(name) for name in (*names, *asked)]
+    for missing in ([], ["other"], [Text("name 1")]):
+        index.lookup(asked + missing, default=0)
+    assert [sys.getrefcount(name) for name in (*names, *asked)] == before
 
 
 def test_a_million_names_are_looked_up_in_one_call() -> None:

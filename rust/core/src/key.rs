@@ -11,7 +11,7 @@ pub trait Hashed {
     /// The hash of this value.
     fn hash(&self) -> u32;
 
-    /// Begins to load the memory that a comparison of this key will need, beyond that of the key itself.
+    /// Begins to load the memory that to hash or compare this value will need, beyond that of the value itself.
     ///
     /// Bulk operations ask for it, so that cache misses overlap.
     fn prefetch(&self) {}

@@ -373,6 +373,21 @@ fn a_map_of_distinct_entries_is_that_of_insertions_whether_it_has_one_region_of_
 }
 
 #[test]
+fn as_many_can_be_looked_up_at_once_as_one_likes() {
+    let mut map = IndexMap::from_distinct(scattered(1_000).into_iter()).unwrap();
+    map.retain(|_, n| *n % 3 != 0);
+    let keys: Vec<_> = scattered(1_500).into_iter().map(|(name, _)| name).collect();
+    for count in (0..200).chain([1_500]) {
+        let mut found = Vec::new();
+        map.get_many(&keys[..count], |at, value| {
+            assert_eq!(at, found.len());
+            found.push(value.copied());
+        });
+        assert!(found.into_iter().eq(keys[..count].iter().map(|key| map.get(key.as_str()).copied())));
+    }
+}
+
+#[test]
 fn entries_that_are_not_distinct_are_given_back_in_order() {
     for count in [2, 40, 100_000] {
         for twice in [0, count / 2] {

@@ -15,7 +15,7 @@ use pyo3::prelude::*;
 use pyo3::sync::{MutexExt, PyOnceLock};
 use pyo3::types::{PyDict, PyList, PyString, PyTuple};
 
-use crate::name::{Name, Query, exact_text, to_text};
+use crate::name::{Listed, Name, Query, exact_text, to_text, with_listed};
 
 /// How many entries `repr` shows at each end of a long map.
 const SHOWN: usize = 5;
@@ -239,10 +239,28 @@ impl IndexMap {
     }
 
     /// The rows of names in their order, -1 for those that are not there.
-    pub(crate) fn rows_or_minus_one(&self, py: Python<'_>, names: &[Name]) -> Vec<i64> {
+    pub(crate) fn rows_or_minus_one(&self, names: &Bound<'_, PyAny>) -> PyResult<Vec<i64>> {
+        if let Some(rows) = self.rows_of_listed(names) {
+            return Ok(rows);
+        }
+        let (py, names) = (names.py(), to_names(names)?);
         let mut rows = Vec::with_capacity(names.len());
-        self.read(py).map.get_many(names, |_, row| rows.push(row.copied().unwrap_or(-1)));
-        rows
+        self.read(py).map.get_many(&names, |_, row| rows.push(row.copied().unwrap_or(-1)));
+        Ok(rows)
+    }
+
+    /// The same for a list or tuple of nothing but exact `str`, in which they stay; `None` for anything else.
+    fn rows_of_listed(&self, names: &Bound<'_, PyAny>) -> Option<Vec<i64>> {
+        let state = self.read(names.py());
+        with_listed(names, |listed| {
+            let mut rows = Vec::with_capacity(listed.len());
+            let mut all_found = true;
+            state.map.get_many(listed, |_, row| {
+                all_found &= row.is_some();
+                rows.push(row.copied().unwrap_or(-1));
+            });
+            (all_found || listed.iter().all(Listed::is_exact_text)).then_some(rows)
+        })?
     }
 
     /// The last or first name and its row.
@@ -551,6 +569,12 @@ impl IndexMap {
     #[pyo3(signature = (names, default=None))]
     fn lookup<'py>(&self, names: &Bound<'py, PyAny>, default: Option<i64>) -> PyResult<Bound<'py, PyArray1<i64>>> {
         let py = names.py();
+        if let Some(mut rows) = self.rows_of_listed(names)
+            && (default.is_some() || rows.iter().all(|row| *row >= 0))
+        {
+            rows.iter_mut().filter(|row| **row < 0).for_each(|row| *row = default.unwrap_or(-1));
+            return Ok(PyArray1::from_vec(py, rows));
+        }
         let names = to_names(names)?;
         let mut rows = Vec::with_capacity(names.len());
         let mut missing = Vec::new();

@@ -5,13 +5,16 @@
 //! enumeration does), so it is first made an exact `str` with the same characters.
 #![allow(unsafe_code)] // The C API's view of a string: its cached hash and its characters in place.
 
+use std::marker::PhantomData;
+
 use pdrs_core::archive::push_character;
 use pdrs_core::{Hashed, Matches};
 use pyo3::exceptions::PyTypeError;
 use pyo3::ffi;
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyString};
+use pyo3::sync::critical_section::with_critical_section;
+use pyo3::types::{PyBytes, PyList, PyString, PyTuple};
 
 use crate::tensor::hint;
 
@@ -23,6 +26,10 @@ pub(crate) struct Name(Py<PyString>);
 
 /// A borrowed, exact `str` to look a [`Name`] up by.
 pub(crate) struct Query<'a, 'py>(&'a Bound<'py, PyString>);
+
+/// What lies in a list, borrowed from it: an exact `str` to look a [`Name`] up by, or something that matches none.
+#[repr(transparent)]
+pub(crate) struct Listed<'a>(*mut ffi::PyObject, PhantomData<&'a ()>);
 
 impl Name {
     pub(crate) fn new(text: Bound<'_, PyString>) -> Self {
@@ -114,6 +121,53 @@ impl Matches<Query<'_, '_>> for Name {
     fn matches(&self, query: &Query<'_, '_>) -> bool {
         same(self.0.as_ptr(), query.0.as_ptr())
     }
+}
+
+impl Listed<'_> {
+    pub(crate) fn is_exact_text(&self) -> bool {
+        // SAFETY: the list keeps the object alive as long as the borrow.
+        unsafe { ffi::PyUnicode_CheckExact(self.0) != 0 }
+    }
+}
+
+impl Hashed for Listed<'_> {
+    fn hash(&self) -> u32 {
+        if self.is_exact_text() { hash(self.0) } else { 0 }
+    }
+
+    fn prefetch(&self) {
+        // The type stands in front, and often in another cache line than hash and characters.
+        hint(self.0 as usize);
+        hint(self.0 as usize + LENGTH);
+    }
+}
+
+impl Matches<Listed<'_>> for Name {
+    fn matches(&self, query: &Listed<'_>) -> bool {
+        query.is_exact_text() && same(self.0.as_ptr(), query.0)
+    }
+}
+
+/// Hands out what lies in a list or tuple, without taking a reference to each; `None` of anything else.
+///
+/// `take` must run no Python code, which could change the list.
+pub(crate) fn with_listed<R>(names: &Bound<'_, PyAny>, take: impl FnOnce(&[Listed<'_>]) -> R) -> Option<R> {
+    // Without a GIL it keeps other threads from changing the list; with one it does nothing.
+    with_critical_section(names, || {
+        // SAFETY: a list and a tuple hold as many pointers to live objects as they are long, in a row (a list without
+        // any may have no memory); nothing changes them meanwhile. `Listed` is laid out as such a pointer.
+        let listed: &[Listed<'_>] = unsafe {
+            if let Ok(list) = names.cast_exact::<PyList>() {
+                let items = (*list.as_ptr().cast::<ffi::PyListObject>()).ob_item;
+                if items.is_null() { &[] } else { std::slice::from_raw_parts(items.cast(), list.len()) }
+            } else {
+                let tuple = names.cast_exact::<PyTuple>().ok()?;
+                let items = &raw const (*tuple.as_ptr().cast::<ffi::PyTupleObject>()).ob_item;
+                std::slice::from_raw_parts(items.cast(), tuple.len())
+            }
+        };
+        Some(take(listed))
+    })
 }
 
 /// Whether one string stands in front of another, or is equal to it, in Python's order: that of the code points.
@@ -213,8 +267,8 @@ fn hash(text: *mut ffi::PyObject) -> u32 {
 }
 
 fn full_hash(text: *mut ffi::PyObject) -> u64 {
-    // SAFETY: `text` is an exact `str` kept alive by its `Name` or `Query`, and so begins as every `str` does. Hashing
-    // one runs no Python code, and cannot fail; afterwards the hash stands in it. -1 says that it does not yet.
+    // SAFETY: `text` is an exact `str` kept alive by its `Name`, `Query` or list, and so begins as every `str` does.
+    // Hashing one runs no Python code, and cannot fail; afterwards the hash stands in it. -1 says that it does not yet.
     let hash = unsafe {
         let cached = (*text.cast::<ffi::PyASCIIObject>()).hash;
         if cached == -1 { ffi::PyObject_Hash(text) } else { cached }
@@ -226,8 +280,8 @@ fn same(one: *mut ffi::PyObject, other: *mut ffi::PyObject) -> bool {
     if one == other {
         return true;
     }
-    // SAFETY: both are exact `str` objects kept alive by their `Name` or `Query`; a `str` never changes, its length
-    // counts characters of `kind` bytes each, and equal strings have the same kind.
+    // SAFETY: both are exact `str` objects kept alive by their `Name`, `Query` or list; a `str` never changes, its
+    // length counts characters of `kind` bytes each, and equal strings have the same kind.
     unsafe {
         let (length, kind) = (ffi::PyUnicode_GET_LENGTH(one), ffi::PyUnicode_KIND(one));
         if length != ffi::PyUnicode_GET_LENGTH(other) || kind != ffi::PyUnicode_KIND(other) {

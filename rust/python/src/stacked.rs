@@ -62,7 +62,7 @@ pub(crate) fn find_rows<'py>(
     names: &Bound<'py, PyAny>,
 ) -> PyResult<(i64, Bound<'py, PyArray1<i64>>)> {
     let py = index.py();
-    let mut ids = index.get().rows_or_minus_one(py, &to_names(names)?);
+    let mut ids = index.get().rows_or_minus_one(names)?;
     // The ids of a table, and no others, agree in the bits above the row.
     let first = ids.first().copied().unwrap_or(-1);
     let differing = ids.iter().fold(0, |bits, id| bits | (id ^ first));
