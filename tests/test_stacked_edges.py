@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 import pdrs
 from pdrs import StackedParameterDict
@@ -160,11 +160,44 @@ def test_a_hook_of_the_users_sees_the_gradient_behind_the_mask() -> None:
     assert seen == [[[0, 0], [1, 1]]]
 
 
-def test_names_of_a_parametrized_table_cannot_be_frozen() -> None:
-    sd = two(2)
+def parametrized(sd: StackedParameterDict) -> StackedParameterDict:
     parametrize.register_parametrization(sd, "float32_2", Doubled())
-    with pytest.raises(RuntimeError, match=r"'float32_2' is parametrized: freeze names before"):
-        sd.freeze(["a"])
+    return sd
+
+
+def pruned(sd: StackedParameterDict) -> StackedParameterDict:
+    prune.l1_unstructured(sd, "float32_2", amount=1)
+    return sd
+
+
+def replica(sd: StackedParameterDict) -> StackedParameterDict:
+    table = sd.table((2,))
+    made: StackedParameterDict = sd._replicate_for_data_parallel()
+    made.float32_2 = table * 2
+    return made
+
+
+WRITES: dict[str, Callable[[StackedParameterDict], object]] = {
+    "set an old name": lambda sd: sd.__setitem__("a", torch.full((2,), 7.0)),
+    "set old names and a new one": lambda sd: sd.update({"a": torch.full((2,), 7.0), "new": torch.ones(3)}),
+    "set a new name, in the row of one that is gone": lambda sd: sd.__setitem__("new", Parameter(torch.ones(2))),
+    "scatter": lambda sd: sd.scatter_(["a"], torch.full((1, 2), 7.0)),
+    "scatter and insert": lambda sd: sd.scatter_(["new", "a"], torch.full((2, 2), 7.0), missing="insert"),
+    "freeze": lambda sd: sd.freeze(["a"]),
+    "load by name": lambda sd: sd.load_state_dict({name: torch.full((2,), 7.0) for name in sd}, strict=False),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+@pytest.mark.parametrize("compute", [parametrized, pruned, replica])
+def test_what_would_be_lost_in_a_computed_table_is_not_written(compute: Any, write: Any) -> None:
+    sd = StackedParameterDict.from_rows(["a", "b", "gone"], torch.arange(1.0, 7).reshape(3, 2))
+    del sd["gone"]
+    sd = compute(sd)
+    before = [(name, row.tolist()) for name, row in sd.items()]
+    with pytest.raises(RuntimeError, match=r"'float32_2' is computed from other tensors \(by .*\): .* before that"):
+        write(sd)
+    assert [(name, row.tolist()) for name, row in sd.items()] == before
 
 
 def test_a_mask_from_before_a_parametrization_masks_the_original() -> None:

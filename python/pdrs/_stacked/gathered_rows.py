@@ -25,7 +25,7 @@ from pdrs._stacked.named_rows import (
 )
 from pdrs._stacked.row_blocks import note_rows
 from pdrs._stacked.row_gather import gather_rows, gather_tables
-from pdrs._stacked.tables import Kind, Rows, Table, refuse_sharded
+from pdrs._stacked.tables import Kind, Rows, Table
 from pdrs.parameter_dict import MissingEntryError
 
 __all__ = ["GatheredRows", "Handle", "Missing"]
@@ -365,7 +365,7 @@ class GatheredRows(NamedRows):
             ids = self._look_up(names, "error" if isinstance(names, Handle) or missing == "error" else "zero")
             numbers = np.unique(table_of(ids[ids >= 0]))
             for number in numbers:
-                refuse_sharded(self._tables[number], self._parameter(self._tables[number]), "write rows")
+                self._refuse_foreign(self._tables[number], "write rows")
                 kind = self._kind(self._tables[number])
                 if kind.shape != tuple(values.shape[1:]):
                     raise ValueError(f"expected rows of shape {list(kind.shape)}, got {list(values.shape[1:])}")

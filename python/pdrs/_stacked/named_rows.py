@@ -19,7 +19,7 @@ from pdrs import _memory
 from pdrs._core import IndexMap, insert_ids, missing_names, remove_names, sort_tensors
 from pdrs._stacked.changes import Changes
 from pdrs._stacked.row_blocks import note_rows, stack, write_rows
-from pdrs._stacked.tables import Kind, Rows, Tables, refuse_sharded
+from pdrs._stacked.tables import Kind, Rows, Tables
 
 __all__ = [
     "Initialiser",
@@ -264,7 +264,7 @@ class NamedRows(Tables):
                 like = part.values if isinstance(part.values, Tensor) else part.values[0].detach()[None]
                 number = table_of(int(part.held[0])) if part.stays else self._table_for(part.kind, like.device, numbers)
                 if part.stays:
-                    refuse_sharded(self._tables[number], self._parameter(self._tables[number]), "set names")
+                    self._refuse_foreign(self._tables[number], "set names")
                 block = part.values if isinstance(part.values, Tensor) else stack(part.values, like)
                 # That of one tensor is the tensor itself, which may be a row that another part writes to.
                 blocks.append(block.clone() if len(plan) > 1 and len(block) == 1 else block)

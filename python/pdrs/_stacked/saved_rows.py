@@ -31,7 +31,7 @@ from pdrs._stacked.packed_names import (
     unpack,
 )
 from pdrs._stacked.row_blocks import stack, write_rows
-from pdrs._stacked.tables import Table, is_sharded, refuse_sharded, whole
+from pdrs._stacked.tables import Table, is_sharded, whole
 from pdrs._stacked.trained_rows import TrainedRows
 from pdrs._state import Rest, is_intercepted
 
@@ -399,11 +399,12 @@ def _load_named(
         if (ids >= 0).sum() < len(sd._index):
             given = set(names)
             missing_keys += [prefix + name for name in sd._index if name not in given]
+    for number in np.unique(table_of(ids[ids >= 0])):
+        sd._refuse_foreign(sd._tables[number], "load the layout of a ParameterDict")
     for (class_, number), there in partition([classes, table_of(ids)]):
         if number < 0:
             continue
         parameter = sd._parameter(sd._tables[number])
-        refuse_sharded(sd._tables[number], parameter, "load the layout of a ParameterDict")
         places = there.tolist()
         if parameter.device.type == "meta":
             parameter = _off_meta(sd, sd._tables[number], assign, (values[at] for at in places))

@@ -30,7 +30,7 @@ from pdrs._stacked.gradient_rows import GradientRows, moved_rows
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-__all__ = ["Kind", "Rows", "Table", "Tables", "is_sharded", "mask_device", "refuse_sharded", "whole"]
+__all__ = ["Kind", "Rows", "Table", "Tables", "is_sharded", "mask_device", "whole"]
 
 Rows = NDArray[np.int64]
 
@@ -150,12 +150,6 @@ def is_sharded(tensor: Tensor) -> bool:
 def whole(tensor: Tensor) -> Tensor:
     """Return a table, or its gradient; one that is sharded is put together, for which all processes must ask."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-
-
-def refuse_sharded(table: Table, parameter: Tensor, what: str) -> None:
-    """Raise if a table is sharded."""
-    if is_sharded(parameter):
-        raise RuntimeError(f"the table '{table.attribute}' is sharded: {what} before the model is sharded")
 
 
 def _hooked_table(which: tuple[weakref.ref[Table], int]) -> Table | None:
@@ -312,6 +306,17 @@ class Tables(Module):
             table.hook(parameter)  # it may be another than before
         return parameter
 
+    def _refuse_foreign(self, table: Table, what: str) -> None:
+        """Raise if what is written to a table would be lost, or would reach a part of it only."""
+        parameter = self._parameters.get(table.attribute)
+        if parameter is None:
+            raise RuntimeError(
+                f"the table '{table.attribute}' is computed from other tensors (by a parametrization, by pruning, for "
+                f"a replica): {what} before that"
+            )
+        if is_sharded(parameter):
+            raise RuntimeError(f"the table '{table.attribute}' is sharded: {what} before the model is sharded")
+
     def _kind(self, table: Table) -> Kind:
         parameter = self._parameter(table)
         return Kind(tuple(parameter.shape[1:]), parameter.dtype, parameter.requires_grad, table.group)
@@ -397,7 +402,7 @@ class Tables(Module):
         parameter = self._parameter(table)
         capacity = table.rows.capacity_for(count, len(parameter))
         self._resize(table, capacity)
-        refuse_sharded(table, parameter, "insert names")
+        self._refuse_foreign(table, "insert names")
         rows = table.rows.next(count)
         self._make_ready(table, rows)
         return rows

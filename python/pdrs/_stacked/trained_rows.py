@@ -17,7 +17,7 @@ from pdrs._stacked.changes import Changes
 from pdrs._stacked.gathered_rows import GatheredRows, Handle
 from pdrs._stacked.named_rows import Names, id_of, row_of, table_of
 from pdrs._stacked.row_blocks import write_rows
-from pdrs._stacked.tables import Kind, Table, mask_device, refuse_sharded, whole
+from pdrs._stacked.tables import Kind, Table, mask_device, whole
 
 __all__ = ["TrainedRows"]
 
@@ -130,12 +130,7 @@ class TrainedRows(GatheredRows):
         with self._lock:
             parts = self._by_table(names)
             for table, _ in parts:
-                refuse_sharded(table, self._parameter(table), "freeze names")
-                if self._parameters.get(table.attribute) is None:
-                    raise RuntimeError(
-                        f"the table '{table.attribute}' is parametrized: freeze names before, because no gradient of "
-                        "what is computed from the original table can be masked"
-                    )
+                self._refuse_foreign(table, "freeze names")
             changes, optimizers = Changes(), self._attached()
             for table, rows in parts:
                 parameter = self._parameter(table)
