@@ -133,7 +133,7 @@ class Text(str):
 
 @pytest.mark.parametrize("make", [list, tuple])
 def test_names_of_any_class_are_found_beside_each_other(make: Any) -> None:
-    index = IndexMap.from_names(["a", "b", "c"])
+    index = IndexMap.from_names(["a", "b", "c", ""])
     assert index.lookup(make(["c", Text("b"), "a"])).tolist() == [2, 1, 0]
     assert index.lookup(make([Text("x"), "y", Text("b"), "c"]), default=-7).tolist() == [-7, -7, 1, 2]
     with pytest.raises(KeyError, match="1 of 3 names are not in the IndexMap: 'x'"):
@@ -143,7 +143,7 @@ def test_names_of_any_class_are_found_beside_each_other(make: Any) -> None:
     assert index.lookup(make([])).tolist() == []
 
 
-def test_looking_names_up_takes_and_leaves_no_reference() -> None:
+def test_looking_names_up_leaves_no_reference() -> None:
     names = [f"name {n}" for n in range(200)]
     index = IndexMap.from_names(names)
     asked = ["".join(name) for name in names]

@@ -15,7 +15,7 @@ use pyo3::prelude::*;
 use pyo3::sync::{MutexExt, PyOnceLock};
 use pyo3::types::{PyDict, PyList, PyString, PyTuple};
 
-use crate::name::{Listed, Name, Query, exact_text, to_text, with_listed};
+use crate::name::{Name, Query, exact_text, find_listed, to_text};
 
 /// How many entries `repr` shows at each end of a long map.
 const SHOWN: usize = 5;
@@ -249,18 +249,9 @@ impl IndexMap {
         Ok(rows)
     }
 
-    /// The same for a list or tuple of nothing but exact `str`, in which they stay; `None` for anything else.
+    /// The same for a list or tuple of nothing but exact `str`; `None` for anything else.
     fn rows_of_listed(&self, names: &Bound<'_, PyAny>) -> Option<Vec<i64>> {
-        let state = self.read(names.py());
-        with_listed(names, |listed| {
-            let mut rows = Vec::with_capacity(listed.len());
-            let mut all_found = true;
-            state.map.get_many(listed, |_, row| {
-                all_found &= row.is_some();
-                rows.push(row.copied().unwrap_or(-1));
-            });
-            (all_found || listed.iter().all(Listed::is_exact_text)).then_some(rows)
-        })?
+        find_listed(&self.read(names.py()).map, names, -1)
     }
 
     /// The last or first name and its row.

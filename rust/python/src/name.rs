@@ -8,7 +8,7 @@
 use std::marker::PhantomData;
 
 use pdrs_core::archive::push_character;
-use pdrs_core::{Hashed, Matches};
+use pdrs_core::{Hashed, IndexMap as Map, Matches};
 use pyo3::exceptions::PyTypeError;
 use pyo3::ffi;
 use pyo3::intern;
@@ -29,7 +29,7 @@ pub(crate) struct Query<'a, 'py>(&'a Bound<'py, PyString>);
 
 /// What lies in a list, borrowed from it: an exact `str` to look a [`Name`] up by, or something that matches none.
 #[repr(transparent)]
-pub(crate) struct Listed<'a>(*mut ffi::PyObject, PhantomData<&'a ()>);
+struct Listed<'a>(*mut ffi::PyObject, PhantomData<&'a ()>);
 
 impl Name {
     pub(crate) fn new(text: Bound<'_, PyString>) -> Self {
@@ -124,7 +124,7 @@ impl Matches<Query<'_, '_>> for Name {
 }
 
 impl Listed<'_> {
-    pub(crate) fn is_exact_text(&self) -> bool {
+    fn is_exact_text(&self) -> bool {
         // SAFETY: the list keeps the object alive as long as the borrow.
         unsafe { ffi::PyUnicode_CheckExact(self.0) != 0 }
     }
@@ -148,14 +148,16 @@ impl Matches<Listed<'_>> for Name {
     }
 }
 
-/// Hands out what lies in a list or tuple, without taking a reference to each; `None` of anything else.
+/// The values of the names in a list or tuple of nothing but exact `str`, in their order, `missing` for those that are
+/// not there; `None` for anything else.
 ///
-/// `take` must run no Python code, which could change the list.
-pub(crate) fn with_listed<R>(names: &Bound<'_, PyAny>, take: impl FnOnce(&[Listed<'_>]) -> R) -> Option<R> {
+/// The names stay in the list: to take a reference to each and give it back would write to all of them.
+pub(crate) fn find_listed<V: Copy>(map: &Map<Name, V>, names: &Bound<'_, PyAny>, missing: V) -> Option<Vec<V>> {
     // Without a GIL it keeps other threads from changing the list; with one it does nothing.
     with_critical_section(names, || {
         // SAFETY: a list and a tuple hold as many pointers to live objects as they are long, in a row (a list without
-        // any may have no memory); nothing changes them meanwhile. `Listed` is laid out as such a pointer.
+        // any may have no memory), and `Listed` is laid out as such a pointer. Nothing changes them meanwhile: to look
+        // an exact `str` up, and to look at the type of anything else, runs no Python code.
         let listed: &[Listed<'_>] = unsafe {
             if let Ok(list) = names.cast_exact::<PyList>() {
                 let items = (*list.as_ptr().cast::<ffi::PyListObject>()).ob_item;
@@ -166,7 +168,13 @@ pub(crate) fn with_listed<R>(names: &Bound<'_, PyAny>, take: impl FnOnce(&[Liste
                 std::slice::from_raw_parts(items.cast(), tuple.len())
             }
         };
-        Some(take(listed))
+        let mut values = Vec::with_capacity(listed.len());
+        let mut all_found = true;
+        map.get_many(listed, |_, value| {
+            all_found &= value.is_some();
+            values.push(value.copied().unwrap_or(missing));
+        });
+        (all_found || listed.iter().all(Listed::is_exact_text)).then_some(values)
     })
 }
 

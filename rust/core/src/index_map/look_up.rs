@@ -3,8 +3,8 @@
 use super::{IndexMap, stored_hash};
 use crate::key::{Hashed, Matches};
 
-/// How many keys go through each step together: enough for what the first one asks for to have come at the next step, and
-/// so few that all of it stays in the first-level cache.
+/// How many keys go through each step together: enough for what the first one asks for to have come at the next step,
+/// and so few that what all of them ask for fits into the first-level cache.
 const TOGETHER: usize = 64;
 
 impl<K: Hashed, V> IndexMap<K, V> {
