@@ -45,7 +45,7 @@ class Data:
         order = random.Random(0)
         self.shuffled = order.sample(self.names, entries)
         self.batches = [order.choices(self.names, k=BATCH) for _ in range(BATCHES)]
-        self._built: dict[str, Any] = {}
+        self._built: dict[tuple[str, bool], Any] = {}
 
     @cached_property
     def row_of(self) -> dict[str, int]:
@@ -56,11 +56,11 @@ class Data:
         """Build a container to change."""
         return build(subject, self.names)
 
-    def shared(self, subject: str) -> Any:
-        """Return a container to read."""
-        if subject not in self._built:
-            self._built[subject] = self.new(subject)
-        return self._built[subject]
+    def shared(self, subject: str, scattered: bool = False) -> Any:
+        """Return a container to read; the order of its names is that in which they lie in memory, or is not."""
+        if (subject, scattered) not in self._built:
+            self._built[subject, scattered] = build(subject, self.shuffled if scattered else self.names)
+        return self._built[subject, scattered]
 
     def is_whole(self, container: Any) -> bool:
         """Whether a container has all names in order, and their rows."""
@@ -156,6 +156,11 @@ def _keys(subject: str, data: Data) -> Task:
     return data.task(own(sweep, data.shared(subject).keys), lambda last: last == data.names[-1])
 
 
+def _keys_scattered(subject: str, data: Data) -> Task:
+    keys = data.shared(subject, scattered=True).keys
+    return data.task(own(sweep, keys), lambda last: last == data.shuffled[-1])
+
+
 def _size(subject: str, data: Data) -> float:
     return sys.getsizeof(data.shared(subject)) / data.entries
 
@@ -204,6 +209,11 @@ CASES: tuple[Case[Data], ...] = (
         note="Per name. `torch.from_numpy(m.lookup(names))`; `torch.tensor([d[name] for name in names])`.",
     ),
     Case("`keys()`", timed(_keys)),
+    Case(
+        "`keys()`, scattered",
+        timed(_keys_scattered),
+        note="The names lie in memory in another order than in the container.",
+    ),
     Case(
         "size of the map",
         _size,

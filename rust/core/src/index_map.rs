@@ -126,13 +126,20 @@ impl<K, V> IndexMap<K, V> {
         Some((key, value))
     }
 
+    /// The entry at `position`, if there is one and not a hole. **O(1)**.
+    #[must_use]
+    pub fn entry_at(&self, position: usize) -> Option<(&K, &V)> {
+        let (key, value) = self.entries.get(position)?.as_ref()?;
+        Some((key, value))
+    }
+
     /// The entry at `position` or, if there is a hole, the next one behind it, and its position.
     ///
     /// Positions run from 0 to [`positions`](Self::positions), holes included, and keep their meaning as long as the
     /// [`generation`](Self::generation) stays. A walk over all positions is **O(n)**; one step is amortised **O(1)**.
     #[must_use]
     pub fn entry_at_or_after(&self, position: usize) -> Option<(usize, &K, &V)> {
-        (position..self.entries.len()).find_map(|at| self.entries[at].as_ref().map(|(key, value)| (at, key, value)))
+        (position..self.entries.len()).find_map(|at| self.entry_at(at).map(|(key, value)| (at, key, value)))
     }
 
     /// The entry in front of `position`, over holes, and its position; the mirror of
@@ -140,7 +147,7 @@ impl<K, V> IndexMap<K, V> {
     #[must_use]
     pub fn entry_before(&self, position: usize) -> Option<(usize, &K, &V)> {
         let end = position.min(self.entries.len());
-        (0..end).rev().find_map(|at| self.entries[at].as_ref().map(|(key, value)| (at, key, value)))
+        (0..end).rev().find_map(|at| self.entry_at(at).map(|(key, value)| (at, key, value)))
     }
 
     /// One more than the largest position. **O(1)**.
@@ -154,8 +161,7 @@ impl<K, V> IndexMap<K, V> {
     /// **O(1)**, but for the first call after a removal from the middle, which closes the holes: **O(n)**.
     pub fn nth(&mut self, n: usize) -> Option<(&K, &V)> {
         self.compact();
-        let (key, value) = self.entries.get(n)?.as_ref()?;
-        Some((key, value))
+        self.entry_at(n)
     }
 
     /// The entries in order, from either end. **O(n)** for all.

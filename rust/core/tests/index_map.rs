@@ -170,6 +170,11 @@ fn compare<const SPREAD: u32>(map: &IndexMap<Key<SPREAD>, u16>, model: &Model) {
     assert_eq!(map.iter().len(), model.0.len());
     assert_eq!(map.iter().map(entry).collect::<Vec<_>>(), model.0);
     assert!(map.iter().rev().map(entry).eq(model.0.iter().rev().copied()));
+    let mut seen = Vec::new();
+    map.for_each(|key, value| seen.push((key.0, *value)));
+    assert_eq!(seen, model.0);
+    let places = (0..=map.positions()).filter_map(|position| map.entry_at(position));
+    assert_eq!(places.map(entry).collect::<Vec<_>>(), model.0);
     assert_eq!(map.first().map(entry), model.0.first().copied());
     assert_eq!(map.last().map(entry), model.0.last().copied());
     let keys: Vec<_> = (0..=u8::MAX).map(Key).collect();

@@ -15,13 +15,16 @@ use pyo3::prelude::*;
 use pyo3::sync::{MutexExt, PyOnceLock};
 use pyo3::types::{PyDict, PyList, PyString, PyTuple};
 
-use crate::name::{Name, Query, exact_text, find_listed, to_text};
+use crate::name::{Name, Query, exact_text, find_listed, prefetch_listed, to_text};
 
 /// How many entries `repr` shows at each end of a long map.
 const SHOWN: usize = 5;
 
 /// How many of many missing names an error lists.
 const LISTED: usize = 5;
+
+/// How many entries ahead of a walk a name is fetched from memory, where names mostly lie scattered.
+const AHEAD: usize = 16;
 
 /// How many names are made before they are put into a map: few enough to be in the cache still.
 const TOGETHER: usize = 256;
@@ -101,7 +104,7 @@ impl IndexMap {
 
     /// Looks at every name and its row in order, under the lock: `take` must run no Python code.
     pub(crate) fn for_each(&self, py: Python<'_>, mut take: impl FnMut(&Name, i64)) {
-        self.read(py).map.iter().for_each(|(name, row)| take(name, *row));
+        self.read(py).map.for_each(|name, row| take(name, *row));
     }
 
     /// Looks at every row in order, under the lock: `take` must run no Python code.
@@ -290,6 +293,10 @@ impl IndexMap {
     /// The entry at or behind `position` (in front of it, if `reversed`) and where to go on.
     fn step(&self, py: Python<'_>, position: usize, reversed: bool) -> Option<(usize, Name, i64)> {
         let state = self.read(py);
+        let ahead = if reversed { position.checked_sub(AHEAD) } else { Some(position + AHEAD) };
+        if let Some((name, _)) = ahead.and_then(|ahead| state.map.entry_at(ahead)) {
+            name.prefetch_object();
+        }
         let (found, name, row) =
             if reversed { state.map.entry_before(position) } else { state.map.entry_at_or_after(position) }?;
         Some((if reversed { found } else { found + 1 }, name.clone_ref(py), *row))
@@ -321,7 +328,8 @@ pub(crate) fn to_names(names: &Bound<'_, PyAny>) -> PyResult<Vec<Name>> {
     }
     let mut converted = Vec::with_capacity(names.len().unwrap_or(0));
     if let Ok(list) = names.cast::<PyList>() {
-        for name in list {
+        for (at, name) in list.iter().enumerate() {
+            prefetch_listed(list, at + AHEAD);
             converted.push(Name::new(to_text(&name)?));
         }
     } else if names.hasattr(intern!(names.py(), "tolist"))? {

@@ -41,6 +41,13 @@ impl Name {
         Self(self.0.clone_ref(py))
     }
 
+    /// Begins to load the object, for a reference to it that will be taken.
+    pub(crate) fn prefetch_object(&self) {
+        // The count of references stands in front, and often in another cache line than hash and characters.
+        hint(self.0.as_ptr() as usize);
+        self.prefetch();
+    }
+
     pub(crate) fn full_hash(&self) -> u64 {
         full_hash(self.0.as_ptr())
     }
@@ -176,6 +183,19 @@ pub(crate) fn find_listed<V: Copy>(map: &Map<Name, V>, names: &Bound<'_, PyAny>,
         });
         (all_found || listed.iter().all(Listed::is_exact_text)).then_some(values)
     })
+}
+
+/// Begins to load what lies at a place of a list, if there is one.
+pub(crate) fn prefetch_listed(list: &Bound<'_, PyList>, at: usize) {
+    // Without a GIL it keeps other threads from changing the list; with one it does nothing.
+    with_critical_section(list, || {
+        if at < list.len() {
+            // SAFETY: the list is as long as that, and nothing changes it meanwhile. What lies there is not looked at.
+            let object = unsafe { *(*list.as_ptr().cast::<ffi::PyListObject>()).ob_item.add(at) };
+            hint(object as usize);
+            hint(object as usize + LENGTH);
+        }
+    });
 }
 
 /// Whether one string stands in front of another, or is equal to it, in Python's order: that of the code points.

@@ -1,4 +1,4 @@
-//! Look-ups of many keys at once.
+//! Many keys at once: look-ups, and walks over all entries.
 
 use super::{IndexMap, stored_hash};
 use crate::key::{Hashed, Matches};
@@ -7,7 +7,25 @@ use crate::key::{Hashed, Matches};
 /// and so few that what all of them ask for fits into the first-level cache.
 const TOGETHER: usize = 64;
 
+/// How many entries ahead of a walk a key is prefetched.
+const AHEAD: usize = 16;
+
 impl<K: Hashed, V> IndexMap<K, V> {
+    /// Calls `each` with all entries in order, and [prefetches](Hashed::prefetch) keys ahead, for those who look at them.
+    ///
+    /// **O(n)**.
+    pub fn for_each(&self, mut each: impl FnMut(&K, &V)) {
+        let (front, back) = self.entries.as_slices();
+        for entries in [front, back] {
+            for (at, entry) in entries.iter().enumerate() {
+                entries.get(at + AHEAD).into_iter().flatten().for_each(|(key, _)| key.prefetch());
+                if let Some((key, value)) = entry {
+                    each(key, value);
+                }
+            }
+        }
+    }
+
     /// Looks up many at once: calls `each` with the place in `queries` and what was found, in order.
     ///
     /// **O(m)** for `m` queries, several times faster than `m` calls of [`get`](Self::get) in a map larger than the
