@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 
 import pdrs
 from cases_parameter_dict import fresh
-from loops import pop_each, popitem_last
+from loops import call_each, pop_each, popitem_last
 from measure import Case, Suite, Target, Task, own, timed
 from memory import bytes_per_entry, names_of
 
@@ -88,6 +88,7 @@ class Data:
         self.entries = entries
         self.names = names_of(entries)
         self._built: dict[tuple[str, str], Any] = {}
+        self._emptied: dict[tuple[str, str], tuple[Any, list[list[str]]]] = {}
 
     @cached_property
     def rows(self) -> Tensor:
@@ -137,6 +138,19 @@ class Data:
         if (subject, which) not in self._built:
             self._built[subject, which] = self.new(subject)
         return self._built[subject, which]
+
+    def emptied(self, subject: str, which: str) -> tuple[Any, list[str]]:
+        """Return a container that is emptied part by part, and some of the names to pop, whose turn it is.
+
+        To build one takes seconds, in which a shared machine changes its pace, and to pop a part takes hundredths: so
+        the containers take turns at the same pace.
+        """
+        container, parts = self._emptied.get((subject, which), (None, []))
+        if not parts:
+            container = self.new(subject)
+            parts = [part.tolist() for part in np.array_split(np.array(self.popped, object), SHORT_RUNS) if len(part)]
+            self._emptied[subject, which] = container, parts
+        return container, parts.pop()
 
     def is_whole(self, container: Any) -> bool:
         """Whether a container has all names, and the last one its values."""
@@ -191,15 +205,21 @@ def _insert_missing(subject: str, data: Data) -> Task:
 
 
 def _pop(subject: str, data: Data) -> Task:
-    names = data.popped
-    run = own(pop_each, data.new(subject), names)
-    return data.task(run, lambda left: len(left) == data.entries - len(names), len(names))
+    container, names = data.emptied(subject, "pop")
+    left = len(container) - len(names)
+    return data.task(own(pop_each, container, names), lambda popped: len(popped) == left, len(names))
 
 
 def _popitem(subject: str, data: Data) -> Task:
-    count = min(data.entries, POPPED_AT_MOST)
-    run = own(popitem_last, data.new(subject), count)
-    return data.task(run, lambda left: len(left) == data.entries - count, count)
+    container, names = data.emptied(subject, "popitem")
+    left = len(container) - len(names)
+    return data.task(own(popitem_last, container, len(names)), lambda popped: len(popped) == left, len(names))
+
+
+def _make_tensor(_subject: str, data: Data) -> Task:
+    count = -(-len(data.popped) // SHORT_RUNS)
+    run = own(call_each, torch.empty, FLOATS, count)
+    return data.task(run, lambda made: made.shape == (FLOATS,), count)
 
 
 # -- moves and copies --------------------------------------------------------------------------------------------------
@@ -403,12 +423,13 @@ def _case(
     return Case(title, timed(make_task), subjects, targets, most_runs, up_to=up_to, note=note)
 
 
-def _growing_case(title: str, make_task: Callable[[str, Data], Task], note: str) -> Case[Data]:
+def _growing_case(title: str, make_task: Callable[[str, Data], Task], note: str, most_runs: int) -> Case[Data]:
     return Case(
         title,
         timed(make_task),
         (PDRS,),
         (Target("growth", PDRS, 4, entries=LARGEST),),
+        most_runs,
         larger_sizes=(LARGEST,),
         note=note,
     )
@@ -438,10 +459,18 @@ CASES: tuple[Case[Data], ...] = (
         _pop,
         at_least=3,
         subjects=(BY_HAND, TORCH, PDRS),
+        most_runs=SHORT_RUNS,
         note="torch gives the Parameter, ours a copy of the row, and the row to the next new name; by hand"
         " `weight[ids.pop(name)].detach().clone()`, whose row stays. The same for `popitem()`.",
     ),
-    _case("`popitem()`", _popitem, at_least=3, subjects=(BY_HAND, TORCH, PDRS)),
+    _case("`popitem()`", _popitem, at_least=3, subjects=(BY_HAND, TORCH, PDRS), most_runs=SHORT_RUNS),
+    _case(
+        f"`torch.empty({FLOATS})`",
+        _make_tensor,
+        subjects=(TORCH,),
+        most_runs=SHORT_RUNS,
+        note="A tensor like those that ours and by hand give when they pop, made and freed.",
+    ),
     _case("`.to(torch.float64)`", _double, at_least=50, subjects=(BY_HAND, TORCH, PDRS), most_runs=5),
     _case("`copy.deepcopy`", _deepcopy, at_least=60, subjects=ALL, most_runs=5),
     _case(
@@ -508,9 +537,10 @@ CASES: tuple[Case[Data], ...] = (
         INSERTED,
         _insert_at_size,
         f"All names into an empty dictionary, by `scatter_` of {BATCH:,} at a time: growth is part of it.",
+        most_runs=5,
     ),
-    _growing_case(POPPED, _pop_at_size, f"{BATCH:,} random names, one by one."),
-    _growing_case(GATHERED, _gather_at_size, f"{BATCH:,} random names at a time, per name."),
+    _growing_case(POPPED, _pop_at_size, f"{BATCH:,} random names, one by one.", SHORT_RUNS),
+    _growing_case(GATHERED, _gather_at_size, f"{BATCH:,} random names at a time, per name.", SHORT_RUNS),
 )
 
 SUITE = Suite(

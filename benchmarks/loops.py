@@ -77,3 +77,11 @@ def sweep(iterate: Callable[[], Iterable[Any]]) -> Any:
     for each in iterate():
         last = each
     return last
+
+
+def call_each(function: Callable[[int], Any], argument: int, count: int) -> Any:
+    """``function(argument)``, and nothing with what it gives."""
+    given = None
+    for _ in range(count):
+        given = function(argument)
+    return given

@@ -28,9 +28,9 @@ class Results:
         return None if found is None else found.median
 
     def runs(self, suite: Suite[Any], case: Case[Any], entries: int) -> int:
-        """Return how often a case ran."""
-        found = self._find(suite, case, suite.ours, entries)
-        return 0 if found is None else len(found.runs)
+        """Return how often a case ran for ours, or, if it is not for ours, for the last of the others."""
+        found = (self._find(suite, case, subject, entries) for subject in reversed(suite.subjects))
+        return next((len(each.runs) for each in found if each is not None), 0)
 
     def has(self, suite: Suite[Any]) -> bool:
         """Tell whether anything of a suite was measured."""
@@ -225,18 +225,22 @@ def _head(suite: Suite[Any], grows: bool) -> list[str]:
 def _row(results: Results, suite: Suite[Any], case: Case[Any], entries: int) -> list[str]:
     medians = {subject: results.median(suite, case, subject, entries) for subject in suite.subjects}
     ours = medians[suite.ours]
-    if ours is None:
+    if not any(medians.values()):
         return []
     row = [case.title, *(NONE if each is None else _with_unit(each, case) for each in medians.values())]
     for baseline in suite.baselines:
         theirs = medians[baseline]
-        row.append(NONE if theirs is None else figure(theirs / ours))
+        row.append(NONE if theirs is None or ours is None else figure(theirs / ours))
         # What is required of ours alone stands beside the first of the others.
         beside = (baseline, suite.ours) if baseline == suite.baselines[0] else (baseline,)
         targets = [each for each in case.targets if each.entries == entries and each.kind != "growth"]
         target = next((each for each in targets if each.baseline in beside), None)
         measured = None if target is None else medians[target.baseline]
-        row += ["", ""] if target is None or measured is None else [_bound(target), _yes(target.met(measured, ours))]
+        row += (
+            ["", ""]
+            if target is None or measured is None or ours is None
+            else [_bound(target), _yes(target.met(measured, ours))]
+        )
     row.append(str(results.runs(suite, case, entries)))
     if _grows(results, suite, entries):
         row += _growth_cells(results, suite, case, entries)
