@@ -11,7 +11,7 @@ import copy
 import re
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -212,6 +212,52 @@ def test_what_would_be_lost_in_a_computed_table_is_not_written(compute: Any, wha
     ):
         write(sd)
     assert [(name, row.tolist()) for name, row in sd.items()] == before
+
+
+@pytest.mark.parametrize(("what", "write"), WRITES.values(), ids=WRITES)
+def test_what_would_be_written_to_a_stand_in_for_a_table_is_not_written(what: str, write: Any) -> None:
+    class Model(torch.nn.Module):
+        def __init__(self, sd: StackedParameterDict) -> None:
+            super().__init__()
+            self.sd = sd
+
+        def forward(self) -> None:
+            write(self.sd)
+
+    sd = StackedParameterDict.from_rows(["a", "b", "gone"], torch.arange(1.0, 7).reshape(3, 2))
+    del sd["gone"]
+    before = [(name, row.tolist()) for name, row in sd.items()]
+    stand_in = torch.zeros(3, 2, requires_grad=True)
+    with pytest.raises(RuntimeError, match=rf"stands in for the table 'float32_2', as in .*: {what} before that"):
+        torch.func.functional_call(Model(sd), {"sd.float32_2": stand_in}, ())
+    assert [(name, row.tolist()) for name, row in sd.items()] == before
+    assert not stand_in.any()
+    write(sd)
+
+
+@pytest.mark.parametrize("rows", [slice(0, 2), slice(0, 3, 2)], ids=["neighbours", "others"])
+@pytest.mark.parametrize("names", [["c", "a"], ["b", "c"]], ids=["scattered", "in a row"])
+def test_rows_of_a_table_can_be_scattered_into_it(names: list[str], rows: slice) -> None:
+    sd = StackedParameterDict.from_rows(["a", "b", "c", "d"], torch.arange(8.0).reshape(4, 2))
+    values = sd.table((2,)).detach()[rows]
+    wanted = {name: row.tolist() for name, row in sd.items()} | dict(zip(names, values.tolist(), strict=True))
+    sd.scatter_(names, values)
+    assert {name: row.tolist() for name, row in sd.items()} == wanted
+
+
+def test_a_list_that_gives_other_names_than_lie_in_it_is_asked_for_them_everywhere() -> None:
+    class Names(list[str]):
+        def __iter__(self) -> Iterator[str]:
+            return iter(["a"])
+
+    sd, names = two(2), Names(["b"])
+    assert sd.handle(names).names == ["a"]
+    assert sd.rows(names).tolist() == [0]
+    assert torch.equal(sd.gather(names)[0], sd["a"])
+    sd.scatter_(names, torch.full((1, 2), 7.0))
+    assert sd["a"].tolist() == [7, 7]
+    sd.drop(names)
+    assert list(sd) == ["b"]
 
 
 def test_a_mask_from_before_a_parametrization_masks_the_original() -> None:

@@ -23,7 +23,7 @@ from pdrs._stacked.named_rows import (
     row_of,
     table_of,
 )
-from pdrs._stacked.row_blocks import note_rows
+from pdrs._stacked.row_blocks import note_rows, share_memory
 from pdrs._stacked.row_gather import gather_rows, gather_tables
 from pdrs._stacked.tables import Kind, Rows, Table
 from pdrs.parameter_dict import MissingEntryError
@@ -371,6 +371,8 @@ class GatheredRows(NamedRows):
                     raise ValueError(f"expected rows of shape {list(kind.shape)}, got {list(values.shape[1:])}")
                 if kind.dtype != values.dtype:
                     raise TypeError(f"expected values of {kind.dtype}, as the rows have, got {values.dtype}")
+            if any(share_memory(values, self._parameter(table)) for table in self._tables):
+                values = values.clone()  # of which a row may be written before it is read
 
             def note(changes: Changes) -> None:
                 for number in numbers:

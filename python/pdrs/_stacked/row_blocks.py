@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import Parameter
 
 from pdrs import _memory
 from pdrs._core import group_tensors
 from pdrs._stacked.changes import Changes
 
-__all__ = ["copy_in_pieces", "note_rows", "scatter", "stack", "write_rows"]
+__all__ = ["copy_in_pieces", "note_rows", "scatter", "share_memory", "stack", "write_rows"]
 
 # How many tensors are gathered at a time: what was gathered is still in the cache when it is copied on.
 _CHUNK = 1 << 13
@@ -70,6 +71,13 @@ def write_rows(table: Tensor, rows: NDArray[np.int64], values: Tensor) -> None:
     """Copy ``values``, ``[len(rows), *shape]``, into rows of a table."""
     write, arguments = _write_of(table, rows, values)
     write(*arguments)
+
+
+def share_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two plain tensors are views of one block of memory."""
+    if not {type(one), type(other)} <= {Tensor, Parameter} or one.device != other.device or one.is_meta:
+        return False
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 @torch.no_grad()

@@ -316,6 +316,10 @@ class Tables(Module):
             )
         if is_sharded(parameter):
             raise RuntimeError(f"the table '{table.attribute}' is sharded: {what} before the model is sharded")
+        if not isinstance(parameter, Parameter):
+            raise RuntimeError(
+                f"another tensor stands in for the table '{table.attribute}', as in functional_call: {what} before that"
+            )
 
     def _kind(self, table: Table) -> Kind:
         parameter = self._parameter(table)

@@ -327,7 +327,8 @@ pub(crate) fn to_names(names: &Bound<'_, PyAny>) -> PyResult<Vec<Name>> {
         return Err(PyTypeError::new_err("names must be an iterable of str, got a single str"));
     }
     let mut converted = Vec::with_capacity(names.len().unwrap_or(0));
-    if let Ok(list) = names.cast::<PyList>() {
+    // Of a subclass, what it is to be asked for may not be what lies in it.
+    if let Ok(list) = names.cast_exact::<PyList>() {
         for (at, name) in list.iter().enumerate() {
             prefetch_listed(list, at + AHEAD);
             converted.push(Name::new(to_text(&name)?));

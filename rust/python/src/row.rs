@@ -100,7 +100,8 @@ impl<'a, 'py> RowValue<'a, 'py> {
     /// Whether it can be written to rows of a table: to that of a name that lies in it already, or to a new one. A new
     /// name with a plain tensor is trained; an old one stays what it is.
     pub(crate) fn fits(&self, torch: &Torch, table: &Bound<'_, PyAny>, is_new: bool) -> PyResult<Fit> {
-        if !torch.is_plain(table) {
+        // A plain tensor stands in for a Parameter that does not change.
+        if !torch.is_parameter(table) {
             return Ok(Fit::Unusual);
         }
         let mut dims = Vec::with_capacity(8);
