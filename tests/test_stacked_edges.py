@@ -245,6 +245,30 @@ def test_rows_of_a_table_can_be_scattered_into_it(names: list[str], rows: slice)
     assert {name: row.tolist() for name, row in sd.items()} == wanted
 
 
+@pytest.mark.parametrize("make", [torch.Tensor.to_sparse, torch.Tensor.to_mkldnn], ids=["sparse", "mkldnn"])
+def test_values_that_are_not_dense_are_refused(make: Any) -> None:
+    sd = two(2)
+    before = [row.tolist() for row in sd.values()]
+    with pytest.raises(
+        TypeError, match=r"dense tensor of values, got one with the layout torch\._?(sparse_coo|mkldnn)"
+    ):
+        sd.scatter_(["b", "a"], make(torch.ones(2, 2)))
+    assert [row.tolist() for row in sd.values()] == before
+
+
+def test_values_without_memory_are_left_to_torch() -> None:
+    sd = two(2)
+    sd.scatter_(["b", "a"], torch._efficientzerotensor((2, 2)))
+    assert [row.tolist() for row in sd.values()] == [[0, 0], [0, 0]]
+
+    def scattered(values: Tensor) -> Tensor:
+        sd.scatter_(["b", "a"], values)
+        return values.sum()
+
+    with pytest.raises(RuntimeError, match="in-place operation"):
+        torch.func.grad(scattered)(torch.ones(2, 2))
+
+
 def test_a_list_that_gives_other_names_than_lie_in_it_is_asked_for_them_everywhere() -> None:
     class Names(list[str]):
         def __iter__(self) -> Iterator[str]:

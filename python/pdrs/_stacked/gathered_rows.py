@@ -338,7 +338,7 @@ class GatheredRows(NamedRows):
         KeyError
             If names are missing and not to be inserted.
         TypeError
-            If the values are no tensor, or have another dtype than a row.
+            If the values are no dense tensor, or have another dtype than a row.
         ValueError
             If there are more or fewer values than names, or their shape is another. Then nothing has changed.
 
@@ -355,6 +355,8 @@ class GatheredRows(NamedRows):
             raise ValueError(f"missing must be 'error' or 'insert', got {missing!r}")
         if not isinstance(values, Tensor):
             raise TypeError(f"expected a tensor of values, got {type(values).__name__}")
+        if values.layout != torch.strided:
+            raise TypeError(f"expected a dense tensor of values, got one with the layout {values.layout}")
         if values.dim() == 0:
             raise ValueError("expected a value a name, got a single number")
         if not isinstance(names, Handle):

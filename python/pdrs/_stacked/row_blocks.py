@@ -77,7 +77,10 @@ def share_memory(one: Tensor, other: Tensor) -> bool:
     """Whether two plain tensors are views of one block of memory."""
     if not {type(one), type(other)} <= {Tensor, Parameter} or one.device != other.device or one.is_meta:
         return False
-    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    try:
+        return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    except RuntimeError:  # torch's, of what has no memory: zeros of autograd's, and the tensors of its transforms
+        return False
 
 
 @torch.no_grad()
