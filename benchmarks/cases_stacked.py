@@ -38,6 +38,7 @@ LARGEST = 10_000_000
 
 # What is measured up to the largest size.
 INSERTED, POPPED, GATHERED = "insert, at every size", "pop, at every size", "gather, at every size"
+EMBEDDED = "`F.embedding`, at every size"
 
 BY_HAND, TENSORDICT, TORCH, PDRS = "by hand", "tensordict", "torch", "pdrs"
 
@@ -396,16 +397,31 @@ def _pop_at_size(subject: str, data: Data) -> Task:
 
 
 def _gather_at_size(subject: str, data: Data) -> Task:
-    stacked = data.shared(PDRS)
-    stacked.scatter_(data.popped[:BATCH], torch.zeros(min(BATCH, data.entries), FLOATS), missing="insert")
+    container = data.shared(subject)
+    if subject == BY_HAND:
+        return _reading_task(container.gather, data.batches, data)
+    # What was popped before comes back.
+    names = data.popped[:BATCH]
+    container.scatter_(names, data.rows[[int(name[7:]) for name in names]], missing="insert")
+    return _reading_task(lambda names: container.gather(names, sparse=True), data.batches, data)
 
-    def run() -> Any:
+
+def _embed_at_size(_subject: str, data: Data) -> Task:
+    table = data.shared(BY_HAND).table
+    return _reading_task(table, list(data.ids), data)
+
+
+def _reading_task(gather: Callable[[Any], Tensor], batches: list[Any], data: Data) -> Task:
+    def read(gather: Callable[[Any], Tensor], batches: list[Any]) -> Tensor | None:
         gathered = None
-        for names in data.batches:
-            gathered = stacked.gather(names, sparse=True)
+        for batch in batches:
+            gathered = gather(batch)
         return gathered
 
-    return data.task(run, lambda gathered: gathered.shape == (BATCH, FLOATS), BATCHES * BATCH)
+    def holds(gathered: Tensor) -> bool:
+        return torch.equal(gathered.detach(), data.rows[data.ids[-1]])
+
+    return data.task(own(read, gather, batches), holds, BATCHES * BATCH)
 
 
 def _case(
@@ -423,14 +439,21 @@ def _case(
     return Case(title, timed(make_task), subjects, targets, most_runs, up_to=up_to, note=note)
 
 
-def _growing_case(title: str, make_task: Callable[[str, Data], Task], note: str, most_runs: int) -> Case[Data]:
+def _growing_case(
+    title: str,
+    make_task: Callable[[str, Data], Task],
+    note: str,
+    most_runs: int,
+    subjects: tuple[str, ...] = (PDRS,),
+) -> Case[Data]:
     return Case(
         title,
         timed(make_task),
-        (PDRS,),
-        (Target("growth", PDRS, 4, entries=LARGEST),),
+        subjects,
+        (Target("growth", PDRS, 4, entries=LARGEST),) if PDRS in subjects else (),
         most_runs,
         larger_sizes=(LARGEST,),
+        beside_smallest=True,
         note=note,
     )
 
@@ -540,7 +563,16 @@ CASES: tuple[Case[Data], ...] = (
         most_runs=5,
     ),
     _growing_case(POPPED, _pop_at_size, f"{BATCH:,} random names, one by one.", SHORT_RUNS),
-    _growing_case(GATHERED, _gather_at_size, f"{BATCH:,} random names at a time, per name.", SHORT_RUNS),
+    _growing_case(
+        GATHERED, _gather_at_size, f"{BATCH:,} random names at a time, per name.", SHORT_RUNS, (BY_HAND, PDRS)
+    ),
+    _growing_case(
+        EMBEDDED,
+        _embed_at_size,
+        "The rows of the same names, which are known: what it costs torch to read them, and no name is looked up.",
+        SHORT_RUNS,
+        (TORCH,),
+    ),
 )
 
 SUITE = Suite(

@@ -97,6 +97,9 @@ class Case(Generic[DataT]):
         Sizes to measure besides those asked for, where the largest of these is a tenth of them or more.
     only_sizes
         Sizes to measure instead of those asked for, of a case with data of its own.
+    beside_smallest
+        Measures the smallest size again in turns with each larger one: between sizes lie minutes, in which a shared
+        machine changes its pace.
     needs
         Whether this machine has what the case needs.
     note
@@ -115,6 +118,7 @@ class Case(Generic[DataT]):
     extra_sizes: tuple[int, ...] = ()
     larger_sizes: tuple[int, ...] = ()
     only_sizes: tuple[int, ...] = ()
+    beside_smallest: bool = False
     needs: Callable[[], bool] = lambda: True
     note: str = ""
 
@@ -175,11 +179,18 @@ class Measurement:
     entries: int
     unit: str
     runs: tuple[float, ...]
+    # The same at the smallest size, in turns with these; none if it was not measured again.
+    smallest_runs: tuple[float, ...] = ()
 
     @property
     def median(self) -> float:
         """The figure that is reported."""
         return statistics.median(self.runs)
+
+    @property
+    def growth(self) -> float | None:
+        """How many times what the same cost at the smallest size, if that was measured in turns."""
+        return self.median / statistics.median(self.smallest_runs) if self.smallest_runs else None
 
 
 def timed(make_task: Callable[[str, DataT], Task]) -> Callable[[str, DataT], float]:
@@ -230,13 +241,17 @@ def measure(
         for case in planned
         for subject in _subjects(suite, case, entries)
     )
+    smallest: DataT | None = None
     with tqdm(total=total, disable=None, unit="run", leave=False) as bar:
         for entries, planned in plan.items():
             bar.set_description(f"{suite.title}, {entries:,} entries")
             data = suite.make_data(entries)
             for case in planned:
                 bar.set_postfix_str(case.title)
-                yield _measure_case(suite, case, entries, data, repeats, bar)
+                beside = smallest if case.beside_smallest else None
+                yield _measure_case(suite, case, entries, data, beside, repeats, bar)
+            if entries == min(sizes) and any(case.beside_smallest for case in cases):
+                smallest = data
             del data
             gc.collect()
 
@@ -254,20 +269,31 @@ def _subjects(suite: Suite[Any], case: Case[Any], entries: int) -> list[str]:
 
 
 def _measure_case(
-    suite: Suite[DataT], case: Case[DataT], entries: int, data: DataT, repeats: int, bar: tqdm[Any]
+    suite: Suite[DataT],
+    case: Case[DataT],
+    entries: int,
+    data: DataT,
+    smallest: DataT | None,
+    repeats: int,
+    bar: tqdm[Any],
 ) -> list[Measurement]:
     runs: dict[str, list[float]] = {subject: [] for subject in _subjects(suite, case, entries)}
+    smallest_runs: dict[str, list[float]] = {subject: [] for subject in runs}
     wanted = {subject: case.repeats(entries, repeats, subject) for subject in runs}
     subjects = deque(runs)
     for _ in range(max(wanted.values())):
         for subject in subjects:
             if len(runs[subject]) < wanted[subject]:
+                if smallest is not None:
+                    # Twice: the first fills the cache, as the runs at one size do for each other.
+                    again = [_sample(case, subject, entries, smallest) for _ in range(2)]
+                    smallest_runs[subject].append(again[-1])
                 runs[subject].append(_sample(case, subject, entries, data))
                 bar.update()
         # Each comes first once: what runs before it may leave it a warm cache.
         subjects.rotate(-1)
     return [
-        Measurement(suite.name, case.title, subject, entries, case.unit, tuple(figures))
+        Measurement(suite.name, case.title, subject, entries, case.unit, tuple(figures), tuple(smallest_runs[subject]))
         for subject, figures in runs.items()
     ]
 
@@ -277,4 +303,4 @@ def _sample(case: Case[DataT], subject: str, entries: int, data: DataT) -> float
         # More digits than are real make the stored results long.
         return float(f"{case.sample(subject, data):.5g}")
     except Exception as error:
-        raise RuntimeError(f"{case.title} failed for {subject} at {entries:,} entries") from error
+        raise RuntimeError(f"{case.title} failed for {subject}, measuring {entries:,} entries") from error

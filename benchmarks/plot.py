@@ -155,6 +155,9 @@ def draw(results: Results, suite: Suite[Any], path: Path) -> None:
 def _draw_operations(axes: Axes, results: Results, suite: Suite[Any], picture: Picture) -> None:
     entries, first = results.sizes[-1], picture.beside[0]
     rows = _rows(results, suite, entries, picture.beside)
+    if not rows:
+        axes.set_axis_off()
+        return
     for at, (_, medians) in enumerate(rows):
         theirs, ours = medians[first], medians[suite.ours]
         ends = [min(medians.values()), max(medians.values())]

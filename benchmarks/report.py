@@ -27,6 +27,13 @@ class Results:
         found = self._find(suite, case, subject, entries)
         return None if found is None else found.median
 
+    def growth(self, suite: Suite[Any], case: Case[Any], subject: str, entries: int) -> float | None:
+        """Return how many times what it costs at the smallest size an entry costs, or None if it was not measured."""
+        small, large = (self._find(suite, case, subject, size) for size in (self.sizes[0], entries))
+        if small is None or large is None:
+            return None
+        return large.median / small.median if large.growth is None else large.growth
+
     def runs(self, suite: Suite[Any], case: Case[Any], entries: int) -> int:
         """Return how often a case ran for ours, or, if it is not for ours, for the last of the others."""
         found = (self._find(suite, case, subject, entries) for subject in reversed(suite.subjects))
@@ -45,7 +52,10 @@ class Results:
 
     def save(self, path: Path) -> None:
         """Write everything as JSON, a measurement a line."""
-        lines = [json.dumps({**asdict(each), "median": each.median}) for each in self.measurements]
+        lines = [
+            json.dumps({name: value for name, value in asdict(each).items() if value != ()} | {"median": each.median})
+            for each in self.measurements
+        ]
         machine = json.dumps(self.machine, indent=2, ensure_ascii=False)
         body = ",\n".join(lines)
         text = f'{{"machine": {machine},\n"sizes": {list(self.sizes)},\n"measurements": [\n{body}\n]}}\n'
@@ -58,7 +68,8 @@ class Results:
         measurements = []
         for each in stored["measurements"]:
             del each["median"]
-            measurements.append(Measurement(**{**each, "runs": tuple(each["runs"])}))
+            runs = {name: tuple(value) for name, value in each.items() if isinstance(value, list)}
+            measurements.append(Measurement(**{**each, **runs}))
         return cls(stored["machine"], tuple(stored["sizes"]), tuple(measurements))
 
 
@@ -71,10 +82,7 @@ def report(results: Results, suite: Suite[Any]) -> str:
         " containers took turns in one process, with the garbage collector off, and what they made was freed after the"
         " clock had stopped.",
         _machine_list(results.machine),
-        f"Growth is the cost per entry over that at {sizes[0]:,} entries. A dict's own growth shows"
-        " what memory costs that no longer fits into the caches."
-        if len(sizes) > 1
-        else "",
+        _growth_sentences(results, suite) if len(sizes) > 1 else "",
         *(_section(results, suite, entries) for entries in reversed(all_sizes(suite.cases, sizes))),
         _notes(results, suite),
     ]
@@ -154,8 +162,12 @@ def verdicts(results: Results, suite: Suite[Any]) -> list[tuple[Case[Any], Targe
     judged = []
     for case in suite.cases:
         for target in case.targets:
-            size = results.sizes[0] if target.kind == "growth" else target.entries
-            theirs = results.median(suite, case, target.baseline, size)
+            if target.kind == "growth":
+                growth = results.growth(suite, case, suite.ours, target.entries)
+                if growth is not None:
+                    judged.append((case, target, target.met(1, growth)))
+                continue
+            theirs = results.median(suite, case, target.baseline, target.entries)
             ours = results.median(suite, case, suite.ours, target.entries)
             if theirs is not None and ours is not None:
                 judged.append((case, target, target.met(theirs, ours)))
@@ -190,6 +202,13 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         for row in [cells[0], rule, *cells[1:]]
     ]
     return "\n".join(f"| {line} |" for line in lines)
+
+
+def _growth_sentences(results: Results, suite: Suite[Any]) -> str:
+    text = f"Growth is the cost per entry over that at {results.sizes[0]:,} entries."
+    if any(case.beside_smallest for case in suite.cases):
+        text += " Where it is required, these were measured again, in turns with the larger size."
+    return f"{text} A dict's own growth shows what memory costs that no longer fits into the caches."
 
 
 def _machine_list(machine: dict[str, str]) -> str:
@@ -253,13 +272,9 @@ def _grows(results: Results, suite: Suite[Any], entries: int) -> bool:
 
 
 def _growth_cells(results: Results, suite: Suite[Any], case: Case[Any], entries: int) -> list[str]:
-    smallest = results.sizes[0]
-    cells, ours = [], None
-    for subject in suite.subjects:
-        small, large = (results.median(suite, case, subject, size) for size in (smallest, entries))
-        ours = None if small is None or large is None else large / small
-        cells.append(figure(ours))
-    return [*cells, NONE if ours is None else _yes(ours <= suite.growth_at_most)]
+    growths = [results.growth(suite, case, subject, entries) for subject in suite.subjects]
+    ours = growths[-1]
+    return [*map(figure, growths), NONE if ours is None else _yes(ours <= suite.growth_at_most)]
 
 
 def _against(target: Target) -> str:
