@@ -6,13 +6,16 @@ The bugs that this hunts: a bulk call that disagrees with the loop it stands for
 
 from __future__ import annotations
 
+import ast
 import copy
+import inspect
 import pickle
 import sys
 import threading
 from collections import OrderedDict
 from collections.abc import MutableMapping
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +24,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import pdrs
 from pdrs import IndexMap
 
 
@@ -330,3 +334,16 @@ def test_threads_lose_no_entry() -> None:
     assert len(index) == 4 * (2000 + 300)
     assert all(index[f"{worker}.{n}"] == n for worker in range(4) for n in range(3000) if n % 3)
     assert len(set(index)) == len(index)
+
+
+def test_the_docstrings_are_those_of_the_stubs() -> None:
+    stubs = ast.parse((Path(pdrs.__file__).parent / "_core.pyi").read_text(encoding="utf-8"))
+    of_class = next(node for node in stubs.body if isinstance(node, ast.ClassDef) and node.name == "IndexMap")
+    assert inspect.getdoc(pdrs.IndexMap) == ast.get_docstring(of_class)
+    documented = {
+        node.name: text
+        for node in of_class.body
+        if isinstance(node, ast.FunctionDef) and (text := ast.get_docstring(node))
+    }
+    assert {"from_names", "lookup", "extend", "popitem", "rows"} <= documented.keys()
+    assert {name: inspect.getdoc(getattr(pdrs.IndexMap, name)) for name in documented} == documented

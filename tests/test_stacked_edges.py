@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -494,3 +495,128 @@ def test_the_state_of_a_complex_table_that_is_loaded_begins_as_that_of_torch() -
     )
     sd.load_state_dict(other.state_dict())
     assert optimizer.state[sd["b"]._base]["sum"].tolist() == [[0.5 + 0.5j] * 3]
+
+
+UNUSUAL_DTYPES = [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint32, torch.uint64]
+
+
+@pytest.mark.parametrize("dtype", UNUSUAL_DTYPES, ids=str)
+def test_rows_of_a_dtype_that_torch_cannot_index_in_place_can_be_written_and_moved(dtype: torch.dtype) -> None:
+    def row(number: int) -> Parameter:
+        return Parameter(torch.full((3,), number).to(dtype), requires_grad=False)
+
+    sd = StackedParameterDict([(name, row(at)) for at, name in enumerate("abcd")])
+    sd.update([("a", row(9)), ("c", row(8)), ("new", row(4))])
+    sd.drop(["b", "new"])
+    sd.scatter_(["a", "d"], torch.full((2, 3), 7).to(dtype))
+    sd.update([("e", row(5)), ("f", row(6))])
+    sd.drop(["a"])
+    sd.compact()
+    assert {name: one.float().tolist() for name, one in sd.items()} == {
+        name: [float(number)] * 3 for name, number in {"c": 8, "d": 7, "e": 5, "f": 6}.items()
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_a_batch_of_unknown_names_only_has_the_shape_of_a_frozen_table(dtype: torch.dtype) -> None:
+    sd = StackedParameterDict.from_rows(["a"], torch.ones(1, 2, dtype=dtype), trainable=False)
+    zeros = sd.gather(["q"], missing="zero")
+    assert (zeros.dtype, zeros.tolist()) == (dtype, [[0, 0]])
+    assert sd.gather(["q"], missing="zero", shape=(2,)).dtype == dtype
+    assert sd.gather(["q"], missing="skip").shape == (0, 2)
+    assert sd.gather([]).shape == (0, 2)
+    with pytest.raises(ValueError, match="because no table is trainable"):
+        sd.gather(["q"], missing="insert")
+
+
+def test_the_shape_of_a_result_of_no_names_is_asked_for_as_that() -> None:
+    sd = StackedParameterDict({"a": torch.zeros(2), "b": torch.zeros(3)})
+    with pytest.raises(ValueError, match="expected shape=, that of a result of no names, because 2 tables"):
+        sd.gather([])
+    assert sd.gather([], shape=(3,)).shape == (0, 3)
+
+
+def test_the_table_of_a_shape_is_found_whether_it_is_trained_or_not() -> None:
+    sd = two(3)
+    table = sd.table((3,))
+    sd.requires_grad_(False)
+    assert sd.table((3,)) is table
+    sd["c"] = Parameter(torch.zeros(3))
+    assert sd.table((3,)) is not table
+    assert sd.table((3,), trainable=False) is table
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = two(3)
+
+        def forward(self, rows: Tensor) -> Tensor:
+            return torch.nn.functional.embedding(rows, self.words.table((3,)))
+
+    model = Model()
+    stand_ins = {name: table.detach() + 1 for name, table in model.named_parameters()}
+    assert torch.func.functional_call(model, stand_ins, (torch.tensor([0]),)).tolist() == [[2.0, 2.0, 2.0]]
+
+
+def test_names_in_several_tables_are_gathered_on_the_meta_device() -> None:
+    sd = two(3).to("meta")
+    sd["frozen"] = Parameter(torch.zeros(3, device="meta"), requires_grad=False)
+    assert sd.gather(["a", "frozen", "b"]).shape == (3, 3)
+    assert sd.gather(["a", "missing"], missing="zero").shape == (2, 3)
+
+
+@pytest.mark.parametrize("call", ["fromkeys", "gather", "scatter_", "drop"])
+def test_an_array_without_a_dimension_is_no_list_of_names(call: str) -> None:
+    sd, names = two(3), np.array("ab")
+    calls: dict[str, Callable[[], Any]] = {
+        "fromkeys": lambda: StackedParameterDict.fromkeys(names, torch.zeros(3)),
+        "gather": lambda: sd.gather(names),
+        "scatter_": lambda: sd.scatter_(names, torch.zeros(2, 3)),
+        "drop": lambda: sd.drop(names),
+    }
+    with pytest.raises(TypeError, match=r"iterat|iterable"):
+        calls[call]()
+    assert list(sd) == ["a", "b"]
+
+
+def test_a_name_that_is_to_be_dropped_twice_is_said_to_be_listed_twice() -> None:
+    sd = two(3)
+    with pytest.raises(KeyError, match="'a' is listed twice"):
+        sd.drop(["a", "b", "a"])
+    with pytest.raises(KeyError, match=r"^'c'$"):
+        sd.drop(["a", "c"])
+    assert list(sd) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: StackedParameterDict.from_rows(["a"], torch.zeros(1, 2, dtype=torch.int64)),
+        lambda: StackedParameterDict.from_rows(["a"], torch.zeros(1, 2, dtype=torch.bool), trainable=True),
+        lambda: StackedParameterDict.from_shapes({"a": (2,)}, dtype=torch.int64),
+        lambda: StackedParameterDict.fromkeys(["a"], torch.zeros(2, dtype=torch.int64)),
+    ],
+    ids=["from_rows", "trainable", "from_shapes", "fromkeys"],
+)
+def test_integers_that_would_be_trained_are_refused_with_a_way_out(make: Callable[[], Any]) -> None:
+    with pytest.raises(RuntimeError, match=r"can require gradients, got torch.\w+: .*(trainable|requires_grad)=False"):
+        make()
+
+
+def test_names_of_a_computed_table_are_not_put_into_groups() -> None:
+    sd = two(3)
+    parametrize.register_parametrization(sd, "float32_3", Doubled())
+    with pytest.raises(RuntimeError, match=r"computed from other tensors .*: put names into groups before that"):
+        sd.optimizer_groups(by={"a": {}})
+    with pytest.raises(RuntimeError, match=r"computed from other tensors .*: insert names, reserve rows or compact"):
+        sd.reserve(100)
+    assert len(list(sd.parameters())) == 1
+
+
+@pytest.mark.parametrize("make", [pdrs.ParameterDict, lambda sd: pdrs.ParameterDict() | sd])
+@pytest.mark.parametrize("names", [["xy", "zw"], ["a", "b"]])
+def test_a_parameter_dict_takes_no_names_of_a_stacked_one_for_pairs(make: Callable[..., Any], names: list[str]) -> None:
+    sd = StackedParameterDict.from_rows(names, torch.ones(2, 3))
+    with pytest.raises(TypeError, match=r"expected a mapping or pairs, got a StackedParameterDict: pass its unstack"):
+        make(sd)
+    assert list(make(sd.unstack())) == names

@@ -7,13 +7,18 @@ steps; a table that nobody asked for, left by what failed.
 
 from __future__ import annotations
 
+import gc
 import re
+import sys
+import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import pdrs
 from pdrs._stacked import tables
@@ -168,3 +173,154 @@ def test_a_name_whose_row_cannot_be_copied_stays(pop: Callable[[SD], Any], monke
     assert (list(sd), len(sd._tables[0].rows)) == (["a", "b"], 2)
     pop(sd)
     assert list(sd) == ["a"]
+
+
+def test_an_update_that_cannot_write_to_one_table_changes_nothing() -> None:
+    with torch.inference_mode():
+        sd = SD.from_rows(["a", "b", "c"], torch.zeros(3, 3))
+    sd["t"] = torch.zeros(5)
+    with pytest.raises(RuntimeError, match="made in inference mode can be written to in inference mode only"):
+        sd.update([("a", torch.ones(3)), ("new", torch.ones(5)), ("c", torch.ones(3))])
+    assert list(sd) == ["a", "b", "c", "t"]
+    sd["u"] = torch.full((5,), 2.0)
+    assert sd.rows(["t", "u"]).tolist() == [0, 1]
+    assert not sd.gather(["a", "c"]).any()
+
+
+class Cycle:
+    """What only the garbage collector frees, and what it does then."""
+
+    def __init__(self, last_words: Callable[[], object]) -> None:
+        self.itself, self.last_words = self, last_words
+
+    def __del__(self) -> None:
+        self.last_words()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda sd: sd.__setitem__("new", torch.full((2,), 100.0)),
+        lambda sd: sd.update({"new": torch.full((2,), 100.0), "k1": torch.ones(2)}),
+        lambda sd: sd.drop(["k1", "k5"]),
+        lambda sd: sd.pop("k1"),
+        lambda sd: sd.compact(),
+        lambda sd: sd.gather(["k1", "new", "newer"], missing="insert"),
+        lambda sd: sd.optimizer_groups(by={"k[1-3]": {}}),
+    ],
+    ids=["set", "update", "drop", "pop", "compact", "insert", "groups"],
+)
+@pytest.mark.parametrize(
+    "last_words",
+    [lambda sd: sd.__setitem__("late", torch.full((2,), 7.0)), lambda sd: sd.pop("k6", None), lambda sd: sd.compact()],
+    ids=["set", "pop", "compact"],
+)
+def test_a_finalizer_that_changes_the_dictionary_does_so_in_front_of_a_change_or_behind_it(
+    change: Callable[[SD], Any], last_words: Callable[[SD], Any]
+) -> None:
+    thresholds = gc.get_threshold()
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    try:
+        for tracked in range(1, 40):
+            gc.disable()
+            sd = SD.from_rows([f"k{n}" for n in range(8)], torch.arange(16.0).reshape(8, 2))
+            sd.attach(torch.optim.Adam(sd.parameters()))
+            sd.pop("k3")
+            Cycle(partial(last_words, sd))
+            gc.set_threshold(tracked, 1000, 1000)
+            gc.enable()
+            change(sd)
+            gc.disable()
+            gc.collect()
+            assert len(set(sd._index.rows().tolist())) == len(sd) == sum(len(table.rows) for table in sd._tables)
+            for name, row in sd.items():
+                expected = {
+                    "late": [7.0, 7.0],
+                    "new": [sd["new"][0].item()] * 2 if "new" in sd else [],
+                    "newer": [0, 0],
+                }
+                number = 2.0 * int(name[1:]) if name[1:].isdigit() else 0.0
+                assert row.tolist() in (expected.get(name, [number, number + 1]), [1.0, 1.0] if name == "k1" else None)
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*thresholds)
+        if enabled:
+            gc.enable()
+
+
+def test_the_collector_is_left_as_it_was() -> None:
+    enabled, sd = gc.isenabled(), numbered(ENTRIES)
+    try:
+        for switch in (gc.enable, gc.disable):
+            switch()
+            sd["a"] = torch.zeros(2)
+            sd.pop("a")
+            with pytest.raises(KeyError):
+                sd.gather(["missing"])
+            assert gc.isenabled() == (switch is gc.enable)
+    finally:
+        (gc.enable if enabled else gc.disable)()
+
+
+def test_no_python_function_begins_between_a_write_and_its_being_told() -> None:
+    sd = numbered(ENTRIES)
+    sd.attach(torch.optim.Adam(sd.parameters()))
+    begun: list[str] = []
+    version, value = sd.table((2,))._version, torch.zeros(2)
+    sys.setprofile(lambda frame, event, _: begun.append(frame.f_code.co_name) if event == "call" else None)
+    try:
+        sd["a"] = value
+    finally:
+        sys.setprofile(None)
+    assert sd.table((2,))._version > version
+    assert "increment_version" not in begun
+
+
+class WhenNegationIsAskedFor(TorchFunctionMode):
+    def __init__(self, then: Callable[[], Any]) -> None:
+        self.then = then
+        self.was_asked = False
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__name__", "") == "is_neg" and not self.was_asked:
+            self.was_asked = True
+            self.then()
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_row_is_popped_from_where_it_lies_after_a_mode_has_moved_it() -> None:
+    rows = torch.arange(100_000.0).reshape(-1, 2).to(torch.complex64)
+    sd = SD.from_rows([f"k{n}" for n in range(len(rows))], rows.clone())
+    mode = WhenNegationIsAskedFor(lambda: sd.reserve(10 * len(rows)))
+    with mode:
+        popped = sd.pop("k7")
+    assert mode.was_asked
+    assert torch.equal(popped, rows[7])
+
+
+def test_a_name_is_popped_though_to_ask_for_its_gradient_would_warn() -> None:
+    sd = numbered(ENTRIES)
+    stand_ins = {name: table * 2 for name, table in sd.named_parameters()}
+    popped = []
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sd = sd
+
+        def forward(self) -> None:
+            popped.append(self.sd.pop("b"))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.func.functional_call(Model(), {f"sd.{name}": tensor for name, tensor in stand_ins.items()}, ())
+    assert popped[0].tolist() == [4.0, 4.0]
+    assert list(sd) == ["a", "c", "d", "e"]
+
+
+def test_a_number_of_names_that_is_wrong_is_not_believed() -> None:
+    for names in (range(1 << 45), range(1 << 60)):
+        with pytest.raises(TypeError, match="names must be str, got int"):
+            SD.from_rows(names, torch.zeros(3, 2))  # type: ignore[arg-type]

@@ -508,7 +508,7 @@ def test_what_a_sharded_table_can_do_and_what_it_refuses() -> None:
         "write rows": lambda: words.scatter_(["a"], torch.zeros(1, 4)),
         "freeze names": lambda: words.freeze(["a"]),
         "load the layout": lambda: words.load_state_dict(whole.words.named_state_dict()),
-        "DTensor and cannot change its size": lambda: words.reserve(100),
+        "insert names, reserve rows or compact before": lambda: words.reserve(100),
     }
     for message, change in refused.items():
         with pytest.raises(RuntimeError, match=message):

@@ -710,3 +710,74 @@ def test_threads_insert_gather_and_remove_at_once() -> None:
     assert len(sd) == 6 + 4 * 40 * 2
     torch.testing.assert_close(sd.gather(NAMES), rows())
     assert all(row[0].item() == float(name.split(".")[0]) for name, row in sd.items() if name not in NAMES)
+
+
+def test_a_new_table_joins_one_of_two_optimizers() -> None:
+    sd = SD({"a": torch.zeros(2), "b": torch.zeros(3)})
+    one, other = (torch.optim.SGD([sd.table(shape)], lr=1.0) for shape in ((2,), (3,)))
+    sd.attach(one)
+    sd.attach(other)
+    sd["c"] = torch.zeros(4)
+    sd["c"].sum().backward()
+    one.step()
+    other.step()
+    assert sd["c"].tolist() == [-1.0] * 4
+
+
+def test_a_new_table_joins_the_optimizer_of_its_pattern() -> None:
+    sd = SD({"a.w": torch.zeros(2), "a.b": torch.zeros(2)})
+    groups = sd.optimizer_groups(by={r"b$": {"lr": 0.1}}, lr=1.0)
+    one, other = (torch.optim.SGD([group]) for group in groups)
+    sd.attach(one)
+    sd.attach(other)
+    sd["c.b"], sd["c.w"] = torch.zeros(3), torch.zeros(3)
+    (sd["c.b"].sum() + sd["c.w"].sum()).backward()
+    one.step()
+    other.step()
+    assert torch.allclose(sd["c.b"], torch.full((3,), -0.1))
+    assert sd["c.w"].tolist() == [-1.0] * 3
+
+
+def test_a_new_table_joins_all_optimizers_that_have_the_same_tables() -> None:
+    sd = SD({"a": torch.zeros(2)})
+    optimizers = [torch.optim.SGD(sd.parameters(), lr=1.0) for _ in range(2)]
+    for optimizer in optimizers:
+        sd.attach(optimizer)
+    sd["c"] = torch.zeros(4)
+    assert [len(optimizer.param_groups[0]["params"]) for optimizer in optimizers] == [2, 2]
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+@pytest.mark.parametrize("pops", [True, False], ids=["reused", "grown"])
+def test_an_optimizer_that_was_copied_with_the_dictionary_is_noticed(duplicate: Any, pops: bool) -> None:
+    sd = SD.from_rows(list("abcd"), torch.zeros(4, 2))
+    optimizer = torch.optim.Adam(sd.parameters())
+    sd.attach(optimizer)
+    sd.gather(list("abcd")).sum().backward()
+    optimizer.step()
+    copied, its_optimizer = duplicate((sd, optimizer))
+    if pops:
+        copied.pop("a")
+    with pytest.raises(RuntimeError, match="Call attach"):
+        copied["new"] = torch.zeros(2)
+    copied.attach(its_optimizer)
+    copied["new"] = torch.ones(2)
+    assert its_optimizer.state[copied.table((2,))]["exp_avg"][copied.rows(["new"])].tolist() == [[0.0, 0.0]]
+
+
+def test_gradients_by_name_are_not_mixed_up_by_rows_that_move_meanwhile() -> None:
+    sd = SD.from_rows(list("abcd"), torch.zeros(4, 2))
+    sd.drop(["a"])
+    sd.gather(["b", "c", "d"]).sum().backward()
+    gradients = sd.named_grads()
+    next(gradients)
+    sd.compact()
+    with pytest.raises(RuntimeError, match="moved during iteration"):
+        next(gradients)
+
+
+@pytest.mark.parametrize("options", [0.1, None, [("lr", 0.1)]])
+def test_options_that_are_no_mapping_are_refused(options: Any) -> None:
+    sd = SD({"a": torch.zeros(2)})
+    with pytest.raises(TypeError, match=r"expected a mapping of options for 'a', got (float|NoneType|list)"):
+        sd.optimizer_groups(by={"a": options})

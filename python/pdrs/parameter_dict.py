@@ -635,6 +635,9 @@ def _columns(parameters: Iterable[Any]) -> tuple[list[Any], list[Any]]:
         parameters = parameters.items()
     elif isinstance(parameters, Mapping):
         parameters = sorted(parameters.items())
+    elif _is_stacked(parameters):
+        # Iterating gives its names, and one of two letters would pass for a pair.
+        raise TypeError(f"expected a mapping or pairs, got a {type(parameters).__name__}: pass its unstack()")
     pairs = list(parameters)
     columns = unzip(pairs)
     if columns is None:
@@ -642,6 +645,12 @@ def _columns(parameters: Iterable[Any]) -> tuple[list[Any], list[Any]]:
             _check_pair(at, pair)
         columns = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     return columns
+
+
+def _is_stacked(parameters: object) -> bool:
+    from pdrs.stacked import StackedParameterDict
+
+    return isinstance(parameters, StackedParameterDict)
 
 
 def _check_pair(at: int, pair: Any) -> None:

@@ -18,7 +18,7 @@ from pdrs import _copies, _memory, parameter_dict, transfer
 from pdrs._core import IndexMap, TableRows, pop_end_row, pop_row, set_row, slab_views
 from pdrs._stacked.changes import Changes
 from pdrs._stacked.gathered_rows import Handle
-from pdrs._stacked.named_rows import Initialiser, Names, as_list, id_of, initialise, row_of, table_of
+from pdrs._stacked.named_rows import Initialiser, Names, as_list, id_of, initialise, refuse_integers, row_of, table_of
 from pdrs._stacked.saved_rows import SavedRows
 from pdrs._stacked.tables import Kind, Table, mask_device, whole
 from pdrs._state import is_intercepted
@@ -99,6 +99,8 @@ class StackedParameterDict(SavedRows):
             ``unfold``).
         KeyError
             If a name is empty.
+        RuntimeError
+            If the rows are integers or bool, which cannot require gradients, and ``trainable`` is not False.
 
         Examples
         --------
@@ -119,6 +121,8 @@ class StackedParameterDict(SavedRows):
             raise ValueError(f"expected a row for each name and no name twice, got {len(index)} names and {size}")
         if "" in index:
             raise KeyError('parameter name can\'t be empty string ""')
+        if trainable or (trainable is None and not isinstance(rows, Parameter)):
+            refuse_integers(rows.dtype, "pass trainable=False")
         parameter = rows if isinstance(rows, Parameter) else Parameter(rows, requires_grad=trainable is not False)
         if trainable is not None:
             parameter.requires_grad_(trainable)
@@ -149,6 +153,17 @@ class StackedParameterDict(SavedRows):
             What gives the values, as those of ``torch.nn.init`` do: called once a table with a tensor of zeros
             ``[names, *shape]``. Without it they stay zeros.
 
+        Raises
+        ------
+        KeyError
+            If a name is empty.
+        TypeError
+            If a shape is not a sequence.
+        RuntimeError
+            If ``dtype`` is one of integers or bool, which cannot require gradients.
+        ValueError
+            If ``init`` returned new values instead of writing them.
+
         Examples
         --------
         >>> import torch, pdrs
@@ -169,6 +184,7 @@ class StackedParameterDict(SavedRows):
             raise KeyError('parameter name can\'t be empty string ""')
         made = cls()
         dtype = dtype or torch.get_default_dtype()
+        refuse_integers(dtype, "from_rows makes them with trainable=False")
         device = torch.get_default_device() if device is None else device
         ids: dict[str, int] = {}
         for shape, names in by_shape.items():
@@ -184,11 +200,17 @@ class StackedParameterDict(SavedRows):
 
     @classmethod
     def fromkeys(cls, keys: Names, default: Tensor) -> StackedParameterDict:
-        """Make a dictionary of ``keys``, each with a row of its own that is a copy of ``default``. **O(m)**."""
+        """Make a dictionary of ``keys``, each with a row of its own that is a copy of ``default``. **O(m)**.
+
+        Raises TypeError if ``default`` is not a tensor, and RuntimeError if it is one of integers or bool, which cannot
+        require gradients, and no Parameter that need not.
+        """
         if not isinstance(default, Tensor):
             raise TypeError(f"expected a tensor as default, got {type(default).__name__}")
         names = list(dict.fromkeys(as_list(keys)))
         trainable = default.requires_grad if isinstance(default, Parameter) else True
+        if trainable:
+            refuse_integers(default.dtype, "pass torch.nn.Parameter(default, requires_grad=False)")
         return cls.from_rows(names, default.detach().expand(len(names), *default.shape).clone(), trainable=trainable)
 
     # -- one entry -----------------------------------------------------------------------------------------------------
@@ -215,7 +237,7 @@ class StackedParameterDict(SavedRows):
         """Copy a tensor into the row of ``key``: a new key goes to the end, an old one keeps its place. **O(1)**.
 
         A tensor of another shape, or a Parameter with another ``requires_grad``, moves the key to another table: what
-        an optimizer remembers of it is lost. What is refused leaves no trace.
+        an optimizer remembers of it, its gradient and that it was frozen are lost. What is refused leaves no trace.
 
         Raises
         ------
@@ -226,7 +248,9 @@ class StackedParameterDict(SavedRows):
         ValueError
             If ``value`` lies on another device than the table that it would go to.
         RuntimeError
-            If the table has to grow, and an optimizer that is not attached has stepped on it.
+            If the table has to grow, or gives the row of a removed name again, and an optimizer that is not attached
+            has stepped on it; or if ``value`` holds integers or bool and is no Parameter that does not require
+            gradients.
         """
         with self._lock:
             group = (self._groups_of(as_list([key])) or [0])[0] if self._patterns else 0
@@ -355,7 +379,10 @@ class StackedParameterDict(SavedRows):
 
     def copy(self) -> StackedParameterDict:
         """Return a dictionary of the same names with tables of its own, with no gradients. **O(n)**."""
-        return copy.deepcopy(self)
+        made = copy.deepcopy(self)
+        for table in made._tables:
+            table.loaded = False  # no optimizer was copied with it
+        return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StackedParameterDict:
         """Return what ``copy.deepcopy`` makes of any module, while no other thread changes the tables or the names."""

@@ -178,7 +178,9 @@ class GatheredRows(NamedRows):
     ) -> Tensor:
         """Return the rows that many names have in their table, for ``embedding_bag`` and the like. **O(m)**.
 
-        They hold until a name is removed, moved to another table, or the rows are compacted; not for ever.
+        They hold until a name is removed or moved to another table, the rows are compacted or put into groups, or other
+        names are loaded; not for ever. Which table they are of, they do not tell: where there are several of a shape
+        (of frozen names, of groups of options), :meth:`gather` finds it for each name.
 
         Parameters
         ----------
@@ -188,7 +190,7 @@ class GatheredRows(NamedRows):
         Returns
         -------
         torch.Tensor
-            int64 of shape ``[len(names)]``, on the device of the table.
+            int64 of shape ``[len(names)]``, on the device of the table; with ``missing="skip"`` fewer.
 
         Raises
         ------
@@ -251,13 +253,13 @@ class GatheredRows(NamedRows):
             What gives new rows their values in place, as those of ``torch.nn.init`` do: it is called with one tensor
             ``[new names, *shape]`` of zeros. Without it they stay zeros. What it returns is not used.
         shape, dtype
-            Of new rows, and of rows of zeros, where it cannot be told from the names that are there, or from the only
-            table that there is.
+            Of new rows, of rows of zeros, and of a result without rows, where it cannot be told from the names that are
+            there, or from the only table that there is.
 
         Returns
         -------
         torch.Tensor
-            ``[len(names), *shape]``.
+            ``[len(names), *shape]``; with ``"skip"`` as many rows as there are names that are there.
 
         Raises
         ------
@@ -303,7 +305,8 @@ class GatheredRows(NamedRows):
             return gather_rows(table, torch.from_numpy(row_of(ids)).to(table.device), sparse)
         present = np.unique(numbers[numbers >= 0])
         if len(present) == 0:
-            kind = self._kind_to_insert(shape, dtype)
+            what = "names that are not there" if len(ids) else "a result of no names"
+            kind = self._kind_to_insert(shape, dtype, what, frozen=True)
             fitting = [number for one, number in self._numbers().items() if one._replace(group=0) == kind]
             if not fitting or self._device().type == "meta":
                 return torch.zeros((len(ids), *kind.shape), dtype=kind.dtype, device=self._device())
@@ -316,9 +319,7 @@ class GatheredRows(NamedRows):
             raise ValueError(f"expected names of one shape and dtype, got {listed}")
         owners = np.searchsorted(present, numbers)
         owners[ids < 0] = -1
-        device = tables[0].device
-        rows = torch.from_numpy(row_of(ids)).to(device)
-        return gather_tables(tables, torch.from_numpy(owners).to(device), rows, sparse)
+        return gather_tables(tables, owners, row_of(ids), sparse)
 
     @torch.no_grad()
     def scatter_(self, names: Names | Handle, values: Tensor, *, missing: Literal["error", "insert"] = "error") -> None:
@@ -398,8 +399,10 @@ class GatheredRows(NamedRows):
 
     # -- tables --------------------------------------------------------------------------------------------------------
 
-    def table(self, shape: Sequence[int], dtype: torch.dtype | None = None, *, trainable: bool = True) -> Tensor:
+    def table(self, shape: Sequence[int], dtype: torch.dtype | None = None, *, trainable: bool | None = None) -> Tensor:
         """Return the Parameter whose rows are the entries of a shape and dtype. **O(tables)**.
+
+        If there are several (of groups of options, or after moves to another dtype), it is the first.
 
         Parameters
         ----------
@@ -408,7 +411,8 @@ class GatheredRows(NamedRows):
         dtype
             By default torch's default dtype.
         trainable
-            Whether it is the table of the entries that require gradients, or that of the others.
+            Whether it is the table of the entries that require gradients, or that of the others. By default it is the
+            first, or, where no table of this kind requires gradients, the second.
 
         Returns
         -------
@@ -420,12 +424,14 @@ class GatheredRows(NamedRows):
         KeyError
             If there is none.
         """
-        wanted = (as_shape(shape), dtype or torch.get_default_dtype(), trainable)
-        for table in self._tables:
-            parameter = self._parameter(table)
-            if (tuple(parameter.shape[1:]), parameter.dtype, parameter.requires_grad) == wanted:
+        wanted = Kind(as_shape(shape), dtype or torch.get_default_dtype(), trainable is not False)
+        parameters = [self._parameter(table) for table in self._tables]
+        fitting = [one for one in parameters if (tuple(one.shape[1:]), one.dtype) == wanted[:2]]
+        # A sort keeps the order of those that are alike.
+        for parameter in sorted(fitting, key=lambda one: not one.requires_grad):
+            if trainable is None or parameter.requires_grad == trainable:
                 return parameter
-        raise KeyError(f"no table of {Kind(*wanted)}")
+        raise KeyError(f"no table of {wanted}")
 
     def reserve(
         self,

@@ -62,7 +62,9 @@ def as_list(names: Names) -> list[str]:
     """Return names as a list of exact ``str``; TypeError if there is something else."""
     if isinstance(names, str):
         raise TypeError("names must be an iterable of str, got a single str")
-    listed: list[Any] = names.tolist() if isinstance(names, np.ndarray) else list(names)
+    listed: Any = names.tolist() if isinstance(names, np.ndarray) else list(names)
+    if not isinstance(listed, list):  # of an array without a dimension
+        raise TypeError(f"names must be an iterable of str, got an array of the shape {names.shape}")  # type: ignore[union-attr]
     if set(map(type, listed)) <= {str}:
         return listed
     for at, name in enumerate(listed):
@@ -81,12 +83,13 @@ def as_shape(shape: Any) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def refuse_integers(dtype: torch.dtype) -> None:
-    """Raise RuntimeError if entries of a dtype cannot require gradients."""
+def refuse_integers(
+    dtype: torch.dtype, instead: str = "insert torch.nn.Parameter(tensor, requires_grad=False)"
+) -> None:
+    """Raise RuntimeError if entries of a dtype cannot require gradients; ``instead`` is what to do then."""
     if not (dtype.is_floating_point or dtype.is_complex):
         raise RuntimeError(
-            f"only tensors of floating point or complex dtype can require gradients, got {dtype}: "
-            "insert torch.nn.Parameter(tensor, requires_grad=False)"
+            f"only tensors of floating point or complex dtype can require gradients, got {dtype}: {instead}"
         )
 
 
@@ -133,17 +136,24 @@ class NamedRows(Tables):
         """Return the number of the group of options of each name; None if all are 0."""
         return None
 
-    def _kind_to_insert(self, shape: Sequence[int] | None, dtype: torch.dtype | None) -> Kind:
-        """Return the kind that is asked for, or that of the only table that can be meant."""
+    def _kind_to_insert(
+        self,
+        shape: Sequence[int] | None,
+        dtype: torch.dtype | None,
+        of_what: str = "names that are not there",
+        frozen: bool = False,
+    ) -> Kind:
+        """Return the kind that is asked for, or that of the only table that can be meant: ``frozen``, also of these."""
         shape = None if shape is None else as_shape(shape)
-        kinds = {self._kind(table)._replace(group=0) for table in self._tables if self._parameter(table).requires_grad}
-        fitting = {kind for kind in kinds if (shape is None or kind.shape == shape) and dtype in (None, kind.dtype)}
+        kinds = {self._kind(table)._replace(group=0) for table in self._tables}
+        all_fitting = {kind for kind in kinds if (shape is None or kind.shape == shape) and dtype in (None, kind.dtype)}
+        fitting = {kind for kind in all_fitting if kind.trainable} or (all_fitting if frozen else set())
         if len(fitting) == 1:
             return fitting.pop()
         if shape is None:
             none = "no table is trainable" if self._tables else "there is no table yet"
             which = f"{len(fitting)} tables could be meant" if fitting else none
-            raise ValueError(f"expected shape=, that of names that are not there, because {which}")
+            raise ValueError(f"expected shape=, that of {of_what}, because {which}")
         return Kind(shape, dtype or torch.get_default_dtype())
 
     def _insert_missing(

@@ -39,6 +39,7 @@ __all__ = [
     "of_rows",
     "put_in_order",
     "refuse_strangers",
+    "takers",
     "unwatch",
     "watch",
 ]
@@ -257,6 +258,22 @@ def _options(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
         if any(one is parameter for one in group["params"]):
             return group
     raise LookupError("the optimizer has no such parameter")
+
+
+def takers(optimizers: Sequence[Optimizer], pattern: str | None, tables: Iterable[Tensor]) -> list[Optimizer]:
+    """Return the attached optimizers that a new table joins; two with different tables would both step on it.
+
+    It is the first that has a parameter group with the pattern, or else the first that has tables of the dictionary;
+    and with it those that have the very same tables.
+    """
+    ids = set(map(id, tables))
+    held = [ids & {id(one) for group in each.param_groups for one in group["params"]} for each in optimizers]
+    marked = [
+        any("pattern" in group and group["pattern"] == pattern for group in each.param_groups) for each in optimizers
+    ]
+    ranks = [(not has, not own) for has, own in zip(marked, held, strict=True)]
+    first = ranks.index(min(ranks))
+    return [each for at, each in enumerate(optimizers) if at == first or (held[at] and held[at] == held[first])]
 
 
 def join(optimizer: Optimizer, attribute: str, pattern: str | None, tables: Mapping[str, Tensor]) -> None:

@@ -15,13 +15,21 @@ from pdrs import _memory
 from pdrs._core import group_tensors
 from pdrs._stacked.changes import Changes
 
-__all__ = ["copy_in_pieces", "note_rows", "scatter", "share_memory", "stack", "write_rows"]
+__all__ = ["by_bits", "copy_in_pieces", "note_rows", "scatter", "share_memory", "stack", "write_rows"]
 
 # How many tensors are gathered at a time: what was gathered is still in the cache when it is copied on.
 _CHUNK = 1 << 13
 
 # How many elements are copied at a time.
 _PIECE = 1 << 15
+
+# Integers of each size, and the dtypes that torch cannot index in place, which take their places then.
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_NOT_INDEXED = {getattr(torch, name) for name in dir(torch) if name.startswith("float8_")} | {
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+}
 
 
 def stack(values: list[Tensor], like: Tensor) -> Tensor:
@@ -90,12 +98,20 @@ def note_rows(changes: Changes, table: Tensor, rows: NDArray[np.int64], values: 
     changes.call(write, *arguments)
 
 
+def by_bits(tensor: Tensor) -> Tensor:
+    """Return a view of a tensor, with the same bits, that ``index_copy_`` takes: not every dtype has one."""
+    return tensor.view(_INTEGERS[tensor.itemsize]) if tensor.dtype in _NOT_INDEXED else tensor
+
+
 def _write_of(table: Tensor, rows: NDArray[np.int64], values: Tensor) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
+    # What is noted must not fail when it is made.
+    if table.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError("a table that was made in inference mode can be written to in inference mode only: clone it")
     first, last = (int(rows[0]), int(rows[-1])) if len(rows) else (0, -1)
     if last - first == len(rows) - 1 and (np.diff(rows) == 1).all():
         return table[first : last + 1].copy_, (values,)
     places = torch.from_numpy(rows).to(table.device)
-    return table.index_copy_, (0, places, values.to(table.device, table.dtype))
+    return by_bits(table).index_copy_, (0, places, by_bits(values.to(table.device, table.dtype)))
 
 
 @torch.no_grad()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = ["gather_rows", "gather_tables"]
@@ -45,7 +47,7 @@ def gather_rows(table: Tensor, rows: Tensor, sparse: bool) -> Tensor:
     return table.index_select(0, rows)
 
 
-def gather_tables(tables: list[Tensor], owners: Tensor, rows: Tensor, sparse: bool) -> Tensor:
+def gather_tables(tables: list[Tensor], owners: NDArray[np.int64], rows: NDArray[np.int64], sparse: bool) -> Tensor:
     """Return rows of several tables of one shape and dtype, in the order in which they are listed.
 
     Parameters
@@ -53,17 +55,18 @@ def gather_tables(tables: list[Tensor], owners: Tensor, rows: Tensor, sparse: bo
     tables
         ``[capacity, *shape]`` each, the capacities may differ.
     owners, rows
-        int64 ``[n]``, on the tables' device: the place of the table in the list, or -1 for a row of zeros, and the row.
+        ``[n]``: the place of the table in the list, or -1 for a row of zeros, and the row.
     """
+    device = tables[0].device
     parts, places = [], []
     for number, table in enumerate(tables):
-        there = (owners == number).nonzero()[:, 0]
-        parts.append(gather_rows(table, rows[there], sparse))
+        there = np.flatnonzero(owners == number)
+        parts.append(gather_rows(table, torch.from_numpy(rows[there]).to(device), sparse))
         places.append(there)
-    absent = (owners < 0).nonzero()[:, 0]
+    absent = np.flatnonzero(owners < 0)
     if len(absent):
         parts.append(tables[0].new_zeros((len(absent), *tables[0].shape[1:])))
         places.append(absent)
-    order = torch.empty_like(rows)
-    order[torch.cat(places)] = torch.arange(len(rows), device=rows.device)
-    return torch.cat(parts).index_select(0, order)
+    order = np.empty_like(rows)
+    order[np.concatenate(places)] = np.arange(len(rows))
+    return torch.cat(parts).index_select(0, torch.from_numpy(order).to(device))

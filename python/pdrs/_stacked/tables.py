@@ -26,6 +26,7 @@ from pdrs._core import Lock, TableRows, zero_row
 from pdrs._stacked import optimizer_rows
 from pdrs._stacked.changes import Changes
 from pdrs._stacked.gradient_rows import GradientRows, moved_rows
+from pdrs._stacked.row_blocks import by_bits
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -91,7 +92,8 @@ class Table:
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to this very Parameter."""
         of_parameter: dict[str, Any] = {"hooked": None, "handles": [], "stashed": [], "gradient_rows": None}
-        return self.__dict__ | of_parameter | {"resized": False, "loaded": False}
+        # Whoever copies the optimizer, too, has one with state for the copy.
+        return self.__dict__ | of_parameter | {"resized": False, "loaded": True}
 
     # -- the hooks of the Parameter ------------------------------------------------------------------------------------
 
@@ -357,8 +359,9 @@ class Tables(Module):
             optimizers = self._attached()
             if parameter.requires_grad and optimizers:
                 tables = {one.attribute: self._parameter(one) for one in [*self._tables, table]}
-                for optimizer in optimizers:
-                    optimizer_rows.join(optimizer, attribute, self._pattern(group), tables)
+                pattern = self._pattern(group)
+                for optimizer in optimizer_rows.takers(optimizers, pattern, tables.values()):
+                    optimizer_rows.join(optimizer, attribute, pattern, tables)
             self._tables.append(table)
         except BaseException:
             if table not in self._tables:  # whoever asked for it removes it where it is
@@ -430,11 +433,12 @@ class Tables(Module):
 
         ``source`` lies on the CPU. What belongs to the rows goes along.
         """
+        self._refuse_foreign(table, "insert names, reserve rows or compact")
         parameter = self._parameter(table)
         if not isinstance(parameter, Parameter) or type(parameter.data) is not Tensor:
             raise RuntimeError(
                 f"the table '{table.attribute}' is a {type(parameter.data).__name__} and cannot change its size: "
-                "insert names, or reserve rows for them, before the model is sharded or replicated"
+                "insert names before it becomes one"
             )
         what = "change the size of a table" if source is None else "move the rows of a table"
         self._refuse_strangers(table, parameter, self._attached(), what)
@@ -503,7 +507,8 @@ class Tables(Module):
         State that has a row for each row of a table (the moments of Adam, the sums of Adagrad, momentum) belongs to the
         names from now on. It is grown with the table, set back to what it begins with for a new name, and carried along
         by :meth:`compact` and ``load_state_dict``; numbers such as the count of steps stay. Tables that are made later
-        join the optimizer: the parameter group that has the tables of their group, or of this dictionary at all.
+        join the optimizer: the parameter group that has the tables of their group, or of this dictionary at all. If
+        several are attached, they join the first that has such a group, and others only if these have the same tables.
         The optimizer is not kept alive. Copies and pickles of the dictionary have no attached optimizers.
 
         Raises
@@ -512,6 +517,8 @@ class Tables(Module):
             If it is no optimizer.
         ValueError
             If the optimizer has none of the tables, and there are some.
+        RuntimeError
+            If its state cannot follow the rows: it is neither a number nor has it a row for each of a table.
         """
         if not (hasattr(optimizer, "param_groups") and hasattr(optimizer, "state")):
             raise TypeError(f"expected an optimizer, got {type(optimizer).__name__}")
@@ -553,7 +560,8 @@ class _Arranged:
         made = _memory.full_like(tensor, self.capacity, fill)
         # Where the rows of a state lie on another device, as torch's own optimizers never have them, this moves them.
         there, old = self.there.to(tensor.device), self.old.to(tensor.device)
-        return made.index_copy_(0, there, tensor.index_select(0, old))
+        by_bits(made).index_copy_(0, there, by_bits(tensor.index_select(0, old)))
+        return made
 
     def sparse(self, gradient: Tensor) -> Tensor:
         if self.source is None:

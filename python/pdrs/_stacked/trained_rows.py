@@ -39,7 +39,7 @@ class TrainedRows(GatheredRows):
         """Iterate over names and gradients, in order; names whose table has no gradient are left out. **O(n)**.
 
         A dense gradient is a view of the table's. Of a sparse one, only names that it has rows of are given, and what
-        is given is a copy.
+        is given may be a copy. Rows that move meanwhile end the iteration with a RuntimeError.
 
         Examples
         --------
@@ -61,7 +61,10 @@ class TrainedRows(GatheredRows):
                 rows.append(dict(zip(gradient.indices()[0].tolist(), gradient.values().unbind(), strict=True)))
             else:
                 rows.append(gradient.unbind())
+        moves = self._moves
         for name, id_ in self._index.items():
+            if self._moves != moves:
+                raise RuntimeError("rows of the dictionary moved during iteration")
             of_table, row = rows[table_of(id_)], row_of(id_)
             if not isinstance(of_table, dict) or row in of_table:
                 yield name, of_table[row]
@@ -103,10 +106,12 @@ class TrainedRows(GatheredRows):
     def freeze(self, names: Names | Handle) -> None:
         """Mask the gradients of some names until they are unfrozen. **O(m)** for ``m`` names, and **O(capacity)** once.
 
-        The gradient that a backward pass gives these rows is set to zero, dense or sparse, and so is the one that they
-        have, and what attached optimizers remember of them. So they stay as they are under optimizers without weight
-        decay. Weight decay moves every row of a table: names that must not change at all are better inserted as
-        ``Parameter(..., requires_grad=False)``, which puts them into a table that no optimizer has.
+        The gradient that ``backward`` gives these rows is set to zero, dense or sparse, and so is the one that they
+        have, and what attached optimizers remember of them. (What ``torch.autograd.grad`` returns is not masked: it
+        goes past the gradients of Parameters.) So they stay as they are under optimizers without weight decay that were
+        attached before; others go on moving them by their momentum. Weight decay moves every row of a table: names that
+        must not change at all are better inserted as ``Parameter(..., requires_grad=False)``, which puts them into a
+        table that no optimizer has. A name that is set to a value of another shape is no longer frozen.
 
         The mask is pickled and copied with the dictionary, and is no part of its state dict.
 
@@ -194,9 +199,10 @@ class TrainedRows(GatheredRows):
         Raises
         ------
         RuntimeError
-            If an optimizer that is not attached has state for a table whose rows must move.
+            If rows of a table must move for which an optimizer that is not attached has state, or that is sharded or
+            parametrized.
         TypeError
-            If ``by`` is not a mapping from ``str``.
+            If ``by`` is not a mapping from ``str`` to mappings.
 
         Examples
         --------
@@ -213,6 +219,10 @@ class TrainedRows(GatheredRows):
         for expression in by:
             if not isinstance(expression, str):  # it is saved with the names
                 raise TypeError(f"expected regular expressions as str, with flags as '(?i)', got {expression!r}")
+            if not isinstance(by[expression], Mapping):
+                raise TypeError(
+                    f"expected a mapping of options for {expression!r}, got {type(by[expression]).__name__}"
+                )
         with self._lock:
             options = [(None, dict(others)), *((pattern, {**others, **options}) for pattern, options in by.items())]
             self._regroup(tuple(by))
@@ -249,6 +259,7 @@ class TrainedRows(GatheredRows):
                 strays = [int(group) for group in np.flatnonzero(counts) if group != homes[number]]
                 moves += [(number, group) for group in strays]
                 if strays:
+                    self._refuse_foreign(table, "put names into groups")
                     self._refuse_strangers(table, self._parameter(table), self._attached(), "move rows of a table")
             for table, home in zip(self._tables, homes, strict=True):
                 table.group = home

@@ -1,10 +1,15 @@
 //! A lock that its holder may take again, as `threading.RLock`, which native code takes without a detour through Python.
+//!
+//! Python's garbage collector waits meanwhile: what it collects may have finalizers that use what the lock guards, on the
+//! very thread that holds it, half-way through a change. They run when the lock has been given back.
+#![allow(unsafe_code)] // The collector is switched through the C API.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
 use std::time::Duration;
 
 use pyo3::exceptions::PyRuntimeError;
+use pyo3::ffi;
 use pyo3::prelude::*;
 
 /// How long a thread waits before it looks whether there was a signal, such as Ctrl-C.
@@ -23,6 +28,8 @@ struct Held {
     by: Option<ThreadId>,
     times: usize,
     waiting: usize,
+    /// Whether the collector was running when the lock was taken.
+    collects: bool,
 }
 
 impl Held {
@@ -43,6 +50,16 @@ impl Lock {
     }
 
     fn acquire(&self, py: Python<'_>) -> PyResult<()> {
+        self.take(py)?;
+        let mut held = self.held();
+        if held.times == 1 {
+            // SAFETY: this thread is attached to the interpreter.
+            held.collects = unsafe { ffi::PyGC_Disable() } == 1;
+        }
+        Ok(())
+    }
+
+    fn take(&self, py: Python<'_>) -> PyResult<()> {
         let thread = thread::current().id();
         if self.held().take(thread) {
             return Ok(());
@@ -61,7 +78,7 @@ impl Lock {
         Ok(())
     }
 
-    fn release(&self) -> PyResult<()> {
+    fn release(&self, _py: Python<'_>) -> PyResult<()> {
         let mut held = self.held();
         if held.by != Some(thread::current().id()) {
             return Err(PyRuntimeError::new_err("cannot give back a lock that this thread does not hold"));
@@ -69,6 +86,10 @@ impl Lock {
         held.times -= 1;
         if held.times == 0 {
             held.by = None;
+            if std::mem::take(&mut held.collects) {
+                // SAFETY: this thread is attached to the interpreter. Nothing is collected before it next makes an object.
+                unsafe { ffi::PyGC_Enable() };
+            }
             // Only then, because it is a system call.
             if held.waiting > 0 {
                 self.freed.notify_one();
@@ -89,7 +110,7 @@ pub(crate) struct Holding<'py>(Bound<'py, Lock>);
 
 impl Drop for Holding<'_> {
     fn drop(&mut self) {
-        let released = self.0.get().release();
+        let released = self.0.get().release(self.0.py());
         debug_assert!(released.is_ok(), "a lock that is held can be given back");
     }
 }
@@ -112,7 +133,7 @@ impl Lock {
         error: &Bound<'_, PyAny>,
         traceback: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
-        let _ = (class, error, traceback);
-        self.release()
+        let _ = (error, traceback);
+        self.release(class.py())
     }
 }

@@ -113,7 +113,7 @@ pub(crate) fn remove_names<'py>(
     index.get().find_all(py, &names).map_err(|places| missing(places[0]))?;
     let mut seen = HashSet::with_capacity(names.len());
     if let Some(at) = (0..names.len()).find(|at| !seen.insert(Key(&names[*at]))) {
-        return Err(missing(at));
+        return Err(PyKeyError::new_err(format!("{} is listed twice", names[at].text(py).repr()?)));
     }
     let removed = index.get().remove_all(py, &names);
     Ok(PyArray1::from_vec(py, removed.iter().map(|(_, id)| *id).collect()))
@@ -199,8 +199,10 @@ fn insert_row(
             && torch.gradient(&parameter)?.is_none();
         if !is_bare {
             stacked.call_method1(intern!(py, "_make_ready"), (&table, row))?;
-            // Another thread may have changed the table meanwhile.
-            if !matches!(value.fits(torch, &parameter, true)?, Fit::Rows(_)) {
+            // Python code has run that may have changed the table, or inserted the name.
+            let fits = matches!(value.fits(torch, &parameter, true)?, Fit::Rows(_));
+            let is_next = rows.get().peek(py, capacity).is_some_and(|(next, _)| next == row);
+            if !fits || !is_next || index.find(name).is_some() {
                 return Ok(false);
             }
         }
@@ -275,13 +277,14 @@ fn take_row<'py>(
         Some(copied) => copied,
         None => stacked.call_method1(intern!(py, "_copy_of_row"), (&table, row))?,
     };
+    // A tensor that is no Parameter may have no gradient of its own, and warn who asks.
+    let has_none = match parameter.as_ref().filter(|parameter| torch.is_parameter(parameter)) {
+        Some(parameter) => torch.gradient(parameter)?.is_none(),
+        None => false,
+    };
     if remove() {
         table.getattr(intern!(py, "rows"))?.cast::<TableRows>()?.get().give_back(py, row);
         count(state, intern!(py, "_moves"))?;
-        let has_none = match &parameter {
-            Some(parameter) => torch.gradient(parameter)?.is_none(),
-            None => false,
-        };
         if !has_none {
             stacked.call_method1(intern!(py, "_clear_gradient_of"), (&table, row))?;
         }

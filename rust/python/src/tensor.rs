@@ -47,6 +47,8 @@ pub(crate) enum Unusual {
     Lazy,
     /// There are elements, but no memory.
     NoMemory,
+    /// Python code that torch ran has changed it.
+    Moved,
     /// Elements that `DLPack` cannot name.
     Dtype(String),
 }
@@ -58,6 +60,7 @@ impl std::fmt::Display for Unusual {
             Self::Refused(why) => write!(f, "has no plain memory: {why}"),
             Self::Lazy => write!(f, "has its conjugate or negative bit set"),
             Self::NoMemory => write!(f, "has elements but no memory"),
+            Self::Moved => write!(f, "was changed while it was looked at"),
             Self::Dtype(name) => write!(f, "has the dtype {name}"),
         }
     }
@@ -159,7 +162,7 @@ impl Torch {
             grad: Attribute::new(&tensor, "grad")?,
             requires_grad: Attribute::new(&tensor, "requires_grad")?,
             version: Attribute::new(&tensor, "_version")?,
-            increment_version: py.import("torch.autograd.graph")?.getattr("increment_version")?.unbind(),
+            increment_version: increment_version(py)?.unbind(),
             is_conj: tensor.getattr("is_conj")?.unbind(),
             is_neg: tensor.getattr("is_neg")?.unbind(),
             tensor: tensor.unbind(),
@@ -211,7 +214,7 @@ impl Torch {
         self.get_attribute(&self.version, tensor).is_ok()
     }
 
-    /// Tells autograd that the values of tensors change, or are about to.
+    /// Tells autograd that the values of tensors change, or are about to. No signal comes in between.
     pub(crate) fn increment_version(&self, tensors: &Bound<'_, PyList>) -> PyResult<()> {
         self.increment_version.bind(tensors.py()).call1((tensors,)).map(drop)
     }
@@ -319,11 +322,24 @@ impl Torch {
             numel: if shape.contains(&0) { 0 } else { shape.iter().map(|size| size.cast_unsigned()).product() },
             contiguous: is_contiguous(shape, strides),
         };
-        let unusual = self.look_closer(tensor, &found)?;
+        let mut unusual = self.look_closer(tensor, &found)?;
+        if unusual.is_none() && found.is_asked_for() && !self.is_still_there(tensor, &found, &dims[start..])? {
+            unusual = Some(Unusual::Moved);
+        }
         if unusual.is_some() {
             dims.truncate(start);
         }
         Ok(unusual.map_or(Ok(found), Err))
+    }
+
+    /// Whether a tensor still lies where it was found, after questions that Python code may have answered: a function
+    /// mode.
+    fn is_still_there(&self, tensor: &Bound<'_, PyAny>, found: &Found, dims: &[i64]) -> PyResult<bool> {
+        let Ok(seen) = self.see(tensor)? else {
+            return Ok(false);
+        };
+        // SAFETY: nothing has run since the tensor was seen.
+        Ok(seen.pointer() == found.pointer && unsafe { seen.has_dims(dims) })
     }
 
     /// Asks for what the exchange API does not tell, where it can matter.
@@ -383,10 +399,13 @@ impl Finder {
             && unsafe { seen.has_dims(&self.dims) }
         {
             let pointer = seen.pointer();
-            if pointer == 0 || latest.may_be_lazy() || latest.may_be_narrow() {
+            if pointer == 0 || latest.is_asked_for() {
                 let found = Found { pointer, ..*latest };
                 if let Some(unusual) = self.torch.look_closer(tensor, &found)? {
                     return Ok(Seen::Unusual(unusual));
+                }
+                if !self.torch.is_still_there(tensor, &found, &self.dims)? {
+                    return Ok(Seen::Unusual(Unusual::Moved));
                 }
             }
             return Ok(Seen::Alike(pointer));
@@ -411,6 +430,11 @@ impl Finder {
 }
 
 impl Found {
+    /// Whether torch's Python is asked for more.
+    fn is_asked_for(&self) -> bool {
+        self.may_be_lazy() || self.may_be_narrow()
+    }
+
     /// Whether `DLPack` may have taken for it a tensor of integers of less than 8 bits.
     fn may_be_narrow(&self) -> bool {
         self.itemsize == 1 && self.dtype.code < 2
@@ -423,6 +447,14 @@ impl Found {
     fn may_be_lazy(&self) -> bool {
         self.dtype.is_complex() || (self.dtype.is_differentiable() && (self.numel == 1 || !self.contiguous))
     }
+}
+
+/// What tells autograd of changes: the function in C, where there is it, because a signal may come wherever one in Python
+/// begins, between a change and its being told.
+fn increment_version(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
+    py.import("torch._C")?
+        .getattr("_increment_version")
+        .or_else(|_| py.import("torch.autograd.graph")?.getattr("increment_version"))
 }
 
 /// Begins to load what [`Torch::find`] will read of a tensor.
