@@ -106,7 +106,10 @@ def by_bits(tensor: Tensor) -> Tensor:
 def _write_of(table: Tensor, rows: NDArray[np.int64], values: Tensor) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
     # What is noted must not fail when it is made.
     if table.is_inference() and not torch.is_inference_mode_enabled():
-        raise RuntimeError("a table that was made in inference mode can be written to in inference mode only: clone it")
+        raise RuntimeError(
+            "Inplace update to inference tensor: a table that was made in inference mode can be written to in "
+            "inference mode only; clone it"
+        )
     first, last = (int(rows[0]), int(rows[-1])) if len(rows) else (0, -1)
     if last - first == len(rows) - 1 and (np.diff(rows) == 1).all():
         return table[first : last + 1].copy_, (values,)
