@@ -9,6 +9,7 @@ made again and again, and stopped at one place after another.
 from __future__ import annotations
 
 import ast
+import gc
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -237,7 +238,8 @@ class Stop:
 class AtLines(Stop):
     """A KeyboardInterrupt in front of a line of ours.
 
-    Not of one in a ``finally`` block, nor where a ``with`` block ends: Python begins these without a look at signals.
+    Not of one in a ``finally`` block, nor where a ``with`` block ends, nor of ``try`` itself: Python begins these
+    without a look at signals, and what is raised at ``try`` leaves a ``with`` around it without its end.
     """
 
     def __enter__(self) -> Stop:
@@ -257,12 +259,13 @@ class AtLines(Stop):
 
 @cache
 def shielded(file: str) -> frozenset[int]:
-    """Return the numbers of the lines that lie in ``finally`` blocks, and of those that begin, and end, a ``with``."""
+    """Return the numbers of the lines in ``finally`` blocks, and of those of ``try`` and ``with`` themselves."""
     lines: set[int] = set()
     for node in ast.walk(ast.parse(Path(file).read_text())):
         if isinstance(node, ast.With):
             lines.add(node.lineno)
         elif isinstance(node, ast.Try):
+            lines.add(node.lineno)
             for last in node.finalbody:
                 lines.update(range(last.lineno, (last.end_lineno or last.lineno) + 1))
     return frozenset(lines)
@@ -330,7 +333,9 @@ def failures(change: Callable[[Scene], None], kind: type[Stop], sparse: bool) ->
     for at in everywhere.chosen():
         stop = kind(at)
         try:
+            collects = gc.isenabled()
             scene = make(change, stop, sparse)
+            assert gc.isenabled() == collects, "the lock has not been given back"
             seen = compared(scene.seen())
             assert seen in (before, after), "neither before nor after"
             left = seen, [(table.rows.used, len(table.handles), table.resized) for table in scene.sd._tables]
