@@ -62,9 +62,9 @@ def as_list(names: Names) -> list[str]:
     """Return names as a list of exact ``str``; TypeError if there is something else."""
     if isinstance(names, str):
         raise TypeError("names must be an iterable of str, got a single str")
-    listed: Any = names.tolist() if isinstance(names, np.ndarray) else list(names)
-    if not isinstance(listed, list):  # of an array without a dimension
-        raise TypeError(f"names must be an iterable of str, got an array of the shape {names.shape}")  # type: ignore[union-attr]
+    if isinstance(names, np.ndarray) and names.ndim == 0:  # whose `tolist` gives a single str
+        raise TypeError("names must be an iterable of str, got an array without a dimension")
+    listed: list[Any] = names.tolist() if isinstance(names, np.ndarray) else list(names)
     if set(map(type, listed)) <= {str}:
         return listed
     for at, name in enumerate(listed):
