@@ -8,8 +8,10 @@ steps; a table that nobody asked for, left by what failed.
 from __future__ import annotations
 
 import gc
+import os
 import re
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -326,3 +328,25 @@ def test_a_number_of_names_that_is_wrong_is_not_believed() -> None:
     for names in (range(1 << 45), range(1 << 60)):
         with pytest.raises(TypeError, match="names must be str, got int"):
             SD.from_rows(names, torch.zeros(3, 2))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_the_collector_goes_on_in_a_process_that_is_forked_while_another_thread_holds_the_lock() -> None:
+    sd, held, done = numbered(ENTRIES), threading.Event(), threading.Event()
+
+    def init(_: Tensor) -> None:
+        held.set()
+        done.wait()
+
+    thread = threading.Thread(target=lambda: sd.gather(["new"], missing="insert", shape=(2,), init=init))
+    thread.start()
+    held.wait()
+    assert not gc.isenabled()
+    process = os.fork()
+    if process == 0:
+        os._exit(0 if gc.isenabled() else 1)
+    _, status = os.waitpid(process, 0)
+    done.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert gc.isenabled()

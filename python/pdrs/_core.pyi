@@ -527,6 +527,9 @@ class Lock:
     """A lock that its holder may take again; native code takes it without a detour through Python."""
 
     def __new__(cls) -> Lock: ...
+    @staticmethod
+    def after_fork() -> None:
+        """Let the collector go on in a process that was forked while another thread, which it has not, held a lock."""
     def __enter__(self) -> None: ...
     def __exit__(
         self, class_: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /

@@ -9,6 +9,7 @@ This layer knows rows and no names.
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 __all__ = ["Kind", "Rows", "Table", "Tables", "is_sharded", "mask_device", "whole"]
 
 Rows = NDArray[np.int64]
+
+if hasattr(os, "register_at_fork"):  # Windows has none
+    os.register_at_fork(after_in_child=Lock.after_fork)
 
 
 class Kind(NamedTuple):

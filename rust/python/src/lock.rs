@@ -4,6 +4,7 @@
 //! very thread that holds it, half-way through a change. They run when the lock has been given back.
 #![allow(unsafe_code)] // The collector is switched through the C API.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
 use std::time::Duration;
@@ -14,6 +15,9 @@ use pyo3::prelude::*;
 
 /// How long a thread waits before it looks whether there was a signal, such as Ctrl-C.
 const PATIENCE: Duration = Duration::from_millis(50);
+
+/// How many locks the collector waits for.
+static WAITED_FOR: AtomicUsize = AtomicUsize::new(0);
 
 /// Who waits for it lets other Python threads run.
 #[pyclass(frozen, module = "pdrs._core")]
@@ -55,6 +59,7 @@ impl Lock {
         if held.times == 1 {
             // SAFETY: this thread is attached to the interpreter.
             held.collects = unsafe { ffi::PyGC_Disable() } == 1;
+            WAITED_FOR.fetch_add(held.collects.into(), Ordering::Relaxed);
         }
         Ok(())
     }
@@ -89,6 +94,7 @@ impl Lock {
             if std::mem::take(&mut held.collects) {
                 // SAFETY: this thread is attached to the interpreter. Nothing is collected before it next makes an object.
                 unsafe { ffi::PyGC_Enable() };
+                WAITED_FOR.fetch_sub(1, Ordering::Relaxed);
             }
             // Only then, because it is a system call.
             if held.waiting > 0 {
@@ -117,6 +123,15 @@ impl Drop for Holding<'_> {
 
 #[pymethods]
 impl Lock {
+    /// Lets the collector go on in a process that was forked while another thread, which it has not, held a lock.
+    #[staticmethod]
+    fn after_fork(_py: Python<'_>) {
+        if WAITED_FOR.load(Ordering::Relaxed) > 0 {
+            // SAFETY: this thread is attached to the interpreter.
+            unsafe { ffi::PyGC_Enable() };
+        }
+    }
+
     #[new]
     fn new() -> Self {
         Self { held: Mutex::default(), freed: Condvar::new() }
