@@ -331,6 +331,7 @@ def test_a_number_of_names_that_is_wrong_is_not_believed() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")  # from Python 3.12 on; it is what is tested
 def test_the_collector_goes_on_in_a_process_that_is_forked_while_another_thread_holds_the_lock() -> None:
     sd, held, done = numbered(ENTRIES), threading.Event(), threading.Event()
 
