@@ -7,6 +7,7 @@ cannot be interrupted, and a lock that a stranger gives back.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -105,3 +106,19 @@ def test_a_signal_interrupts_a_thread_that_waits():
         thread.join()
     with lock:  # which nobody holds now
         pass
+
+
+def test_a_lock_that_goes_while_a_thread_that_has_ended_holds_it_lets_the_collector_go_on():
+    collects = gc.isenabled()
+    gc.enable()
+    try:
+        lock = Lock()
+        thread = threading.Thread(target=lock.__enter__)
+        thread.start()
+        thread.join()
+        assert not gc.isenabled()
+        del lock, thread
+        assert gc.isenabled()
+    finally:
+        if not collects:
+            gc.disable()

@@ -48,6 +48,24 @@ impl Held {
     }
 }
 
+impl Held {
+    /// Lets the collector go on, if it waits for this lock. The thread must be attached to the interpreter.
+    fn let_collect(&mut self) {
+        if std::mem::take(&mut self.collects) {
+            // SAFETY: as the caller promises. Nothing is collected before Python next makes an object.
+            unsafe { ffi::PyGC_Enable() };
+            WAITED_FOR.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// One that goes while it is held, by a thread that has ended, is given back.
+impl Drop for Lock {
+    fn drop(&mut self) {
+        self.held().let_collect();
+    }
+}
+
 impl Lock {
     fn held(&self) -> MutexGuard<'_, Held> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
@@ -91,11 +109,7 @@ impl Lock {
         held.times -= 1;
         if held.times == 0 {
             held.by = None;
-            if std::mem::take(&mut held.collects) {
-                // SAFETY: this thread is attached to the interpreter. Nothing is collected before it next makes an object.
-                unsafe { ffi::PyGC_Enable() };
-                WAITED_FOR.fetch_sub(1, Ordering::Relaxed);
-            }
+            held.let_collect();
             // Only then, because it is a system call.
             if held.waiting > 0 {
                 self.freed.notify_one();
