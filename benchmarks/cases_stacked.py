@@ -542,7 +542,7 @@ CASES: tuple[Case[Data], ...] = (
         note="Names are new `str` objects, as a text gives them. torch and tensordict:"
         " `torch.stack([pd[name] for name in names])`; by hand `table(torch.tensor([ids[name] for name in names]))`."
         " By hand and ours with sparse gradients. Per name, and behind one batch that is not timed, as in a loop that"
-        " goes on: to wake torch's second thread can take ten milliseconds.",
+        " goes on: to wake torch's other threads can take longer than what is timed.",
     ),
     _case(
         "the same, looked up before",
