@@ -122,3 +122,27 @@ def test_a_lock_that_goes_while_a_thread_that_has_ended_holds_it_lets_the_collec
     finally:
         if not collects:
             gc.disable()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_lock_from_before_a_fork_leaves_the_collector_alone_when_it_goes():
+    collects = gc.isenabled()
+    gc.enable()
+    try:
+        lock = Lock()
+        thread = threading.Thread(target=lock.__enter__)
+        thread.start()
+        thread.join()
+        process = os.fork()
+        if process == 0:
+            went_on = gc.isenabled()
+            gc.disable()
+            del lock, thread
+            os._exit(0 if went_on and not gc.isenabled() else 1)
+        _, status = os.waitpid(process, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+        del lock, thread
+        assert gc.isenabled()
+    finally:
+        if not collects:
+            gc.disable()

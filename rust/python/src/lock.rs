@@ -46,15 +46,16 @@ impl Held {
         }
         taken
     }
-}
 
-impl Held {
     /// Lets the collector go on, if it waits for this lock. The thread must be attached to the interpreter.
     fn let_collect(&mut self) {
-        if std::mem::take(&mut self.collects) {
+        let fewer = |locks: usize| locks.checked_sub(1);
+        // None is left behind a fork, which has let the collector go on.
+        if std::mem::take(&mut self.collects)
+            && WAITED_FOR.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fewer).is_ok()
+        {
             // SAFETY: as the caller promises. Nothing is collected before Python next makes an object.
             unsafe { ffi::PyGC_Enable() };
-            WAITED_FOR.fetch_sub(1, Ordering::Relaxed);
         }
     }
 }
@@ -140,7 +141,7 @@ impl Lock {
     /// Lets the collector go on in a process that was forked while another thread, which it has not, held a lock.
     #[staticmethod]
     fn after_fork(_py: Python<'_>) {
-        if WAITED_FOR.load(Ordering::Relaxed) > 0 {
+        if WAITED_FOR.swap(0, Ordering::Relaxed) > 0 {
             // SAFETY: this thread is attached to the interpreter.
             unsafe { ffi::PyGC_Enable() };
         }
