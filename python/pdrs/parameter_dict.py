@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
-from torch.compiler import assume_constant_result
 from torch.compiler import is_dynamo_compiling as _tracing
 from torch.nn import Module, Parameter
 from torch.nn.modules import module as _torch_module
@@ -586,13 +585,14 @@ class ParameterDict(torch.nn.ParameterDict):
 
     def _traced_keys(self) -> tuple[str, ...]:
         """Give the keys to torch.compile: constants, guarded by the fingerprint of the index."""
-        keys: tuple[str, ...] = self._constant_keys(self._keys._fingerprint)
-        return keys
+        return self._constant_keys(self._keys._fingerprint)
 
-    @assume_constant_result  # type: ignore[untyped-decorator]
     def _constant_keys(self, fingerprint: str) -> tuple[str, ...]:
         # torch.compile guards what a call that it takes for constant is given.
         return tuple(self._keys)
+
+    # What `torch.compiler.assume_constant_result` does; to call that imports all of `torch._dynamo`.
+    _constant_keys._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class _Shown:
