@@ -14,6 +14,7 @@ mod huge_pages;
 mod index_map;
 mod instance;
 mod interpreter;
+mod lazy_bits;
 mod lock;
 mod modules;
 mod name;

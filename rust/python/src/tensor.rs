@@ -2,7 +2,7 @@
 //!
 //! Where a tensor lies is asked of torch's `DLPack` exchange API (`dlpack.rs`), which neither copies nor counts references.
 //! What the exchange API does not tell has been found by experiment (torch 2.15) and is looked at here. It drops the
-//! conjugate and negative bits; reports int1 to int7 and uint1 to uint7 as 8 bits; gives null for a tensor that
+//! conjugate and negative bits (`lazy_bits.rs`); reports int1 to int7 and uint1 to uint7 as 8 bits; gives null for a tensor that
 //! has lost its memory, a functionalized or a zero tensor, as for an empty one; and exports tensors that require
 //! gradients and inference tensors like others. It refuses quantized, bits, sparse, meta, nested and functorch tensors.
 //! Subclasses of Tensor are never asked: what they hold may be anything.
@@ -21,6 +21,7 @@ use pyo3::types::iter::BorrowedTupleIterator;
 use pyo3::types::{PyBool, PyDict, PyList, PyTuple, PyType};
 
 use crate::dlpack::{Describe, Device, DlTensor, Dtype, Export, Import, exchange_api, unsupported};
+use crate::lazy_bits::LazyBits;
 use crate::stable_abi::StableAbi;
 
 /// Where the values of a tensor lie. Its shape and its strides are kept apart, in a list for many tensors.
@@ -135,6 +136,7 @@ pub(crate) struct Torch {
     requires_grad: Attribute,
     version: Attribute,
     increment_version: Py<PyAny>,
+    lazy_bits: Option<LazyBits>,
     is_conj: Py<PyAny>,
     is_neg: Py<PyAny>,
 }
@@ -163,6 +165,7 @@ impl Torch {
             requires_grad: Attribute::new(&tensor, "requires_grad")?,
             version: Attribute::new(&tensor, "_version")?,
             increment_version: increment_version(py)?.unbind(),
+            lazy_bits: LazyBits::find(&module),
             is_conj: tensor.getattr("is_conj")?.unbind(),
             is_neg: tensor.getattr("is_neg")?.unbind(),
             tensor: tensor.unbind(),
@@ -323,7 +326,7 @@ impl Torch {
             contiguous: is_contiguous(shape, strides),
         };
         let mut unusual = self.look_closer(tensor, &found)?;
-        if unusual.is_none() && found.is_asked_for() && !self.is_still_there(tensor, &found, &dims[start..])? {
+        if unusual.is_none() && self.asks_python(&found) && !self.is_still_there(tensor, &found, &dims[start..])? {
             unusual = Some(Unusual::Moved);
         }
         if unusual.is_some() {
@@ -354,13 +357,19 @@ impl Torch {
                 return Ok(Some(Unusual::Dtype(dtype.to_string())));
             }
         }
-        if found.may_be_lazy()
-            && ((found.dtype.is_complex() && self.is_conj.bind(py).call1((tensor,))?.is_truthy()?)
-                || self.is_neg.bind(py).call1((tensor,))?.is_truthy()?)
-        {
-            return Ok(Some(Unusual::Lazy));
-        }
-        Ok(None)
+        let lazy = match self.lazy_bits {
+            Some(bits) => bits.are_set(tensor),
+            None => {
+                (found.dtype.is_complex() && self.is_conj.bind(py).call1((tensor,))?.is_truthy()?)
+                    || self.is_neg.bind(py).call1((tensor,))?.is_truthy()?
+            }
+        };
+        Ok(lazy.then_some(Unusual::Lazy))
+    }
+
+    /// Whether [`Self::look_closer`] asks torch's Python.
+    fn asks_python(&self, found: &Found) -> bool {
+        self.lazy_bits.is_none() || found.may_be_narrow()
     }
 }
 
@@ -399,7 +408,8 @@ impl Finder {
             && unsafe { seen.has_dims(&self.dims) }
         {
             let pointer = seen.pointer();
-            if pointer == 0 || latest.is_asked_for() {
+            let closer = self.torch.lazy_bits.is_none_or(|bits| bits.are_set(tensor));
+            if pointer == 0 || closer || latest.may_be_narrow() {
                 let found = Found { pointer, ..*latest };
                 if let Some(unusual) = self.torch.look_closer(tensor, &found)? {
                     return Ok(Seen::Unusual(unusual));
@@ -430,22 +440,9 @@ impl Finder {
 }
 
 impl Found {
-    /// Whether torch's Python is asked for more.
-    fn is_asked_for(&self) -> bool {
-        self.may_be_lazy() || self.may_be_narrow()
-    }
-
     /// Whether `DLPack` may have taken for it a tensor of integers of less than 8 bits.
     fn may_be_narrow(&self) -> bool {
         self.itemsize == 1 && self.dtype.code < 2
-    }
-
-    /// Whether it may be a conjugate or a negative view.
-    ///
-    /// Only complex tensors can be conjugate views. A real negative view is the imaginary part of one: it steps over the
-    /// real parts, unless a single element hides that. (`torch._neg_view` of contiguous memory is private.)
-    fn may_be_lazy(&self) -> bool {
-        self.dtype.is_complex() || (self.dtype.is_differentiable() && (self.numel == 1 || !self.contiguous))
     }
 }
 
