@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -255,6 +255,42 @@ def test_one_file_takes_the_place_of_shards_and_the_other_way_round_whenever_the
             after(version(3), path)
             assert version_in(path) == 3
             assert len(os.listdir(tmp_path)) == count
+
+
+@pytest.mark.parametrize("again", ["archive", "named"])
+def test_an_index_that_a_killed_process_leaves_lists_no_shard_that_is_gone_and_no_shard_stays_for_good(
+    again: Literal["archive", "named"], tmp_path: Path
+) -> None:
+    path, index = tmp_path / "model.safetensors", tmp_path / "model.safetensors.index.json"
+    removed, killed = 0, True
+    while killed:
+        save_in_shards(version(1), path)
+        shards = sorted(tmp_path.glob("model-*"))
+        save_in_one = killed_at(
+            removed, lambda: pdrs.save(version(2), path, layout="named", sync=False), steps=("unlink",)
+        )
+        killed = in_child(save_in_one) == -signal.SIGKILL
+        assert version_in(path) == 2
+        assert not index.exists() or version_in(index) == 1
+        removed += 1
+        if again == "archive":
+            kept = [path, *(shards if index.exists() else []), *([index] if index.exists() else [])]
+        else:
+            kept = [path]
+        pdrs.save(version(3), path, layout=again, sync=False)
+        assert sorted(tmp_path.iterdir()) == sorted(kept)
+        path.unlink()
+    assert removed > len(shards)
+
+
+def test_an_index_that_is_a_link_goes_with_its_shards(tmp_path: Path) -> None:
+    path, elsewhere = tmp_path / "model.safetensors", tmp_path / "elsewhere"
+    save_in_shards(version(1), path)
+    index = tmp_path / "model.safetensors.index.json"
+    index.rename(elsewhere)
+    index.symlink_to(elsewhere)
+    pdrs.save(version(2), path, layout="named", sync=False)
+    assert beside(path) == ["elsewhere"]
 
 
 @pytest.mark.parametrize("mixed", [False, True])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -29,6 +30,7 @@ from pdrs._checkpoint.opened import (
     load_named,
     open_dictionary,
 )
+from pdrs._checkpoint.shards import remove_interrupted
 from pdrs._checkpoint.state_files import StateFile, TorchFile, open_state
 from pdrs._checkpoint.tensor_file import CheckpointError, TensorFile
 from pdrs._core import IndexMap
@@ -117,6 +119,7 @@ def save(
         return sum(write_named(path, obj, max_shard_size=max_shard_size, sync=sync).values())
     if layout != "archive":
         raise ValueError(f"expected layout 'archive' or 'named', got {layout!r}")
+    remove_interrupted(Path(path))
     if since is None:
         return write_archive(path, collect(obj), sync=sync)
     since = os.fsdecode(since)

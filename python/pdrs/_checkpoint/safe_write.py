@@ -15,14 +15,14 @@ import secrets
 import stat
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["Progress", "WholeFile", "being_written", "folder_locked", "remove_left_behind", "replacing"]
+__all__ = ["Progress", "WholeFile", "being_written", "folder_locked", "put_aside", "remove_left_behind", "replacing"]
 
 # Seconds after which a save is long enough for a progress bar.
 _PATIENCE = 2.0
@@ -164,12 +164,41 @@ def replacing(path: str | os.PathLike[str], size: int, *, sync: bool = True) -> 
 def _create_beside(target: Path) -> tuple[int, Path]:
     """Make a new file in the same folder, and lock it."""
     while True:
-        temporary = target.with_name(f".{_shortened(target)}.{secrets.token_hex(8)}.tmp")
+        temporary = _temporary(target)
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
         # Another process may have seen it, and removed it, before it was locked.
         if _is_free(descriptor) is not False and os.fstat(descriptor).st_nlink:
             return descriptor, temporary
         os.close(descriptor)
+
+
+def _temporary(target: Path) -> Path:
+    return target.with_name(f".{_shortened(target)}.{secrets.token_hex(8)}.tmp")
+
+
+@contextmanager
+def put_aside(path: Path) -> Iterator[None]:
+    """Take a file away at once, and remove it for good at the end of the block.
+
+    In between it has the name of a file that is being written, and a lock. If the process is killed there, the next
+    save finds it as it finds any file that was left behind.
+    """
+    with ExitStack() as end:
+        aside = path
+        try:
+            # Not what a link points to: that would keep its name.
+            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+            end.callback(os.close, descriptor)
+            _is_free(descriptor)
+            aside = _temporary(path)
+            os.replace(path, aside)
+        except OSError:
+            aside = path
+            with suppress(OSError):
+                path.unlink()
+        yield
+        with suppress(OSError):
+            aside.unlink()
 
 
 def remove_left_behind(target: Path, look: Callable[[Path], None] | None = None) -> None:

@@ -3,7 +3,8 @@
 They are replaced as one. The new index is written first, under another name (see :mod:`pdrs._checkpoint.safe_write`);
 then the shards that it lists, under names that no file has; then it takes the place of the old one. So who looks at any
 instant finds the old index with its shards, or the new one. What a killed process leaves is listed in the index that it
-left, or, if that was in its place already, as what it replaces: the next save of the same path removes it.
+left, or, if that was in its place already, as what it replaces: the next save of the same path removes it. Where one
+file takes the place of shards, their index goes first, and is kept aside until they are gone.
 
 Of several processes that save to the same path, the last one wins. They lock the folder while they choose names, and
 while they replace and remove: so nobody removes what another has just written, or takes a name that another is about to
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pdrs._checkpoint.safe_write import being_written, folder_locked, remove_left_behind, replacing
+from pdrs._checkpoint.safe_write import being_written, folder_locked, put_aside, remove_left_behind, replacing
 from pdrs._core import ShardIndex, shard_lines
 
 __all__ = ["INDEX", "PIECE", "files_of", "index_of", "remove_interrupted", "replacing_file", "replacing_shards"]
@@ -101,7 +102,12 @@ def replacing_file(target: Path) -> Iterator[Callable[[], None]]:
             before.update(files_of(target))
 
         yield complete
-        _remove(before - {target})
+        index = index_of(target)
+        # What the index lists goes last, and the index before it: nobody must find one whose shards are gone.
+        listed = _listed(target, index, replaced=False) or set()
+        _remove(before - listed - {target, index})
+        with put_aside(index):
+            _remove(before & listed)
 
 
 def _remove(files: Iterable[Path]) -> None:
