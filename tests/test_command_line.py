@@ -352,4 +352,34 @@ def test_the_module_can_be_run_and_a_reader_may_stop_reading(tmp_path: Path) -> 
     assert process.stderr is not None
     assert process.stderr.read() == ""
     process.stderr.close()
-    assert process.wait() == 1
+    assert process.wait() == 0
+
+
+def test_the_version_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"pdrs {pdrs.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["inspect", "convert", "verify"])
+def test_an_interrupt_ends_each_command_without_a_traceback_and_writes_nothing(
+    command: str,
+    capsys: pytest.CaptureFixture[str],
+    archive: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(*_: object) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command_line, "_compare", interrupted)
+    assert main([command, str(archive), *([str(archive.parent / "out")] if command == "convert" else [])]) == 130
+    found = capsys.readouterr()
+    assert (found.out, found.err) == ("", "pdrs: interrupted\n")
+    assert os.listdir(archive.parent) == [archive.name]
+
+
+def test_output_may_be_closed(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["inspect", str(archive)]) == 0
+    assert main(["inspect", "--json", str(archive)]) == 0

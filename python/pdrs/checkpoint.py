@@ -323,11 +323,12 @@ def _taken_over(modules: dict[str, Module], empty: list[str], state: dict[str, T
         return {}
     for key in list(state):
         ends = [0, *(at + 1 for at, character in enumerate(key) if character == ".")]
-        prefix = next((key[:end] for end in ends if key[:end] in found), None)
-        if prefix is None:
+        # The innermost module whose prefix it has: a name in a ParameterDict may have dots, that of a Module, too.
+        prefix = next((key[:end] for end in reversed(ends) if key[:end] in modules), None)
+        if prefix not in found:
             continue
         name, module = key[len(prefix) :], modules[prefix]
-        if name not in module._buffers and name.partition(".")[0] not in module._modules:
+        if name not in module._buffers and name not in module._modules:
             found[prefix].tensors[name] = state.pop(key)
     return {prefix: one for prefix, one in found.items() if one.tensors}
 

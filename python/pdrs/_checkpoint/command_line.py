@@ -1,6 +1,7 @@
 """``python -m pdrs inspect|convert|verify``: checkpoints of any kind from the command line.
 
-Exit codes: 0 if all is well, 1 if a file is damaged, missing or cannot be written, 2 if the command is not understood.
+Exit codes: 0 if all is well, 1 if a file is damaged, missing or cannot be written, 2 if the command is not understood,
+130 if it was interrupted. If the reader of a pipe has seen enough, as `head` does, all is well.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Module
 
+import pdrs
 from pdrs import checkpoint
 from pdrs._checkpoint.archive import Archive, write_archive
 from pdrs._checkpoint.archive_sources import EXTRA_STATE, collect
@@ -45,6 +47,9 @@ _MANY = 10_000
 # What is read at once where all of a file is read.
 _BLOCK = 16 << 20
 
+# What shells call the end by Ctrl-C.
+_INTERRUPTED = 130
+
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -53,11 +58,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         result: int = options.run(options)
-        sys.stdout.flush()
+        print(end="", flush=True)
     except BrokenPipeError:
         # Whoever read the output has seen enough. Python would complain again when it closes the stream.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return 0
+    except KeyboardInterrupt:
+        print("pdrs: interrupted", file=sys.stderr)
+        return _INTERRUPTED
     except KeyError as error:
         return _complain(str(error.args[0]) if error.args else "missing")
     except (CheckpointError, ValueError, TypeError, RuntimeError) as error:
@@ -76,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pdrs", description="Look into checkpoints, convert and verify them."
     )
+    parser.add_argument("--version", action="version", version=f"pdrs {pdrs.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     inspect = commands.add_parser(
@@ -272,7 +281,7 @@ def _print_json(found: dict[str, Any]) -> None:
     print(before, end="[")
     separator = "\n    "
     for entry in found["entries"]:
-        sys.stdout.write(separator + json.dumps(entry))
+        print(separator, json.dumps(entry), sep="", end="")
         separator = ",\n    "
     print("\n  ]" if found["entries"] else "]", behind, sep="")
 
