@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ from pdrs._checkpoint.opened import (
 )
 from pdrs._checkpoint.shards import remove_interrupted
 from pdrs._checkpoint.state_files import StateFile, TorchFile, open_state
-from pdrs._checkpoint.tensor_file import CheckpointError, TensorFile
+from pdrs._checkpoint.tensor_file import CheckpointError, TensorFile, as_texts, texts_of
 from pdrs._core import IndexMap
 from pdrs._stacked.named_rows import Names, table_of
 from pdrs._stacked.packed_names import is_packed
@@ -51,6 +51,7 @@ def save(
     layout: Literal["archive", "named"] = "archive",
     since: _Path | None = None,
     max_shard_size: int = MAX_SHARD,
+    metadata: Mapping[str, str] | None = None,
     sync: bool = True,
 ) -> int:
     """Save a dictionary, or any module that holds some, as an archive: one safetensors file. **O(n)**.
@@ -74,6 +75,9 @@ def save(
         the new file takes both. Saving again without ``since`` makes one that stands alone.
     max_shard_size
         The bytes of tensors in a file of the named layout, at most.
+    metadata
+        Texts by name, for the header of the file, or of each shard. By default those of a StackedParameterDict that
+        :func:`open` gave (``sd.metadata``), or else those of ``since``. If they have no ``"format"``, it is ``"pt"``.
     sync
         Whether to wait until the file is on the disk.
 
@@ -85,10 +89,11 @@ def save(
     Raises
     ------
     TypeError
-        If the state dict has something else than dense tensors with memory, or of a dtype that safetensors lacks.
+        If the state dict has something else than dense tensors with memory, or of a dtype that safetensors lacks, or
+        ``metadata`` something else than texts.
     ValueError
-        If ``since`` lies in another folder, is no archive, or would be replaced by ``path``; or if ``max_shard_size``
-        is no positive number.
+        If ``since`` lies in another folder, is no archive, or would be replaced by ``path``; if ``max_shard_size``
+        is no positive number; or if ``metadata`` have a key that begins with ``"pdrs."``, or more than 50 MB.
     CheckpointError
         If ``since`` is damaged.
     OSError
@@ -108,20 +113,24 @@ def save(
     4279
     >>> pdrs.open(path)["b"].tolist()
     [0.0, 1.0, 0.0]
+    >>> _ = pdrs.save(sd, path, metadata={"source": "the first try"})
+    >>> pdrs.open(path).metadata
+    {'format': 'pt', 'source': 'the first try'}
 
     """
     path = os.fsdecode(path)
+    texts = _texts(obj, metadata)
     if layout == "named":
         if since is not None:
             raise ValueError("expected layout 'archive' with since, got 'named'")
         if not isinstance(max_shard_size, int) or max_shard_size < 1:
             raise ValueError(f"expected max_shard_size in bytes, got {max_shard_size!r}")
-        return sum(write_named(path, obj, max_shard_size=max_shard_size, sync=sync).values())
+        return sum(write_named(path, obj, metadata=texts, max_shard_size=max_shard_size, sync=sync).values())
     if layout != "archive":
         raise ValueError(f"expected layout 'archive' or 'named', got {layout!r}")
     remove_interrupted(Path(path))
     if since is None:
-        return write_archive(path, collect(obj), sync=sync)
+        return write_archive(path, collect(obj), metadata=texts, sync=sync)
     since = os.fsdecode(since)
     with _read(since) as before:
         if not isinstance(before, Archive) or before.id is None:
@@ -131,7 +140,17 @@ def save(
             raise ValueError(f"expected since in the folder of the new file, {here}, got one in {there}")
         if same_file(path, before.files()):
             raise ValueError(f"{path} is needed to read {since}, and cannot be replaced by it")
-        return write_archive(path, collect(obj, packed_before(before)), before, sync=sync)
+        if metadata is None and not texts:
+            texts = texts_of(before.file.metadata)
+        return write_archive(path, collect(obj, packed_before(before)), before, metadata=texts, sync=sync)
+
+
+def _texts(obj: Module, metadata: Mapping[str, str] | None) -> dict[str, str]:
+    """Return the texts that are to be saved with a module: what is given, or those of the file that it comes from."""
+    if metadata is not None:
+        return as_texts(metadata)
+    own = obj.metadata if isinstance(obj, StackedParameterDict) else None
+    return as_texts(own) if own else {}
 
 
 def open(  # noqa: A001  # read as pdrs.open
@@ -163,6 +182,11 @@ def open(  # noqa: A001  # read as pdrs.open
         Without one, everything that the file holds is an entry, under its name in the state dict.
     verify
         Whether to read everything and compare checksums first.
+
+    Returns
+    -------
+    StackedParameterDict
+        Its ``metadata`` are the texts that the file has beside its tensors: :func:`save` writes them again.
 
     Raises
     ------
@@ -203,7 +227,9 @@ def open(  # noqa: A001  # read as pdrs.open
         collects = gc.isenabled()
         gc.disable()
         try:
-            return open_dictionary(checkpoint, prefix, names, device, dtype)
+            sd = open_dictionary(checkpoint, prefix, names, device, dtype)
+            sd.metadata = texts_of(checkpoint.file.metadata)
+            return sd
         finally:
             if collects:
                 gc.enable()

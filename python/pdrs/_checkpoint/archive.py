@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from typing import Any
 
@@ -27,6 +27,7 @@ from pdrs._checkpoint.tensor_file import (
     TensorFile,
     counting,
     is_padding,
+    texts_of,
     write_tensors,
 )
 from pdrs._core import IndexMap, apply_names, changed_rows, crc32, diff_names
@@ -81,6 +82,7 @@ class Archive:
         self.sums: dict[str, str] = {}
         self.dictionaries: dict[str, str] = {}
         self.id: str | None = None
+        self._sum_of_texts: Any = None
         self._how: dict[str, tuple[str, tuple[int, ...], str]] = {}
         self._verified: dict[str, Tensor] = {}
         text = self.file.metadata.get("pdrs")
@@ -98,6 +100,7 @@ class Archive:
             self.id = str(fields["id"])
             self.sums = {str(name): str(value) for name, value in fields["sums"].items()}
             self.dictionaries = {str(prefix): str(name) for prefix, name in fields["dictionaries"].items()}
+            self._sum_of_texts = fields.get("texts")
             since = fields.get("since")
             if since is not None:
                 name, wanted = str(since["file"]), str(since["id"])
@@ -286,6 +289,9 @@ class Archive:
             self.previous.verify()
         if self.id is None:
             return
+        # Those that an earlier version wrote have none.
+        if self._sum_of_texts not in (None, _sum_of_texts(texts_of(self.file.metadata))):
+            raise self.error("the metadata are damaged: the checksum differs")
         with counting(self.file.size, self.file.path) as count:
             for name in self.file.names:
                 if is_padding(name):
@@ -328,6 +334,11 @@ def _sum_of_text(text: str) -> str:
     return f"{crc32(np.frombuffer(text.encode('utf-8', 'surrogatepass'), np.uint8)):08x}"
 
 
+def _sum_of_texts(texts: Mapping[str, str]) -> str:
+    # JSON sorts them, too: a header may have them in any order.
+    return _sum_of_text(json.dumps(dict(texts), sort_keys=True, separators=(",", ":")))
+
+
 def _sum_before(name: str, dtype: str, shape: tuple[int, ...]) -> int:
     """Return what the checksum of a tensor begins with: that of what the header says of it."""
     text = f"{name}\0{dtype}\0{','.join(map(str, shape))}\0"
@@ -347,14 +358,21 @@ def _sum_of(tensor: Tensor, count: Callable[[int], None] = lambda _: None) -> st
 
 
 def write_archive(
-    path: str | os.PathLike[str], collected: Collected, since: Archive | None = None, *, sync: bool = True
+    path: str | os.PathLike[str],
+    collected: Collected,
+    since: Archive | None = None,
+    *,
+    metadata: Mapping[str, str],
+    sync: bool = True,
 ) -> int:
     """Write an archive, or, with ``since``, a delta; return the size of the file. See :func:`pdrs.save`."""
     sums: dict[str, str] = {}
+    texts = {"format": "pt", **metadata}
     fields: dict[str, Any] = {
         "version": _VERSION,
         "id": secrets.token_hex(16),
         "dictionaries": collected.dictionaries,
+        "texts": _sum_of_texts(texts),
         "sums": sums,
     }
     tensors: list[NewTensor] = []
@@ -371,11 +389,11 @@ def write_archive(
             fields["tensors"][source.name] = (how, source.shape, total)
             tensors += made
 
-    def metadata() -> dict[str, str]:
+    def all_texts() -> dict[str, str]:
         text = json.dumps(fields, separators=(",", ":"))
-        return {"format": "pt", "pdrs": text, _CHECK: _sum_of_text(text)}
+        return {**texts, "pdrs": text, _CHECK: _sum_of_text(text)}
 
-    return write_tensors(path, metadata(), tensors, aligned=collected.aligned, finish=metadata, sync=sync)
+    return write_tensors(path, all_texts(), tensors, aligned=collected.aligned, finish=all_texts, sync=sync)
 
 
 def _new(

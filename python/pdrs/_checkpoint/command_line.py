@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from math import prod
@@ -30,8 +31,8 @@ from pdrs._checkpoint.archive import Archive, write_archive
 from pdrs._checkpoint.archive_sources import EXTRA_STATE, collect
 from pdrs._checkpoint.named_layout import MAX_SHARD, write_named
 from pdrs._checkpoint.safe_write import Progress, replacing
-from pdrs._checkpoint.state_files import ShardedFile, StateFile, TorchFile, open_state
-from pdrs._checkpoint.tensor_file import DTYPES, CheckpointError, TensorFile
+from pdrs._checkpoint.state_files import METADATA, ShardedFile, StateFile, TorchFile, open_state
+from pdrs._checkpoint.tensor_file import DTYPES, CheckpointError, TensorFile, texts_of
 from pdrs._stacked.named_rows import table_of
 from pdrs._stacked.packed_names import is_packed
 from pdrs.stacked import StackedParameterDict
@@ -40,6 +41,7 @@ __all__ = ["main"]
 
 # How many names and tables are shown unless all are asked for.
 _SHOWN = 20
+_SHOWN_OF_TEXT = 200
 
 # Files of more names than this are opened as tables: a tensor for each name would take seconds and gigabytes.
 _MANY = 10_000
@@ -187,11 +189,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _is_archive(file: StateFile) -> bool:
-    return isinstance(file, TensorFile) and any(map(_is_of_pdrs, file.metadata))
-
-
-def _is_of_pdrs(key: str) -> bool:
-    return key == "pdrs" or key.startswith("pdrs.")
+    return isinstance(file, TensorFile) and len(texts_of(file.metadata)) < len(file.metadata)
 
 
 def _holds_dictionaries(file: StateFile) -> bool:
@@ -238,7 +236,7 @@ def _describe(file: StateFile, options: argparse.Namespace) -> dict[str, Any]:
         "path": file.path,
         "format": "archive" if archive else _formats[type(file)],
         "bytes": sum(os.path.getsize(path) for path in _paths(file)),
-        "metadata": {key: value for key, value in file.metadata.items() if not _is_of_pdrs(key)},
+        "metadata": texts_of(file.metadata),
         "names": len(contents.names),
         "value_bytes": sum(kind["bytes"] for kind in contents.summary()),
         "kinds": contents.summary(),
@@ -292,7 +290,8 @@ def _print(found: dict[str, Any]) -> None:
     print(f"{_printable(found['path'])}: {found['format']}{count}, {_bytes(found['bytes'])}")
     print(f"{found['names']:,} names, {_bytes(found['value_bytes'])} of values")
     for key, value in found["metadata"].items():
-        print(f"metadata {_printable(key)}: {_printable(value[:200])}")
+        more = f"... ({len(value):,} characters: --json shows all)" if len(value) > _SHOWN_OF_TEXT else ""
+        print(f"metadata {_printable(key)}: {_printable(value[:_SHOWN_OF_TEXT])}{more}")
     for file in found.get("files", [])[1:]:
         print(f"continues {_printable(file)}")
     for shard in found.get("shards", []):
@@ -354,11 +353,11 @@ def _convert(options: argparse.Namespace) -> int:
         if layout == "archive":
             written = {target: _save_archive(options.source, file, target)}
         else:
-            named = _by_name(options.source, file)
+            named, texts = _by_name(options.source, file), texts_of(file.metadata)
             written = (
-                write_named(target, named, max_shard_size=options.max_shard_size)
+                write_named(target, named, metadata=texts, max_shard_size=options.max_shard_size)
                 if layout == "named"
-                else _save_torch(target, named)
+                else _save_torch(target, named, texts)
             )
     count, size = len(written), sum(written.values())
     print(f"{_printable(os.fspath(target))}: {layout}, {count} file{'s'[: count > 1]}, {_bytes(size)}")
@@ -374,21 +373,28 @@ def _refuse_needed(target: Path, file: StateFile) -> None:
 
 
 def _save_archive(path: str, file: StateFile, target: Path) -> int:
+    texts = texts_of(file.metadata)
     if not _is_archive(file):
-        return checkpoint.save(checkpoint.open(path) if len(file) > _MANY else _Loaded(file.tensors()), target)
+        found = checkpoint.open(path) if len(file) > _MANY else _Loaded(file.tensors())
+        return checkpoint.save(found, target, metadata=texts)
     # As it is: a chain of archives becomes one.
     with Archive(TensorFile(path)) as archive:
         collected = collect(_Loaded({name: archive.tensor(name) for name in archive.names}))
         collected.dictionaries.update(archive.dictionaries)
-        return write_archive(target, collected)
+        return write_archive(target, collected, metadata=texts)
 
 
 def _by_name(path: str, file: StateFile) -> StackedParameterDict | dict[str, Tensor]:
     return checkpoint.open(path) if len(file) > _MANY or _holds_dictionaries(file) else file.tensors()
 
 
-def _save_torch(target: Path, named: StackedParameterDict | dict[str, Tensor]) -> dict[Path, int]:
-    state = named.named_state_dict() if isinstance(named, StackedParameterDict) else named
+def _save_torch(
+    target: Path, named: StackedParameterDict | dict[str, Tensor], texts: dict[str, str]
+) -> dict[Path, int]:
+    state = OrderedDict(named.named_state_dict() if isinstance(named, StackedParameterDict) else named)
+    if texts:
+        # As an attribute, in which torch keeps the versions of modules, too: nobody takes it for a tensor.
+        setattr(state, METADATA, texts)
     with replacing(target, sum(tensor.nbytes for tensor in state.values())) as out:
         torch.save(state, out)  # type: ignore[arg-type]  # `write` and `flush` are enough
     return {target: out.position}

@@ -20,16 +20,13 @@ from torch.nn import Module
 
 from pdrs._checkpoint.safe_write import replacing
 from pdrs._checkpoint.shards import PIECE, remove_interrupted, replacing_file, replacing_shards
-from pdrs._checkpoint.tensor_file import BLOCK, CODES, PAGE, has_surrogate, pieces_of
+from pdrs._checkpoint.tensor_file import BLOCK, CODES, MAX_HEADER, PAGE, has_surrogate, pieces_of
 from pdrs._core import IndexMap, safetensors_entries, safetensors_header, safetensors_shards, sort_tensors
 from pdrs._stacked.named_rows import partition, row_of, table_of
 from pdrs._stacked.row_blocks import stack
 from pdrs.stacked import StackedParameterDict
 
-__all__ = ["MAX_HEADER", "MAX_SHARD", "write_named"]
-
-# safetensors itself refuses headers of more than 100 MB.
-MAX_HEADER = 100_000_000
+__all__ = ["MAX_SHARD", "write_named"]
 
 # What the Hugging Face tools write at most into one file, unless they are told otherwise.
 MAX_SHARD = 5_000_000_000
@@ -89,7 +86,7 @@ def write_named(
         A StackedParameterDict, whose rows are written by name; another module, whose state dict is written, with the
         rows by name of each StackedParameterDict in it; or a mapping from names to tensors.
     metadata
-        Texts for the headers; ``{"format": "pt"}`` is there in any case.
+        Texts for the headers; ``{"format": "pt"}`` is there unless they have another format.
     max_shard_size
         The bytes of tensors in a file, at most, unless a single tensor is larger. A header is cut off at 100 MB, beyond
         which safetensors does not read it.

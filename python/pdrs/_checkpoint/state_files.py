@@ -5,6 +5,7 @@ What kind of file it is, its first bytes say, not its name.
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
@@ -27,7 +28,14 @@ from pdrs._stacked.named_rows import id_of
 from pdrs._stacked.packed_names import bytes_of
 from pdrs._stacked.row_blocks import stack
 
-__all__ = ["ShardedFile", "StateFile", "TorchFile", "open_state"]
+__all__ = ["METADATA", "ShardedFile", "StateFile", "TorchFile", "open_state"]
+
+# The attribute of a state dict, an OrderedDict, in which a file of torch's has what others have in the header.
+METADATA = "__metadata__"
+
+
+# What the index of shards counts, which is another number in the next.
+_COUNTS = ("total_size", "total_parameters")
 
 
 class StateFile(Protocol):
@@ -158,7 +166,7 @@ class ShardedFile:
         except BaseException:
             self.close()
             raise
-        self.metadata = self.shards[0].metadata if self.shards else {}
+        self.metadata = self._metadata()
 
     def _error(self, what: str) -> CheckpointError:
         return CheckpointError(self.path, what)
@@ -168,6 +176,19 @@ class ShardedFile:
             return ShardIndex(Path(self.path).read_bytes())
         except ValueError as error:
             raise self._error(str(error)) from None
+
+    def _metadata(self) -> dict[str, str]:
+        """Return the texts of all shards, and those of the index; where two differ, the first one counts."""
+        found: dict[str, str] = {}
+        for shard in self.shards:
+            found = shard.metadata | found
+        try:
+            listed = json.loads(self._index.metadata or "{}")
+        except (ValueError, RecursionError):
+            listed = {}
+        # Beside them, it counts what is in the shards.
+        texts = listed.items() if isinstance(listed, dict) else ()
+        return {key: text for key, text in texts if isinstance(text, str) and key not in _COUNTS} | found
 
     @property
     def names(self) -> list[str]:
@@ -273,7 +294,6 @@ class TorchFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
-        self.metadata: dict[str, str] = {}
         try:
             state = self._load()
         except (OSError, MemoryError):
@@ -291,6 +311,9 @@ class TorchFile:
                     self.path, f"expected a state dict of tensors by name, found {type(value).__name__} at {name!r}"
                 )
         self._state: dict[str, Tensor] = {name: _as_it_lies(value) for name, value in state.items()}
+        texts = getattr(state, METADATA, None)
+        texts = texts.items() if isinstance(texts, dict) else ()
+        self.metadata = {key: text for key, text in texts if isinstance(key, str) and isinstance(text, str)}
 
     def _load(self) -> Any:
         if self.path.endswith(".safetensors"):

@@ -6,6 +6,7 @@ the data without gaps.
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -27,15 +28,18 @@ __all__ = [
     "BLOCK",
     "CODES",
     "DTYPES",
+    "MAX_HEADER",
     "PAGE",
     "STEP",
     "CheckpointError",
     "NewTensor",
     "TensorFile",
+    "as_texts",
     "counting",
     "has_surrogate",
     "is_padding",
     "pieces_of",
+    "texts_of",
     "write_tensors",
 ]
 
@@ -50,6 +54,10 @@ _MAPPED = 1 << 20
 
 # What is read of a large tensor at once: enough for the disk, and little enough to be in the cache afterwards.
 STEP = 8 << 20
+
+# safetensors itself refuses headers of more than 100 MB. Half of it is for texts, at most, the rest for tensors.
+MAX_HEADER = 100_000_000
+_MAX_TEXTS = MAX_HEADER // 2
 
 _PADDING = "__padding__."
 
@@ -133,6 +141,38 @@ class NewTensor(NamedTuple):
 def is_padding(name: str) -> bool:
     """Whether a name is that of a tensor which only makes the next one begin on a page."""
     return name.startswith(_PADDING)
+
+
+def _is_of_pdrs(key: str) -> bool:
+    """Whether a key of the metadata is kept for what pdrs itself writes there."""
+    return key == "pdrs" or key.startswith("pdrs.")
+
+
+def texts_of(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the metadata of a file without what pdrs itself has written there."""
+    return {key: value for key, value in metadata.items() if not _is_of_pdrs(key)}
+
+
+def as_texts(metadata: Any) -> dict[str, str]:
+    """Return what a user wants to have in the metadata of a file, or say why it cannot be there."""
+    if not isinstance(metadata, Mapping):
+        raise TypeError(f"expected metadata as a mapping from str to str, got {type(metadata).__name__}")
+    texts = dict(metadata)
+    for key, value in texts.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            what = f"the key {key!r}" if not isinstance(key, str) else f"{type(value).__name__} at {key!r}"
+            raise TypeError(f"expected metadata of str to str, got {what}: write it as text, by json.dumps for example")
+        if _is_of_pdrs(key):
+            raise ValueError(f"the key {key!r} of metadata is kept for pdrs: call it otherwise")
+        if has_surrogate(key + value):
+            raise ValueError(f"expected metadata of valid Unicode, got a surrogate at {key!r}")
+    size = len(json.dumps(texts, ensure_ascii=False).encode())
+    if size > _MAX_TEXTS:
+        raise ValueError(
+            f"expected metadata of at most {_MAX_TEXTS:,} bytes, as safetensors reads no header of more than "
+            f"{MAX_HEADER:,}, got {size:,}"
+        )
+    return texts
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------

@@ -53,10 +53,12 @@ class SavedRows(TrainedRows):
         _same: tuple[weakref.ref[Tensor], int, int, int, Header] | None
         # What `load_state_dict` has taken the names from, until it is done.
         _taken: Tensor | None
+        # Texts beside the tensors of the file that it was opened from. They are no part of its state.
+        metadata: dict[str, str]
 
     def __init__(self) -> None:
         super().__init__()
-        self.__dict__.update(_packed=None, _same=None, _taken=None)
+        self.__dict__.update(_packed=None, _same=None, _taken=None, metadata={})
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is only remembered to be faster."""
@@ -64,7 +66,7 @@ class SavedRows(TrainedRows):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore what was pickled or copied, by an earlier version too, which remembered less."""
-        super().__setstate__({"_packed": None, "_same": None, "_taken": None} | state)
+        super().__setstate__({"_packed": None, "_same": None, "_taken": None, "metadata": {}} | state)
 
     # -- saving --------------------------------------------------------------------------------------------------------
 
