@@ -276,6 +276,8 @@ def test_damaged_and_missing_files_are_said_in_one_line_with_exit_code_1(
     pickle, archived = tmp_path / "pickle.safetensors", tmp_path / "zip.safetensors"
     pickle.write_bytes(b"\x80\x02garbage......")
     archived.write_bytes(b"PK\x03\x04garbage......")
+    folder = tmp_path / "folder"
+    folder.mkdir()
     state, broken = tmp_path / "state.pt", tmp_path / "broken.pt"
     torch.save({"x": torch.zeros(1000)}, state)
     data = state.read_bytes()
@@ -294,7 +296,9 @@ def test_damaged_and_missing_files_are_said_in_one_line_with_exit_code_1(
         (["convert", str(cut), str(out)], "of which the file has only"),
         (["inspect", str(tmp_path / "no")], "No such file or directory"),
         (["convert", str(archive), str(tmp_path / "no" / "out")], "No such file or directory"),
-        (["inspect", str(tmp_path)], "Is a directory"),
+        (["inspect", str(folder)], "the folder has no checkpoint"),
+        (["convert", str(archive), str(folder)], "Is a directory"),
+        (["convert", str(archive), f"{out}/"], "Is a directory"),
     ):
         assert main(arguments) == 1
         printed = capsys.readouterr()

@@ -347,7 +347,7 @@ def test_damaged_files_are_refused_and_the_error_says_where(tmp_path: Path) -> N
     write_named(good, {"x": torch.zeros(4), "y": torch.zeros(4)})
     data = good.read_bytes()
     bad = tmp_path / "bad"
-    assert damaged(bad, b"") == "no safetensors file: it has 0 bytes, and 8 give the size of the header (byte 0)"
+    assert damaged(bad, b"") == "the file is empty: it may not have been downloaded, or copied, to its end"
     outside = 'tensor "y": it ends at 32 of the data, of which the file has only 31 bytes (byte 94)'
     assert damaged(bad, data[:-1]) == outside
     assert damaged(bad, data + b"\0").startswith("the data from 32 to 33 belong to no tensor")
@@ -357,7 +357,7 @@ def test_damaged_files_are_refused_and_the_error_says_where(tmp_path: Path) -> N
         (b"F32", b"Q32", "tensor \"x\": the dtype 'Q32' is unknown"),
         (data[:8], (1 << 60).to_bytes(8, "little"), "the header is said to have 1152921504606846976 bytes"),
         (data[:8], b"\xff" * 8, "the header is said to have 18446744073709551615 bytes"),
-        (data, b"hello, this is a text", "the header is said to have"),
+        (data, b"hello, this is a text", "it is a text, which begins 'hello, this is a text'"),
     ):
         assert damaged(bad, data.replace(old, new, 1)).startswith(said)
     for cut in range(len(data)):
@@ -513,7 +513,7 @@ def test_files_of_torch_that_hold_something_else_or_are_cut_off_are_refused(tmp_
 
 def test_a_pickled_module_is_refused_with_what_torch_has_against_it(tmp_path: Path) -> None:
     torch.save(torch.nn.Linear(2, 2), tmp_path / "m.pt")
-    with pytest.raises(CheckpointError, match=r"refuses it: .*GLOBAL torch\.nn.*Linear.*save a state dict$"):
+    with pytest.raises(CheckpointError, match=r"refuses it: .*GLOBAL torch\.nn.*Linear.*save a state dict"):
         open_state(tmp_path / "m.pt")
 
 

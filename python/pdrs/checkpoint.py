@@ -30,8 +30,9 @@ from pdrs._checkpoint.opened import (
     load_named,
     open_dictionary,
 )
+from pdrs._checkpoint.safe_write import refuse_folder
 from pdrs._checkpoint.shards import remove_interrupted
-from pdrs._checkpoint.state_files import StateFile, TorchFile, open_state
+from pdrs._checkpoint.state_files import Key, StateFile, TorchFile, open_state
 from pdrs._checkpoint.tensor_file import CheckpointError, TensorFile, as_texts, texts_of
 from pdrs._core import IndexMap
 from pdrs._stacked.named_rows import Names, table_of
@@ -119,6 +120,7 @@ def save(
 
     """
     path = os.fsdecode(path)
+    refuse_folder(path)
     texts = _texts(obj, metadata)
     if layout == "named":
         if since is not None:
@@ -135,6 +137,7 @@ def save(
     with _read(since) as before:
         if not isinstance(before, Archive) or before.id is None:
             raise ValueError(f"{since} was not written by pdrs.save, and cannot be continued")
+        since = before.file.path  # it may be in the folder that was given
         here, there = (os.path.dirname(os.path.realpath(one)) for one in (path, since))
         if here != there:
             raise ValueError(f"expected since in the folder of the new file, {here}, got one in {there}")
@@ -160,6 +163,7 @@ def open(  # noqa: A001  # read as pdrs.open
     dtype: torch.dtype | None = None,
     names: Names | None = None,
     prefix: str = "",
+    key: Key | None = None,
     verify: bool = False,
 ) -> StackedParameterDict:
     """Open a checkpoint as a StackedParameterDict whose tables are maps of the file. **O(n)** in the names.
@@ -167,7 +171,8 @@ def open(  # noqa: A001  # read as pdrs.open
     Parameters
     ----------
     path
-        An archive, any other safetensors file, the index of one in shards, or a state dict that ``torch.save`` wrote.
+        An archive, any other safetensors file, a state dict that ``torch.save`` wrote, the index of one of these in
+        shards, or a folder in which there is one, as the Hugging Face tools write them.
     device
         Where the tables are to lie. By default they are private maps of the file: what is looked at is read, what is
         written stays in memory, and the file is never changed. ``"cpu"`` reads all of them into memory, a CUDA device
@@ -180,6 +185,9 @@ def open(  # noqa: A001  # read as pdrs.open
         Take only what begins with it and goes on, and cut it off: ``"weights."`` opens the dictionary ``weights`` of a
         module. If it ends within the names of a dictionary, as ``"weights.a."`` may, the rows of those are read.
         Without one, everything that the file holds is an entry, under its name in the state dict.
+    key
+        What the state dict stands under, if ``torch.save`` wrote a dict around it: ``"state_dict"`` or ``"model"``,
+        say, or ``("ema", "model")`` for one in a dict in a dict.
     verify
         Whether to read everything and compare checksums first.
 
@@ -191,13 +199,15 @@ def open(  # noqa: A001  # read as pdrs.open
     Raises
     ------
     CheckpointError
-        If the file is damaged, or is no checkpoint.
+        If the file is damaged, or is no checkpoint, or a folder has none, or several.
     KeyError
-        If one of ``names``, or everything below ``prefix``, is missing.
+        If one of ``names``, or everything below ``prefix``, or what ``key`` says, is missing.
     OSError
         If the file cannot be opened.
     TypeError
         If ``dtype`` is neither of floating point nor complex.
+    ValueError
+        If ``key`` is given for a safetensors file.
 
     Notes
     -----
@@ -221,7 +231,7 @@ def open(  # noqa: A001  # read as pdrs.open
     if dtype is not None and not (isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)):
         raise TypeError(f"expected a dtype of floating point, or a complex one, got {dtype!r}")
     loads = names is None and is_loaded(device, dtype)
-    with _read(path) as checkpoint:
+    with _read(path, key) as checkpoint:
         if verify:
             checkpoint.verify(keeps=lambda name: loads and name.startswith(prefix))
         collects = gc.isenabled()
@@ -235,18 +245,20 @@ def open(  # noqa: A001  # read as pdrs.open
                 gc.enable()
 
 
-def load(path: _Path, module: Module, strict: bool = True, *, verify: bool = False) -> Any:
+def load(path: _Path, module: Module, strict: bool = True, *, key: Key | None = None, verify: bool = False) -> Any:
     """Fill a module with what a checkpoint holds, as ``load_state_dict`` does. **O(n)**.
 
     Parameters
     ----------
     path
-        An archive, any other safetensors file, the index of one in shards, or a state dict that ``torch.save`` wrote.
+        What :func:`open` takes.
     module
         A torch.nn.Module. Its dictionaries may be of another class than those that were saved. An empty one takes over
         the names.
     strict
         Whether missing and unexpected names are errors.
+    key
+        As for :func:`open`.
     verify
         Whether to read everything and compare checksums first.
 
@@ -260,7 +272,9 @@ def load(path: _Path, module: Module, strict: bool = True, *, verify: bool = Fal
     RuntimeError
         If names or shapes do not fit, with torch's message.
     CheckpointError
-        If the file is damaged, or is no checkpoint.
+        If the file is damaged, or is no checkpoint, or a folder has none, or several.
+    KeyError
+        If what ``key`` says is missing.
     OSError
         If the file cannot be opened.
     TypeError
@@ -280,7 +294,7 @@ def load(path: _Path, module: Module, strict: bool = True, *, verify: bool = Fal
     """
     if not isinstance(module, Module):
         raise TypeError(f"expected a torch.nn.Module to fill, such as a ParameterDict, got {type(module).__name__}")
-    with _read(path) as checkpoint:
+    with _read(path, key) as checkpoint:
         if verify:
             checkpoint.verify()
         is_plain = not checkpoint.prefixes() and not continues(checkpoint)
@@ -294,7 +308,7 @@ def load(path: _Path, module: Module, strict: bool = True, *, verify: bool = Fal
             return module.load_state_dict(state, strict)
 
 
-def verify(path: _Path) -> None:
+def verify(path: _Path, *, key: Key | None = None) -> None:
     """Read all of an archive, and of those that it continues, or of a file of torch's, and compare the checksums.
 
     Raises
@@ -304,7 +318,7 @@ def verify(path: _Path) -> None:
     OSError
         If the file cannot be opened.
     """
-    with _read(path) as checkpoint:
+    with _read(path, key) as checkpoint:
         checkpoint.verify()
         for prefix in checkpoint.prefixes():
             saved = SavedDictionary(checkpoint, prefix)
@@ -431,6 +445,6 @@ class _States:
         self.file.close()
 
 
-def _read(path: _Path) -> Archive | _States:
-    file = open_state(path)
+def _read(path: _Path, key: Key | None = None) -> Archive | _States:
+    file = open_state(path, key)
     return Archive(file) if isinstance(file, TensorFile) else _States(file)

@@ -30,8 +30,8 @@ from pdrs import checkpoint
 from pdrs._checkpoint.archive import Archive, write_archive
 from pdrs._checkpoint.archive_sources import EXTRA_STATE, collect
 from pdrs._checkpoint.named_layout import MAX_SHARD, write_named
-from pdrs._checkpoint.safe_write import Progress, replacing
-from pdrs._checkpoint.state_files import METADATA, ShardedFile, StateFile, TorchFile, open_state
+from pdrs._checkpoint.safe_write import Progress, refuse_folder, replacing
+from pdrs._checkpoint.state_files import METADATA, Key, ShardedFile, StateFile, TorchFile, TorchShards, open_state
 from pdrs._checkpoint.tensor_file import DTYPES, CheckpointError, TensorFile, texts_of
 from pdrs._stacked.named_rows import table_of
 from pdrs._stacked.packed_names import is_packed
@@ -94,7 +94,9 @@ def _parser() -> argparse.ArgumentParser:
         help="show names, shapes, dtypes and sizes",
         description="Show what a checkpoint has, and verify it.",
     )
-    inspect.add_argument("file", help="an archive, safetensors, the index of sharded ones, or a state dict of torch")
+    inspect.add_argument(
+        "file", help="an archive, safetensors, a state dict of torch, the index of sharded ones, or a folder with one"
+    )
     inspect.add_argument("--prefix", default="", help="only names that begin with this")
     inspect.add_argument("--match", metavar="GLOB", help="only names like this, such as 'layers.*.bias'")
     inspect.add_argument("--all", action="store_true", help=f"list all names, not only the first {_SHOWN}")
@@ -127,6 +129,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("file", help="a checkpoint of any format; safetensors alone has no checksums")
     verify.set_defaults(run=_verify)
+    for command in (inspect, convert, verify):
+        command.add_argument(
+            "--key",
+            action="append",
+            help="of a file of torch, what its state dict stands under, such as state_dict; give it again for what is "
+            "in that",
+        )
     return parser
 
 
@@ -198,9 +207,9 @@ def _holds_dictionaries(file: StateFile) -> bool:
     return _is_archive(file) or any(name.endswith(EXTRA_STATE) and is_packed(file.tensor(name)) for name in names)
 
 
-def _contents(path: str, file: StateFile) -> _Contents:
+def _contents(path: str, key: Key | None, file: StateFile) -> _Contents:
     if _holds_dictionaries(file):
-        sd = checkpoint.open(path)
+        sd = checkpoint.open(path, key=key)
         tables = [sd._parameter(table) for table in sd._tables]
         return _Contents(list(sd), table_of(sd._index.rows()), [(_short(t.dtype), tuple(t.shape[1:])) for t in tables])
     if isinstance(file, (TensorFile, ShardedFile)):
@@ -219,7 +228,7 @@ def _torch_name(code: str) -> str:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    with open_state(options.file) as file:
+    with open_state(options.file, options.key) as file:
         found = _describe(file, options)
     if options.json:
         _print_json(found)
@@ -229,7 +238,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _describe(file: StateFile, options: argparse.Namespace) -> dict[str, Any]:
-    contents = _contents(options.file, file).chosen(options.prefix, options.match)
+    contents = _contents(options.file, options.key, file).chosen(options.prefix, options.match)
     archive = _is_archive(file)
     shown = len(contents.names) if options.all else _SHOWN
     found: dict[str, Any] = {
@@ -242,17 +251,19 @@ def _describe(file: StateFile, options: argparse.Namespace) -> dict[str, Any]:
         "kinds": contents.summary(),
         "verified": None,
     }
-    if isinstance(file, ShardedFile):
-        found["shards"] = [{"path": shard.path, "bytes": shard.size, "names": len(shard)} for shard in file.shards]
+    if isinstance(file, (ShardedFile, TorchShards)):
+        found["shards"] = [
+            {"path": shard.path, "bytes": os.path.getsize(shard.path), "names": len(shard)} for shard in file.shards
+        ]
     if archive:
-        with Archive(TensorFile(options.file)) as opened:
+        with Archive(TensorFile(file.path)) as opened:
             found["files"] = opened.files()
             found["dictionaries"] = opened.dictionaries
             found["tables"] = [
                 {"name": name, "dtype": _short(opened.dtype(name)), "shape": list(opened.shape(name))}
                 for name in opened.names
             ]
-    if not options.no_verify and _compare(options.file, file):
+    if not options.no_verify and _compare(file):
         found["verified"] = True
     found["entries"] = [
         {"name": name, "dtype": contents.kinds[kind][0], "shape": list(contents.kinds[kind][1])}
@@ -261,11 +272,16 @@ def _describe(file: StateFile, options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-_formats: dict[type, str] = {TensorFile: "safetensors", ShardedFile: "sharded safetensors", TorchFile: "torch"}
+_formats: dict[type, str] = {
+    TensorFile: "safetensors",
+    ShardedFile: "sharded safetensors",
+    TorchFile: "torch",
+    TorchShards: "sharded torch",
+}
 
 
 def _paths(file: StateFile) -> list[str]:
-    if isinstance(file, ShardedFile):
+    if isinstance(file, (ShardedFile, TorchShards)):
         return [file.path, *(shard.path for shard in file.shards)]
     if not _is_archive(file):
         return [file.path]
@@ -345,15 +361,16 @@ class _Loaded(Module):
 
 
 def _convert(options: argparse.Namespace) -> int:
+    refuse_folder(options.target)
     target = Path(options.target)
     layout = options.layout or ("torch" if target.suffix in (".pt", ".pth", ".bin") else "archive")
-    with open_state(options.source) as file:
+    with open_state(options.source, options.key) as file:
         _refuse_needed(target, file)
-        _compare(options.source, file)  # What is damaged must not get new checksums.
+        _compare(file)  # What is damaged must not get new checksums.
         if layout == "archive":
-            written = {target: _save_archive(options.source, file, target)}
+            written = {target: _save_archive(options.source, options.key, file, target)}
         else:
-            named, texts = _by_name(options.source, file), texts_of(file.metadata)
+            named, texts = _by_name(options.source, options.key, file), texts_of(file.metadata)
             written = (
                 write_named(target, named, metadata=texts, max_shard_size=options.max_shard_size)
                 if layout == "named"
@@ -372,20 +389,20 @@ def _refuse_needed(target: Path, file: StateFile) -> None:
                 raise ValueError(f"{target} is {path}, which is needed to open {file.path}, and cannot be replaced")
 
 
-def _save_archive(path: str, file: StateFile, target: Path) -> int:
+def _save_archive(path: str, key: Key | None, file: StateFile, target: Path) -> int:
     texts = texts_of(file.metadata)
     if not _is_archive(file):
-        found = checkpoint.open(path) if len(file) > _MANY else _Loaded(file.tensors())
+        found = checkpoint.open(path, key=key) if len(file) > _MANY else _Loaded(file.tensors())
         return checkpoint.save(found, target, metadata=texts)
     # As it is: a chain of archives becomes one.
-    with Archive(TensorFile(path)) as archive:
+    with Archive(TensorFile(file.path)) as archive:
         collected = collect(_Loaded({name: archive.tensor(name) for name in archive.names}))
         collected.dictionaries.update(archive.dictionaries)
         return write_archive(target, collected, metadata=texts)
 
 
-def _by_name(path: str, file: StateFile) -> StackedParameterDict | dict[str, Tensor]:
-    return checkpoint.open(path) if len(file) > _MANY or _holds_dictionaries(file) else file.tensors()
+def _by_name(path: str, key: Key | None, file: StateFile) -> StackedParameterDict | dict[str, Tensor]:
+    return checkpoint.open(path, key=key) if len(file) > _MANY or _holds_dictionaries(file) else file.tensors()
 
 
 def _save_torch(
@@ -403,19 +420,19 @@ def _save_torch(
 # -- verify ------------------------------------------------------------------------------------------------------------
 
 
-def _compare(path: str, file: StateFile) -> bool:
+def _compare(file: StateFile) -> bool:
     """Read all and compare checksums, if a file has some; whether it has."""
     if isinstance(file, TorchFile):
         return file.verify()
     if _is_archive(file):
-        checkpoint.verify(path)
+        checkpoint.verify(file.path)
         return True
     return False
 
 
 def _verify(options: argparse.Namespace) -> int:
-    with open_state(options.file) as file:
-        if _compare(options.file, file):
+    with open_state(options.file, options.key) as file:
+        if _compare(file):
             print(f"{_printable(options.file)}: good, all checksums are right")
             return 0
         # Header and size have been found to fit; what is left is to see whether the disk gives all bytes.

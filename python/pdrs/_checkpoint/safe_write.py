@@ -22,7 +22,16 @@ from typing import Any
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["Progress", "WholeFile", "being_written", "folder_locked", "put_aside", "remove_left_behind", "replacing"]
+__all__ = [
+    "Progress",
+    "WholeFile",
+    "being_written",
+    "folder_locked",
+    "put_aside",
+    "refuse_folder",
+    "remove_left_behind",
+    "replacing",
+]
 
 # Seconds after which a save is long enough for a progress bar.
 _PATIENCE = 2.0
@@ -159,6 +168,12 @@ def replacing(path: str | os.PathLike[str], size: int, *, sync: bool = True) -> 
         os.close(descriptor)
     if sync:
         _sync_folder(target.parent)
+
+
+def refuse_folder(path: str) -> None:
+    """Raise if a path is written as that of a folder: without its end, it would be that of a file."""
+    if path.endswith(("/", os.sep)):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
 
 
 def _create_beside(target: Path) -> tuple[int, Path]:

@@ -10,7 +10,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,17 +22,24 @@ from torch import Tensor
 
 from pdrs._checkpoint.shards import index_of
 from pdrs._checkpoint.tensor_file import STEP, CheckpointError, TensorFile, counting
+from pdrs._checkpoint.which_file import file_in, is_of_torch, what_it_is
 from pdrs._core import IndexMap, ShardIndex, sort_tensors
 from pdrs._memory import empty
 from pdrs._stacked.named_rows import id_of
 from pdrs._stacked.packed_names import bytes_of
 from pdrs._stacked.row_blocks import stack
 
-__all__ = ["METADATA", "ShardedFile", "StateFile", "TorchFile", "open_state"]
+__all__ = ["METADATA", "Key", "ShardedFile", "StateFile", "TorchFile", "TorchShards", "open_state"]
+
+# Where in a file of torch's the state dict is: under one key, or one key in what is under another.
+Key = str | Sequence[str]
 
 # The attribute of a state dict, an OrderedDict, in which a file of torch's has what others have in the header.
 METADATA = "__metadata__"
 
+
+# How deep in a file of torch's, and how many, state dicts are looked for that an error lists.
+_DEPTH, _LISTED = 4, 5
 
 # What the index of shards counts, which is another number in the next.
 _COUNTS = ("total_size", "total_parameters")
@@ -82,46 +89,119 @@ class StateFile(Protocol):
         """Close what is open; tensors stay valid."""
 
 
-def open_state(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> TensorFile | ShardedFile | TorchFile:
+def open_state(
+    path: str | bytes | os.PathLike[str] | os.PathLike[bytes], key: Key | None = None
+) -> TensorFile | ShardedFile | TorchFile:
     """Open a file of tensors by name, of any kind.
 
     Parameters
     ----------
     path
         A safetensors file; the index of a sharded one (``model.safetensors.index.json``), or the file that was cut into
-        shards (``model.safetensors``, which then is not there); or what ``torch.save`` wrote of a state dict.
+        shards (``model.safetensors``, which then is not there); what ``torch.save`` wrote of a state dict; the index of
+        shards that are such files; or a folder that has one of these.
+    key
+        Under which key a file of torch's has the state dict; several, if it is in what is under the first.
 
     Raises
     ------
     CheckpointError
-        If the file is damaged, or of another kind.
+        If the file is damaged, or of another kind, or a folder has no such file, or several.
+    KeyError
+        If there is nothing under ``key``.
     OSError
         If it cannot be opened.
     TypeError
-        If it is no path.
+        If it is no path, or ``key`` is no ``str``, nor some of them.
+    ValueError
+        If ``key`` is given for a file of another kind.
     """
     shown = os.fsdecode(path)
+    keys = _as_keys(key)
     version = _version(shown)
     try:
-        return _open(shown)
+        return _open(shown, keys)
     except (CheckpointError, FileNotFoundError):
         if _version(shown) == version:
             raise
     # Somebody has replaced the file or the shards meanwhile, and removed what was there.
-    return open_state(shown)
+    return open_state(shown, key)
 
 
-def _open(path: str) -> TensorFile | ShardedFile | TorchFile:
-    if not os.path.exists(path) and index_of(path).exists():
+def _as_keys(key: Key | None) -> tuple[str, ...]:
+    keys = () if key is None else (key,) if isinstance(key, str) else key
+    if not isinstance(keys, Sequence) or not all(isinstance(one, str) for one in keys):
+        raise TypeError(f"expected key as a str or a sequence of str, got {key!r}")
+    return tuple(keys)
+
+
+def _open(path: str, keys: tuple[str, ...]) -> TensorFile | ShardedFile | TorchFile:
+    if os.path.isdir(path):
+        path = file_in(path)
+    elif not os.path.exists(path) and index_of(path).exists():
         path = os.fspath(index_of(path))
     if path.endswith(".json"):
-        return ShardedFile(path)
-    with open(path, "rb") as file:
-        beginning = file.read(9)
-    # A zip archive, or a pickle: the beginning of a header of so many bytes would not be a brace.
-    if beginning.startswith(b"PK") or (beginning.startswith(b"\x80") and beginning[8:] != b"{"):
-        return TorchFile(path)
+        index = _read_index(path)
+        if index.shards and _is_of_torch(_path_of(path, index.shards[0])):
+            return TorchShards(path, index, keys)
+        _refuse_key(path, keys)
+        return ShardedFile(path, index)
+    if _is_of_torch(path):
+        return TorchFile(path, keys)
+    _refuse_key(path, keys)
     return TensorFile(path)
+
+
+def _is_of_torch(path: str) -> bool:
+    """Whether a file is one of torch's, or else may be one of safetensors."""
+    with open(path, "rb") as file:
+        beginning = file.read(512)
+    what = what_it_is(beginning)
+    if what is not None:
+        raise CheckpointError(path, what)
+    return is_of_torch(beginning)
+
+
+def _refuse_key(path: str, keys: tuple[str, ...]) -> None:
+    if keys:
+        raise ValueError(
+            f"key= is for what torch.save wrote, and {path} is of safetensors, in which prefix= chooses names"
+        )
+
+
+def _read_index(path: str) -> ShardIndex:
+    text = Path(path).read_bytes()
+    try:
+        index = ShardIndex(text)
+    except ValueError as error:
+        what = None if text.lstrip().startswith(b"{") else what_it_is(text[:512])
+        raise CheckpointError(path, f"{error}{f': {what}' if what else ''}") from None
+    for shard in index.shards:
+        # Whoever wrote the index must not choose files elsewhere.
+        if shard != os.path.basename(shard) or shard in ("", ".", "..") or "\0" in shard or "\\" in shard:
+            raise CheckpointError(path, f"{shard!r} is no file in the folder of the index")
+    return index
+
+
+def _path_of(index: str, shard: str) -> str:
+    path = Path(index).with_name(shard)
+    if not path.exists():
+        raise CheckpointError(index, f"the shard {shard!r} is not there")
+    return os.fspath(path)
+
+
+def _metadata_of(path: str, index: ShardIndex, shards: Iterable[StateFile]) -> dict[str, str]:
+    """Return the texts of all shards, and those of the index; where two differ, the first one counts."""
+    found: dict[str, str] = {}
+    for shard in shards:
+        found = shard.metadata | found
+    try:
+        listed = json.loads(index.metadata or "{}")
+    except (ValueError, RecursionError):
+        listed = {}
+    # Beside them, it counts what is in the shards.
+    texts = listed.items() if isinstance(listed, dict) else ()
+    return {key: text for key, text in texts if isinstance(text, str) and key not in _COUNTS} | found
 
 
 def _version(path: str | os.PathLike[str]) -> list[tuple[int, int]]:
@@ -141,54 +221,29 @@ class ShardedFile:
     ----------
     path
         The index.
+    index
+        What it says.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.fspath(path)
+    def __init__(self, path: str, index: ShardIndex) -> None:
+        self.path = path
         self.shards: list[TensorFile] = []
         """The files, in the order of their first names in the index."""
-        self._index = self._read_index()
-        folder = Path(self.path).parent
+        self._index = index
         try:
-            for shard in self._index.shards:
-                # Whoever wrote the index must not choose files elsewhere.
-                if shard != os.path.basename(shard) or shard in ("", ".", "..") or "\0" in shard or "\\" in shard:
-                    raise self._error(f"{shard!r} is no file in the folder of the index")
-                try:
-                    file = TensorFile(folder / shard)
-                except FileNotFoundError:
-                    raise self._error(f"the shard {shard!r} is not there") from None
-                self.shards.append(file)
-            missing = self._index.missing([file.header for file in self.shards])
+            for shard in index.shards:
+                file = _path_of(path, shard)
+                if _is_of_torch(file):
+                    raise CheckpointError(path, f"the shard {shard!r} is of torch.save, and others are of safetensors")
+                self.shards.append(TensorFile(file))
+            missing = index.missing([file.header for file in self.shards])
             if missing is not None:
                 number, name = missing
-                raise self._error(f"the shard {self._index.shards[number]!r} has no tensor {name!r}")
+                raise CheckpointError(path, f"the shard {index.shards[number]!r} has no tensor {name!r}")
         except BaseException:
             self.close()
             raise
-        self.metadata = self._metadata()
-
-    def _error(self, what: str) -> CheckpointError:
-        return CheckpointError(self.path, what)
-
-    def _read_index(self) -> ShardIndex:
-        try:
-            return ShardIndex(Path(self.path).read_bytes())
-        except ValueError as error:
-            raise self._error(str(error)) from None
-
-    def _metadata(self) -> dict[str, str]:
-        """Return the texts of all shards, and those of the index; where two differ, the first one counts."""
-        found: dict[str, str] = {}
-        for shard in self.shards:
-            found = shard.metadata | found
-        try:
-            listed = json.loads(self._index.metadata or "{}")
-        except (ValueError, RecursionError):
-            listed = {}
-        # Beside them, it counts what is in the shards.
-        texts = listed.items() if isinstance(listed, dict) else ()
-        return {key: text for key, text in texts if isinstance(text, str) and key not in _COUNTS} | found
+        self.metadata = _metadata_of(path, index, self.shards)
 
     @property
     def names(self) -> list[str]:
@@ -290,9 +345,11 @@ class TorchFile:
     ----------
     path
         The file. Its tensors are mapped, privately, if it is of the format that torch has written since 1.6.
+    keys
+        What leads to the state dict, if it is in another.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], keys: tuple[str, ...] = ()) -> None:
         self.path = os.fspath(path)
         try:
             state = self._load()
@@ -302,18 +359,34 @@ class TorchFile:
             raise CheckpointError(self.path, f"torch.load(weights_only=True) refuses it: {_reason(error)}") from error
         except Exception as error:
             # Whatever damaged bytes make torch's readers do: also AssertionError, struct.error and BadZipFile.
-            raise CheckpointError(self.path, f"torch.load cannot read it: {error}") from error
-        if not isinstance(state, Mapping):
-            raise CheckpointError(self.path, f"expected a state dict, found a {type(state).__name__}")
-        for name, value in state.items():
-            if not isinstance(name, str) or not isinstance(value, Tensor):
-                raise CheckpointError(
-                    self.path, f"expected a state dict of tensors by name, found {type(value).__name__} at {name!r}"
-                )
-        self._state: dict[str, Tensor] = {name: _as_it_lies(value) for name, value in state.items()}
-        texts = getattr(state, METADATA, None)
+            raise CheckpointError(self.path, _what_torch_says(self.path, error)) from error
+        found = self._under(state, keys)
+        self._state: dict[str, Tensor] = {name: _as_it_lies(value) for name, value in found.items()}
+        texts = getattr(found, METADATA, None)
         texts = texts.items() if isinstance(texts, dict) else ()
         self.metadata = {key: text for key, text in texts if isinstance(key, str) and isinstance(text, str)}
+
+    def _under(self, state: Any, keys: tuple[str, ...]) -> Mapping[str, Tensor]:
+        """Return the state dict that some keys lead to, or say why there is none, and what may be meant instead."""
+        found = state
+        for at, key in enumerate(keys):
+            if not isinstance(found, Mapping) or key not in found:
+                there = _shown(keys[: at + 1])
+                raise KeyError(f"there is nothing at key={there} in {self.path}{_hint(state)}")
+            found = found[key]
+        where = f" at key={_shown(keys)}" if keys else ""
+        if not isinstance(found, Mapping):
+            raise CheckpointError(
+                self.path, f"expected a state dict{where}, found {_article(type(found).__name__)}{_hint(state)}"
+            )
+        for name, value in found.items():
+            if not isinstance(name, str) or not isinstance(value, Tensor):
+                raise CheckpointError(
+                    self.path,
+                    f"expected a state dict of tensors by name{where}, found {type(value).__name__} at {name!r}"
+                    f"{_hint(state)}",
+                )
+        return found
 
     def _load(self) -> Any:
         if self.path.endswith(".safetensors"):
@@ -372,9 +445,12 @@ class TorchFile:
             )
         ids = np.empty(len(keys), np.int64)
         tables = []
-        for class_ in range(len(firsts)):
-            there = np.flatnonzero(classes == class_)
-            ids[there] = id_of(class_, np.arange(len(there)))
+        # Tensors that lie otherwise in memory, or are of another class, are rows of one table all the same.
+        numbers: dict[tuple[torch.dtype, torch.Size], int] = {}
+        kinds = np.array([numbers.setdefault((values[at].dtype, values[at].shape), len(numbers)) for at in firsts], int)
+        for kind in range(len(numbers)):
+            there = np.flatnonzero(kinds[classes] == kind)
+            ids[there] = id_of(kind, np.arange(len(there)))
             chosen = [values[at] for at in there.tolist()]
             table = stack(chosen, chosen[0].detach()[None])
             # One alone has not been copied.
@@ -416,6 +492,42 @@ class TorchFile:
         self.close()
 
 
+class TorchShards(TorchFile):
+    """Such files, of whose tensors an index of the Hugging Face layout says where they are.
+
+    Parameters
+    ----------
+    path
+        The index.
+    index
+        What it says.
+    keys
+        As of each file.
+    """
+
+    def __init__(self, path: str, index: ShardIndex, keys: tuple[str, ...] = ()) -> None:
+        self.path = path
+        self.shards: list[TorchFile] = []
+        """The files, in the order of their first names in the index."""
+        for shard in index.shards:
+            file = _path_of(path, shard)
+            if not _is_of_torch(file):
+                raise CheckpointError(path, f"the shard {shard!r} is of safetensors, and others are of torch.save")
+            self.shards.append(TorchFile(file, keys))
+        self._state = {}
+        for name in index.names():
+            number = index.find(name)
+            assert number is not None
+            if name not in self.shards[number]:
+                raise CheckpointError(path, f"the shard {index.shards[number]!r} has no tensor {name!r}")
+            self._state[name] = self.shards[number].tensor(name)
+        self.metadata = _metadata_of(path, index, self.shards)
+
+    def verify(self) -> bool:
+        """Read all files and compare their checksums; whether all have some."""
+        return all([shard.verify() for shard in self.shards])
+
+
 def _is_whole(records: zipfile.ZipFile, record: zipfile.ZipInfo, count: Callable[[int], None]) -> bool:
     """Read a record to its end, where its checksum is compared, as ``testzip`` does with all of them."""
     try:
@@ -427,16 +539,68 @@ def _is_whole(records: zipfile.ZipFile, record: zipfile.ZipInfo, count: Callable
     return True
 
 
+def _hint(state: Any) -> str:
+    """Return what an error says of the state dicts that are somewhere in what was loaded: of the outermost ones."""
+    seen = {id(state)}
+    level: list[tuple[tuple[str, ...], Any]] = [((), state)]
+    for _ in range(_DEPTH):
+        level = [
+            ((*keys, key), inner)
+            for keys, outer in level
+            if isinstance(outer, Mapping)
+            for key, inner in outer.items()
+            # A pickle may hold a dict that is in itself.
+            if isinstance(key, str) and isinstance(inner, Mapping) and not (id(inner) in seen or seen.add(id(inner)))  # type: ignore[func-returns-value]
+        ]
+        found = [_shown(keys) for keys, inner in level if _is_state_dict(inner)]
+        if found:
+            listed = " or ".join(f"key={keys}" for keys in found[:_LISTED])
+            return f"; to read a state dict that is in it, give {listed}{', ...' if len(found) > _LISTED else ''}"
+    return ""
+
+
+def _is_state_dict(found: Mapping[Any, Any]) -> bool:
+    return bool(found) and all(isinstance(key, str) and isinstance(one, Tensor) for key, one in found.items())
+
+
+def _shown(keys: tuple[str, ...]) -> str:
+    return repr(keys[0]) if len(keys) == 1 else repr(keys)
+
+
+def _article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiouAEIOU' else 'a'} {noun}"
+
+
 def _reason(error: pickle.UnpicklingError) -> str:
-    """Return what torch says is wrong, without what it says to those who trust the file."""
+    """Return what torch says is wrong, without what it says to those who trust the file, and what is to be done."""
     found = re.search(r"WeightsUnpickler error: (.+?)(?:\. Please|\n|$)", str(error))
     if found and "global" in found[1].lower():
-        return f"{found[1]}; save a state dict"
+        return (
+            f"{found[1]}; save a state dict, and nothing else with it. If you trust the file, allow what it needs by "
+            "torch.serialization.add_safe_globals, or load it with torch.load(weights_only=False) and save its "
+            "state_dict()"
+        )
     return found[1] if found else str(error).partition("\n")[0] or "it cannot be unpickled"
 
 
+def _what_torch_says(path: str, error: Exception) -> str:
+    """Return why torch cannot read a file, in one line, and what else it may be."""
+    if "TorchScript" in str(error):
+        return (
+            "it is a TorchScript archive, which holds a program: load it with torch.jit.load, and save its state_dict()"
+        )
+    with suppress(Exception), zipfile.ZipFile(path) as records:
+        names = records.namelist()
+        if not any(os.path.basename(name) == "data.pkl" for name in names):
+            what = " (as numpy.savez writes them)" if any(name.endswith(".npy") for name in names) else ""
+            return f"it is a zip archive{what}, but none that torch.save wrote: it has no data.pkl"
+    said = str(error).partition("\n")[0].partition(". This is an internal")[0]
+    return f"torch.load cannot read it: {said or type(error).__name__}; it is cut off, damaged, or of another kind"
+
+
 def _as_it_lies(tensor: Tensor) -> Tensor:
-    """Return a tensor whose elements stand in memory as they are: torch saves conjugated views as such."""
+    """Return a plain tensor whose elements stand in memory as they are: torch saves conjugated views as such."""
+    tensor = tensor.detach()
     return tensor.resolve_conj().resolve_neg() if tensor.is_conj() or tensor.is_neg() else tensor
 
 
