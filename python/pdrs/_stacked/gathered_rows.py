@@ -26,6 +26,7 @@ from pdrs._stacked.named_rows import (
 from pdrs._stacked.row_blocks import note_rows, share_memory
 from pdrs._stacked.row_gather import gather_rows, gather_tables
 from pdrs._stacked.tables import Kind, Rows, Table
+from pdrs._stacked.untraced import untraced
 from pdrs.parameter_dict import MissingEntryError
 
 __all__ = ["GatheredRows", "Handle", "Missing"]
@@ -322,6 +323,7 @@ class GatheredRows(NamedRows):
         return gather_tables(tables, owners, row_of(ids), sparse)
 
     @torch.no_grad()
+    @untraced
     def scatter_(self, names: Names | Handle, values: Tensor, *, missing: Literal["error", "insert"] = "error") -> None:
         """Copy values into the rows of many names. **O(m)** for ``m`` names.
 
@@ -433,6 +435,7 @@ class GatheredRows(NamedRows):
                 return parameter
         raise KeyError(f"no table of {wanted}")
 
+    @untraced
     def reserve(
         self,
         count: int,
@@ -483,6 +486,7 @@ class GatheredRows(NamedRows):
                     self._remove_last_table()
                 raise
 
+    @untraced
     def compact(self) -> None:
         """Give the rows the order of the names, and the memory of all other rows back. **O(n)**.
 

@@ -20,6 +20,7 @@ from pdrs._core import IndexMap, insert_ids, missing_names, remove_names, sort_t
 from pdrs._stacked.changes import Changes
 from pdrs._stacked.row_blocks import note_rows, stack, write_rows
 from pdrs._stacked.tables import Kind, Rows, Tables
+from pdrs._stacked.untraced import untraced
 
 __all__ = [
     "Initialiser",
@@ -156,6 +157,7 @@ class NamedRows(Tables):
             raise ValueError(f"expected shape=, that of {of_what}, because {which}")
         return Kind(shape, dtype or torch.get_default_dtype())
 
+    @untraced
     def _insert_missing(
         self,
         names: Names,
@@ -185,6 +187,7 @@ class NamedRows(Tables):
             plan.append(_Part(kind._replace(group=int(group)), there, np.empty(0, np.int64), part))
         self._carry_out(new, np.full(len(new), -1), plan, and_then)
 
+    @untraced
     def _insert(self, names: list[str], values: list[Any], distinct: bool = False) -> None:
         """Set entries: all, or, if one cannot be taken, none."""
         names = as_list(names)
@@ -318,6 +321,7 @@ class NamedRows(Tables):
 
     # -- removing ------------------------------------------------------------------------------------------------------
 
+    @untraced
     def drop(self, names: Names) -> None:
         """Remove many entries at once; the order of the others stays. **O(m)** for ``m`` names.
 
@@ -345,6 +349,7 @@ class NamedRows(Tables):
             self._free(changes, np.unique(ids[ids >= 0]) if ids.min(initial=0) < 0 else ids)
             changes.make()
 
+    @untraced
     def _free(self, changes: Changes, ids: Rows) -> None:
         """Take back rows whose names are gone, and the gradients that they have."""
         self._moved(changes)

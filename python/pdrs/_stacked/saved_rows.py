@@ -33,6 +33,7 @@ from pdrs._stacked.packed_names import (
 from pdrs._stacked.row_blocks import stack, write_rows
 from pdrs._stacked.tables import Table, is_sharded, whole
 from pdrs._stacked.trained_rows import TrainedRows
+from pdrs._stacked.untraced import untraced
 from pdrs._state import Rest, is_intercepted
 
 __all__ = ["SavedRows"]
@@ -212,6 +213,7 @@ class SavedRows(TrainedRows):
     def _is_owned(self, key: str, others: Mapping[str, Any]) -> bool:
         return key in others or key in self._buffers or key.split(".", 1)[0] in self._modules
 
+    @untraced
     def _conform(self, packed: Any, saved: dict[str, Any]) -> None:
         """Become a dictionary of the packed names and rows, with tables as large as the saved ones; values are not set.
 
@@ -369,6 +371,7 @@ def _load_whole(sd: SavedRows, state_dict: Any) -> bool:
     return True
 
 
+@untraced
 def _load_named(
     sd: SavedRows,
     state_dict: Mapping[str, Any],

@@ -28,6 +28,7 @@ from pdrs._stacked import optimizer_rows
 from pdrs._stacked.changes import Changes
 from pdrs._stacked.gradient_rows import GradientRows, moved_rows
 from pdrs._stacked.row_blocks import by_bits
+from pdrs._stacked.untraced import untraced
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -351,6 +352,7 @@ class Tables(Module):
         numbers[kind] = self._add_table(kind.attribute(), parameter, kind.group)
         return numbers[kind]
 
+    @untraced
     def _add_table(self, attribute: str, parameter: Parameter, group: int) -> int:
         taken, wanted = 1, attribute
         while hasattr(self, attribute):
@@ -373,6 +375,7 @@ class Tables(Module):
             raise
         return len(self._tables) - 1
 
+    @untraced
     def _remove_last_table(self) -> None:
         self._discard_table(self._tables.pop().attribute)
 
@@ -392,6 +395,7 @@ class Tables(Module):
             self.__dict__["_optimizers"] = [reference for reference in references if reference() is not None]
         return alive
 
+    @untraced
     def _refuse_strangers(self, table: Table, parameter: Tensor, optimizers: list[Optimizer], what: str) -> None:
         """Raise if an optimizer that is not attached has state by row for a table."""
         if table.loaded:
@@ -418,6 +422,7 @@ class Tables(Module):
         self._make_ready(table, rows)
         return rows
 
+    @untraced
     def _make_ready(self, table: Table, rows: Rows | int) -> None:
         """Clear what belonged to the rows, or the one, that will be given next, or refuse it."""
         parameter, optimizers = self._parameter(table), self._attached()
@@ -432,6 +437,7 @@ class Tables(Module):
             self._rearrange(changes, table, capacity, None)
             changes.make()
 
+    @untraced
     def _rearrange(self, changes: Changes, table: Table, capacity: int, source: Tensor | None) -> None:
         """Give a table another capacity and, where ``source`` is given, other rows: the old row of each, -1 for none.
 
@@ -505,6 +511,7 @@ class Tables(Module):
 
     # -- the optimizers ------------------------------------------------------------------------------------------------
 
+    @untraced
     def attach(self, optimizer: Optimizer) -> None:
         """Let the state of an optimizer follow the names: grown, cleared and moved with the rows. **O(tables)**.
 
@@ -540,6 +547,7 @@ class Tables(Module):
                     pass
             self._optimizers.append(weakref.ref(optimizer))
 
+    @untraced
     def detach_optimizer(self, optimizer: Optimizer) -> None:
         """Let the state of an attached optimizer be as it is from now on; one that is not attached is passed over."""
         with self._lock:

@@ -18,6 +18,7 @@ from pdrs._stacked.gathered_rows import GatheredRows, Handle
 from pdrs._stacked.named_rows import Names, id_of, row_of, table_of
 from pdrs._stacked.row_blocks import write_rows
 from pdrs._stacked.tables import Kind, Table, mask_device, whole
+from pdrs._stacked.untraced import untraced
 
 __all__ = ["TrainedRows"]
 
@@ -103,6 +104,7 @@ class TrainedRows(GatheredRows):
 
     # -- frozen rows ---------------------------------------------------------------------------------------------------
 
+    @untraced
     def freeze(self, names: Names | Handle) -> None:
         """Mask the gradients of some names until they are unfrozen. **O(m)** for ``m`` names, and **O(capacity)** once.
 
@@ -150,6 +152,7 @@ class TrainedRows(GatheredRows):
                 changes.call(mask.index_fill_, 0, index, True)
             changes.make()
 
+    @untraced
     def unfreeze(self, names: Names | Handle | None = None) -> None:
         """Let names, or all, have gradients again; those that are not frozen are passed over. **O(m + capacity)**."""
         with self._lock:
@@ -174,6 +177,7 @@ class TrainedRows(GatheredRows):
 
     # -- groups of options ---------------------------------------------------------------------------------------------
 
+    @untraced
     def optimizer_groups(self, by: Mapping[str, Mapping[str, Any]], **others: Any) -> list[dict[str, Any]]:
         r"""Return parameter groups for an optimizer, whose options depend on the names. **O(n)** a pattern.
 
