@@ -25,6 +25,7 @@ from torch.nn import Module, Parameter
 from pdrs import _memory
 from pdrs._core import Lock, TableRows, zero_row
 from pdrs._stacked import optimizer_rows
+from pdrs._stacked.accumulation import Accumulation
 from pdrs._stacked.changes import Changes
 from pdrs._stacked.gradient_rows import GradientRows, moved_rows
 from pdrs._stacked.row_blocks import by_bits
@@ -90,15 +91,22 @@ class Table:
         self.handles: list[Any] = []
         # Set when the table has changed its size: a graph from before may still bring a gradient of the old size.
         self.resized = False
-        self.stashed: list[Tensor | None] = []
+        self.accumulation = Accumulation(resized_gradient)
         # Whether it has been loaded since optimizers were last looked for, which may have been loaded, too.
         self.loaded = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to this very Parameter."""
-        of_parameter: dict[str, Any] = {"hooked": None, "handles": [], "stashed": [], "gradient_rows": None}
+        of_parameter: dict[str, Any] = {"hooked": None, "handles": [], "gradient_rows": None}
         # Whoever copies the optimizer, too, has one with state for the copy.
-        return self.__dict__ | of_parameter | {"resized": False, "loaded": True}
+        state = self.__dict__ | of_parameter | {"resized": False, "loaded": True}
+        del state["accumulation"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore what was pickled or copied."""
+        self.__dict__.update(state)
+        self.accumulation = Accumulation(resized_gradient)
 
     # -- the hooks of the Parameter ------------------------------------------------------------------------------------
 
@@ -122,11 +130,23 @@ class Table:
             finally:
                 parameter.requires_grad_(trainable)
             # In front of the user's, such as one that steps an optimizer, which are to see the gradient that counts.
-            # torch goes through it as through a dict, past `move_to_end` of an OrderedDict.
-            hooks: Any = parameter._post_accumulate_grad_hooks
+            # torch goes through them as through a dict, past `move_to_end` of an OrderedDict.
             changes = Changes()
-            changes.replace_all(hooks, {after.id: hooks[after.id], **hooks})
+            for handle in self.handles:
+                hooks = handle.hooks_dict_ref()
+                changes.replace_all(hooks, {handle.id: hooks[handle.id], **hooks})
             changes.make()
+
+    def keep_node(self, parameter: Tensor) -> None:
+        """Be ready for gradients of the size that the Parameter has now, and loses."""
+        self.resized = True
+        self.hook(parameter)
+        if self.hooked is not None and self.hooked() is parameter:
+            self.accumulation.keep_node(parameter)
+            self.accumulation.gate_hooks(parameter, self._hooks())
+
+    def _hooks(self) -> list[Any]:
+        return [handle.hooks_dict_ref()[handle.id] for handle in self.handles]
 
     def unhook(self) -> None:
         """Remove the hooks of the Parameter that has them."""
@@ -134,6 +154,7 @@ class Table:
         for handle in self.handles:
             handle.remove()
         self.handles = []
+        self.accumulation = Accumulation(resized_gradient)  # whose nodes refer to the Parameter
 
 
 def _can_be_hooked(parameter: Tensor) -> bool:
@@ -164,31 +185,20 @@ def _hooked_table(which: tuple[weakref.ref[Table], int]) -> Table | None:
     return table if table is not None and table.hooks_made == which[1] else None
 
 
-def _before_accumulation(which: tuple[weakref.ref[Table], int], gradient: Tensor) -> None:
-    # torch would add a gradient of the old size to one of the new size, and fail: keep them apart until it has been
-    # resized.
+def _before_accumulation(which: tuple[weakref.ref[Table], int], gradient: Tensor) -> Tensor | None:
     table = _hooked_table(which)
     parameter = table.hooked() if table is not None and table.hooked is not None else None
-    if table is not None and parameter is not None and gradient.shape != parameter.shape:
-        table.stashed.append(parameter.grad)
-        parameter.grad = None
+    if table is None or parameter is None:
+        return None
+    return table.accumulation.before(parameter, gradient, table._hooks())
 
 
 def _after_accumulation(which: tuple[weakref.ref[Table], int], parameter: Tensor) -> None:
     table = _hooked_table(which)
-    if table is None or parameter.grad is None:
+    if table is None or not table.accumulation.after(parameter):
         return
     gradient = parameter.grad
-    if gradient.shape != parameter.shape:
-        gradient = resized_gradient(gradient, len(parameter))
-        before = table.stashed.pop()
-        parameter.grad = None
-        if before is None:
-            parameter.grad = gradient
-        else:  # torch adds a sparse one to a dense one only
-            parameter.grad = gradient + before if before.is_sparse else before + gradient
-        gradient = parameter.grad
-    if table.frozen is not None and not gradient.is_meta:
+    if table.frozen is not None and gradient is not None and not gradient.is_meta:
         clear_gradient(gradient, table.frozen)
 
 
@@ -453,8 +463,7 @@ class Tables(Module):
         what = "change the size of a table" if source is None else "move the rows of a table"
         self._refuse_strangers(table, parameter, self._attached(), what)
         # Before the size changes: a gradient of the old size may come from then on.
-        table.resized = True
-        table.hook(parameter)
+        table.keep_node(parameter)
         # A table that grows while it serves in inference mode can be trained afterwards.
         with torch.inference_mode(parameter.is_inference()), torch.no_grad():
             arranged = _Arranged(parameter, capacity, source)

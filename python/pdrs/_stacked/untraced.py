@@ -25,7 +25,7 @@ def untraced(function: _Function) -> _Function:
     Other decorators go above it: this is for the code of the function itself, which a wrapper has not.
     """
     assert not hasattr(function, "__wrapped__"), function
-    code: Any = function.__code__  # type: ignore[attr-defined]
+    code: Any = function.__code__
     eval_frame.set_code_exec_strategy(code, _SKIP)  # where its frame would be compiled
     function._torchdynamo_disable = True  # type: ignore[attr-defined]  # where a frame that calls it is
     return function
