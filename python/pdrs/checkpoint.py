@@ -20,6 +20,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from pdrs._checkpoint.archive import Archive, packed_before, same_file, write_archive
 from pdrs._checkpoint.archive_sources import EXTRA_STATE, collect
 from pdrs._checkpoint.hooks import NamedSource, changes_what_is_loaded, giving, prefixes_where
+from pdrs._checkpoint.into_modules import add_tied, with_memory
 from pdrs._checkpoint.named_layout import MAX_SHARD, write_named
 from pdrs._checkpoint.opened import (
     Checkpoint,
@@ -245,7 +246,15 @@ def open(  # noqa: A001  # read as pdrs.open
                 gc.enable()
 
 
-def load(path: _Path, module: Module, strict: bool = True, *, key: Key | None = None, verify: bool = False) -> Any:
+def load(
+    path: _Path,
+    module: Module,
+    strict: bool = True,
+    *,
+    device: torch.device | str | int | None = None,
+    key: Key | None = None,
+    verify: bool = False,
+) -> Any:
     """Fill a module with what a checkpoint holds, as ``load_state_dict`` does. **O(n)**.
 
     Parameters
@@ -254,9 +263,14 @@ def load(path: _Path, module: Module, strict: bool = True, *, key: Key | None = 
         What :func:`open` takes.
     module
         A torch.nn.Module. Its dictionaries may be of another class than those that were saved. An empty one takes over
-        the names.
+        the names. Parameters and buffers on the meta device become new ones with memory; attributes and ties stay, but
+        an optimizer is to be made afterwards.
     strict
-        Whether missing and unexpected names are errors.
+        Whether missing and unexpected names are errors. Of a parameter that the module has under several names, the
+        file may have one.
+    device
+        Where what is on the meta device gets memory: by default where the rest of the module lies, or on the CPU. What
+        has memory stays where it is.
     key
         As for :func:`open`.
     verify
@@ -279,6 +293,14 @@ def load(path: _Path, module: Module, strict: bool = True, *, key: Key | None = 
         If the file cannot be opened.
     TypeError
         If the module is something else, such as a dict.
+    ValueError
+        If ``device`` is the meta device, or ``key`` is given for a safetensors file.
+
+    Warns
+    -----
+    UserWarning
+        If parameters or buffers are still on the meta device, because the file has no values for them, and their names
+        are not among the missing ones.
 
     Examples
     --------
@@ -294,18 +316,29 @@ def load(path: _Path, module: Module, strict: bool = True, *, key: Key | None = 
     """
     if not isinstance(module, Module):
         raise TypeError(f"expected a torch.nn.Module to fill, such as a ParameterDict, got {type(module).__name__}")
+    device = None if device is None else torch.device(device)
+    if device is not None and device.type == "meta":
+        raise ValueError("expected a device with memory for what is loaded, got the meta device")
     with _read(path, key) as checkpoint:
         if verify:
             checkpoint.verify()
-        is_plain = not checkpoint.prefixes() and not continues(checkpoint)
-        if is_plain and isinstance(module, StackedParameterDict) and load_named(checkpoint, module):
-            return _IncompatibleKeys([], [])
-        state, given = _state_for(module, checkpoint)
-        with giving(given):
-            if given and isinstance(module, ParameterDict):
-                # Its own method has a way round for state dicts that fit as they are.
-                return Module.load_state_dict(module, state, strict)
-            return module.load_state_dict(state, strict)
+        with with_memory(module, device) as missing:
+            result = _fill(module, checkpoint, strict)
+            missing += getattr(result, "missing_keys", [])  # whose own method may return nothing
+            return result
+
+
+def _fill(module: Module, checkpoint: Archive | _States, strict: bool) -> Any:
+    """Load what a checkpoint holds into a module all of which has memory."""
+    is_plain = not checkpoint.prefixes() and not continues(checkpoint)
+    if is_plain and isinstance(module, StackedParameterDict) and load_named(checkpoint, module):
+        return _IncompatibleKeys([], [])
+    state, given = _state_for(module, checkpoint)
+    with giving(given):
+        if given and isinstance(module, ParameterDict):
+            # Its own method has a way round for state dicts that fit as they are.
+            return Module.load_state_dict(module, state, strict)
+        return module.load_state_dict(state, strict)
 
 
 def verify(path: _Path, *, key: Key | None = None) -> None:
@@ -353,6 +386,7 @@ def _state_for(module: Module, checkpoint: Checkpoint) -> tuple[dict[str, Tensor
         if isinstance(one, ParameterDict) and not one._parameters and prefix not in given
     ]
     given.update(_taken_over(modules, [one for one in empty if not any(map(one.startswith, asked))], state))
+    add_tied(state, modules, given)
     return state, given
 
 

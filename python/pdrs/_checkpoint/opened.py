@@ -263,7 +263,7 @@ def load_named(checkpoint: Checkpoint, sd: StackedParameterDict) -> bool:
         for (of_file, number), there in partition([table_of(part.ids), table_of(ids)]):
             parameter = sd._parameters[sd._tables[number].attribute] if number >= 0 else None
             rows = part.table(part.header.tables[of_file])
-            if type(parameter) is not Parameter or type(parameter.data) is not Tensor:
+            if type(parameter) is not Parameter or type(parameter.data) is not Tensor or parameter.is_meta:
                 return False
             if parameter.shape[1:] != rows.shape[1:]:
                 return False
