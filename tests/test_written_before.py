@@ -1,7 +1,7 @@
 """What an earlier version has written: pickles, state dicts and archives are read for ever.
 
-``written_before`` holds one model, as the code wrote it when all modules lay in one folder: a ParameterDict ``single``
-and a StackedParameterDict ``stacked``, of which one name was frozen and one popped.
+``written_before`` holds one model, as earlier code wrote it: a ParameterDict ``single`` and a StackedParameterDict
+``stacked``, of which one name was frozen and one popped.
 
 The bugs that this hunts: classes that are looked for where they lay once, and attributes that an earlier version did
 not have, so that what was unpickled fails when it is used.

@@ -10,17 +10,13 @@ from __future__ import annotations
 
 import copy
 import copyreg
-import math
-import operator
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils.parametrize import is_parametrized
@@ -30,8 +26,8 @@ from pdrs._core import (
     group_tensors,
     not_copied_yet,
     place_copies,
-    slab_views,
 )
+from pdrs._pickle import entry, new_dict, unpack
 from pdrs._state import LARGEST, is_intercepted
 
 if TYPE_CHECKING:
@@ -102,7 +98,19 @@ class _Packed:
         self.parameters = parameters
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> _Reduced:
-        return dict, (), None, None, _pickled_items(self.parameters)
+        return new_dict, (), None, None, _pickled_items(self.parameters)
+
+
+def attributes_of(thing: Any) -> dict[str, Any]:
+    """Return what an object of a Python subclass of a native class has beside what the native class knows."""
+    slots = {name: getattr(thing, name) for name in copyreg._slotnames(type(thing)) if hasattr(thing, name)}  # type: ignore[attr-defined]  # as `object.__getstate__` finds them
+    return {**getattr(thing, "__dict__", {}), **slots}
+
+
+def set_attributes(thing: Any, attributes: dict[str, Any]) -> None:
+    """Set what :func:`attributes_of` returned."""
+    for name, value in attributes.items():
+        object.__setattr__(thing, name, value)
 
 
 def _state_of(reduced: Any) -> dict[str, Any] | None:
@@ -177,7 +185,10 @@ def _groups_on_cpu(tensors: list[Any]) -> list[TensorGroup]:
 
 
 class _Block:
-    """Parameters of one group on their way to a pickle, in which they become a list of Parameters over one tensor."""
+    """Parameters of one group on their way to a pickle, in which they become a list of Parameters over one tensor.
+
+    What the pickle calls for it is in ``pdrs._pickle``.
+    """
 
     def __init__(self, group: TensorGroup, parameters: list[Parameter]) -> None:
         self._group = group
@@ -198,102 +209,6 @@ class _Block:
         )
 
 
-def unpack(
-    values: Tensor, offsets: bytes, shape_numbers: bytes, shapes: list[tuple[int, ...]], trainable: bytes
-) -> list[Parameter]:
-    """Make Parameters over one tensor. Pickles call this by its name, so it must keep its name and its arguments.
-
-    Parameters
-    ----------
-    values
-        The values of all, one-dimensional.
-    offsets
-        int64, little endian: where in ``values`` each Parameter begins.
-    shape_numbers
-        uint32, little endian: the number in ``shapes`` of the shape of each Parameter.
-    shapes
-        The different shapes.
-    trainable
-        A byte for each Parameter: 1 if it requires gradients, 0 if not.
-
-    Raises
-    ------
-    UnpicklingError
-        If these do not fit together.
-    """
-    begins, numbers, flags = _checked(values, offsets, shape_numbers, shapes, trainable)
-    if values.device.type == "cpu" and not is_intercepted() and not torch.is_inference_mode_enabled():
-        make = _make_natively
-    else:
-        # Loaded to another device, to the meta device as well, or as fake tensors.
-        make = _make_by_torch
-    made: list[Any] = [None] * len(begins)
-    for flag in (False, True):
-        those = np.flatnonzero(flags == flag)
-        if not those.size:
-            continue
-        views = make(values, begins[those], [shapes[number] for number in numbers[those].tolist()], flag)
-        for at, view in zip(those.tolist(), views, strict=True):
-            made[at] = view
-    return made
-
-
-def _make_natively(
-    values: Tensor, begins: NDArray[np.int64], shapes: list[tuple[int, ...]], trainable: bool
-) -> list[Any]:
-    try:
-        return slab_views(values.detach(), begins, shapes, requires_grad=trainable)
-    except ValueError as error:
-        raise UnpicklingError(f"a block of Parameters cannot be used: {error}") from error
-
-
-def _make_by_torch(
-    values: Tensor, begins: NDArray[np.int64], shapes: list[tuple[int, ...]], trainable: bool
-) -> list[Any]:
-    values = values.detach()
-    made = []
-    for begin, shape in zip(begins.tolist(), shapes, strict=True):
-        view = values[begin : begin + math.prod(shape)].view(shape)
-        made.append(Parameter(view, requires_grad=trainable))
-    return made
-
-
-def _checked(
-    values: Any, offsets: Any, shape_numbers: Any, shapes: Any, trainable: Any
-) -> tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.bool_]]:
-    # A pickle may be damaged, or made to do harm.
-    if not (
-        isinstance(values, Tensor)
-        and values.layout is torch.strided
-        and values.ndim == 1
-        and values.is_contiguous()
-        and all(type(each) is bytes for each in (offsets, shape_numbers, trainable))
-        and type(shapes) is list
-        and all(type(shape) is tuple and all(type(size) is int for size in shape) for shape in shapes)
-    ):
-        raise UnpicklingError("a block of Parameters is not of the types that were pickled")
-    count = len(trainable)
-    if (len(offsets), len(shape_numbers)) != (8 * count, 4 * count):
-        raise UnpicklingError(
-            f"a block of {count} Parameters has {len(offsets)} bytes of offsets and {len(shape_numbers)} of shapes"
-        )
-    begins = np.frombuffer(offsets, "<i8")
-    numbers = np.frombuffer(shape_numbers, "<u4")
-    if count and int(numbers.max()) >= len(shapes):
-        raise UnpicklingError(f"a block of Parameters has {len(shapes)} shapes, but not number {numbers.max()}")
-    for shape in shapes:
-        if not all(size > 0 for size in shape) or math.prod(shape) > values.numel():
-            raise UnpicklingError(f"a block of {values.numel()} elements has a Parameter of shape {shape}")
-    # No sum can overflow: the begin is compared first.
-    lasts = values.numel() - np.array([math.prod(shape) for shape in shapes], np.int64)[numbers]
-    if count and not ((begins >= 0) & (begins <= lasts)).all():
-        raise UnpicklingError(f"a block of {values.numel()} elements has Parameters that reach beyond it")
-    flags = np.frombuffer(trainable, np.uint8) != 0
-    if flags.any() and not (values.is_floating_point() or values.is_complex()):
-        raise UnpicklingError(f"a block of {values.dtype} has Parameters that require gradients")
-    return begins, numbers, flags
-
-
 # What is being pickled: dicts of the places of Parameters, by their `id`, which threads use for themselves.
 class _Running(threading.local):
     def __init__(self) -> None:
@@ -310,7 +225,7 @@ def _reduce_parameter(parameter: Parameter) -> Any:
     for places in _running.places:
         place = places.pop(id(parameter), None)
         if place is not None:
-            return operator.getitem, place
+            return entry, place
     # What it gives does not depend on the protocol.
     return parameter.__reduce_ex__(2)  # type: ignore[no-untyped-call]
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from types import TracebackType
-from typing import Any, Literal, TypeVar, final, overload
+from typing import Any, Literal, Protocol, TypeVar, final, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Module, Parameter
+from typing_extensions import Self, disjoint_base
 
 __all__ = [
     "EntryIterator",
@@ -72,7 +73,13 @@ __all__ = [
 _T = TypeVar("_T")
 _Door = Literal["from_blob", "dlpack", "stable_abi", "as_strided"]
 
-@final
+class _Keyed(Protocol):
+    def keys(self) -> Iterable[str]: ...
+    def __getitem__(self, name: str, /) -> int: ...
+
+_Entries = Mapping[str, int] | _Keyed | Iterable[tuple[str, int]]
+
+@disjoint_base
 class IndexMap:
     """An ordered map from names to rows, which can be popped anywhere in O(1).
 
@@ -84,6 +91,8 @@ class IndexMap:
     ----------
     entries
         A mapping, or an iterable of pairs, of names and rows; their order is kept.
+    **rows
+        More names and their rows, as a dict takes them.
 
     Raises
     ------
@@ -103,15 +112,20 @@ class IndexMap:
 
     """
 
-    def __new__(cls, entries: Mapping[str, int] | IndexMap | Iterable[tuple[str, int]] | None = None) -> IndexMap: ...
-    @staticmethod
-    def from_names(names: Iterable[str], rows: NDArray[np.int64] | None = None) -> IndexMap:
+    def __new__(cls, entries: _Entries | None = None, /, **rows: int) -> Self: ...
+    def __init__(self, entries: _Entries | None = None, /, **rows: int) -> None: ...
+    @classmethod
+    def fromkeys(cls, names: Iterable[str], row: int = 0, /) -> Self:
+        """Make an IndexMap of many names with the same row. **O(n)**."""
+    @classmethod
+    def from_names(cls, names: Iterable[str], rows: NDArray[np.int64] | None = None) -> Self:
         """Make an IndexMap of many names at once.
 
         Parameters
         ----------
         names
-            A list, tuple, NumPy array or other iterable of ``str``. Of equal names the first gives the place.
+            A list, array, column of another library or other iterable of ``str``. Of equal names the first gives the
+            place.
         rows
             The rows, int64 of shape ``[len(names)]``. Without them, the first name gets row 0, the next new one row 1,
             and so on. Of equal names the last gives the row.
@@ -127,8 +141,13 @@ class IndexMap:
     def __reversed__(self) -> Iterator[str]: ...
     def __eq__(self, other: object, /) -> bool: ...
     def __ne__(self, other: object, /) -> bool: ...
-    def __copy__(self) -> IndexMap: ...
-    def __deepcopy__(self, memo: object, /) -> IndexMap: ...
+    def __or__(self, other: Mapping[str, int], /) -> Self: ...
+    def __ror__(self, other: Mapping[str, int], /) -> Self: ...
+    def __ior__(self, other: _Entries, /) -> Self: ...
+    def __copy__(self) -> Self: ...
+    def __deepcopy__(self, memo: object, /) -> Self: ...
+    def __getstate__(self) -> tuple[Any, ...]: ...
+    def __setstate__(self, state: tuple[Any, ...], /) -> None: ...
     def keys(self) -> KeysView[str]:
         """Return a view of the names in order; reversible, a set. **O(1)**."""
     def values(self) -> ValuesView[int]:
@@ -140,6 +159,8 @@ class IndexMap:
         """Return the row of ``name``, or ``default`` if it is not there. **O(1)**."""
     @overload
     def get(self, name: str, default: _T) -> int | _T: ...
+    def setdefault(self, name: str, default: int | None = None) -> int:
+        """Return the row of ``name``; first set it to ``default`` if it is not there. **O(1)**."""
     @overload
     def pop(self, name: str, /) -> int:
         """Remove ``name`` and return its row; the order of the others stays. **O(1)**.
@@ -157,8 +178,34 @@ class IndexMap:
         """Move ``name`` behind (or in front of) all others. **O(1)**. Raises KeyError if it is not there."""
     def clear(self) -> None:
         """Remove all names, and begin again at row 0. **O(n)**."""
-    def update(self, entries: Mapping[str, int] | IndexMap | Iterable[tuple[str, int]]) -> None:
-        """Set many rows; new names go to the end, in order. **O(m)** for ``m`` entries. A refusal changes nothing."""
+    def update(self, entries: _Entries | None = None, /, **rows: int) -> None:
+        """Set many rows; new names go to the end, in order. **O(m)** for ``m`` entries. A refusal changes nothing.
+
+        Takes what a dict takes: a mapping, anything with ``keys`` and ``__getitem__``, or pairs; and ``name=row``.
+        """
+    def select(self, mask: Tensor | NDArray[np.bool_] | Sequence[bool]) -> list[str]:
+        """Return the names, in order, at whose places a mask is true. **O(n)**.
+
+        Parameters
+        ----------
+        mask
+            bool ``[n]``: an array, a tensor, a column of another library, or a list.
+
+        Raises
+        ------
+        TypeError
+            If it holds anything but bool.
+        ValueError
+            If it is of another length.
+
+        Examples
+        --------
+        >>> import pdrs
+        >>> index = pdrs.IndexMap({"a": 3, "b": 0, "c": 5})
+        >>> index.select(index.rows() > 1)
+        ['a', 'c']
+
+        """
     def extend(self, names: Iterable[str]) -> NDArray[np.int64]:
         """Give each new name the next row, at the end, and return the rows of all.
 
@@ -167,7 +214,7 @@ class IndexMap:
         Parameters
         ----------
         names
-            A list, tuple, NumPy array or other iterable of ``str``.
+            A list, array, column of another library or other iterable of ``str``.
 
         Returns
         -------
@@ -182,7 +229,7 @@ class IndexMap:
         Parameters
         ----------
         names
-            A list, tuple, NumPy array or other iterable of ``str``; repeated names are fine.
+            A list, array, column of another library or other iterable of ``str``; repeated names are fine.
         default
             The number for names that are not there.
 
@@ -200,7 +247,7 @@ class IndexMap:
         """
     def rows(self) -> NDArray[np.int64]:
         """Return the rows of all names in order: int64 of shape ``[n]``. **O(n)**."""
-    def copy(self) -> IndexMap:
+    def copy(self) -> Self:
         """Return another map with the same names and rows in the same order. **O(n)**, no name is hashed."""
     @property
     def _fingerprint(self) -> str: ...
@@ -573,8 +620,6 @@ class TableRows:
         """Return the capacity of a table of ``capacity`` when ``count`` more rows are to be given. **O(1)**."""
     def __copy__(self) -> TableRows: ...
     def __deepcopy__(self, memo: object, /) -> TableRows: ...
-    @staticmethod
-    def _restore(used: int, free: NDArray[np.int64]) -> TableRows: ...
 
 def find_rows(index: IndexMap, names: Iterable[str]) -> tuple[int, NDArray[np.int64]]:
     """Return the number of the table that names lie in, and their rows; or, if that is not one table, -1 and their ids.

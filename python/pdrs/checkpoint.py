@@ -36,7 +36,8 @@ from pdrs._checkpoint.shards import remove_interrupted
 from pdrs._checkpoint.state_files import Key, StateFile, TorchFile, open_state
 from pdrs._checkpoint.tensor_file import CheckpointError, TensorFile, as_texts, texts_of
 from pdrs._core import IndexMap
-from pdrs._stacked.named_rows import Names, table_of
+from pdrs._names import Names
+from pdrs._stacked.named_rows import table_of
 from pdrs._stacked.packed_names import is_packed
 from pdrs.parameter_dict import ParameterDict
 from pdrs.stacked import StackedParameterDict

@@ -34,6 +34,7 @@ from pdrs._core import (
     unzip,
     use_native_slots,
 )
+from pdrs._names import listed
 from pdrs._state import load_from_state_dict, load_rest, load_whole
 from pdrs._views import EntryItemsView, EntryValuesView
 from pdrs._views import KeysView as NamesView
@@ -311,7 +312,7 @@ class ParameterDict(torch.nn.ParameterDict):
 
         A Parameter is shared by all; of another tensor each gets a Parameter of its own over the same data.
         """
-        return ParameterDict(zip(keys, repeat(default)))
+        return ParameterDict(zip(keys if isinstance(keys, str) else listed(keys), repeat(default)))
 
     def stack(self) -> StackedParameterDict:
         """Return a StackedParameterDict of the same entries, whose values are copied into tables. **O(n)**.

@@ -16,9 +16,10 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from pdrs import _copies, _memory, parameter_dict, transfer
 from pdrs._core import IndexMap, TableRows, pop_end_row, pop_row, set_row, slab_views
+from pdrs._names import Names, as_list
 from pdrs._stacked.changes import Changes
 from pdrs._stacked.gathered_rows import Handle
-from pdrs._stacked.named_rows import Initialiser, Names, as_list, id_of, initialise, refuse_integers, row_of, table_of
+from pdrs._stacked.named_rows import Initialiser, id_of, initialise, refuse_integers, row_of, table_of
 from pdrs._stacked.saved_rows import SavedRows
 from pdrs._stacked.tables import Kind, Table, mask_device, whole
 from pdrs._state import is_intercepted

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pdrs._core import TableRows, find_rows, replace_ids
+from pdrs._names import Names, as_list, listed
 from pdrs._stacked.changes import Changes
 from pdrs._stacked.named_rows import (
     Initialiser,
     NamedRows,
-    Names,
-    as_list,
     as_shape,
     id_of,
     refuse_integers,
@@ -85,12 +83,12 @@ class GatheredRows(NamedRows):
         if isinstance(names, Handle):
             self._refresh(names)
             return names._ids
-        names = _as_sequence(names)
+        names = listed(names)
         return self._without_missing(names, self._index.lookup(names, -1), missing, init, shape, dtype)
 
     def _without_missing(
         self,
-        names: Sequence[str] | NDArray[Any],
+        names: Sequence[str],
         ids: Rows,
         missing: Missing,
         init: Initialiser | None,
@@ -112,9 +110,9 @@ class GatheredRows(NamedRows):
             self._insert_missing(names, init, shape, dtype)
             return self._index.lookup(names)
         absent = np.flatnonzero(ids < 0)
-        listed = ", ".join(repr(str(names[at])) for at in absent[:_LISTED])
+        some = ", ".join(repr(str(names[at])) for at in absent[:_LISTED])
         more = ", ..." if len(absent) > _LISTED else ""
-        raise MissingEntryError(f"{len(absent)} of {len(ids)} names are not in the dictionary: {listed}{more}")
+        raise MissingEntryError(f"{len(absent)} of {len(ids)} names are not in the dictionary: {some}{more}")
 
     def _refresh(self, handle: Handle) -> None:
         if handle._owner is not self:
@@ -290,7 +288,7 @@ class GatheredRows(NamedRows):
                 if table is not None:
                     return gather_rows(table, names._rows, sparse)
                 return self._gather_ids(names._ids, sparse, shape, dtype)
-            names = _as_sequence(names)
+            names = listed(names)
             number, rows = find_rows(self._index, names)
             if number >= 0:
                 table = self._parameter(self._tables[number])
@@ -525,10 +523,6 @@ def _each_once(names: list[str], places: Rows) -> Rows:
 def _check_missing(missing: str) -> None:
     if missing not in ("error", "skip", "zero", "insert"):
         raise ValueError(f"missing must be 'error', 'skip', 'zero' or 'insert', got {missing!r}")
-
-
-def _as_sequence(names: Names) -> Sequence[str] | NDArray[Any]:
-    return names if isinstance(names, list | np.ndarray) else as_list(names)
 
 
 def _table_of_all(stacked: GatheredRows, handle: Handle) -> Tensor | None:

@@ -6,17 +6,17 @@ one native call turns a batch of names into tables and rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Parameter
 
 from pdrs import _memory
 from pdrs._core import IndexMap, insert_ids, missing_names, remove_names, sort_tensors
+from pdrs._names import Mask, Names, as_list, is_mask
 from pdrs._stacked.changes import Changes
 from pdrs._stacked.row_blocks import note_rows, stack, write_rows
 from pdrs._stacked.tables import Kind, Rows, Tables
@@ -25,8 +25,6 @@ from pdrs._stacked.untraced import untraced
 __all__ = [
     "Initialiser",
     "NamedRows",
-    "Names",
-    "as_list",
     "as_shape",
     "id_of",
     "initialise",
@@ -37,7 +35,6 @@ __all__ = [
 ]
 
 Initialiser = Callable[[Tensor], Any]
-Names = Sequence[str] | NDArray[Any] | Iterable[str]
 
 _ROW_BITS = 40
 _ROW_MASK = (1 << _ROW_BITS) - 1
@@ -57,22 +54,6 @@ def row_of(ids: Any) -> Any:
 def id_of(number: int, rows: Any) -> Any:
     """Return the id of a row of a table, or of each of an array of rows."""
     return rows | number << _ROW_BITS
-
-
-def as_list(names: Names) -> list[str]:
-    """Return names as a list of exact ``str``; TypeError if there is something else."""
-    if isinstance(names, str):
-        raise TypeError("names must be an iterable of str, got a single str")
-    if isinstance(names, np.ndarray) and names.ndim == 0:  # whose `tolist` gives a single str
-        raise TypeError("names must be an iterable of str, got an array without a dimension")
-    listed: list[Any] = names.tolist() if isinstance(names, np.ndarray) else list(names)
-    if set(map(type, listed)) <= {str}:
-        return listed
-    for at, name in enumerate(listed):
-        if not isinstance(name, str):
-            raise TypeError(f"names must be str, got {type(name).__name__}")
-        listed[at] = str.__str__(name)
-    return listed
 
 
 def as_shape(shape: Any) -> tuple[int, ...]:
@@ -321,14 +302,47 @@ class NamedRows(Tables):
 
     # -- removing ------------------------------------------------------------------------------------------------------
 
+    def select(self, mask: Mask) -> list[str]:
+        """Return the names, in order, at whose places a mask is true. **O(n)**.
+
+        Parameters
+        ----------
+        mask
+            bool ``[n]``: a tensor, an array, a column of another library, or a list.
+
+        Raises
+        ------
+        TypeError
+            If it holds anything but bool.
+        ValueError
+            If it is of another length.
+
+        Examples
+        --------
+        >>> import torch, pdrs
+        >>> sd = pdrs.StackedParameterDict.from_rows(["a", "b", "c"], torch.tensor([[3.0], [0.1], [-2.0]]))
+        >>> sd.select(sd.norms() > 1)
+        ['a', 'c']
+
+        """
+        with self._lock:
+            return self._index.select(mask)
+
     @untraced
-    def drop(self, names: Names) -> None:
+    def drop(self, names: Names | Mask) -> None:
         """Remove many entries at once; the order of the others stays. **O(m)** for ``m`` names.
+
+        Parameters
+        ----------
+        names
+            Names that are there, each once; or a mask, as :meth:`select` takes it, which is **O(n)**.
 
         Raises
         ------
         KeyError
             If a name is not there, or is listed twice; then none has been removed.
+        TypeError, ValueError
+            If these are neither names nor a mask for all names.
 
         Examples
         --------
@@ -336,13 +350,13 @@ class NamedRows(Tables):
 
         >>> import torch, pdrs
         >>> sd = pdrs.StackedParameterDict.from_rows(["a", "b", "c"], torch.tensor([[3.0], [0.1], [-2.0]]))
-        >>> sd.drop([name for name, norm in zip(sd, sd.norms()) if norm < 1])
+        >>> sd.drop(sd.norms() < 1)
         >>> list(sd)
         ['a', 'c']
 
         """
         with self._lock:
-            names = as_list(names)
+            names = self._index.select(names) if is_mask(names) else as_list(names)
             ids = self._index.lookup(names, -1)
             changes = Changes()
             changes.call(remove_names, self._index, names)  # which refuses what cannot be removed

@@ -63,6 +63,10 @@ class Kind(NamedTuple):
         return f"{str(self.dtype).removeprefix('torch.')} of shape {list(self.shape)}"
 
 
+# The name of the Parameter, the group, how many rows were ever given, the free ones of them as int64, and the mask.
+_PlainTable = tuple[str, int, int, bytes | None, Tensor | None]
+
+
 class Table:
     """What is known of a table beside its Parameter.
 
@@ -74,7 +78,6 @@ class Table:
         The number of the group of options that an optimizer has for its rows.
     """
 
-    # These are of the class, because what an earlier version has pickled lacks them.
     # Where rows lie in the sparse gradient that was last looked through.
     gradient_rows: GradientRows | None = None
     # The number of the hooks that count: others were left by what stopped :meth:`hook` half-way.
@@ -95,18 +98,21 @@ class Table:
         # Whether it has been loaded since optimizers were last looked for, which may have been loaded, too.
         self.loaded = False
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to this very Parameter."""
-        of_parameter: dict[str, Any] = {"hooked": None, "handles": [], "gradient_rows": None}
-        # Whoever copies the optimizer, too, has one with state for the copy.
-        state = self.__dict__ | of_parameter | {"resized": False, "loaded": True}
-        del state["accumulation"]
-        return state
+    def to_plain(self) -> _PlainTable:
+        """Return what is pickled and copied of it: nothing that belongs to this very Parameter."""
+        free = self.rows.free().astype("<i8").tobytes()
+        return self.attribute, self.group, self.rows.used, free or None, self.frozen
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore what was pickled or copied."""
-        self.__dict__.update(state)
-        self.accumulation = Accumulation(resized_gradient)
+    def restore(self, plain: _PlainTable, capacity: int) -> None:
+        """Take what :meth:`to_plain` returned; ValueError if a Parameter of this capacity has no such rows."""
+        _, _, used, free_bytes, frozen = plain
+        free = np.frombuffer(free_bytes or b"", "<i8")
+        ascending = not len(free) or (free[0] >= 0 and free[-1] < used and (np.diff(free) > 0).all())
+        if not 0 <= used <= capacity or not ascending:
+            raise ValueError(f"the table '{self.attribute}' has {capacity} rows, but not those that were pickled")
+        self.rows, self.frozen = TableRows(used), frozen
+        self.rows.give_back_many(free.astype(np.int64))
+        self.loaded = True  # whoever copies the optimizer, too, has one with state for the copy
 
     # -- the hooks of the Parameter ------------------------------------------------------------------------------------
 
@@ -270,12 +276,20 @@ class Tables(Module):
             state = self.__dict__.copy()
         del state["_lock"]
         state["_optimizers"] = []
+        state["_tables"] = [table.to_plain() for table in self._tables]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore what was pickled or copied."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.__dict__["_lock"] = Lock()
+        tables = []
+        for plain in state["_tables"]:
+            # Frameworks rebuild modules from their own `__dict__`, too.
+            table = plain if isinstance(plain, Table) else Table(plain[0], plain[1])
+            if table is not plain:
+                table.restore(plain, len(self._parameter(table)))
+            tables.append(table)
+        self.__dict__.update(_tables=tables, _lock=Lock())
         self._adopt()
 
     def _adopt(self) -> None:

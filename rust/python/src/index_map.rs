@@ -13,9 +13,10 @@ use pyo3::exceptions::{PyKeyError, PyOverflowError, PyRuntimeError, PyTypeError,
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::{MutexExt, PyOnceLock};
-use pyo3::types::{PyDict, PyList, PyString, PyTuple};
+use pyo3::types::{PyBytes, PyDict, PyList, PyString, PyTuple, PyType};
 
-use crate::name::{Name, Query, exact_text, find_listed, prefetch_listed, to_text};
+use crate::name::{Name, Query, exact_text, find_listed, to_text};
+use crate::names::{listed, to_names};
 
 /// How many entries `repr` shows at each end of a long map.
 const SHOWN: usize = 5;
@@ -24,10 +25,7 @@ const SHOWN: usize = 5;
 const LISTED: usize = 5;
 
 /// How many entries ahead of a walk a name is fetched from memory, where names mostly lie scattered.
-const AHEAD: usize = 16;
-
-/// Room for so many names at most is made before they come: what says how many there are may be wrong.
-const MOST_EXPECTED: usize = 1 << 24;
+pub(crate) const AHEAD: usize = 16;
 
 /// How many names are made before they are put into a map: few enough to be in the cache still.
 const TOGETHER: usize = 256;
@@ -48,6 +46,8 @@ struct State {
 /// ----------
 /// entries
 ///     A mapping, or an iterable of pairs, of names and rows; their order is kept.
+/// **rows
+///     More names and their rows, as a dict takes them.
 ///
 /// Raises
 /// ------
@@ -69,7 +69,7 @@ struct State {
     clippy::doc_link_with_quotes,
     reason = "what Python shows as docstrings, as the stubs have them"
 )]
-#[pyclass(frozen, mapping, module = "pdrs")]
+#[pyclass(frozen, mapping, subclass, module = "pdrs")]
 pub(crate) struct IndexMap {
     state: Mutex<State>,
     /// The map's generation, to be read without the lock.
@@ -277,6 +277,7 @@ impl IndexMap {
 
     /// The rows of names in their order, -1 for those that are not there.
     pub(crate) fn rows_or_minus_one(&self, names: &Bound<'_, PyAny>) -> PyResult<Vec<i64>> {
+        let names = &listed(names)?;
         if let Some(rows) = self.rows_of_listed(names) {
             return Ok(rows);
         }
@@ -355,28 +356,6 @@ fn checked_row(row: i64) -> PyResult<i64> {
     Ok(row)
 }
 
-/// The names of a list, tuple, `NumPy` array or other iterable, as exact `str`.
-pub(crate) fn to_names(names: &Bound<'_, PyAny>) -> PyResult<Vec<Name>> {
-    if names.is_instance_of::<PyString>() {
-        return Err(PyTypeError::new_err("names must be an iterable of str, got a single str"));
-    }
-    let mut converted = Vec::with_capacity(names.len().unwrap_or(0).min(MOST_EXPECTED));
-    // Of a subclass, what it is to be asked for may not be what lies in it.
-    if let Ok(list) = names.cast_exact::<PyList>() {
-        for (at, name) in list.iter().enumerate() {
-            prefetch_listed(list, at + AHEAD);
-            converted.push(Name::new(to_text(&name)?));
-        }
-    } else if names.hasattr(intern!(names.py(), "tolist"))? {
-        return to_names(&names.call_method0(intern!(names.py(), "tolist"))?);
-    } else {
-        for name in names.try_iter()? {
-            converted.push(Name::new(to_text(&name?)?));
-        }
-    }
-    Ok(converted)
-}
-
 /// A map of a list of distinct names, each with the next row; `None` if something else is in the list.
 fn number_distinct(names: &Bound<'_, PyAny>) -> Option<Map<Name, i64>> {
     let list = names.cast_exact::<PyList>().ok()?;
@@ -391,23 +370,79 @@ fn number_distinct(names: &Bound<'_, PyAny>) -> Option<Map<Name, i64>> {
     all_exact.then_some(map)
 }
 
+fn copies(py: Python<'_>) -> PyResult<Bound<'_, PyModule>> {
+    PyModule::import(py, "pdrs._copies")
+}
+
+fn is_mapping(object: &Bound<'_, PyAny>) -> PyResult<bool> {
+    static MAPPING: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    object.is_instance(MAPPING.import(object.py(), "collections.abc", "Mapping")?)
+}
+
+/// Adds what a dict would take as its entries: those of something that has `keys`, or pairs.
+fn add_entries(entries: &Bound<'_, PyAny>, pairs: &mut Vec<(Name, i64)>) -> PyResult<()> {
+    let mut add = |name: &Bound<'_, PyAny>, row: &Bound<'_, PyAny>| {
+        pairs.push((Name::new(to_text(name)?), row.extract()?));
+        PyResult::Ok(())
+    };
+    let keys = intern!(entries.py(), "keys");
+    if let Ok(dict) = entries.cast_exact::<PyDict>() {
+        // Of lists, because a row of a class of its own may run code that changes the dict.
+        let (names, rows) = (dict.keys(), dict.values());
+        return names.iter().zip(rows.iter()).try_for_each(|(name, row)| add(&name, &row));
+    }
+    if entries.hasattr(keys)? {
+        for name in entries.call_method0(keys)?.try_iter()? {
+            let name = name?;
+            add(&name, &entries.get_item(&name)?)?;
+        }
+        return Ok(());
+    }
+    for (at, pair) in entries.try_iter()?.enumerate() {
+        let pair = pair?;
+        let items: Vec<Bound<'_, PyAny>> = match pair.cast::<PyTuple>() {
+            Ok(pair) => pair.iter().collect(),
+            Err(_) => pair.try_iter()?.collect::<PyResult<_>>()?,
+        };
+        let [name, row] = &items[..] else {
+            let length = items.len();
+            return Err(PyValueError::new_err(format!(
+                "update sequence element #{at} has length {length}; 2 is required"
+            )));
+        };
+        add(name, row)?;
+    }
+    Ok(())
+}
+
 fn view<'py>(py: Python<'py>, class: &str, index: &Bound<'py, IndexMap>) -> PyResult<Bound<'py, PyAny>> {
     static VIEWS: PyOnceLock<Py<PyModule>> = PyOnceLock::new();
     let views = VIEWS.get_or_try_init(py, || PyModule::import(py, "pdrs._views").map(Bound::unbind))?;
     views.bind(py).getattr(class)?.call1((index,))
 }
 
-#[allow(clippy::doc_markdown, reason = "what Python shows as docstrings, as the stubs have them")]
+#[allow(
+    clippy::doc_markdown,
+    clippy::doc_link_with_quotes,
+    reason = "what Python shows as docstrings, as the stubs have them"
+)]
 #[pymethods]
 impl IndexMap {
+    // Subclasses may have a constructor that takes something else.
     #[new]
-    #[pyo3(signature = (entries=None))]
-    fn new(entries: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
-        let index = Self::empty();
-        if let Some(entries) = entries {
-            index.update(entries)?;
-        }
-        Ok(index)
+    #[pyo3(signature = (*_arguments, **_options), text_signature = "(entries=None, /, **rows)")]
+    fn new(_arguments: &Bound<'_, PyTuple>, _options: Option<&Bound<'_, PyDict>>) -> Self {
+        Self::empty()
+    }
+
+    #[pyo3(signature = (entries=None, /, **rows))]
+    fn __init__(
+        &self,
+        py: Python<'_>,
+        entries: Option<&Bound<'_, PyAny>>,
+        rows: Option<&Bound<'_, PyDict>>,
+    ) -> PyResult<()> {
+        self.update(py, entries, rows)
     }
 
     /// Make an IndexMap of many names at once.
@@ -415,22 +450,28 @@ impl IndexMap {
     /// Parameters
     /// ----------
     /// names
-    ///     A list, tuple, NumPy array or other iterable of ``str``. Of equal names the first gives the place.
+    ///     A list, array, column of another library or other iterable of ``str``. Of equal names the first gives the
+    ///     place.
     /// rows
     ///     The rows, int64 of shape ``[len(names)]``. Without them, the first name gets row 0, the next new one row 1,
     ///     and so on. Of equal names the last gives the row.
     ///
     /// Cost: **O(n)**, several times faster than ``dict(zip(names, range(n)))``.
-    #[staticmethod]
+    #[classmethod]
     #[pyo3(signature = (names, rows=None))]
-    fn from_names(names: &Bound<'_, PyAny>, rows: Option<PyReadonlyArray1<'_, i64>>) -> PyResult<Self> {
-        let py = names.py();
-        let index = Self::empty();
+    fn from_names<'py>(
+        class: &Bound<'py, PyType>,
+        names: &Bound<'py, PyAny>,
+        rows: Option<PyReadonlyArray1<'_, i64>>,
+    ) -> PyResult<Bound<'py, Self>> {
+        let (py, names) = (names.py(), &listed(names)?);
+        let made = Self::of_class(class)?;
+        let index = made.get();
         match rows {
             None => match number_distinct(names) {
                 Some(map) => {
                     let next_row = map.len().cast_signed() as i64;
-                    return Ok(Self::from_state(State { map, next_row }));
+                    *index.write(py).state = State { map, next_row };
                 }
                 None => index.number(py, to_names(names)?.into_iter())?,
             },
@@ -444,7 +485,17 @@ impl IndexMap {
                 index.insert_all(py, names.into_iter().zip(rows.iter().copied()).collect())?;
             }
         }
-        Ok(index)
+        Ok(made)
+    }
+
+    /// Make an IndexMap of many names with the same row. **O(n)**.
+    #[classmethod]
+    #[pyo3(signature = (names, row=0, /))]
+    fn fromkeys<'py>(class: &Bound<'py, PyType>, names: &Bound<'py, PyAny>, row: i64) -> PyResult<Bound<'py, Self>> {
+        let made = Self::of_class(class)?;
+        let names = to_names(names)?;
+        made.get().insert_all(class.py(), names.into_iter().map(|name| (name, row)).collect())?;
+        Ok(made)
     }
 
     fn __len__(&self, py: Python<'_>) -> usize {
@@ -462,9 +513,21 @@ impl IndexMap {
         }
     }
 
-    fn __getitem__(&self, name: &Bound<'_, PyAny>) -> PyResult<i64> {
+    fn __getitem__<'py>(slf: &Bound<'py, Self>, name: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        let py = slf.py();
         let name = to_text(name)?;
-        self.find(&name).ok_or_else(|| Self::missing(name))
+        if let Some(row) = slf.get().find(&name) {
+            return Ok(row.into_pyobject(py)?.into_any());
+        }
+        // As a dict does, which has none of its own either.
+        if !slf.is_exact_instance_of::<Self>() {
+            let missing = intern!(py, "__missing__");
+            let class = slf.get_type();
+            if class.hasattr(missing)? {
+                return class.getattr(missing)?.call1((slf, name));
+            }
+        }
+        Err(Self::missing(name))
     }
 
     fn __setitem__(&self, py: Python<'_>, name: &Bound<'_, PyAny>, row: i64) -> PyResult<()> {
@@ -546,6 +609,25 @@ impl IndexMap {
         })
     }
 
+    /// Return the row of ``name``; first set it to ``default`` if it is not there. **O(1)**.
+    #[pyo3(signature = (name, default=None))]
+    fn setdefault(&self, py: Python<'_>, name: &Bound<'_, PyAny>, default: Option<&Bound<'_, PyAny>>) -> PyResult<i64> {
+        let name = to_text(name)?;
+        if let Some(row) = self.find(&name) {
+            return Ok(row);
+        }
+        let Some(default) = default else {
+            return Err(PyTypeError::new_err("a row must be an int, got None"));
+        };
+        let row = checked_row(default.extract()?)?;
+        // Another thread may have set it meanwhile.
+        let mut locked = self.write(py);
+        let State { map, next_row } = &mut *locked.state;
+        let (row, _) = map.get_or_insert_with(Name::new(name), || row).map_err(refused)?;
+        *next_row = (*next_row).max(row.saturating_add(1));
+        Ok(*row)
+    }
+
     /// Remove ``name`` and return its row; the order of the others stays. **O(1)**.
     ///
     /// If it is not there, returns the default, or raises KeyError if none is given.
@@ -601,23 +683,56 @@ impl IndexMap {
     }
 
     /// Set many rows; new names go to the end, in order. **O(m)** for ``m`` entries. A refusal changes nothing.
-    fn update(&self, entries: &Bound<'_, PyAny>) -> PyResult<()> {
-        let py = entries.py();
-        let pairs = if let Ok(index) = entries.cast::<IndexMap>() {
-            let source = index.get().read(py);
-            let pairs = source.map.iter().map(|(name, row)| (name.clone_ref(py), *row));
-            pairs.collect()
-        } else {
-            let items = intern!(py, "items");
-            let iterable = if entries.hasattr(items)? { &entries.call_method0(items)? } else { entries };
-            let mut pairs = Vec::new();
-            for pair in iterable.try_iter()? {
-                let (name, row): (Bound<'_, PyAny>, i64) = pair?.extract()?;
-                pairs.push((Name::new(to_text(&name)?), row));
-            }
-            pairs
-        };
+    ///
+    /// Takes what a dict takes: a mapping, anything with ``keys`` and ``__getitem__``, or pairs; and ``name=row``.
+    #[pyo3(signature = (entries=None, /, **rows))]
+    fn update(
+        &self,
+        py: Python<'_>,
+        entries: Option<&Bound<'_, PyAny>>,
+        rows: Option<&Bound<'_, PyDict>>,
+    ) -> PyResult<()> {
+        let mut pairs = Vec::new();
+        match entries {
+            None => {}
+            // Of a subclass, what it answers may not be what is in the map.
+            Some(entries) => match entries.cast_exact::<IndexMap>() {
+                Ok(index) => {
+                    let source = index.get().read(py);
+                    pairs.extend(source.map.iter().map(|(name, row)| (name.clone_ref(py), *row)));
+                }
+                Err(_) => add_entries(entries, &mut pairs)?,
+            },
+        }
+        if let Some(rows) = rows {
+            add_entries(rows, &mut pairs)?;
+        }
         self.insert_all(py, pairs)
+    }
+
+    fn __or__<'py>(slf: &Bound<'py, Self>, other: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        let py = slf.py();
+        if !is_mapping(other)? {
+            return Ok(py.NotImplemented().into_bound(py));
+        }
+        let made = Self::copy(slf)?;
+        made.get().update(py, Some(other), None)?;
+        Ok(made.into_any())
+    }
+
+    fn __ror__<'py>(slf: &Bound<'py, Self>, other: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        let py = slf.py();
+        if !is_mapping(other)? {
+            return Ok(py.NotImplemented().into_bound(py));
+        }
+        let made = Self::of_class(&slf.get_type())?;
+        made.get().update(py, Some(other), None)?;
+        made.get().update(py, Some(slf.as_any()), None)?;
+        Ok(made.into_any())
+    }
+
+    fn __ior__(&self, py: Python<'_>, other: &Bound<'_, PyAny>) -> PyResult<()> {
+        self.update(py, Some(other), None)
     }
 
     /// Give each new name the next row, at the end, and return the rows of all.
@@ -627,7 +742,7 @@ impl IndexMap {
     /// Parameters
     /// ----------
     /// names
-    ///     A list, tuple, NumPy array or other iterable of ``str``.
+    ///     A list, array, column of another library or other iterable of ``str``.
     ///
     /// Returns
     /// -------
@@ -645,7 +760,7 @@ impl IndexMap {
     /// Parameters
     /// ----------
     /// names
-    ///     A list, tuple, NumPy array or other iterable of ``str``; repeated names are fine.
+    ///     A list, array, column of another library or other iterable of ``str``; repeated names are fine.
     /// default
     ///     The number for names that are not there.
     ///
@@ -662,7 +777,7 @@ impl IndexMap {
     /// Cost: **O(m)** for ``m`` names, several times less than ``m`` single look-ups.
     #[pyo3(signature = (names, default=None))]
     fn lookup<'py>(&self, names: &Bound<'py, PyAny>, default: Option<i64>) -> PyResult<Bound<'py, PyArray1<i64>>> {
-        let py = names.py();
+        let (py, names) = (names.py(), &listed(names)?);
         if let Some(mut rows) = self.rows_of_listed(names)
             && (default.is_some() || rows.iter().all(|row| *row >= 0))
         {
@@ -694,28 +809,71 @@ impl IndexMap {
         PyArray1::from_vec(py, rows)
     }
 
+    /// Return the names, in order, at whose places a mask is true. **O(n)**.
+    ///
+    /// Parameters
+    /// ----------
+    /// mask
+    ///     bool ``[n]``: an array, a tensor, a column of another library, or a list.
+    ///
+    /// Raises
+    /// ------
+    /// TypeError
+    ///     If it holds anything but bool.
+    /// ValueError
+    ///     If it is of another length.
+    ///
+    /// Examples
+    /// --------
+    /// >>> import pdrs
+    /// >>> index = pdrs.IndexMap({"a": 3, "b": 0, "c": 5})
+    /// >>> index.select(index.rows() > 1)
+    /// ['a', 'c']
+    fn select<'py>(&self, py: Python<'py>, mask: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyList>> {
+        static AS_MASK: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+        let mask = AS_MASK.import(py, "pdrs._names", "as_mask")?.call1((mask, self.len(py)))?;
+        let mask = mask.extract::<PyReadonlyArray1<'_, bool>>()?;
+        let mask = mask.as_array();
+        let chosen: Vec<_> = {
+            let state = self.read(py);
+            if state.map.len() != mask.len() {
+                return Err(PyRuntimeError::new_err("dictionary changed while names were selected"));
+            }
+            let chosen = state.map.iter().zip(mask).filter(|(_, chosen)| **chosen);
+            chosen.map(|((name, _), _)| name.clone_ref(py)).collect()
+        };
+        PyList::new(py, chosen.into_iter().map(|name| name.into_text(py)))
+    }
+
     /// Return another map with the same names and rows in the same order. **O(n)**, no name is hashed.
-    fn copy(&self, py: Python<'_>) -> Self {
-        let state = self.read(py);
-        let map = state.map.map_entries(|name, row| (name.clone_ref(py), *row));
-        Self::from_state(State { map, next_row: state.next_row })
+    fn copy<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, Self>> {
+        let py = slf.py();
+        if !slf.is_exact_instance_of::<Self>() {
+            // With what else the subclass has.
+            let copied = copies(py)?.call_method1(intern!(py, "shallow_copy"), (slf,))?;
+            return Ok(copied.cast_into()?);
+        }
+        Bound::new(py, slf.get().duplicate(py))
     }
 
-    fn __copy__(&self, py: Python<'_>) -> Self {
-        self.copy(py)
+    fn __copy__<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, Self>> {
+        Self::copy(slf)
     }
 
-    fn __deepcopy__(&self, py: Python<'_>, _memo: &Bound<'_, PyAny>) -> Self {
-        self.copy(py)
+    fn __deepcopy__<'py>(slf: &Bound<'py, Self>, memo: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        let py = slf.py();
+        if !slf.is_exact_instance_of::<Self>() {
+            let reduced = slf.call_method1(intern!(py, "__reduce_ex__"), (4,))?;
+            return copies(py)?.call_method1(intern!(py, "deep_copy_reduced"), (slf, reduced, memo));
+        }
+        Ok(Bound::new(py, slf.get().duplicate(py))?.into_any())
     }
 
     fn __eq__<'py>(&self, py: Python<'py>, other: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
-        static MAPPING: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-        let mapping = MAPPING.import(py, "collections.abc", "Mapping")?;
-        if !other.is_instance(mapping)? {
+        if !is_mapping(other)? {
             return Ok(py.NotImplemented().into_bound(py));
         }
-        let theirs = if let Ok(other) = other.cast::<IndexMap>() {
+        let theirs = if let Ok(other) = other.cast_exact::<IndexMap>() {
             other.get().to_dict(py)?
         } else {
             let theirs = PyDict::new(py);
@@ -725,9 +883,10 @@ impl IndexMap {
         Ok(self.to_dict(py)?.eq(theirs)?.into_pyobject(py)?.to_owned().into_any())
     }
 
-    fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
+    fn __repr__(slf: &Bound<'_, Self>) -> PyResult<String> {
+        let py = slf.py();
         let (head, tail, hidden) = {
-            let state = self.read(py);
+            let state = slf.get().read(py);
             let entry = |(name, row): (&Name, &i64)| (name.clone_ref(py), *row);
             let head: Vec<_> = state.map.iter().take(2 * SHOWN + 1).map(entry).collect();
             if head.len() <= 2 * SHOWN {
@@ -745,27 +904,95 @@ impl IndexMap {
             }
             shown.push(format!("{}: {row}", name.into_text(py).repr()?));
         }
-        Ok(format!("IndexMap({{{}}})", shown.join(", ")))
+        Ok(format!("{}({{{}}})", slf.get_type().name()?, shown.join(", ")))
     }
 
     fn __sizeof__(&self, py: Python<'_>) -> usize {
         size_of::<Self>() + self.read(py).map.allocated_bytes()
     }
 
-    /// Pickled as a list of names and an array of rows; unpickled in one bulk call.
-    fn __reduce__<'py>(slf: &Bound<'py, Self>) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyTuple>)> {
+    /// As of any object; but in the protocols 0 and 1, too, where Python refuses native classes.
+    fn __reduce__<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyTuple>> {
         let py = slf.py();
-        let (names, rows): (Vec<_>, Vec<_>) = {
+        let new_object = py.import(intern!(py, "copyreg"))?.getattr(intern!(py, "__newobj__"))?;
+        let state = slf.call_method0(intern!(py, "__getstate__"))?;
+        (new_object, (slf.get_type(),), state).into_pyobject(py)
+    }
+
+    /// What is pickled: the names, their rows as int64, little endian (`None` for none, because old protocols write no
+    /// bytes as a call), the next row, and what a subclass has beside. Nothing but these calls is needed to unpickle it.
+    fn __getstate__<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        let py = slf.py();
+        let (names, rows, next_row) = {
             let state = slf.get().read(py);
-            state.map.iter().map(|(name, row)| (name.clone_ref(py), *row)).unzip()
+            let mut rows = Vec::with_capacity(8 * state.map.len());
+            state.map.iter().for_each(|(_, row)| rows.extend_from_slice(&row.to_le_bytes()));
+            let names: Vec<_> = state.map.iter().map(|(name, _)| name.clone_ref(py)).collect();
+            (names, rows, state.next_row)
         };
         let names = PyList::new(py, names.into_iter().map(|name| name.into_text(py)))?;
-        let arguments = (names, PyArray1::from_vec(py, rows)).into_pyobject(py)?;
-        Ok((slf.get_type().getattr(intern!(py, "from_names"))?, arguments))
+        let rows = (!rows.is_empty()).then(|| PyBytes::new(py, &rows));
+        if slf.is_exact_instance_of::<Self>() {
+            return Ok((names, rows, next_row).into_pyobject(py)?.into_any());
+        }
+        let others = copies(py)?.call_method1(intern!(py, "attributes_of"), (slf,))?;
+        Ok((names, rows, next_row, others).into_pyobject(py)?.into_any())
+    }
+
+    /// All or nothing; a `ValueError` or `TypeError` if the state is damaged.
+    fn __setstate__(slf: &Bound<'_, Self>, state: &Bound<'_, PyTuple>) -> PyResult<()> {
+        let (py, index) = (slf.py(), slf.get());
+        if !(3..=4).contains(&state.len()) {
+            return Err(PyValueError::new_err(format!(
+                "the state of an IndexMap has 3 or 4 parts, got {}",
+                state.len()
+            )));
+        }
+        let names = to_names(&state.get_item(0)?)?;
+        let rows: Option<Bound<'_, PyBytes>> = state.get_item(1)?.extract()?;
+        let rows = rows.as_ref().map_or(&[][..], |rows| rows.as_bytes());
+        let next_row: i64 = state.get_item(2)?.extract()?;
+        if rows.len() != 8 * names.len() {
+            return Err(PyValueError::new_err(format!("got {} names and {} bytes of rows", names.len(), rows.len())));
+        }
+        let rows = rows.chunks_exact(8).map(|row| i64::from_le_bytes(row.try_into().expect("8 bytes")));
+        let count = names.len();
+        let made = Self::empty();
+        made.insert_all(py, names.into_iter().zip(rows).collect())?;
+        let mut made = made.state.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if made.map.len() != count {
+            return Err(PyValueError::new_err("a name is listed twice in the state of an IndexMap"));
+        }
+        made.next_row = made.next_row.max(next_row);
+        let mut locked = index.write(py);
+        if !locked.state.map.is_empty() || locked.state.map.generation() != 0 {
+            return Err(PyRuntimeError::new_err("an IndexMap that has been used cannot be given a state"));
+        }
+        *locked.state = made;
+        drop(locked);
+        if let Ok(others) = state.get_item(3) {
+            copies(py)?.call_method1(intern!(py, "set_attributes"), (slf, others))?;
+        }
+        Ok(())
     }
 }
 
 impl IndexMap {
+    /// An empty map of a class, whose constructor is not asked.
+    fn of_class<'py>(class: &Bound<'py, PyType>) -> PyResult<Bound<'py, Self>> {
+        let py = class.py();
+        if class.is(py.get_type::<Self>()) {
+            return Bound::new(py, Self::empty());
+        }
+        Ok(class.call_method1(intern!(py, "__new__"), (class,))?.cast_into()?)
+    }
+
+    fn duplicate(&self, py: Python<'_>) -> Self {
+        let state = self.read(py);
+        let map = state.map.map_entries(|name, row| (name.clone_ref(py), *row));
+        Self::from_state(State { map, next_row: state.next_row })
+    }
+
     fn to_dict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let entries: Vec<_> = self.read(py).map.iter().map(|(name, row)| (name.clone_ref(py), *row)).collect();
         let dict = PyDict::new(py);

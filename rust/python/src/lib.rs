@@ -18,6 +18,7 @@ mod lazy_bits;
 mod lock;
 mod modules;
 mod name;
+mod names;
 mod one_step;
 mod row;
 mod safetensors;

@@ -8,10 +8,11 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyString};
 
-use crate::index_map::{IndexMap, to_names};
+use crate::index_map::IndexMap;
 use crate::instance::attributes;
 use crate::lock::{Holding, Lock};
 use crate::name::{Name, to_text};
+use crate::names::to_names;
 use crate::row::{Fit, RowValue, copy_row};
 use crate::table_rows::TableRows;
 use crate::tensor::Torch;

@@ -5,10 +5,8 @@ use std::sync::{Mutex, MutexGuard};
 use numpy::{PyArray1, PyReadonlyArray1};
 use pdrs_core::Rows;
 use pyo3::exceptions::{PyOverflowError, PyValueError};
-use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
-use pyo3::types::PyTuple;
 
 #[pyclass(frozen, module = "pdrs._core")]
 pub(crate) struct TableRows {
@@ -97,19 +95,5 @@ impl TableRows {
 
     fn __copy__(&self, py: Python<'_>) -> Self {
         Self { rows: Mutex::new(self.lock(py).clone()) }
-    }
-
-    #[staticmethod]
-    fn _restore(used: u64, free: PyReadonlyArray1<'_, i64>) -> Self {
-        let mut rows = Rows::full(used);
-        free.as_array().iter().for_each(|row| rows.give_back(row.cast_unsigned()));
-        Self { rows: Mutex::new(rows) }
-    }
-
-    fn __reduce__<'py>(slf: &Bound<'py, Self>) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyTuple>)> {
-        let py = slf.py();
-        let used = slf.get().lock(py).used();
-        let arguments = (used, slf.get().free(py)).into_pyobject(py)?;
-        Ok((slf.get_type().getattr(intern!(py, "_restore"))?, arguments))
     }
 }
