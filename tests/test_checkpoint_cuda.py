@@ -10,6 +10,7 @@ values are made and compared on the host.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -74,3 +75,27 @@ def test_an_archive_loads_into_modules_on_a_device(late: Control, tmp_path: Path
     for target in (pd, sd):
         pdrs.load(tmp_path / "a", target)
         assert torch.stack([row.cpu() for row in target.values()])[:, 0].tolist() == list(map(float, range(50)))
+
+
+@pytest.mark.parametrize("layout", ["archive", "named"])
+@pytest.mark.parametrize("class_", [pdrs.ParameterDict, pdrs.StackedParameterDict])
+def test_what_is_on_the_meta_device_gets_its_memory_where_it_is_asked_for(
+    late: Control, class_: Any, layout: Literal["archive", "named"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def zeros(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+        return torch.zeros_like(value, device="cpu").to(device)  # the runtime has no kernel that fills memory
+
+    monkeypatch.setattr("pdrs._checkpoint.into_modules._zeros_like", zeros)
+    names = [f"n{n}" for n in range(50)]
+    pdrs.save(pdrs.StackedParameterDict.from_rows(names, _rows()[:50]), tmp_path / "f", layout=layout)
+    with torch.device("meta"):
+        asked, beside = (
+            torch.nn.ModuleDict({"x": class_((name, torch.empty(WIDTH)) for name in names)}) for _ in range(2)
+        )
+    beside["there"] = torch.nn.Module()
+    beside["there"].register_buffer("there", torch.empty(3, device="cuda:1"), persistent=False)
+    pdrs.load(tmp_path / "f", asked["x"], device="cuda")
+    pdrs.load(tmp_path / "f", beside["x"], device=1)
+    for module, device in ((asked, "cuda:0"), (beside, "cuda:1")):
+        assert {str(one.device) for one in module.parameters()} == {device}
+        assert torch.equal(torch.stack([module["x"][name].detach().cpu() for name in names]), _rows()[:50])

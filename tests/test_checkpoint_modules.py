@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import pdrs
+from pdrs._checkpoint.command_line import main
 
 LAYOUTS: list[Literal["archive", "named"]] = ["archive", "named"]
 
@@ -316,3 +317,27 @@ def test_a_stacked_dictionary_in_two_places_is_found_by_its_names_in_either(tmp_
         module = nn.ModuleDict({"a": sd, "b": sd})
         assert not any(pdrs.load(tmp_path / "f", module))
         assert rows_of(module[second]) == {"x": [1, 1], "y": [1, 1, 1]}
+
+
+# -- versions ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("converted", [False, True])
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_versions_that_torch_notes_decide_what_may_be_missing(
+    version: int, converted: bool, tmp_path: Path
+) -> None:
+    model, path = nn.ModuleDict({"norm": nn.BatchNorm1d(2)}), tmp_path / "f.pt"
+    state: Any = model.state_dict()
+    state.pop("norm.num_batches_tracked")  # which a BatchNorm has since version 2
+    state._metadata["norm"]["version"] = version
+    torch.save(state, path)
+    if converted:
+        assert main(["convert", str(path), str(tmp_path / "g.pt")]) == 0
+        path = tmp_path / "g.pt"
+    for load in (lambda: model.load_state_dict(torch.load(path)), lambda: pdrs.load(path, model)):
+        if version == 1:
+            assert not any(load())
+        else:
+            with pytest.raises(RuntimeError, match=r"Missing key.*norm\.num_batches_tracked"):
+                load()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +34,7 @@ from pdrs._checkpoint.opened import (
 )
 from pdrs._checkpoint.safe_write import refuse_folder
 from pdrs._checkpoint.shards import remove_interrupted
-from pdrs._checkpoint.state_files import Key, StateFile, TorchFile, open_state
+from pdrs._checkpoint.state_files import VERSIONS, Key, StateFile, TorchFile, open_state
 from pdrs._checkpoint.tensor_file import CheckpointError, TensorFile, as_texts, texts_of
 from pdrs._core import IndexMap
 from pdrs._names import Names
@@ -363,7 +364,9 @@ def verify(path: _Path, *, key: Key | None = None) -> None:
 def _state_for(module: Module, checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, NamedSource]]:
     """Return a state dict for a module, and what its ParameterDicts load their entries from, by their prefixes."""
     modules = {name + "." if name else "": one for name, one in module.named_modules(remove_duplicate=False)}
-    state: dict[str, Tensor] = {}
+    state: dict[str, Tensor] = OrderedDict()
+    if isinstance(checkpoint, _States) and isinstance(checkpoint.file, TorchFile) and checkpoint.file.versions:
+        setattr(state, VERSIONS, checkpoint.file.versions)
     given: dict[str, NamedSource] = {}
     members: set[str] = set()
     asked = prefixes_where(module, changes_what_is_loaded)

@@ -31,7 +31,16 @@ from pdrs._checkpoint.archive import Archive, write_archive
 from pdrs._checkpoint.archive_sources import EXTRA_STATE, collect
 from pdrs._checkpoint.named_layout import MAX_SHARD, write_named
 from pdrs._checkpoint.safe_write import Progress, refuse_folder, replacing
-from pdrs._checkpoint.state_files import METADATA, Key, ShardedFile, StateFile, TorchFile, TorchShards, open_state
+from pdrs._checkpoint.state_files import (
+    METADATA,
+    VERSIONS,
+    Key,
+    ShardedFile,
+    StateFile,
+    TorchFile,
+    TorchShards,
+    open_state,
+)
 from pdrs._checkpoint.tensor_file import DTYPES, CheckpointError, TensorFile, texts_of
 from pdrs._stacked.named_rows import table_of
 from pdrs._stacked.packed_names import is_packed
@@ -374,7 +383,7 @@ def _convert(options: argparse.Namespace) -> int:
             written = (
                 write_named(target, named, metadata=texts, max_shard_size=options.max_shard_size)
                 if layout == "named"
-                else _save_torch(target, named, texts)
+                else _save_torch(target, named, texts, file.versions if isinstance(file, TorchFile) else {})
             )
     count, size = len(written), sum(written.values())
     print(f"{_printable(os.fspath(target))}: {layout}, {count} file{'s'[: count > 1]}, {_bytes(size)}")
@@ -406,12 +415,14 @@ def _by_name(path: str, key: Key | None, file: StateFile) -> StackedParameterDic
 
 
 def _save_torch(
-    target: Path, named: StackedParameterDict | dict[str, Tensor], texts: dict[str, str]
+    target: Path, named: StackedParameterDict | dict[str, Tensor], texts: dict[str, str], versions: dict[str, Any]
 ) -> dict[Path, int]:
     state = OrderedDict(named.named_state_dict() if isinstance(named, StackedParameterDict) else named)
     if texts:
         # As an attribute, in which torch keeps the versions of modules, too: nobody takes it for a tensor.
         setattr(state, METADATA, texts)
+    if versions:
+        setattr(state, VERSIONS, versions)
     with replacing(target, sum(tensor.nbytes for tensor in state.values())) as out:
         torch.save(state, out)  # type: ignore[arg-type]  # `write` and `flush` are enough
     return {target: out.position}

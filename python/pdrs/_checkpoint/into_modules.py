@@ -88,10 +88,14 @@ def _can_be_made(value: Tensor) -> bool:
     return plain and not is_lazy(value)
 
 
+def _zeros_like(value: Tensor, device: torch.device) -> Tensor:
+    return torch.zeros_like(value, device=device)
+
+
 def _like(value: Tensor, device: torch.device) -> Tensor:
     """Return what a tensor on the meta device is, full of zeros elsewhere."""
     with torch.inference_mode(False), torch.no_grad():
-        data = torch.zeros_like(value.data, device=device)
+        data = _zeros_like(value.data, device)
         if not isinstance(value, Parameter):
             data.__dict__.update(value.__dict__)
             return data

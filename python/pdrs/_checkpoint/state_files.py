@@ -29,13 +29,16 @@ from pdrs._stacked.named_rows import id_of
 from pdrs._stacked.packed_names import bytes_of
 from pdrs._stacked.row_blocks import stack
 
-__all__ = ["METADATA", "Key", "ShardedFile", "StateFile", "TorchFile", "TorchShards", "open_state"]
+__all__ = ["METADATA", "VERSIONS", "Key", "ShardedFile", "StateFile", "TorchFile", "TorchShards", "open_state"]
 
 # Where in a file of torch's the state dict is: under one key, or one key in what is under another.
 Key = str | Sequence[str]
 
 # The attribute of a state dict, an OrderedDict, in which a file of torch's has what others have in the header.
 METADATA = "__metadata__"
+
+# The attribute of a state dict in which torch itself has the versions of the modules.
+VERSIONS = "_metadata"
 
 
 # How deep in a file of torch's, and how many, state dicts are looked for that an error lists.
@@ -365,6 +368,10 @@ class TorchFile:
         texts = getattr(found, METADATA, None)
         texts = texts.items() if isinstance(texts, dict) else ()
         self.metadata = {key: text for key, text in texts if isinstance(key, str) and isinstance(text, str)}
+        versions = getattr(found, VERSIONS, None)
+        versions = versions.items() if isinstance(versions, dict) else ()
+        self.versions: dict[str, Any] = {key: of_one for key, of_one in versions if isinstance(of_one, dict)}
+        """What torch notes of each module beside a state dict, such as its version."""
 
     def _under(self, state: Any, keys: tuple[str, ...]) -> Mapping[str, Tensor]:
         """Return the state dict that some keys lead to, or say why there is none, and what may be meant instead."""
@@ -509,12 +516,14 @@ class TorchShards(TorchFile):
         self.path = path
         self.shards: list[TorchFile] = []
         """The files, in the order of their first names in the index."""
-        for shard in index.shards:
-            file = _path_of(path, shard)
+        for name in index.shards:
+            file = _path_of(path, name)
             if not _is_of_torch(file):
-                raise CheckpointError(path, f"the shard {shard!r} is of safetensors, and others are of torch.save")
+                raise CheckpointError(path, f"the shard {name!r} is of safetensors, and others are of torch.save")
             self.shards.append(TorchFile(file, keys))
-        self._state = {}
+        self._state, self.versions = {}, {}
+        for shard in self.shards:
+            self.versions.update(shard.versions)
         for name in index.names():
             number = index.find(name)
             assert number is not None
