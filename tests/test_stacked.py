@@ -75,7 +75,7 @@ def test_another_shape_moves_a_name_to_another_table_and_keeps_its_place(sd: pdr
     assert [name for name, _ in sd.named_parameters()] == ["float32_2", "float32_3", "float32_2_frozen"]
     sd.update(zip("de", full(3, 4), strict=True))  # into the rows that are free now
     assert firsts(sd) == {"a": 0.0, "b": 7.0, "c": 8.0, "d": 3.0, "e": 4.0}
-    assert len(sd.table((2,))) == 3
+    assert len(sd.table((2,), trainable=True)) == 3
 
 
 def test_entries_can_change_places_in_one_update(sd: pdrs.StackedParameterDict) -> None:

@@ -542,7 +542,7 @@ def test_the_table_of_a_shape_is_found_whether_it_is_trained_or_not() -> None:
     sd.requires_grad_(False)
     assert sd.table((3,)) is table
     sd["c"] = Parameter(torch.zeros(3))
-    assert sd.table((3,)) is not table
+    assert sd.table((3,), trainable=True) is not table
     assert sd.table((3,), trainable=False) is table
 
     class Model(torch.nn.Module):

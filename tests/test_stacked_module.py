@@ -267,10 +267,10 @@ def test_stack_and_unstack_are_inverse() -> None:
 
 def test_dtypes_change_with_the_module_and_tables_keep_their_names() -> None:
     sd = filled()
-    table = sd.table((2,))
+    table = sd.table((2,), trainable=True)
     handle = sd.handle(["late"])
     assert sd.double() is sd
-    assert sd.table((2,), torch.float64) is table
+    assert sd.table((2,), torch.float64, trainable=True) is table
     assert sd.gather(handle).dtype == torch.float64
     sd["new"] = torch.ones(2, dtype=torch.float64)
     assert [name for name, _ in sd.named_parameters()] == ["float32_2", "float32_2x3", "float32_2_frozen"]
@@ -298,13 +298,13 @@ def test_torch_may_swap_tables_when_it_converts_or_loads() -> None:
     sd.freeze(["a"])
     optimizer = torch.optim.Adam(sd.parameters(), lr=1.0)
     for dtype in (torch.float32, torch.float64):
-        assert table is None or table is sd.table((2,), dtype)
+        assert table is None or table is sd.table((2,), dtype, trainable=True)
         optimizer.zero_grad()
         sd.gather(["a", "late"]).sum().backward()
         optimizer.step()
         torch.testing.assert_close(sd.gather(["a", "late"]), torch.tensor([[0.0, 1.0], [8.0, 8.0]], dtype=dtype))
         optimizer.zero_grad()
-        table = sd.table((2,), dtype)
+        table = sd.table((2,), dtype, trainable=True)
         sd.load_state_dict(filled().state_dict())
         sd.double()
         optimizer.load_state_dict(optimizer.state_dict())

@@ -402,7 +402,9 @@ class GatheredRows(NamedRows):
     def table(self, shape: Sequence[int], dtype: torch.dtype | None = None, *, trainable: bool | None = None) -> Tensor:
         """Return the Parameter whose rows are the entries of a shape and dtype. **O(tables)**.
 
-        If there are several (of groups of options, or after moves to another dtype), it is the first.
+        There may be several: of frozen entries, of groups of options, after moves to another dtype, or of a file that
+        has several. Then it is the one that has names, or, if none has, the first that is trained. If more have names,
+        a row of :meth:`rows` would be another name's in the wrong one: that is an error.
 
         Parameters
         ----------
@@ -411,8 +413,7 @@ class GatheredRows(NamedRows):
         dtype
             By default torch's default dtype.
         trainable
-            Whether it is the table of the entries that require gradients, or that of the others. By default it is the
-            first, or, where no table of this kind requires gradients, the second.
+            Whether it is the table of the entries that require gradients, or that of the others; by default either.
 
         Returns
         -------
@@ -423,14 +424,31 @@ class GatheredRows(NamedRows):
         ------
         KeyError
             If there is none.
+        ValueError
+            If names lie in several. :meth:`gather` finds the table of each name; ``get_parameter`` takes the name of a
+            table; ``StackedParameterDict(sd.named_state_dict())`` has one for all.
         """
         wanted = Kind(as_shape(shape), dtype or torch.get_default_dtype(), trainable is not False)
-        parameters = [self._parameter(table) for table in self._tables]
-        fitting = [one for one in parameters if (tuple(one.shape[1:]), one.dtype) == wanted[:2]]
-        # A sort keeps the order of those that are alike.
-        for parameter in sorted(fitting, key=lambda one: not one.requires_grad):
-            if trainable is None or parameter.requires_grad == trainable:
-                return parameter
+        parameters = [(table, self._parameter(table)) for table in self._tables]
+        fitting = [
+            (table, one)
+            for table, one in parameters
+            if (tuple(one.shape[1:]), one.dtype) == wanted[:2] and trainable in (None, one.requires_grad)
+        ]
+        if len(fitting) > 1:
+            # A sort keeps the order of those that are alike.
+            fitting = sorted(fitting, key=lambda found: not found[1].requires_grad)
+            with_names = [(table, one) for table, one in fitting if len(table.rows)]
+            if len(with_names) > 1:
+                listed = ", ".join(repr(table.attribute) for table, _ in with_names)
+                raise ValueError(
+                    f"expected one table of {wanted} with names, got {listed}: a row of one is another name's in the "
+                    "others. gather(names) finds the table of each name, get_parameter(table) gives the one of a name, "
+                    "and trainable= chooses between those that require gradients and those that do not"
+                )
+            fitting = with_names or fitting
+        for _, parameter in fitting:
+            return parameter
         raise KeyError(f"no table of {wanted}")
 
     @untraced
