@@ -255,6 +255,17 @@ def test_the_device_is_that_of_the_rest_or_that_which_is_asked_for(tmp_path: Pat
     assert module["a"].tolist() == [1, 1, 1]
 
 
+def test_a_layer_without_a_shape_gets_that_of_the_file_and_memory(tmp_path: Path) -> None:
+    path = save(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)), tmp_path / "f", "archive")
+    module = on_meta(lambda: nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d()))
+    assert not any(pdrs.load(path, module))
+    assert module(torch.ones(2, 2)).shape == (2, 3)
+    save(nn.ModuleDict({"1": nn.BatchNorm1d(3)}), path, "archive")
+    module = on_meta(lambda: nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d()))
+    assert pdrs.load(path, module, strict=False).missing_keys == ["0.weight", "0.bias"]
+    assert module[0].weight.is_meta
+
+
 # -- tied --------------------------------------------------------------------------------------------------------------
 
 

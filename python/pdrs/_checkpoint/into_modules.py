@@ -56,6 +56,8 @@ class _Made(NamedTuple):
 
     def is_written(self) -> bool:
         """Whether somebody has given it values: torch counts what is written, but not what goes past it by `.data`."""
+        if is_lazy(self.now):
+            return False
         if self.now._version > self.version or self.now.numel() == 0:
             return True
         return bool(self.now.detach().reshape(-1).view(torch.uint8).any())
@@ -83,9 +85,8 @@ def _on_meta(value: Any) -> bool:
 
 
 def _can_be_made(value: Tensor) -> bool:
-    """Whether a tensor on the meta device is an ordinary one: not sharded, say, or without a shape yet."""
-    plain = type(value) is Tensor or (isinstance(value, Parameter) and type(value.data) is Tensor)
-    return plain and not is_lazy(value)
+    """Whether a tensor on the meta device is an ordinary one, or one without a shape yet, and is not sharded, say."""
+    return is_lazy(value) or type(value) is Tensor or (isinstance(value, Parameter) and type(value.data) is Tensor)
 
 
 def _zeros_like(value: Tensor, device: torch.device) -> Tensor:
@@ -94,6 +95,11 @@ def _zeros_like(value: Tensor, device: torch.device) -> Tensor:
 
 def _like(value: Tensor, device: torch.device) -> Tensor:
     """Return what a tensor on the meta device is, full of zeros elsewhere."""
+    if is_lazy(value):  # a file gives it its shape
+        options = {"requires_grad": value.requires_grad} if isinstance(value, Parameter) else {}
+        class_: Any = type(value)
+        empty: Tensor = class_(device=device, dtype=value.dtype, **options)
+        return empty
     with torch.inference_mode(False), torch.no_grad():
         data = _zeros_like(value.data, device)
         if not isinstance(value, Parameter):
@@ -230,7 +236,7 @@ def _kept(prefix: str, module: Module) -> Iterator[tuple[str, Any]]:
 
 def _identity(what: Any) -> Any:
     """Return what two names of one tensor have in common: the tensor, or all of its memory."""
-    if isinstance(what, Tensor) and not what.is_meta and what.numel():
+    if isinstance(what, Tensor) and not what.is_meta and not is_lazy(what) and what.numel():
         # Not every kind of tensor has an address.
         with suppress(RuntimeError, NotImplementedError):
             return what.device, what.data_ptr(), what.shape, what.stride(), what.dtype
