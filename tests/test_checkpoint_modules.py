@@ -352,3 +352,12 @@ def test_the_versions_that_torch_notes_decide_what_may_be_missing(
         else:
             with pytest.raises(RuntimeError, match=r"Missing key.*norm\.num_batches_tracked"):
                 load()
+
+
+def test_versions_that_are_no_numbers_are_passed_over(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"norm": nn.BatchNorm1d(2)})
+    for odd in ({"norm": 3}, {"norm": {"version": "x"}}, [1], {"": None}):
+        state: Any = model.state_dict()
+        state._metadata = odd
+        torch.save(state, tmp_path / "f.pt")
+        assert not any(pdrs.load(tmp_path / "f.pt", model))

@@ -370,7 +370,7 @@ class TorchFile:
         self.metadata = {key: text for key, text in texts if isinstance(key, str) and isinstance(text, str)}
         versions = getattr(found, VERSIONS, None)
         versions = versions.items() if isinstance(versions, dict) else ()
-        self.versions: dict[str, Any] = {key: of_one for key, of_one in versions if isinstance(of_one, dict)}
+        self.versions = {key: of_one for key, of_one in versions if _is_version(of_one)}
         """What torch notes of each module beside a state dict, such as its version."""
 
     def _under(self, state: Any, keys: tuple[str, ...]) -> Mapping[str, Tensor]:
@@ -570,6 +570,11 @@ def _hint(state: Any) -> str:
 
 def _is_state_dict(found: Mapping[Any, Any]) -> bool:
     return bool(found) and all(isinstance(key, str) and isinstance(one, Tensor) for key, one in found.items())
+
+
+def _is_version(noted: object) -> bool:
+    """Whether it is what torch notes of a module, which modules compare with numbers."""
+    return isinstance(noted, dict) and isinstance(noted.get("version"), int | None)
 
 
 def _shown(keys: tuple[str, ...]) -> str:

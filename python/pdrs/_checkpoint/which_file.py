@@ -33,7 +33,9 @@ _INDEX = re.compile(r"(?P<stem>.+)\.(?P<format>safetensors|bin)\.index(\.(?P<var
 _FILE = re.compile(r"(?P<stem>.+)\.(?P<format>safetensors|bin|pt|pth|ckpt)")
 _SHARD = re.compile(r".+-\d{5}-of-\d{5}\..+")
 # What trainers write of a run beside the weights.
-_OF_A_RUN = re.compile(r"(optimizer|scheduler|scaler|training_args|rng_state|random_states|sampler)(_\d+)?\.(bin|pth?)")
+_OF_A_RUN = re.compile(
+    r"(optimizer|scheduler|scaler|training_args|rng_state|random_states|sampler|dl_state_dict)(_\d+)?\.(bin|pth?)"
+)
 _OTHERS = (".gguf", ".h5", ".msgpack", ".onnx", ".tflite", ".keras", ".npz", ".distcp")
 # How many names an error lists, and how many entries of a folder are looked at for it.
 _LISTED, _LOOKED_AT = 5, 1000
