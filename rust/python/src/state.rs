@@ -4,6 +4,10 @@
 //! only pairs about which nothing is unusual, and leaves the others to torch. What torch does one after another can be
 //! done in any order only if no pair writes what another one reads or writes; so pairs that share memory are left to
 //! torch, too ([`in_a_crowd`]).
+//!
+//! No Python code may run between reading an address and using it, because it may replace what lies there. Comparing a
+//! key can run some, unless both are exact `str`; so can asking an unusual tensor anything, which is done last: whatever
+//! has changed then is left to torch. And the collector is paused, because it runs finalizers.
 #![allow(unsafe_code)] // Copies between addresses, and the C API's way to compare strings in place.
 
 use std::ops::Range;
@@ -17,6 +21,7 @@ use pyo3::prelude::*;
 use pyo3::types::dict::BoundDictIterator;
 use pyo3::types::{PyDict, PyIterator, PyList, PyString};
 
+use crate::group::Paused;
 use crate::tensor::{Finder, Found, Seen, Torch, prefetch};
 
 /// How many entries are looked at ahead, so that their cache misses overlap.
@@ -49,12 +54,18 @@ pub(crate) fn load_matching<'py>(
 ) -> PyResult<(Vec<Bound<'py, PyAny>>, usize)> {
     let py = parameters.py();
     let torch = Torch::get(py)?;
+    let _paused = Paused::new(py)?;
     let entries: Vec<_> = parameters.iter().filter(|(_, value)| !value.is_none()).collect();
+    let is_exact = |key: &Bound<'py, PyAny>| key.cast_exact::<PyString>().is_ok();
+    if !parameters.iter().chain(state.iter()).all(|(key, _)| is_exact(&key)) {
+        return Ok((entries.into_iter().map(|(name, _)| name).collect(), 0));
+    }
     let mut pairs = Vec::with_capacity(entries.len());
     // The tensors of the pairs stay alive until they have been copied.
     let mut sources = Vec::with_capacity(entries.len());
     // What torch will write and read for those that are left to it.
     let mut others = Vec::new();
+    let mut unusual = Vec::new();
     let mut keys = Keys::new(state, prefix);
     let (mut targets, mut origins) = (Places::new(torch), Places::new(torch));
     // How many bytes to copy, while one pair is like the one before.
@@ -98,8 +109,14 @@ pub(crate) fn load_matching<'py>(
             } else {
                 is_known = false;
             }
-            others.push(Stretch { addresses: addresses(into, to, targets.dims()), at, is_written: true });
-            others.push(Stretch { addresses: addresses(out_of, &from, origins.dims()), at, is_written: false });
+            for (found, tensor, dims, is_written) in
+                [(into, to, targets.dims(), true), (out_of, &from, origins.dims(), false)]
+            {
+                match found {
+                    Some(found) => others.push(Stretch { addresses: addresses(&found, dims), at, is_written }),
+                    None => unusual.push((at, tensor.clone(), is_written)),
+                }
+            }
         }
         if whole && pairs.len() < begin + batch.len() {
             return Ok((entries.into_iter().map(|(name, _)| name).collect(), 0));
@@ -108,6 +125,16 @@ pub(crate) fn load_matching<'py>(
         // that are left to torch in the end it happens twice, which does no harm.
         if written.len() >= WRITTEN_AT_ONCE || begin + BATCH >= entries.len() {
             torch.increment_version(&PyList::new(py, written.drain(..))?)?;
+        }
+    }
+    if !unusual.is_empty() {
+        for (at, tensor, is_written) in unusual {
+            others.push(Stretch { addresses: storage_of(&tensor), at, is_written });
+        }
+        let before = pairs.len();
+        (pairs, sources) = still_there(pairs, sources, &entries, &mut targets, &mut origins)?;
+        if whole && pairs.len() < before {
+            return Ok((entries.into_iter().map(|(name, _)| name).collect(), 0));
         }
     }
     let crowded = in_a_crowd(&pairs, others);
@@ -124,6 +151,28 @@ pub(crate) fn load_matching<'py>(
     let mut filled = pairs.iter().map(|pair| pair.at).peekable();
     let left = entries.into_iter().enumerate().filter(|(at, _)| filled.next_if_eq(at).is_none());
     Ok((left.map(|(_, (name, _))| name).collect(), pairs.len()))
+}
+
+/// The pairs whose tensors lie where they lay, and their sources.
+fn still_there<'py>(
+    pairs: Vec<Pair>,
+    sources: Vec<Bound<'py, PyAny>>,
+    entries: &[(Bound<'py, PyAny>, Bound<'py, PyAny>)],
+    targets: &mut Places,
+    origins: &mut Places,
+) -> PyResult<(Vec<Pair>, Vec<Bound<'py, PyAny>>)> {
+    let (mut kept, mut kept_sources) = (Vec::with_capacity(pairs.len()), Vec::with_capacity(pairs.len()));
+    for (pair, from) in pairs.into_iter().zip(sources) {
+        let (into, out_of) = (targets.of(&entries[pair.at].1)?, origins.of(&from)?);
+        if let (Some(into), Some(out_of)) = (into, out_of)
+            && (into.pointer, out_of.pointer) == (pair.to, pair.from)
+            && copied_as_bytes(&into, &out_of, targets.dims(), origins.dims()) == Some(pair.bytes)
+        {
+            kept.push(pair);
+            kept_sources.push(from);
+        }
+    }
+    Ok((kept, kept_sources))
 }
 
 /// The number of bytes, if one tensor becomes equal to another by a copy of so many bytes that are neighbours in both.
@@ -174,28 +223,27 @@ impl Places {
     }
 }
 
-/// The memory that a tensor takes, as far as it can be told: none of what no plain tensor could share.
-fn addresses(found: Option<Found>, value: &Bound<'_, PyAny>, dims: &[i64]) -> Range<usize> {
-    let py = value.py();
-    match found {
-        Some(found) if found.device.is_cpu() && found.numel > 0 => {
-            let (shape, strides) = dims.split_at(found.ndim);
-            let elements = extent(shape, strides).unwrap_or(found.numel);
-            found.pointer..found.pointer + (elements * found.itemsize) as usize
-        }
-        Some(_) => 0..0,
-        None => {
-            // All of its storage, which may be somebody else's, too.
-            let range = || -> PyResult<Range<usize>> {
-                let storage = value.call_method0(intern!(py, "untyped_storage"))?;
-                let start: usize = storage.call_method0(intern!(py, "data_ptr"))?.extract()?;
-                let bytes: usize = storage.call_method0(intern!(py, "nbytes"))?.extract()?;
-                Ok(start..start.saturating_add(bytes))
-            };
-            // Sparse tensors have no storage, and what is no tensor has none either.
-            range().unwrap_or(0..0)
-        }
+/// The memory that a plain tensor takes: none where it could not be shared with one on the CPU.
+fn addresses(found: &Found, dims: &[i64]) -> Range<usize> {
+    if !found.device.is_cpu() || found.numel == 0 {
+        return 0..0;
     }
+    let (shape, strides) = dims.split_at(found.ndim);
+    let elements = extent(shape, strides).unwrap_or(found.numel);
+    found.pointer..found.pointer + (elements * found.itemsize) as usize
+}
+
+/// All of the storage of any other tensor, which may be somebody else's, too. Asking for it may run Python code.
+fn storage_of(value: &Bound<'_, PyAny>) -> Range<usize> {
+    let py = value.py();
+    let range = || -> PyResult<Range<usize>> {
+        let storage = value.call_method0(intern!(py, "untyped_storage"))?;
+        let start: usize = storage.call_method0(intern!(py, "data_ptr"))?.extract()?;
+        let bytes: usize = storage.call_method0(intern!(py, "nbytes"))?.extract()?;
+        Ok(start..start.saturating_add(bytes))
+    };
+    // Sparse tensors have no storage, and what is no tensor has none either.
+    range().unwrap_or(0..0)
 }
 
 /// Memory that is read or written for an entry.
@@ -393,7 +441,8 @@ pub(crate) fn not_copied_yet<'py>(
     let torch = Torch::get(parameters.py())?;
     let ids = few_ids(memo);
     let mut values = Vec::with_capacity(parameters.len());
-    for (_, value) in parameters {
+    // A list of them, because a key of the memo may have a comparison of its own, which might change the dict.
+    for value in parameters.values() {
         let id = value.as_ptr() as usize;
         let is_new = || match &ids {
             Some(ids) => Ok(!ids.contains(&id)),
@@ -430,7 +479,8 @@ pub(crate) fn place_copies<'py>(
 ) -> PyResult<Vec<Bound<'py, PyAny>>> {
     let mut left = Vec::new();
     let mut pairs = originals.iter().zip(copies).peekable();
-    for (name, value) in parameters {
+    // Taken together first, because a key may have a comparison of its own, which might change the dict.
+    for (name, value) in parameters.iter().collect::<Vec<_>>() {
         match pairs.next_if(|(original, _)| original.is(&value)) {
             Some((_, copy)) if !copy.is_none() => {
                 memo.set_item(value.as_ptr() as usize, &copy)?;
