@@ -51,7 +51,7 @@ def shallow_copy(module: ParameterDict) -> Any:
 
 def deep_copy(module: ParameterDict, memo: dict[int, Any]) -> Any:
     """Do what ``copy.deepcopy`` does with torch's class."""
-    parameters: dict[str, Any] | None = module._parameters
+    parameters: dict[str, Any] | None = module._parameters if type(module._parameters) is dict else None
     if is_parametrized(module):
         # torch lets such a module be copied, but not be pickled, and so not be reduced.
         reduced: _Reduced = (object.__new__, (type(module),), module.__dict__)

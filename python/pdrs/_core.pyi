@@ -23,20 +23,24 @@ __all__ = [
     "TensorGroup",
     "all_kept",
     "apply_names",
+    "are_functions_own",
     "can_take_over",
     "changed_rows",
     "clear_entries",
     "collect_parameters",
     "complete_move",
     "crc32",
+    "delete_entry",
     "diff_names",
     "find_rows",
+    "get_entry",
     "group_tensors",
     "has_packed",
     "in_one_step",
     "in_step",
     "insert_all",
     "insert_ids",
+    "is_own",
     "load_matching",
     "missing_names",
     "names_behind",
@@ -66,6 +70,7 @@ __all__ = [
     "use_huge_pages",
     "use_native_slots",
     "walk_modules",
+    "watch_functions",
     "zero_row",
     "zero_row_of_state",
 ]
@@ -148,6 +153,7 @@ class IndexMap:
     def __deepcopy__(self, memo: object, /) -> Self: ...
     def __getstate__(self) -> tuple[Any, ...]: ...
     def __setstate__(self, state: tuple[Any, ...], /) -> None: ...
+    def _take_none(self) -> None: ...
     def keys(self) -> KeysView[str]:
         """Return a view of the names in order; reversible, a set. **O(1)**."""
     def values(self) -> ValuesView[int]:
@@ -262,9 +268,9 @@ class NameIterator(Iterator[Any]):
 class EntryIterator(Iterator[Any]):
     def __new__(
         cls,
+        module: Module,
         index: IndexMap,
         parameters: dict[str, Any],
-        other: object,
         yields: Literal["values", "items"],
         reversed: bool,
     ) -> EntryIterator: ...
@@ -440,6 +446,7 @@ class TensorGroup:
 def all_kept(
     parameters: list[dict[str, Any]], buffers: list[dict[str, Any]], keeps: Callable[[Tensor], bool]
 ) -> bool: ...
+def are_functions_own(module: Module, method: int) -> bool: ...
 def can_take_over(source: dict[Any, Any], parameter: type[Parameter], sorted: bool) -> bool: ...
 def clear_entries(index: IndexMap, parameters: dict[str, Any]) -> list[str]: ...
 def collect_parameters(dicts: list[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor]]: ...
@@ -473,6 +480,7 @@ def complete_move(
         What was to stop the program during a conversion (``KeyboardInterrupt``, say). All has been done.
     """
 
+def get_entry(module: Module, key: object) -> Any | None: ...
 def group_tensors(
     tensors: list[Any], *, keep_strides: bool = True, narrowest: int | None = None, large_bytes: int | None = None
 ) -> tuple[list[TensorGroup], list[tuple[int, str]]]:
@@ -512,6 +520,7 @@ def group_tensors(
 
 def in_step(index: IndexMap, parameters: dict[str, Any]) -> bool: ...
 def insert_all(index: IndexMap, parameters: dict[str, Any], names: list[str], values: list[Any]) -> None: ...
+def is_own(module: Module, method: int) -> bool: ...
 def load_matching(
     parameters: dict[str, Any], state: dict[str, Any], prefix: str, largest: int, whole: bool
 ) -> tuple[list[str], int]: ...
@@ -519,15 +528,13 @@ def not_copied_yet(parameters: dict[str, Any], memo: dict[int, Any]) -> list[Any
 def place_copies(
     target: dict[str, Any], parameters: dict[str, Any], originals: list[Any], copies: list[Any], memo: dict[int, Any]
 ) -> list[str]: ...
-def pop_end(index: IndexMap, parameters: dict[str, Any], last: bool) -> tuple[str, Any] | None: ...
-def pop_entry(index: IndexMap, parameters: dict[str, Any], key: str) -> Any | None: ...
+def pop_end(module: Module, last: bool) -> tuple[str, Any] | None: ...
+def pop_entry(module: Module, key: object) -> Any | None: ...
 def prepare(names: list[Any], values: list[Any], parameter: type[Parameter], tensor: type[Tensor]) -> list[int]: ...
 def save_parameters(
     parameters: dict[str, Any], destination: dict[str, Any], prefix: str, parameter: type[Parameter]
 ) -> None: ...
-def set_entry(
-    index: IndexMap, parameters: dict[str, Any], key: object, value: object, parameter: type[Parameter]
-) -> bool: ...
+def set_entry(module: Module, key: object, value: object, parameter: type[Parameter]) -> bool: ...
 def slab_views(
     slab: Tensor,
     offsets: NDArray[np.int64] | list[int],
@@ -564,10 +571,13 @@ def unexpected_keys(
     extra_state: str,
 ) -> list[str]: ...
 def unzip(pairs: list[Any]) -> tuple[list[Any], list[Any]] | None: ...
-def use_native_slots(class_: type[Module]) -> None: ...
+def use_native_slots(class_: type[Module], parameter: type[Parameter]) -> None: ...
 def walk_modules(
     modules: list[Module], usual_applies: tuple[Any, ...] | None = None
 ) -> tuple[list[Module], list[Module], list[dict[str, Any]], list[tuple[Module, dict[str, Any]]]]: ...
+def watch_functions(
+    methods: list[str], in_instances: list[list[str]], look: Callable[[type], int], hooks: dict[int, Any]
+) -> None: ...
 
 @final
 class Lock:
@@ -830,6 +840,7 @@ _TableTuple = tuple[str, int, bool, int, tuple[str, int, list[int]] | None]
 def apply_names(old: NDArray[np.uint8], delta: NDArray[np.uint8]) -> NDArray[np.uint8]: ...
 def changed_rows(old: NDArray[np.uint8], new: NDArray[np.uint8], row_bytes: int) -> NDArray[np.int64]: ...
 def crc32(data: NDArray[np.uint8], start: int = 0) -> int: ...
+def delete_entry(module: Module, key: object) -> bool: ...
 def diff_names(old: NDArray[np.uint8], new: NDArray[np.uint8]) -> NDArray[np.uint8]: ...
 def has_packed(
     packed: NDArray[np.uint8], index: IndexMap, tables: Sequence[_TableTuple], patterns: Sequence[str]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import abc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from pdrs._core import EntryIterator, IndexMap
+from pdrs._torch_own import ITEMS, VALUES, is_own
 
 if TYPE_CHECKING:
     from pdrs.parameter_dict import ParameterDict
@@ -53,10 +54,8 @@ class ItemsView(abc.ItemsView[str, int]):
 class _EntriesView:
     """What the values and the items of a ParameterDict have in common."""
 
-    def __init__(self, entries: ParameterDict, override: Callable[[str], Any] | None) -> None:
+    def __init__(self, entries: ParameterDict) -> None:
         self._entries = entries
-        # A subclass's own `__getitem__`: what it gives is the value.
-        self._override = override
 
     def __len__(self) -> int:
         return len(self._entries._keys)
@@ -66,12 +65,17 @@ class _EntriesView:
 
     def _iterate(self, yields: Literal["values", "items"], backwards: bool) -> Iterator[Any]:
         entries = self._entries
-        if (value_of := self._override) is None:
-            return EntryIterator(entries._keys, entries._parameters, entries._value_elsewhere, yields, backwards)
+        parameters = entries._parameters
+        # What hides a Parameter, as FSDP hides them, lies in `__dict__`.
+        if is_own(entries, VALUES if yields == "values" else ITEMS) and vars(entries).keys().isdisjoint(
+            parameters.keys()
+        ):
+            return EntryIterator(entries, entries._keys, parameters, yields, backwards)
         names = reversed(entries._keys) if backwards else iter(entries._keys)
+        # Generators, which let go of everything at their end.
         if yields == "values":
-            return map(value_of, names)
-        return ((name, value_of(name)) for name in names)
+            return (entries[name] for name in names)
+        return ((name, entries[name]) for name in names)
 
 
 class EntryValuesView(_EntriesView, abc.ValuesView[Any]):
@@ -94,8 +98,7 @@ class EntryItemsView(_EntriesView, abc.ItemsView[str, Any]):
     def __contains__(self, item: object) -> bool:
         if not (isinstance(item, tuple) and len(item) == 2) or item[0] not in self._entries._keys:
             return False
-        value = self._entries[item[0]] if self._override is None else self._override(item[0])
-        return value is item[1]
+        return self._entries[item[0]] is item[1]
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         return self._iterate("items", False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable, Iterator, KeysView, Mapping
 from contextlib import contextmanager
 from itertools import islice, repeat
@@ -17,13 +16,13 @@ from torch.nn.modules import module as _torch_module
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.nn.utils.parametrize import is_parametrized
 
-from pdrs import _copies, transfer
+from pdrs import _copies, _torch_own, _torch_way, transfer
 from pdrs._checkpoint.hooks import given_to, takes_down
 from pdrs._core import (
     IndexMap,
-    can_take_over,
     clear_entries,
-    in_step,
+    delete_entry,
+    get_entry,
     insert_all,
     pop_end,
     pop_entry,
@@ -31,13 +30,13 @@ from pdrs._core import (
     save_parameters,
     set_entry,
     take_over,
-    unzip,
     use_native_slots,
 )
 from pdrs._names import listed
+from pdrs._sources import as_dict, columns, refuse_stacked
 from pdrs._state import load_from_state_dict, load_rest, load_whole
+from pdrs._torch_own import are_functions_own, follows_torch, is_own
 from pdrs._views import EntryItemsView, EntryValuesView
-from pdrs._views import KeysView as NamesView
 
 if TYPE_CHECKING:
     from pdrs.stacked import StackedParameterDict
@@ -128,7 +127,8 @@ class ParameterDict(torch.nn.ParameterDict):
 
     # -- one entry -----------------------------------------------------------------------------------------------------
 
-    def __getitem__(self, key: str) -> Any:
+    # The interpreter would run a function of two arguments in place of the native slot; see `use_native_slots` below.
+    def __getitem__(self, key: str, _: None = None) -> Any:
         """Return the value of ``key``: its Parameter, Module or plain value. **O(1)**.
 
         Raises
@@ -138,10 +138,10 @@ class ParameterDict(torch.nn.ParameterDict):
         TypeError
             If ``key`` is not a ``str``.
         """
-        try:
-            return self._parameters[key]
-        except (KeyError, TypeError):
-            return self._value_elsewhere(key)
+        if _tracing():
+            return self._traced_value(key)
+        value = get_entry(self, key)
+        return self._value_of(key) if value is None else value
 
     def __setitem__(self, key: str, value: Any) -> None:
         """Set the value of ``key``: a new key goes to the end, an old one keeps its place. **O(1)**.
@@ -157,19 +157,29 @@ class ParameterDict(torch.nn.ParameterDict):
         ValueError
             If ``value`` is a Parameter that is the result of a differentiable operation.
         """
-        # What asks for a closer look is what torch lets others do to Modules: hooks, parametrizations, other kinds.
-        usual = not (
-            _torch_module._global_parameter_registration_hooks or self._modules or self._values or self._buffers
-        )
-        if usual and not _tracing() and set_entry(self._keys, self._parameters, key, value, Parameter):
+        if not _tracing() and set_entry(self, key, value, Parameter):
             return
-        key = self._key_to_attr(key)
-        if isinstance(value, Tensor):
-            value = _to_leaf_parameter(key, value)
-        self._place(key, self._accepted(key, value, self._kind_of(key)))
+        # What asks for a closer look is what torch lets others do to Modules: hooks, parametrizations, other kinds.
+        if _tracing() or is_own(self, _torch_own.SETITEM):
+            key = self._key_to_attr(key)
+            if isinstance(value, Tensor):
+                value = _to_leaf_parameter(key, value)
+            self._place(key, self._accepted(key, value, self._kind_of(key)))
+        elif follows_torch(self, "__setitem__"):
+            if isinstance(value, Tensor):
+                value = _to_leaf_parameter(key, value)
+            _torch_way.write(self, key, value)
+        else:
+            self._keys._take_none()
+            super().__setitem__(key, value)
 
     def __delitem__(self, key: str) -> None:
         """Remove ``key``; the order of the others stays. Raises KeyError if it is not there. **O(1)**."""
+        if not _tracing() and delete_entry(self, key):
+            return
+        if not (_tracing() or is_own(self, _torch_own.DELITEM)):
+            super().__delitem__(key)
+            return
         del self._keys[key]
         try:
             del self._parameters[key]
@@ -178,10 +188,10 @@ class ParameterDict(torch.nn.ParameterDict):
 
     def __contains__(self, key: object) -> bool:
         """Whether ``key`` is the key of an entry. **O(1)**."""
-        # Direct instances answer `in` and `len` natively, in the same way: see `use_native_slots` below.
+        # Direct instances answer `[]`, `in` and `len` natively, in the same way: see `use_native_slots` below.
         if _tracing():
             return key in self._traced_keys()
-        return key in self._keys
+        return super().__contains__(key)  # type: ignore[operator]  # torch's takes anything, too
 
     def pop(self, key: str, *default: Any) -> Any:
         """Remove ``key`` and return its value, or ``default`` if it is not there and one is given. **O(1)**.
@@ -190,25 +200,26 @@ class ParameterDict(torch.nn.ParameterDict):
         """
         if default and len(default) > 1:
             raise TypeError(f"pop expected at most 2 arguments, got {1 + len(default)}")
-        if type(self) is ParameterDict:
-            value = pop_entry(self._keys, self._parameters, key)
+        if not _tracing():
+            value = pop_entry(self, key)
             if value is not None:
                 return value
         if default and key not in self:
             return default[0]
-        value = self[key]
-        del self[key]
-        return value
+        return super().pop(key)
 
     def popitem(self, last: bool = True) -> tuple[str, Any]:
         """Remove the last (or the first) entry and return its key and value. **O(1)** at either end.
 
         Raises KeyError if there is none.
         """
-        if type(self) is ParameterDict:
-            popped = pop_end(self._keys, self._parameters, last)
+        if not _tracing():
+            popped = pop_end(self, last)
             if popped is not None:
                 return popped
+            if last and not follows_torch(self, "popitem"):
+                self._keys._take_none()
+                return super().popitem()
         try:
             key = next(reversed(self._keys) if last else iter(self._keys))
         except StopIteration:
@@ -223,25 +234,25 @@ class ParameterDict(torch.nn.ParameterDict):
         """Return the number of entries. **O(1)**."""
         if _tracing():
             return len(self._traced_keys())
-        return len(self._keys)
+        return super().__len__()
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the keys in order; RuntimeError if entries come or go meanwhile. **O(1)** a step."""
         if _tracing():
             return iter(self._traced_keys())
-        return iter(self._keys)
+        return super().__iter__()
 
     def __reversed__(self) -> Iterator[str]:
         """Iterate over the keys from the last to the first. **O(1)** a step."""
         if _tracing():
             return reversed(self._traced_keys())
-        return reversed(self._keys)
+        return super().__reversed__()
 
     def keys(self) -> KeysView[str]:
         """Return a view of the keys: in order, reversible, a set. **O(1)**."""
         if _tracing():
             return dict.fromkeys(self._traced_keys()).keys()
-        return NamesView(self._keys)
+        return super().keys()
 
     def values(self) -> EntryValuesView:
         """Return a view of the values: in order, reversible. **O(1)**.
@@ -250,7 +261,9 @@ class ParameterDict(torch.nn.ParameterDict):
         """
         if _tracing():
             return [self[key] for key in self._traced_keys()]  # type: ignore[return-value]  # seen by the tracer alone
-        return EntryValuesView(self, self._overriding_getitem())
+        if is_own(self, _torch_own.VALUES) or follows_torch(self, "values"):
+            return EntryValuesView(self)
+        return super().values()  # type: ignore[return-value]  # whatever somebody else gives
 
     def items(self) -> EntryItemsView:
         """Return a view of the pairs of key and value: in order, reversible. **O(1)**.
@@ -259,7 +272,9 @@ class ParameterDict(torch.nn.ParameterDict):
         """
         if _tracing():
             return [(key, self[key]) for key in self._traced_keys()]  # type: ignore[return-value]  # as in values()
-        return EntryItemsView(self, self._overriding_getitem())
+        if is_own(self, _torch_own.ITEMS) or follows_torch(self, "items"):
+            return EntryItemsView(self)
+        return super().items()  # type: ignore[return-value]  # whatever somebody else gives
 
     def update(self, parameters: Any) -> None:
         """Set many entries, as :meth:`__setitem__` would one after another. **O(m)** for ``m`` entries.
@@ -281,38 +296,41 @@ class ParameterDict(torch.nn.ParameterDict):
                 "ParametersDict.update should be called with an iterable of key/value pairs, but got "
                 f"{type(parameters).__name__}"
             )
-        if self._overrides("__setitem__"):
-            for name, value in zip(*_columns(parameters), strict=True):
-                self[name] = value
+        if not (_tracing() or is_own(self, _torch_own.UPDATE)):
+            refuse_stacked(parameters)
+            super().update(parameters)  # type: ignore[arg-type]  # torch's takes pairs, too
             return
         with _collector_paused():
-            source = _as_dict(parameters)
+            source = as_dict(parameters)
             if source is not None and self._is_usual_for(source):
                 take_over(self._keys, self._parameters, source)
             else:
-                self._insert(*_columns(parameters))
+                self._insert(*columns(parameters))
 
     def clear(self) -> None:
         """Remove all entries. **O(n)**."""
-        if self._overrides("__delitem__"):
-            for key in list(self._keys):
-                del self[key]
+        if not (_tracing() or is_own(self, _torch_own.CLEAR)):
+            super().clear()
             return
         for key in clear_entries(self._keys, self._parameters):
             self._delete_elsewhere(key)
 
     def copy(self) -> ParameterDict:
         """Return a new ParameterDict of the same keys and the very same values. **O(n)**."""
-        if self._overrides("items"):
+        if _tracing() or (is_own(self, _torch_own.COPY) and is_own(self, _torch_own.SOURCE)):
+            return ParameterDict(self)
+        if follows_torch(self, "copy"):
             return ParameterDict([(key, self[key]) for key in self._keys])
-        return ParameterDict(self)
+        return super().copy()  # type: ignore[return-value]  # whatever somebody else gives
 
     def fromkeys(self, keys: Iterable[str], default: Any = None) -> ParameterDict:
         """Return a new ParameterDict of ``keys``, all with the value ``default``. **O(m)** for ``m`` keys.
 
         A Parameter is shared by all; of another tensor each gets a Parameter of its own over the same data.
         """
-        return ParameterDict(zip(keys if isinstance(keys, str) else listed(keys), repeat(default)))
+        if _tracing() or are_functions_own(self, _torch_own.FROMKEYS):
+            return ParameterDict(zip(keys if isinstance(keys, str) else listed(keys), repeat(default)))
+        return super().fromkeys(keys, default)  # type: ignore[return-value]  # whatever somebody else gives
 
     def stack(self) -> StackedParameterDict:
         """Return a StackedParameterDict of the same entries, whose values are copied into tables. **O(n)**.
@@ -329,7 +347,7 @@ class ParameterDict(torch.nn.ParameterDict):
     def extra_repr(self) -> str:
         """Return a line an entry, or, of more than 100, of the first and the last ten."""
         hidden = len(self._keys) - 2 * _REPR_END
-        if len(self._keys) <= _REPR_WHOLE or self._overrides("items"):
+        if len(self._keys) <= _REPR_WHOLE or not is_own(self, _torch_own.EXTRA_REPR):
             return super().extra_repr()
         items = self.items()
         ends = (islice(items, _REPR_END), reversed(list(islice(reversed(items), _REPR_END))))
@@ -355,9 +373,12 @@ class ParameterDict(torch.nn.ParameterDict):
             if isinstance(value, Parameter):
                 # Here, and not in torch's method, which refuses dots: `load_state_dict(assign=True)` sets attributes.
                 value = _to_leaf_parameter(name, value)
-                self._place(name, self._accepted(name, value, self._kind_of(name)))
+                if _tracing() or is_own(self, _torch_own.SETATTR):
+                    self._place(name, self._accepted(name, value, self._kind_of(name)))
+                else:
+                    _torch_way.register(self, name, value, super().__setattr__)
                 return
-            if name in state or hasattr(type(self), name):
+            if _torch_way.is_attribute(self, name):
                 object.__setattr__(self, name, value)
                 return
             if name in self._values:
@@ -369,16 +390,27 @@ class ParameterDict(torch.nn.ParameterDict):
 
     def __delattr__(self, name: str) -> None:
         """Delete an attribute as torch does: of an entry the key stays, until it is deleted as an entry."""
-        if name in self.__dict__ or (name in self._keys and hasattr(type(self), name)):
+        if name in self._keys and _torch_way.is_attribute(self, name):
             object.__delattr__(self, name)
-        elif name in self._values:
-            del self._values[name]
-        else:
-            super().__delattr__(name)
+            return
+        if name in self._values:
+            if _tracing() or are_functions_own(self, _torch_own.DELATTR) or _torch_way.is_attribute(self, name):
+                del self._values[name]
+                return
+            # Where torch's method looks for it.
+            self.__dict__.setdefault(name, self._values.pop(name))
+        # As in torch, `_parameters` comes first: FSDP puts a tensor both there and into `__dict__`.
+        super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: Parameter | None) -> None:
+        """Register a Parameter as torch does; under the key of an entry also if that has dots."""
+        # `distribute_module` registers anew what is there.
+        is_entry = type(name) is str and name in self.__dict__.get("_parameters", ()) and name in self._keys
+        super().register_parameter(_torch_way.without_dots(name) if is_entry else name, param)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ParameterDict:
         """Move or convert everything: at once where ``fn`` is one of torch's own, which ``to`` and the like pass."""
-        if not transfer.apply(self, fn, recurse):
+        if not (is_own(self, _torch_own.APPLY) and transfer.apply(self, fn, recurse)):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -396,6 +428,9 @@ class ParameterDict(torch.nn.ParameterDict):
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if not is_own(self, _torch_own.SAVE):
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            return
         own_state = type(self).get_extra_state is not Module.get_extra_state
         if not own_state and takes_down(self, prefix):
             for name, buffer in self._buffers.items():
@@ -412,7 +447,7 @@ class ParameterDict(torch.nn.ParameterDict):
         """Load a state dict as torch does, several times faster if it fits and nobody has hooks on it."""
         if (
             not (assign or _tracing() or torch.__future__.get_swap_module_params_on_conversion())
-            and not self._overrides("_load_from_state_dict")
+            and is_own(self, _torch_own.LOAD)
             and load_whole(self, state_dict)
         ):
             return _IncompatibleKeys([], [])
@@ -436,10 +471,14 @@ class ParameterDict(torch.nn.ParameterDict):
                     self, [], 0, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
                 )
             return
-        following = super()._load_from_state_dict
-        if _tracing() or getattr(following, "__func__", None) is not Module._load_from_state_dict:
-            # Another base class of a subclass has its own.
-            following(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if _tracing() or not is_own(self, _torch_own.LOAD_FROM):
+            unexpected: list[str] = []
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected, error_msgs
+            )
+            # torch takes what stands before a dot for the name of a child module.
+            known = {prefix + name for place in (self._parameters, self._buffers) for name in place if "." in name}
+            unexpected_keys.extend(key for key in unexpected if key not in known)
             return
         with _collector_paused():
             load_from_state_dict(
@@ -460,12 +499,37 @@ class ParameterDict(torch.nn.ParameterDict):
     # -- where an entry lies -------------------------------------------------------------------------------------------
 
     def _key_to_attr(self, key: str) -> str:
+        key = super()._key_to_attr(key)
         if type(key) is not str:
             # A string enumeration, say: the name is its characters.
-            key = str.__str__(key) if isinstance(key, str) else super()._key_to_attr(key)
+            key = str.__str__(key)
         if not key:
             raise KeyError('parameter name can\'t be empty string ""')
         return key
+
+    def _value_of(self, key: str) -> Any:
+        """Find the value of a key of which ``get_entry`` has found none."""
+        if not is_own(self, _torch_own.GETITEM):
+            try:
+                if follows_torch(self, "__getitem__") or _torch_way.is_attribute(self, key):
+                    return _torch_way.read(self, key)
+                return super().__getitem__(key)
+            except AttributeError as error:
+                raise MissingEntryError(key) from error
+        if type(key) is str:
+            hidden_by = self.__dict__.get(key)
+            if isinstance(hidden_by, Tensor):
+                return hidden_by
+            if key in self._parameters:
+                return self._parameters[key]
+        return self._value_elsewhere(key)
+
+    def _traced_value(self, key: str) -> Any:
+        """Find a value for torch.compile."""
+        try:
+            return self._parameters[key]
+        except (KeyError, TypeError):
+            return self._value_elsewhere(key)
 
     def _value_elsewhere(self, key: str) -> Any:
         """Find the value of what is not in ``_parameters`` under exactly this key."""
@@ -491,7 +555,8 @@ class ParameterDict(torch.nn.ParameterDict):
             if key in place:
                 del place[key]
                 return
-        self.__dict__.pop(key, None)
+        if key not in _torch_way.STATE:
+            self.__dict__.pop(key, None)
 
     def _kind_of(self, key: str) -> _Kind | None:
         """Give the kind of what is registered under ``key``, which torch lets be replaced by some kinds only."""
@@ -523,34 +588,54 @@ class ParameterDict(torch.nn.ParameterDict):
 
     def _place(self, key: str, value: Any) -> None:
         """Set what has been accepted; this cannot fail half-way."""
+        # What is replaced goes at the end: its finalizers may change the dictionary.
+        before: list[Any] = []
+        place: dict[str, Any]
         if isinstance(value, Parameter):
-            if key not in self._parameters:
-                self._forget_elsewhere(key)
-            self._parameters[key] = value
+            before = self._forget_elsewhere(key)
+            place = self._parameters
         elif isinstance(value, Module):
-            self._forget_elsewhere(key, self._modules)
-            self._modules[key] = value
+            before = self._forget_elsewhere(key, self._modules)
+            place = self._modules
         else:
-            registered = (self._parameters, self._modules, self._buffers)
-            place: dict[str, Any] = next((place for place in registered if key in place), self._values)
-            place[key] = value
+            registered: tuple[dict[str, Any], ...] = (self._parameters, self._modules, self._buffers)
+            place = next((place for place in registered if key in place), self._values)
         self._keys[key] = 0
+        before.append(place.get(key))
+        place[key] = value
 
-    def _forget_elsewhere(self, key: str, but: Mapping[str, Any] | None = None) -> None:
-        for place in (self._values, self._modules, self._buffers):
-            if place is not but:
-                place.pop(key, None)
+    def _forget_elsewhere(self, key: str, but: Mapping[str, Any] | None = None) -> list[Any]:
+        """Take what stands for ``key`` out of everything but the Parameters and one place, and give it."""
+        places = [place for place in (self._values, self._modules, self._buffers) if place is not but]
+        # As torch does; but attributes of the module stay, unless there is nothing else that the entry could be.
+        hidden_by = self.__dict__.get(key)
+        if isinstance(hidden_by, Tensor) or (
+            hidden_by is not None
+            and key not in _torch_way.STATE
+            and key in self._keys
+            and not any(key in place for place in (self._parameters, self._values, self._modules, self._buffers))
+        ):
+            places.append(self.__dict__)
+        forgotten = [place.pop(key, None) for place in places]
         self._non_persistent_buffers_set.discard(key)
+        return forgotten
 
     def _is_usual_for(self, names: Iterable[str]) -> bool:
         """Whether Parameters of these names may go into ``_parameters`` with no regard to what is elsewhere."""
         if _torch_module._global_parameter_registration_hooks or is_parametrized(self):
             return False
+        hiding = self.__dict__.keys() - _torch_way.STATE
         elsewhere = (self._values, self._modules, self._buffers)
-        return all(not place or place.keys().isdisjoint(names) for place in elsewhere)
+        return (not hiding or hiding.isdisjoint(names)) and all(
+            not place or place.keys().isdisjoint(names) for place in elsewhere
+        )
 
     def _insert(self, names: list[str], values: list[Any]) -> None:
         """Insert all, or, if one cannot be taken, none."""
+        if not (_tracing() or is_own(self, _torch_own.UPDATE)):
+            for name, value in zip(names, values, strict=True):
+                self[name] = value
+            return
         only_parameters = True
         for at in prepare(names, values, Parameter, Tensor):
             names[at] = self._key_to_attr(names[at])
@@ -575,14 +660,7 @@ class ParameterDict(torch.nn.ParameterDict):
         for name, value in zip(names, values, strict=True):
             self._place(name, value)
 
-    # -- overrides and tracing -----------------------------------------------------------------------------------------
-
-    def _overrides(self, method: str) -> bool:
-        """Whether this object's class has its own ``method``, which must then be called and not gone round."""
-        return getattr(type(self), method) is not getattr(ParameterDict, method)
-
-    def _overriding_getitem(self) -> Callable[[str], Any] | None:
-        return self.__getitem__ if self._overrides("__getitem__") else None
+    # -- tracing ------------------------------------------------------------------------------------------------------
 
     def _traced_keys(self) -> tuple[str, ...]:
         """Give the keys to torch.compile: constants, guarded by the fingerprint of the index."""
@@ -616,49 +694,5 @@ def _to_leaf_parameter(key: str, value: Tensor) -> Parameter:
     return parameter
 
 
-def _as_dict(parameters: Any) -> dict[str, Any] | None:
-    """Give a dict that has the entries in the order in which to insert them, if there is one of leaves and ``str``."""
-    if type(parameters) is dict:
-        return parameters if can_take_over(parameters, Parameter, True) else None
-    if type(parameters) is ParameterDict and in_step(parameters._keys, parameters._parameters):
-        return parameters._parameters if can_take_over(parameters._parameters, Parameter, False) else None
-    return None
-
-
-def _columns(parameters: Iterable[Any]) -> tuple[list[Any], list[Any]]:
-    """Give names and values in the order in which to insert them."""
-    if type(parameters) is ParameterDict or type(parameters) is OrderedDict:
-        return list(parameters), list(parameters.values())
-    if type(parameters) is dict:
-        names = sorted(parameters)
-        return names, list(map(parameters.__getitem__, names))
-    if isinstance(parameters, OrderedDict | torch.nn.ParameterDict):
-        parameters = parameters.items()
-    elif isinstance(parameters, Mapping):
-        parameters = sorted(parameters.items())
-    elif _is_stacked(parameters):
-        # Iterating gives its names, and one of two letters would pass for a pair.
-        raise TypeError(f"expected a mapping or pairs, got a {type(parameters).__name__}: pass its unstack()")
-    pairs = list(parameters)
-    columns = unzip(pairs)
-    if columns is None:
-        for at, pair in enumerate(pairs):
-            _check_pair(at, pair)
-        columns = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    return columns
-
-
-def _is_stacked(parameters: object) -> bool:
-    from pdrs.stacked import StackedParameterDict
-
-    return isinstance(parameters, StackedParameterDict)
-
-
-def _check_pair(at: int, pair: Any) -> None:
-    if not isinstance(pair, Iterable):
-        raise TypeError(f"ParameterDict update sequence element #{at} should be Iterable; is {type(pair).__name__}")
-    if len(pair) != 2:  # type: ignore[arg-type]
-        raise ValueError(f"ParameterDict update sequence element #{at} has length {len(pair)}; 2 is required")  # type: ignore[arg-type]
-
-
-use_native_slots(ParameterDict)
+use_native_slots(ParameterDict, Parameter)
+_torch_own.watch(ParameterDict)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils.parametrize import is_parametrized
 
-from pdrs import _copies, _memory, parameter_dict, transfer
+from pdrs import _copies, _memory, _sources, transfer
 from pdrs._core import IndexMap, TableRows, pop_end_row, pop_row, set_row, slab_views
 from pdrs._names import Names, as_list
 from pdrs._stacked.changes import Changes
@@ -367,7 +367,7 @@ class StackedParameterDict(SavedRows):
             with parameters._lock:
                 names, values = list(parameters), parameters._detached()
         else:
-            names, values = parameter_dict._columns(parameters)
+            names, values = _sources.columns(parameters)
         self._insert(names, values, distinct=isinstance(parameters, Mapping | StackedParameterDict))
 
     def clear(self) -> None:
@@ -528,10 +528,11 @@ class RowsView(abc.ValuesView[Tensor]):
         return any(_is_same_row(value, row) for row in self)
 
     def __iter__(self) -> Iterator[Tensor]:
-        return map(self._mapping._row, self._mapping._index._iterate(1, False))
+        # A generator lets go of the dictionary at its end, and `map` does not.
+        return (self._mapping._row(id_) for id_ in self._mapping._index._iterate(1, False))
 
     def __reversed__(self) -> Iterator[Tensor]:
-        return map(self._mapping._row, self._mapping._index._iterate(1, True))
+        return (self._mapping._row(id_) for id_ in self._mapping._index._iterate(1, True))
 
 
 class ItemsView(abc.ItemsView[str, Tensor]):

@@ -53,8 +53,11 @@ def changes_what_is_loaded(module: Module) -> bool:
 
 
 def _has_its_own(module: Module, name: str) -> bool:
-    method = getattr(module, name)
-    return not str(getattr(method, "__module__", "")).startswith(("torch.nn.modules.", "pdrs."))
+    # All that may be asked in turn. By its globals, because a wrapper has the `__module__` of what it wraps.
+    functions = [vars(class_)[name] for class_ in type(module).__mro__ if name in vars(class_)]
+    functions += [vars(module)[name]] if name in vars(module) else []
+    homes = (str(getattr(function, "__globals__", {}).get("__name__", "")) for function in functions)
+    return not all(home.startswith(("torch.nn.modules.", "pdrs.")) for home in homes)
 
 
 def prefixes_where(module: Module, holds: Callable[[Module], bool]) -> list[str]:

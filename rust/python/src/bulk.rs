@@ -1,6 +1,6 @@
 //! Sweeps over all entries of a `ParameterDict`, each in one call.
 
-use pyo3::exceptions::PyKeyError;
+use pyo3::exceptions::PyTypeError;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyString, PyTuple, PyType};
@@ -8,6 +8,7 @@ use pyo3::types::{PyDict, PyList, PyString, PyTuple, PyType};
 use crate::index_map::IndexMap;
 use crate::name::{Name, exact_text, precedes};
 use crate::tensor::prefetch;
+use crate::torch_own::{Method, is_free_of_hooks, own_parts};
 
 /// How many entries are looked at ahead, so that their cache misses overlap.
 const AHEAD: usize = 32;
@@ -69,27 +70,65 @@ fn to_parameter<'py>(
     Ok(made)
 }
 
-/// Sets one entry if nothing about it is unusual: an exact, non-empty `str`, and a leaf that is exactly a `Parameter`.
+/// The value of one entry if it is a Parameter that nothing hides, and torch would ask nobody else for it.
+///
+/// `None`, and the caller must look further, otherwise.
+#[pyfunction]
+pub(crate) fn get_entry<'py>(
+    module: &Bound<'py, PyAny>,
+    key: &Bound<'py, PyAny>,
+) -> PyResult<Option<Bound<'py, PyAny>>> {
+    let Ok(name) = key.cast_exact::<PyString>() else {
+        return Ok(None);
+    };
+    let Some((attributes, parameters)) = own_parts(module, Method::GET)? else {
+        return Ok(None);
+    };
+    // As in torch, an attribute of that name comes first; the caller knows which attributes are none of the entry.
+    if attributes.contains(name)? { Ok(None) } else { parameters.get_item(name) }
+}
+
+/// Sets one entry if nothing about it is unusual: an exact, non-empty `str`, a leaf that is exactly a `Parameter`, and a
+/// module that has nothing else and asks nobody.
 ///
 /// `false`, and nothing is done, otherwise.
 #[pyfunction]
 pub(crate) fn set_entry(
-    index: &Bound<'_, IndexMap>,
-    parameters: &Bound<'_, PyDict>,
+    module: &Bound<'_, PyAny>,
     key: &Bound<'_, PyAny>,
     value: &Bound<'_, PyAny>,
     parameter: &Bound<'_, PyType>,
 ) -> PyResult<bool> {
-    let py = index.py();
+    let py = module.py();
     let Ok(name) = key.cast_exact::<PyString>() else {
         return Ok(false);
     };
-    if !is_usual(name, value, parameter)? {
+    if !is_usual(name, value, parameter)? || !is_free_of_hooks(py) {
         return Ok(false);
     }
+    let Some((attributes, parameters)) = own_parts(module, Method::SET)? else {
+        return Ok(false);
+    };
+    for place in [intern!(py, "_modules"), intern!(py, "_values"), intern!(py, "_buffers")] {
+        if !attributes.get_item(place)?.is_some_and(|place| place.cast::<PyDict>().is_ok_and(PyDictMethods::is_empty)) {
+            return Ok(false);
+        }
+    }
+    if attributes.contains(name)? {
+        return Ok(false);
+    }
+    let Some(index) = index_in(&attributes)? else {
+        return Ok(false);
+    };
     index.get().put(py, Name::new(name.clone()))?;
     parameters.set_item(name, value)?;
     Ok(true)
+}
+
+/// The index of a `ParameterDict`, from its attributes.
+fn index_in<'py>(attributes: &Bound<'py, PyDict>) -> PyResult<Option<Bound<'py, IndexMap>>> {
+    let found = attributes.get_item(intern!(attributes.py(), "_keys"))?;
+    Ok(found.and_then(|index| index.cast_into::<IndexMap>().ok()))
 }
 
 /// Whether all entries of a dict are usual, as for [`set_entry`]; if `sorted`, the names must ascend, too.
@@ -125,8 +164,16 @@ pub(crate) fn take_over(
     source: &Bound<'_, PyDict>,
 ) -> PyResult<()> {
     let mut names = Vec::with_capacity(source.len());
+    // What is replaced goes when all is done: its finalizers may change the dictionary.
+    let mut replaced = Vec::new();
     for (name, _) in source {
-        names.push(Name::new(name.cast_into_exact::<PyString>()?));
+        let name = name.cast_into_exact::<PyString>()?;
+        if !parameters.is_empty()
+            && let Some(before) = parameters.get_item(&name)?
+        {
+            replaced.push(before);
+        }
+        names.push(Name::new(name));
     }
     index.get().append(index.py(), names)?;
     parameters.update(source.as_mapping())
@@ -141,8 +188,16 @@ pub(crate) fn insert_all(
     values: &Bound<'_, PyList>,
 ) -> PyResult<()> {
     let mut added = Vec::with_capacity(names.len());
+    // What is replaced goes when all is done: its finalizers may change the dictionary.
+    let mut replaced = Vec::new();
     for name in names {
-        added.push(Name::new(name.cast_into_exact::<PyString>()?));
+        let name = name.cast_into_exact::<PyString>()?;
+        if !parameters.is_empty()
+            && let Some(before) = parameters.get_item(&name)?
+        {
+            replaced.push(before);
+        }
+        added.push(Name::new(name));
     }
     index.get().append(index.py(), added)?;
     for (name, value) in names.iter().zip(values.iter()) {
@@ -176,39 +231,72 @@ pub(crate) fn unzip<'py>(pairs: &Bound<'py, PyList>) -> PyResult<Option<(Bound<'
     Ok(Some((PyList::new(py, names)?, PyList::new(py, values)?)))
 }
 
-/// Takes the entry of `key` out of `index` and `parameters` and gives its value.
+/// Takes the entry of `key` out of a module and gives its value.
 ///
-/// `None`, and nothing is done, if there is none, or if what stands behind it is None or not in `parameters`.
+/// `None`, and nothing is done, if there is none, if what stands behind it is None or no Parameter, or if torch would ask
+/// somebody else.
 #[pyfunction]
 pub(crate) fn pop_entry<'py>(
-    index: &Bound<'py, IndexMap>,
-    parameters: &Bound<'py, PyDict>,
+    module: &Bound<'py, PyAny>,
     key: &Bound<'py, PyAny>,
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
     let Ok(key) = key.cast_exact::<PyString>() else {
         return Ok(None);
     };
+    take_entry(module, key, Method::POP)
+}
+
+/// Deletes the entry of `key`; `false`, and nothing is done, where [`pop_entry`] would give `None`.
+#[pyfunction]
+pub(crate) fn delete_entry(module: &Bound<'_, PyAny>, key: &Bound<'_, PyAny>) -> PyResult<bool> {
+    let Ok(key) = key.cast_exact::<PyString>() else {
+        return Ok(false);
+    };
+    Ok(take_entry(module, key, Method::DELETE)?.is_some())
+}
+
+fn take_entry<'py>(
+    module: &Bound<'py, PyAny>,
+    key: &Bound<'py, PyString>,
+    method: Method,
+) -> PyResult<Option<Bound<'py, PyAny>>> {
+    let Some((attributes, parameters)) = own_parts(module, method)? else {
+        return Ok(None);
+    };
+    let Some(index) = index_in(&attributes)? else {
+        return Ok(None);
+    };
     let Some(value) = parameters.get_item(key)?.filter(|value| !value.is_none()) else {
         return Ok(None);
     };
-    if !index.get().discard(key) {
+    if attributes.contains(key)? || !index.get().discard(key) {
         return Ok(None);
     }
     parameters.del_item(key)?;
     Ok(Some(value))
 }
 
-/// Takes the last (or the first) entry out of `index` and `parameters` and gives its name and value.
+/// Takes the last (or the first) entry out of a module and gives its name and value.
 ///
-/// `None`, and nothing is done, if there is none, or if what stands behind it is not in `parameters`.
+/// `None`, and nothing is done, if there is none, if what stands behind it is no Parameter, or if torch would ask somebody
+/// else.
 #[pyfunction]
 pub(crate) fn pop_end<'py>(
-    index: &Bound<'py, IndexMap>,
-    parameters: &Bound<'py, PyDict>,
-    last: bool,
+    module: &Bound<'py, PyAny>,
+    last: &Bound<'py, PyAny>,
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
-    let py = index.py();
-    let Some(name) = index.get().end(py, last) else {
+    let py = module.py();
+    let Ok(last) = last.extract::<bool>() else {
+        let shown = last.repr()?;
+        return Err(PyTypeError::new_err(format!("popitem(): expected last to be True or False, got {shown}")));
+    };
+    let Some((attributes, parameters)) = own_parts(module, Method::POPITEM)? else {
+        return Ok(None);
+    };
+    let Some(index) = index_in(&attributes)? else {
+        return Ok(None);
+    };
+    let Some(name) = index.get().end(py, last).filter(|name| !attributes.contains(name).unwrap_or(true)) else {
         return Ok(None);
     };
     if last && !parameters.is_empty() {
@@ -279,13 +367,18 @@ pub(crate) fn clear_entries<'py>(
     parameters: &Bound<'py, PyDict>,
 ) -> PyResult<Vec<Bound<'py, PyString>>> {
     let py = index.py();
+    let names = index.get().take_names(py);
     let mut elsewhere = Vec::new();
-    for name in index.get().take_names(py) {
+    // They go when all is done: their finalizers may change the dictionary.
+    let mut removed = Vec::with_capacity(names.len());
+    for name in names {
         let name = name.into_text(py);
-        match parameters.del_item(&name) {
-            Ok(()) => {}
-            Err(error) if error.is_instance_of::<PyKeyError>(py) => elsewhere.push(name),
-            Err(error) => return Err(error),
+        match parameters.get_item(&name)? {
+            Some(value) => {
+                removed.push(value);
+                parameters.del_item(&name)?;
+            }
+            None => elsewhere.push(name),
         }
     }
     Ok(elsewhere)

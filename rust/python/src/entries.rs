@@ -1,35 +1,28 @@
 //! Walks the entries of a `ParameterDict`: names from its index, values from its dictionary of Parameters.
 #![allow(unsafe_code)] // `PyDict_Next`: a walk through a dict that may change between two steps.
 
-use std::sync::atomic::{AtomicIsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use pyo3::exceptions::PyValueError;
 use pyo3::ffi;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
+use pyo3::sync::MutexExt;
 use pyo3::sync::critical_section::with_critical_section;
 use pyo3::types::{PyDict, PyString};
 
 use crate::index_map::{Cursor, IndexMap};
+use crate::torch_own::{Method, is_class_known_as_own};
 
 /// The place in a dict that a walk has reached.
 ///
 /// The names of a `ParameterDict` nearly always lie in `_parameters` in the order of the index. So the walk keeps a
-/// place in the dict, too, and takes the value from there if the very same key object stands there; a look-up is
-/// needed only where the two differ.
+/// place in the dict, too, and takes the value from there if the very same key object stands there; the
+/// module is asked only where the two differ.
 struct Place(isize);
 
 impl Place {
-    /// The value of `name`, by a step from this place or, failing that, by a look-up.
-    fn value<'py>(
-        &mut self,
-        dict: &Bound<'py, PyDict>,
-        name: &Bound<'py, PyString>,
-    ) -> PyResult<Option<Bound<'py, PyAny>>> {
-        let stepped = with_critical_section(dict, || self.step_to(dict, name));
-        if stepped.is_some() { Ok(stepped) } else { dict.get_item(name) }
-    }
-
+    /// The value of `name`, by a step from this place, if it lies there.
     fn step_to<'py>(&mut self, dict: &Bound<'py, PyDict>, name: &Bound<'py, PyString>) -> Option<Bound<'py, PyAny>> {
         let mut position = self.0;
         // One entry of the dict may be none of the index (a Parameter registered beside the entries): step over it.
@@ -55,50 +48,65 @@ impl Place {
     }
 }
 
-#[derive(Clone, Copy)]
-enum Yield {
-    Value,
-    Item,
-}
-
 /// Yields the values or the items of a `ParameterDict` in order, or in reverse.
 ///
-/// What is not in `parameters` is asked of `other`, a function of the name.
+/// What is not in `parameters`, and everything as soon as torch would ask somebody else, is asked of the module.
 #[pyclass(frozen, module = "pdrs._core")]
 pub(crate) struct EntryIterator {
+    /// Until the end is reached: an iterator that is kept to no purpose shall not keep a million Parameters.
+    walk: Mutex<Option<Walk>>,
+    method: Method,
+}
+
+struct Walk {
     cursor: Cursor,
-    reversed: bool,
-    place: AtomicIsize,
+    place: Place,
+    module: Py<PyAny>,
     parameters: Py<PyDict>,
-    other: Py<PyAny>,
-    yields: Yield,
+    reversed: bool,
+}
+
+/// A name, and its value, or else the module that is to be asked for it.
+type Step<'py> = (Bound<'py, PyString>, Result<Bound<'py, PyAny>, Bound<'py, PyAny>>);
+
+impl Walk {
+    /// Runs no Python code, so that the lock may be held meanwhile.
+    fn step<'py>(&mut self, py: Python<'py>) -> PyResult<Option<Step<'py>>> {
+        let Some((name, _)) = self.cursor.next(py)? else {
+            return Ok(None);
+        };
+        let name = name.into_text(py);
+        let parameters = self.parameters.bind(py);
+        let found = if self.reversed {
+            None
+        } else {
+            with_critical_section(parameters, || self.place.step_to(parameters, &name))
+        };
+        let found = found.ok_or_else(|| self.module.bind(py).clone());
+        Ok(Some((name, found)))
+    }
 }
 
 #[pymethods]
 impl EntryIterator {
     #[new]
     fn new(
+        module: Bound<'_, PyAny>,
         index: &Bound<'_, IndexMap>,
         parameters: Bound<'_, PyDict>,
-        other: Bound<'_, PyAny>,
         yields: &str,
         reversed: bool,
     ) -> PyResult<Self> {
-        let yields = match yields {
-            "values" => Yield::Value,
-            "items" => Yield::Item,
+        let method = match yields {
+            "values" => Method::VALUES,
+            "items" => Method::ITEMS,
             _ => {
                 return Err(PyValueError::new_err(format!("expected 'values' or 'items', got {yields:?}")));
             }
         };
-        Ok(Self {
-            cursor: Cursor::new(index, reversed),
-            reversed,
-            place: AtomicIsize::new(0),
-            parameters: parameters.unbind(),
-            other: other.unbind(),
-            yields,
-        })
+        let cursor = Cursor::new(index, reversed);
+        let (module, parameters) = (module.unbind(), parameters.unbind());
+        Ok(Self { walk: Mutex::new(Some(Walk { cursor, place: Place(0), module, parameters, reversed })), method })
     }
 
     fn __iter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
@@ -106,32 +114,37 @@ impl EntryIterator {
     }
 
     fn __next__<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
-        let Some((name, _)) = self.cursor.next(py)? else {
+        let mut walk = self.walk.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner);
+        let Some(at) = walk.as_mut() else {
             return Ok(None);
         };
-        let name = name.into_text(py);
-        let parameters = self.parameters.bind(py);
-        let found = if self.reversed {
-            parameters.get_item(&name)?
-        } else {
-            // Only a hint: if two threads share the iterator, the worst that happens is a look-up.
-            let mut place = Place(self.place.load(Ordering::Relaxed));
-            let found = place.value(parameters, &name)?;
-            self.place.store(place.0, Ordering::Relaxed);
-            found
+        let Some((name, mut found)) = at.step(py)? else {
+            let ended = walk.take();
+            drop(walk);
+            // Python code may run when the module goes.
+            drop(ended);
+            return Ok(None);
         };
+        let module = at.module.bind(py);
+        if found.is_ok() && !is_class_known_as_own(module, self.method) {
+            found = Err(module.clone());
+        }
+        drop(walk);
         let value = match found {
-            Some(value) => value,
-            None => self.other.bind(py).call1((&name,))?,
+            Ok(value) => value,
+            Err(module) => module.get_item(&name)?,
         };
-        Ok(Some(match self.yields {
-            Yield::Value => value,
-            Yield::Item => (name, value).into_pyobject(py)?.into_any(),
-        }))
+        Ok(Some(if self.method == Method::ITEMS { (name, value).into_pyobject(py)?.into_any() } else { value }))
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
-        visit.call(&self.parameters)?;
-        visit.call(&self.other)
+        // Nobody waits here: the collector may run in the midst of anything. Who holds the lock has the objects, too.
+        if let Ok(walk) = self.walk.try_lock()
+            && let Some(walk) = walk.as_ref()
+        {
+            visit.call(&walk.module)?;
+            visit.call(&walk.parameters)?;
+        }
+        Ok(())
     }
 }

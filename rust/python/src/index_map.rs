@@ -4,7 +4,7 @@
 //! makes an object that Python's garbage collector tracks, happens while it is held.
 
 use std::hash::{DefaultHasher, Hasher};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
 use numpy::{PyArray1, PyReadonlyArray1};
@@ -74,6 +74,8 @@ pub(crate) struct IndexMap {
     state: Mutex<State>,
     /// The map's generation, to be read without the lock.
     generation: AtomicU64,
+    /// Whether None passes for a row: torch's own methods of a `ParameterDict` write it behind their keys.
+    takes_none: AtomicBool,
     /// The fingerprint of the names, and the generation that it was computed for. Locked before `state`.
     fingerprint: Mutex<Option<(u64, u64)>>,
 }
@@ -118,6 +120,7 @@ impl IndexMap {
     fn from_state(state: State) -> Self {
         Self {
             generation: AtomicU64::new(state.map.generation()),
+            takes_none: AtomicBool::new(false),
             fingerprint: Mutex::new(None),
             state: Mutex::new(state),
         }
@@ -530,8 +533,16 @@ impl IndexMap {
         Err(Self::missing(name))
     }
 
-    fn __setitem__(&self, py: Python<'_>, name: &Bound<'_, PyAny>, row: i64) -> PyResult<()> {
-        self.set(py, Name::new(to_text(name)?), row)
+    fn __setitem__(&self, py: Python<'_>, name: &Bound<'_, PyAny>, row: &Bound<'_, PyAny>) -> PyResult<()> {
+        let name = Name::new(to_text(name)?);
+        if row.is_none() && self.takes_none.load(Ordering::Relaxed) {
+            return self.put(py, name);
+        }
+        self.set(py, name, row.extract()?)
+    }
+
+    fn _take_none(&self) {
+        self.takes_none.store(true, Ordering::Relaxed);
     }
 
     fn __delitem__(&self, name: &Bound<'_, PyAny>) -> PyResult<()> {
@@ -1016,43 +1027,41 @@ pub(crate) struct Cursor {
     generation: u64,
     reversed: bool,
     /// Where to go on.
-    position: Mutex<Option<usize>>,
+    position: usize,
 }
 
 impl Cursor {
     pub(crate) fn new(index: &Bound<'_, IndexMap>, reversed: bool) -> Self {
         let state = index.get().read(index.py());
-        let start = if reversed { state.map.positions() } else { 0 };
+        let position = if reversed { state.map.positions() } else { 0 };
         let generation = state.map.generation();
         drop(state);
-        Self { index: index.clone().unbind(), generation, reversed, position: Mutex::new(Some(start)) }
+        Self { index: index.clone().unbind(), generation, reversed, position }
     }
 
     /// The next name and row; `RuntimeError` if names were added, removed or moved since the walk began.
-    pub(crate) fn next(&self, py: Python<'_>) -> PyResult<Option<(Name, i64)>> {
-        let mut position = self.position.lock_py_attached(py).unwrap_or_else(std::sync::PoisonError::into_inner);
-        let Some(start) = *position else {
-            return Ok(None);
-        };
+    pub(crate) fn next(&mut self, py: Python<'_>) -> PyResult<Option<(Name, i64)>> {
         let index = self.index.get();
         if index.generation.load(Ordering::Acquire) != self.generation {
             return Err(PyRuntimeError::new_err("dictionary changed during iteration"));
         }
-        let found = index.step(py, start, self.reversed);
-        *position = found.as_ref().map(|(next, _, _)| *next);
-        Ok(found.map(|(_, name, row)| (name, row)))
+        Ok(index.step(py, self.position, self.reversed).map(|(next, name, row)| {
+            self.position = next;
+            (name, row)
+        }))
     }
 }
 
 #[pyclass(frozen, module = "pdrs._core")]
 pub(crate) struct NameIterator {
-    cursor: Cursor,
+    /// Until the end is reached: an iterator that is kept to no purpose shall not keep a million names.
+    cursor: Mutex<Option<Cursor>>,
     yields: Yield,
 }
 
 impl NameIterator {
     fn new(index: &Bound<'_, IndexMap>, reversed: bool, yields: Yield) -> Self {
-        Self { cursor: Cursor::new(index, reversed), yields }
+        Self { cursor: Mutex::new(Some(Cursor::new(index, reversed))), yields }
     }
 }
 
@@ -1063,9 +1072,14 @@ impl NameIterator {
     }
 
     fn __next__<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
-        let Some((name, row)) = self.cursor.next(py)? else {
+        let mut cursor = self.cursor.lock_py_attached(py).unwrap_or_else(std::sync::PoisonError::into_inner);
+        let Some((name, row)) = cursor.as_mut().map_or(Ok(None), |cursor| cursor.next(py))? else {
+            let ended = cursor.take();
+            drop(cursor);
+            drop(ended);
             return Ok(None);
         };
+        drop(cursor);
         Ok(Some(match self.yields {
             Yield::Name => name.into_text(py).into_any(),
             Yield::Row => row.into_pyobject(py)?.into_any(),

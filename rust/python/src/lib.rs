@@ -30,6 +30,7 @@ mod stacked;
 mod state;
 mod table_rows;
 mod tensor;
+mod torch_own;
 
 use pyo3::prelude::*;
 
@@ -41,8 +42,8 @@ mod _core {
     use super::archive::{apply_names, changed_rows, crc32, diff_names, has_packed, pack_names, unpack_names};
     #[pymodule_export]
     use super::bulk::{
-        can_take_over, clear_entries, in_step, insert_all, pop_end, pop_entry, prepare, save_parameters, set_entry,
-        take_over, unzip,
+        can_take_over, clear_entries, delete_entry, get_entry, in_step, insert_all, pop_end, pop_entry, prepare,
+        save_parameters, set_entry, take_over, unzip,
     };
     #[pymodule_export]
     use super::complete::complete_move;
@@ -78,6 +79,8 @@ mod _core {
     use super::state::{load_matching, not_copied_yet, place_copies, unexpected_keys};
     #[pymodule_export]
     use super::table_rows::TableRows;
+    #[pymodule_export]
+    use super::torch_own::{are_functions_own, is_own, watch_functions};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
