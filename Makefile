@@ -7,7 +7,7 @@ RUST := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -o -name 'Cargo.tom
 PATHS := python tests benchmarks examples
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench clean tools
+.PHONY: help demo test check bench gpu wheel clean tools
 
 help: ## Print the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -31,8 +31,15 @@ check: $(VENV)/built ## Check format, lints, types, stubs, and run the code in R
 bench: $(VENV)/built ## Measure side by side with torch, write tables and plots (about forty minutes)
 	$(BIN)/python benchmarks/run.py
 
+gpu: ## On a machine with a CUDA device: test and measure there, with what is installed or was carried in (eight minutes)
+	$(if $(wildcard $(VENV)/built),$(BIN)/python,$(PYTHON)) benchmarks/on_gpu.py
+
+wheel: | tools ## Build a wheel into dist/, with what `make gpu` needs beside torch on a machine without a network
+	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(PYTHON) -m pip download --quiet --only-binary=:all: --dest dist pytest pytest-timeout hypothesis tqdm
+
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) target python/pdrs/_core*.so python/pdrs/_core*.pyd
+	rm -rf $(VENV) target dist python/pdrs/_core*.so python/pdrs/_core*.pyd
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find python tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
 

@@ -16,7 +16,6 @@ from torch.nn.utils import parameters_to_vector
 
 import pdrs
 from large_moves import large_move
-from machine import gpu
 from measure import Case, Suite, Target, Task, timed
 from memory import names_of
 from pdrs._core import group_tensors
@@ -189,37 +188,6 @@ def _are_equal(doubles: Module, singles: Module) -> bool:
     return all(torch.equal(double, single.double()) for double, single in pairs)
 
 
-def _has_gpu() -> bool:
-    return gpu() is not None
-
-
-def _complete(move: Callable[[], Any]) -> Callable[[], Any]:
-    """Let a move end before the clock stops, on the device too."""
-
-    def run() -> Any:
-        moved = move()
-        torch.cuda.synchronize()
-        return moved
-
-    return run
-
-
-def _to_device(subject: str, data: Data) -> Task:
-    container = data.loose(subject)
-    return data.task(_complete(lambda: container.to("cuda")), torch.float32)
-
-
-def _to_device_in_a_slab(subject: str, data: Data) -> Task:
-    container = data.moved_before(subject)
-    return data.task(_complete(lambda: container.to("cuda")), torch.float32)
-
-
-def _to_host(subject: str, data: Data) -> Task:
-    container = data.loose(subject).to("cuda")
-    torch.cuda.synchronize()
-    return data.task(_complete(container.cpu), torch.float32)
-
-
 def _case(
     title: str,
     make_task: Callable[[str, Data], Task],
@@ -227,11 +195,10 @@ def _case(
     subjects: tuple[str, ...] = (),
     note: str = "",
     most_runs: int = 3,
-    needs: Callable[[], bool] = lambda: True,
 ) -> Case[Data]:
     targets = () if at_least is None else (Target("ratio", "torch", at_least),)
     up_to = {"tensordict": TENSORDICT_AT_MOST}
-    return Case(title, timed(make_task), subjects, targets, most_runs, up_to=up_to, needs=needs, note=note)
+    return Case(title, timed(make_task), subjects, targets, most_runs, up_to=up_to, note=note)
 
 
 SLAB_NOTE = (
@@ -291,14 +258,6 @@ CASES: tuple[Case[Data], ...] = (
         only_sizes=(LARGE_ENTRIES,),
         note="As above; sizes are evenly spread by their logarithm, large and small by turns.",
     ),
-    _case(
-        '`.to("cuda")`',
-        _to_device,
-        needs=_has_gpu,
-        note="From pageable memory. The device is done before the clock stops, here and below.",
-    ),
-    _case('`.to("cuda")`, in a slab', _to_device_in_a_slab, needs=_has_gpu),
-    _case("`.cpu()`", _to_host, needs=_has_gpu, note="After a move to the device: ours lie in a slab there."),
 )
 
 SUITE = Suite(

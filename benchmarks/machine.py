@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy
 import torch
-
-import pdrs
 
 # What the tests' stand-in for a GPU calls itself: it is there to be right, and says nothing about time.
 FAKE_GPU = "Fake CUDA device"
@@ -19,6 +17,8 @@ FAKE_GPU = "Fake CUDA device"
 
 def describe(command: str) -> dict[str, str]:
     """Describe this machine and this run; no paths of this host."""
+    import pdrs  # which may have to be installed after it is known whether there is a GPU
+
     name = gpu()
     return {
         "CPU": f"{_cpu_model()}, {_cores()} cores",
@@ -27,11 +27,19 @@ def describe(command: str) -> dict[str, str]:
         "OS": f"{_system()}, {platform.system()} {platform.release()}",
         "Python": platform.python_version(),
         "torch": torch.__version__,
-        "tensordict": version("tensordict"),
+        **_version("tensordict"),
         "numpy": numpy.__version__,
         "pdrs": pdrs.__version__,
         "command": command,
     }
+
+
+def _version(package: str) -> dict[str, str]:
+    """Return the version of what not every suite needs."""
+    try:
+        return {package: version(package)}
+    except PackageNotFoundError:
+        return {}
 
 
 def gpu() -> str | None:

@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import re
 import shlex
 import sys
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
-import cases_checkpoint
-import cases_index_map
-import cases_parameter_dict
-import cases_stacked
-import cases_transfer
-import plot
 from machine import describe
 from measure import Measurement, Suite, measure
 from report import Results, readme_block, readme_claim, report, summary, verdicts, write_readme
@@ -27,13 +23,8 @@ from report import Results, readme_block, readme_claim, report, summary, verdict
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 README = HERE.parent / "README.md"
-SUITES: tuple[Suite[Any], ...] = (
-    cases_parameter_dict.SUITE,
-    cases_stacked.SUITE,
-    cases_transfer.SUITE,
-    cases_checkpoint.SUITE,
-    cases_index_map.SUITE,
-)
+# Each lies in a module `cases_NAME`, which is imported only if it is measured: a machine may lack what others need.
+SUITES = ("parameter_dict", "stacked", "transfer", "checkpoint", "index_map", "gpu")
 SIZES = (10_000, 100_000, 1_000_000)
 QUICK_SIZES = (1_000,)
 REPEATS = 5
@@ -43,16 +34,19 @@ def main(arguments: list[str]) -> None:
     """Do what the command line asks for."""
     options = _parse(arguments)
     if options.report:
-        for suite in SUITES:
-            _publish(Results.load(RESULTS / f"{suite.name}.json"), suite)
+        for name in SUITES:
+            stored = RESULTS / f"{name}.json"
+            if stored.exists():
+                _publish(Results.load(stored), _suite(name))
         return
     complete = options.sizes == SIZES and not options.only
     measured = False
     # The collector would run at any time, in whosever turn it was.
     gc.disable()
-    for suite in SUITES:
-        if options.suite not in (None, suite.name):
+    for name in SUITES:
+        if options.suite not in (None, name):
             continue
+        suite = _suite(name)
         results = _measure(suite, options)
         if not results.measurements:
             continue
@@ -65,7 +59,13 @@ def main(arguments: list[str]) -> None:
         elif complete:
             _publish(results, suite)
     if not measured:
-        raise SystemExit(f"no case matches {options.only!r}")
+        what = f"no case matches {options.only!r}" if options.only else "this machine lacks what the cases need"
+        raise SystemExit(what)
+
+
+def _suite(name: str) -> Suite[Any]:
+    suite: Suite[Any] = importlib.import_module(f"cases_{name}").SUITE
+    return suite
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -75,8 +75,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "--repeats", type=_positive, default=REPEATS, help="the most runs of each case (default: %(default)s)"
     )
     parser.add_argument("--quick", action="store_true", help="one run at 1,000 entries, to see that everything works")
-    parser.add_argument("--suite", choices=[suite.name for suite in SUITES], help="only this table")
+    parser.add_argument("--suite", choices=SUITES, help="only this table")
     parser.add_argument("--only", metavar="PATTERN", default="", help="only cases whose title matches, as a regex")
+    parser.add_argument(
+        "--seconds", type=_positive, help="begin no case after so many seconds; small sizes are measured first"
+    )
     parser.add_argument("--output", metavar="FOLDER", type=Path, help="write tables and figures there instead")
     parser.add_argument("--report", action="store_true", help="measure nothing; write the last results out again")
     options = parser.parse_args(arguments)
@@ -98,8 +101,12 @@ def _positive(text: str) -> int:
 def _measure(suite: Suite[Any], options: argparse.Namespace) -> Results:
     pattern = re.compile(options.only, re.IGNORECASE)
     measured: list[Measurement] = []
+    begun = monotonic()
     for of_case in measure(suite, options.sizes, options.repeats, pattern):
         measured += of_case
+        if options.seconds is not None and monotonic() - begun > options.seconds:
+            print(f"{suite.title}: stopped after {options.seconds} seconds", file=sys.stderr)
+            break
     return Results(describe(_command(options)), options.sizes, tuple(measured))
 
 
@@ -115,6 +122,8 @@ def _command(options: argparse.Namespace) -> str:
             words.append(f"--repeats {options.repeats}")
     if options.suite:
         words.append(f"--suite {options.suite}")
+    if options.seconds:
+        words.append(f"--seconds {options.seconds}")
     if options.only:
         words.append(f"--only {shlex.quote(options.only)}")
     return " ".join(words)
@@ -124,8 +133,11 @@ def _write(results: Results, suite: Suite[Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     results.save(folder / f"{suite.name}.json")
     (folder / f"{suite.name}.md").write_text(report(results, suite), encoding="utf-8")
-    if suite.name in plot.PICTURES:
-        plot.draw(results, suite, folder / f"{suite.name}.png")
+    if suite.readme_marker:
+        import plot  # which needs matplotlib
+
+        if suite.name in plot.PICTURES:
+            plot.draw(results, suite, folder / f"{suite.name}.png")
 
 
 def _publish(results: Results, suite: Suite[Any]) -> None:

@@ -1,4 +1,8 @@
-"""What all tests share; those marked ``cuda`` run on a GPU or under the fake CUDA runtime (see fake_cuda/README.md)."""
+"""What all tests share.
+
+Those marked ``cuda`` run on a GPU or under the fake CUDA runtime (see fake_cuda/README.md). Those marked ``gpu`` run on
+a GPU only, and are left out where there is none: the same test without the mark does the same on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ import torch
 from torch import distributed
 
 import pdrs
+from fake_cuda import control
 
 # The same examples in every run of CI, so that a failure there is that of the change; new ones everywhere else.
 hypothesis.settings.register_profile("ci", derandomize=True)
@@ -19,6 +24,21 @@ if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
 
 pytest_plugins = ["fake_cuda.plugin"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Explain the marker to pytest."""
+    config.addinivalue_line("markers", "gpu: needs the kernels of a real GPU, which the fake runtime has not")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what needs a GPU where there is none."""
+    if torch.cuda.is_available() and not control.inside():
+        return
+    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
 
 
 @pytest.fixture(params=[torch.nn.ParameterDict, pdrs.ParameterDict], ids=["torch", "pdrs"])
