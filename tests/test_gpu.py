@@ -24,6 +24,9 @@ from torch import Tensor, nn
 
 import pdrs
 
+# torch 2.11 says it once of sparse tensors, also to those who have opted out.
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")
+
 SD = pdrs.StackedParameterDict
 PD = pdrs.ParameterDict
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
