@@ -283,6 +283,7 @@ class NamedRows(Tables):
                     writes.append((parameter, new, block))
                 else:
                     write_rows(parameter, new, block)
+                    self._begin(self._tables[number], new)
             changes.call(insert_ids, self._index, names, ids)
             for parameter, rows_of, block in writes:
                 note_rows(changes, parameter, rows_of, block)

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import gc
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from enum import Enum
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -21,24 +23,45 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.optim import Adafactor, Adagrad, Optimizer, Rprop
+from torch.nn import Parameter
+from torch.optim import (
+    SGD,
+    Adadelta,
+    Adafactor,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    NAdam,
+    Optimizer,
+    RAdam,
+    RMSprop,
+    SparseAdam,
+)
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pdrs import _memory
 from pdrs._core import zero_row_of_state
 from pdrs._stacked.changes import Changes
 from pdrs._stacked.gradient_rows import GradientRows, moved_rows
+from pdrs._stacked.state_beginnings import Beginning, as_pair, beginning, is_torchs
 
 __all__ = [
+    "begins_with_values",
     "carry",
+    "fill_of",
     "forget_row",
     "forget_rows",
+    "is_among",
+    "is_optimizer",
     "join",
     "leave",
     "look_for_optimizers",
     "of_rows",
+    "parts_of",
     "put_in_order",
     "refuse_strangers",
+    "rows_and_beginnings",
     "takers",
     "unwatch",
     "watch",
@@ -51,8 +74,11 @@ _IN_STEP = {"params", "param_names"}
 _stepped: dict[int, tuple[ref[Tensor], list[ref[Optimizer]]]] = {}
 # How many parameters each optimizer had when it was last looked through for tables.
 _looked_through: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
-# They have state that is not by row, though it may have the shape of a table, or does not begin with zeros.
-_UNUSUAL = (Adafactor, Adagrad, Rprop)
+# All that these have by row begins with zeros, and all that has the shape of a table is by row.
+_ZEROS = {Adadelta, Adam, AdamW, Adamax, NAdam, RAdam, RMSprop, SGD, SparseAdam}
+_NUMBERS = (int, float, complex, str, bytes, Enum, np.generic, torch.dtype, torch.device, torch.Size)
+# Longer lists are not of optimizers.
+_MANY = 100
 _hooked = False
 _hook_lock = threading.Lock()
 
@@ -121,8 +147,45 @@ def look_for_optimizers() -> None:
     tens of milliseconds for a million.
     """
     for one in gc.get_objects():
-        if issubclass(type(one), Optimizer) and getattr(one, "state", None):
-            _note(one)
+        if issubclass(type(one), Optimizer):
+            try:
+                if one.state:
+                    _note(one)
+            except Exception:  # of a wrapper that is half made, or has lost what it wraps
+                continue
+
+
+def parts_of(optimizer: Any) -> list[Any]:
+    """Return the optimizers whose states an optimizer has: itself, or, where it is a wrapper, what it wraps, too.
+
+    Wrappers (of accelerate, of Lightning) show the state of the optimizer inside; others (Lookahead) have one of their
+    own beside it. Of several that have the same state it is the innermost, which has it when it is loaded anew, too.
+    """
+    own = {id(one) for group in optimizer.param_groups for one in group["params"]}
+    found: list[Any] = []
+
+    def visit(one: Any) -> None:
+        held = {id(parameter) for group in one.param_groups for parameter in group["params"]}
+        if any(one is other for other in found) or (one is not optimizer and not own & held):
+            return
+        found.append(one)
+        for value in list(getattr(one, "__dict__", {}).values()):
+            for inner in value if type(value) in (list, tuple) and len(value) < _MANY else (value,):
+                if is_optimizer(inner):
+                    visit(inner)
+
+    visit(optimizer)
+    return list({id(one.state): one for one in found}.values())
+
+
+def is_optimizer(one: Any) -> bool:
+    """Whether something has the state and the parameter groups of an optimizer."""
+    return isinstance(one, Optimizer) or all(hasattr(type(one), name) for name in ("state", "param_groups", "step"))
+
+
+def is_among(optimizer: Any, others: Sequence[Any]) -> bool:
+    """Whether an optimizer, or one that has the same state, is among others."""
+    return any(one is optimizer or one.state is optimizer.state for one in others)
 
 
 def refuse_strangers(parameter: Tensor, attached: Sequence[Optimizer], what: str) -> None:
@@ -133,7 +196,9 @@ def refuse_strangers(parameter: Tensor, attached: Sequence[Optimizer], what: str
     # Of a copy, as in `_alive`.
     for one in tuple(steppers):
         optimizer = one()
-        if optimizer is not None and optimizer not in attached and any(True for _ in of_rows(optimizer, parameter)):
+        if optimizer is None or is_among(optimizer, attached):
+            continue
+        if any(True for _ in of_rows(optimizer, parameter)):
             name = type(optimizer).__name__
             raise RuntimeError(
                 f"cannot {what}: the state of an optimizer ({name}) that has stepped on it would belong to other "
@@ -141,41 +206,83 @@ def refuse_strangers(parameter: Tensor, attached: Sequence[Optimizer], what: str
             )
 
 
-def of_rows(optimizer: Optimizer, parameter: Tensor) -> Iterator[tuple[dict[str, Any], str, complex]]:
-    """Yield the tensors of an optimizer's state that have a row for each row of a table, and what each begins with.
+def of_rows(optimizer: Optimizer, parameter: Tensor) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield the tensors of an optimizer's state that have a row for each row of a table.
 
     Raises
     ------
     RuntimeError
         If there is state that cannot be told to be by row or not.
     """
+    if not is_torchs(optimizer):
+        _refuse_state_elsewhere(optimizer, parameter)
     state = optimizer.state.get(parameter)
     if not state:
+        return
+    name = type(optimizer).__name__
+    if not isinstance(state, dict):
+        if _has_rows(state, parameter):
+            raise RuntimeError(f"the state of {name} is a {type(state).__name__}: it cannot follow the rows of a table")
         return
     for key, value in state.items():
         if isinstance(value, Tensor):
             if value.dim() == 0 or _is_for_all_rows(optimizer, key, value, parameter):
                 continue
+            if type(value) not in (Tensor, Parameter) and not hasattr(value, "full_tensor"):
+                raise RuntimeError(
+                    f"the state '{key}' of {name} is a {type(value).__name__}, whose rows cannot be moved or begun "
+                    "anew: give this dictionary an optimizer whose state is plain tensors, such as torch.optim's"
+                )
             if _is_by_row(value, parameter):
-                yield state, key, _beginning(optimizer, parameter, key)
+                yield state, key
             elif not _is_by_column(value, parameter):
                 raise RuntimeError(
-                    f"the state '{key}' of {type(optimizer).__name__} has the shape {list(value.shape)}, and the table "
+                    f"the state '{key}' of {name} has the shape {list(value.shape)}, and the table "
                     f"{list(parameter.shape)}: it cannot follow the rows. If it was loaded, load the dictionary first"
                 )
-        elif isinstance(value, list | tuple | dict) and any(isinstance(one, Tensor) for one in value):
+        elif _has_rows(value, parameter):
             raise RuntimeError(
-                f"the state '{key}' of {type(optimizer).__name__} is a {type(value).__name__} of tensors, which cannot "
-                "follow the rows of a table"
+                f"the state '{key}' of {name} is a {type(value).__name__} of tensors, which cannot follow the rows of "
+                "a table: give this dictionary an optimizer whose state is plain tensors"
             )
+
+
+def rows_and_beginnings(optimizer: Optimizer, parameter: Tensor) -> Iterator[tuple[dict[str, Any], str, Beginning]]:
+    """Yield the same, and what each begins with for a new row.
+
+    Raises
+    ------
+    RuntimeError
+        If that cannot be told.
+    """
+    for state, key in of_rows(optimizer, parameter):
+        begin = beginning(optimizer, parameter, key)
+        if begin is None:
+            raise RuntimeError(
+                f"the state '{key}' of {type(optimizer).__name__} has the shape of the table, but not a row for each "
+                "of its rows: it cannot follow them"
+            )
+        yield state, key, begin
+
+
+def fill_of(begin: Beginning) -> complex:
+    """Return what rows are full of that nobody has; of these, the values are zeros."""
+    return 0.0 if isinstance(begin, str) else begin
+
+
+def begins_with_values(optimizer: Optimizer, parameter: Tensor) -> bool:
+    """Whether an optimizer has state that begins with the value of a row, which has to be there before."""
+    if type(optimizer) in _ZEROS:
+        return False
+    return any(begin == "value" for _, _, begin in rows_and_beginnings(optimizer, parameter))
 
 
 def forget_row(optimizer: Optimizer, parameter: Tensor, row: int) -> None:
     """Set what an optimizer has for a row back to what it begins with."""
     state = optimizer.state.get(parameter)
-    if not state:
+    if type(optimizer) in _ZEROS and not state:
         return
-    if isinstance(optimizer, _UNUSUAL) or type(state) is not dict or not zero_row_of_state(parameter, state, row):
+    if type(optimizer) not in _ZEROS or type(state) is not dict or not zero_row_of_state(parameter, state, row):
         changes = Changes()
         forget_rows(changes, optimizer, parameter, np.array([row]))
         changes.make()
@@ -184,16 +291,68 @@ def forget_row(optimizer: Optimizer, parameter: Tensor, row: int) -> None:
 def forget_rows(changes: Changes, optimizer: Optimizer, parameter: Tensor, rows: NDArray[np.int64]) -> None:
     """Set what an optimizer has for rows back to what it begins with."""
     index = torch.from_numpy(rows)
-    for state, key, fill in of_rows(optimizer, parameter):
-        if state[key].is_sparse:  # the momentum of SGD, if gradients are sparse
-            GradientRows(state[key]).note(changes, state[key], rows)
+    for state, key, begin in rows_and_beginnings(optimizer, parameter):
+        held = state[key]
+        if held.is_sparse:  # the momentum of SGD, if gradients are sparse
+            GradientRows(held).note(changes, held, rows)
+        elif isinstance(begin, str):
+            values = parameter.detach().index_select(0, index.to(parameter.device)).to(held)
+            changes.call(held.detach().index_copy_, 0, index.to(held.device), values)
         else:
-            changes.call(state[key].detach().index_fill_, 0, index.to(state[key].device), fill)
+            changes.call(held.detach().index_fill_, 0, index.to(held.device), begin)
+
+
+def _refuse_state_elsewhere(optimizer: Any, parameter: Tensor) -> None:
+    """Raise if an optimizer keeps tensors like a table where they cannot be told to be its own."""
+    ours = {id(one) for group in optimizer.param_groups for one in group["params"]}
+
+    def look(value: Any, depth: int) -> bool:
+        if isinstance(value, Tensor):
+            # Not the gradient, which is followed.
+            return id(value) not in ours and value is not parameter.grad and _looks_by_row(value, parameter)
+        if isinstance(value, dict):
+            return depth > 0 and any(look(one, depth - 1) for one in list(value.values()))
+        if isinstance(value, list | tuple | set | deque):
+            return depth > 0 and any(look(one, depth - 1) for one in list(value))
+        return False
+
+    places = [(key, value) for group in optimizer.param_groups for key, value in group.items() if key not in _IN_STEP]
+    places += [(key, value) for key, value in optimizer.state.items() if not isinstance(key, Tensor)]
+    places += [(key, value) for key, value in vars(optimizer).items() if key not in ("state", "param_groups")]
+    for key, value in places:
+        if look(value, 4):
+            raise RuntimeError(
+                f"{type(optimizer).__name__} keeps tensors of the size of a table in '{key}', and not in the state of "
+                "the parameter: they cannot follow the rows"
+            )
+
+
+def _looks_by_row(value: Tensor, table: Tensor) -> bool:
+    return value.dim() > 0 and len(value) > 1 and _is_by_row(value, table)
+
+
+def _has_rows(value: Any, table: Tensor, depth: int = 6) -> bool:
+    """Whether there is something in a value that may have a row for each row of a table: anything but numbers."""
+    if value is None or isinstance(value, _NUMBERS) or callable(value):
+        return False
+    if isinstance(value, Tensor | np.ndarray):
+        size = value.numel() if isinstance(value, Tensor) else value.size
+        return value.ndim > 0 and (size != 1 or table.numel() == 1)
+    if depth == 0:
+        return True
+    if isinstance(value, Mapping):
+        return any(_has_rows(one, table, depth - 1) for one in [*value, *value.values()])
+    if isinstance(value, list | tuple | set | frozenset | deque):
+        return any(_has_rows(one, table, depth - 1) for one in value)
+    slots = [getattr(value, name, None) for one in type(value).__mro__ for name in getattr(one, "__slots__", ())]
+    if not slots and not hasattr(value, "__dict__"):
+        return True  # it cannot be looked into
+    return any(_has_rows(one, table, depth - 1) for one in [*slots, *getattr(value, "__dict__", {}).values()])
 
 
 def carry(optimizer: Optimizer, source: Tensor, old: Tensor, target: Tensor, new: Tensor) -> None:
     """Copy what an optimizer has for rows of a table to rows of another, which begins with the numbers of the first."""
-    by_row = {key: (state[key], fill) for state, key, fill in of_rows(optimizer, source)}
+    by_row = {key: (state[key], fill_of(begin)) for state, key, begin in rows_and_beginnings(optimizer, source)}
     if not by_row:
         return
     if not optimizer.state.get(target):
@@ -237,27 +396,6 @@ def _is_for_all_rows(optimizer: Optimizer, key: str, state: Tensor, table: Tenso
 
 def _is_by_column(state: Tensor, table: Tensor) -> bool:
     return state.dim() == table.dim() and len(state) == 1
-
-
-def _beginning(optimizer: Optimizer, parameter: Tensor, key: str) -> complex:
-    """Return the number that a state is full of before the first step."""
-    if key == "sum" and isinstance(optimizer, Adagrad):
-        return _as_pair(_options(optimizer, parameter)["initial_accumulator_value"], parameter)
-    if key == "step_size" and isinstance(optimizer, Rprop):
-        return _as_pair(_options(optimizer, parameter)["lr"], parameter)
-    return 0.0
-
-
-def _as_pair(number: float | Tensor, parameter: Tensor) -> complex:
-    # torch's optimizers treat complex numbers as pairs of real ones.
-    return complex(float(number), float(number)) if parameter.is_complex() else float(number)
-
-
-def _options(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
-    for group in optimizer.param_groups:
-        if any(one is parameter for one in group["params"]):
-            return group
-    raise LookupError("the optimizer has no such parameter")
 
 
 def takers(optimizers: Sequence[Optimizer], pattern: str | None, tables: Iterable[Tensor]) -> list[Optimizer]:
@@ -304,8 +442,10 @@ def join(optimizer: Optimizer, attribute: str, pattern: str | None, tables: Mapp
     if isinstance(optimizer, Adagrad):
         # Before torch 2.15 it begins its state when it is made, and not in the first step with a parameter.
         device = table.device if group.get("fused") else torch.device("cpu")
-        total = torch.full_like(table, _as_pair(group["initial_accumulator_value"], table), requires_grad=False)
+        total = torch.full_like(table, as_pair(group["initial_accumulator_value"], table), requires_grad=False)
         optimizer.state[table] = {"step": torch.zeros((), device=device), "sum": total}
+    if any(one is table for each in groups for one in each["params"]):
+        return  # optimizers that wrap each other have the same groups
     changes = Changes()
     changes.call(group["params"].insert, place, table)
     if "param_names" in group:

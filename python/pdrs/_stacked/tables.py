@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,6 +29,7 @@ from pdrs._stacked.accumulation import Accumulation
 from pdrs._stacked.changes import Changes
 from pdrs._stacked.gradient_rows import GradientRows, moved_rows
 from pdrs._stacked.row_blocks import by_bits
+from pdrs._stacked.state_beginnings import Beginning, declare
 from pdrs._stacked.untraced import untraced
 
 if TYPE_CHECKING:
@@ -447,12 +448,24 @@ class Tables(Module):
         return rows
 
     @untraced
-    def _make_ready(self, table: Table, rows: Rows | int) -> None:
-        """Clear what belonged to the rows, or the one, that will be given next, or refuse it."""
+    def _make_ready(self, table: Table, rows: Rows | int) -> bool:
+        """Clear what belonged to the rows, or the one, that will be given next, or refuse it.
+
+        Tell whether there is more to do when the rows have their values: see :meth:`_begin`.
+        """
         parameter, optimizers = self._parameter(table), self._attached()
         if table.rows.reused(1 if isinstance(rows, int) else len(rows)):
             self._refuse_strangers(table, parameter, optimizers, "give the row of a removed name to a new one")
         self._forget(table, parameter, optimizers, rows)
+        return any(optimizer_rows.begins_with_values(optimizer, parameter) for optimizer in optimizers)
+
+    def _begin(self, table: Table, rows: Rows) -> None:
+        """Let the state of optimizers that begins with the values of rows do so."""
+        parameter, changes = self._parameter(table), Changes()
+        for optimizer in self._attached():
+            if optimizer_rows.begins_with_values(optimizer, parameter):
+                optimizer_rows.forget_rows(changes, optimizer, parameter, rows)
+        changes.make()
 
     def _resize(self, table: Table, capacity: int) -> None:
         """Change the capacity; all rows stay what they are, and zeros are added."""
@@ -489,8 +502,13 @@ class Tables(Module):
             if table.frozen is not None:
                 changes.set_attributes(table, frozen=arranged(table.frozen))
             for optimizer in self._attached():
-                for state, key, fill in optimizer_rows.of_rows(optimizer, parameter):
-                    value = state[key]
+                for state, key, begin in optimizer_rows.rows_and_beginnings(optimizer, parameter):
+                    if begin == "value" and source is not None and bool((source < 0).any()):
+                        raise RuntimeError(
+                            f"cannot {what}: the state '{key}' of {type(optimizer).__name__} begins with the values of "
+                            "new rows, which are still to come. Load the dictionary first, and make the optimizer of it"
+                        )
+                    value, fill = state[key], optimizer_rows.fill_of(begin)
                     # Sparse is the momentum of SGD, if gradients are.
                     changes.update(state, {key: arranged.sparse(value) if value.is_sparse else arranged(value, fill)})
 
@@ -535,7 +553,7 @@ class Tables(Module):
     # -- the optimizers ------------------------------------------------------------------------------------------------
 
     @untraced
-    def attach(self, optimizer: Optimizer) -> None:
+    def attach(self, optimizer: Optimizer, *, begins: Mapping[str, Beginning] | None = None) -> None:
         """Let the state of an optimizer follow the names: grown, cleared and moved with the rows. **O(tables)**.
 
         State that has a row for each row of a table (the moments of Adam, the sums of Adagrad, momentum) belongs to the
@@ -545,6 +563,18 @@ class Tables(Module):
         several are attached, they join the first that has such a group, and others only if these have the same tables.
         The optimizer is not kept alive. Copies and pickles of the dictionary have no attached optimizers.
 
+        A wrapper around an optimizer (of accelerate, Lightning, Hugging Face) may be given for the optimizer, and the
+        optimizer for the wrapper.
+
+        Parameters
+        ----------
+        optimizer
+            One that has tables of this dictionary.
+        begins
+            What its state begins with for a new name, by the keys of the state: a number, or ``"value"`` for what
+            begins as a copy of the parameter. Of torch's optimizers it is known; others are asked, by stepping on a
+            small parameter of one of their class and options.
+
         Raises
         ------
         TypeError
@@ -552,29 +582,35 @@ class Tables(Module):
         ValueError
             If the optimizer has none of the tables, and there are some.
         RuntimeError
-            If its state cannot follow the rows: it is neither a number nor has it a row for each of a table.
+            If its state cannot follow the rows: it is neither a number nor has it a row for each of a table. State that
+            comes later raises at the first change. So does state of which cannot be told what it begins with.
         """
         if not (hasattr(optimizer, "param_groups") and hasattr(optimizer, "state")):
             raise TypeError(f"expected an optimizer, got {type(optimizer).__name__}")
         with self._lock:
-            if optimizer in self._attached():
-                return
             tables = [self._parameter(table) for table in self._tables]
             held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             if tables and not any(id(parameter) in held for parameter in tables):
                 raise ValueError(
                     "the optimizer has no parameter of this dictionary: make it of dictionary.parameters()"
                 )
-            for parameter in tables:
-                for _ in optimizer_rows.of_rows(optimizer, parameter):
-                    pass
-            self._optimizers.append(weakref.ref(optimizer))
+            parts = optimizer_rows.parts_of(optimizer)
+            for part in parts:
+                for parameter in tables:
+                    for _ in optimizer_rows.of_rows(part, parameter):
+                        pass
+            for part in parts:
+                declare(part, begins or {})
+                if not optimizer_rows.is_among(part, self._attached()):
+                    self._optimizers.append(weakref.ref(part))
 
     @untraced
     def detach_optimizer(self, optimizer: Optimizer) -> None:
         """Let the state of an attached optimizer be as it is from now on; one that is not attached is passed over."""
         with self._lock:
-            self.__dict__["_optimizers"] = [ref for ref in self._optimizers if ref() is not optimizer]
+            parts = optimizer_rows.parts_of(optimizer)
+            attached = [one for one in self._attached() if not optimizer_rows.is_among(one, parts)]
+            self.__dict__["_optimizers"] = list(map(weakref.ref, attached))
 
 
 class _Arranged:

@@ -199,7 +199,9 @@ fn insert_row(
             && table.getattr(intern!(py, "frozen"))?.is_none()
             && torch.gradient(&parameter)?.is_none();
         if !is_bare {
-            stacked.call_method1(intern!(py, "_make_ready"), (&table, row))?;
+            if stacked.call_method1(intern!(py, "_make_ready"), (&table, row))?.is_truthy()? {
+                return Ok(false); // there is more to do when the row has its value
+            }
             // Python code has run that may have changed the table, or inserted the name.
             let fits = matches!(value.fits(torch, &parameter, true)?, Fit::Rows(_));
             let is_next = rows.get().peek(py, capacity).is_some_and(|(next, _)| next == row);
