@@ -95,6 +95,7 @@ BEGINS: dict[str, tuple[Callable[[Any], Optimizer], str, Tensor]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::pdrs.AbsentNamesWarning")  # ASGD decays all rows
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("begin", BEGINS)
 def test_state_begins_for_a_new_name_as_for_a_new_parameter(begin: str, change: str) -> None:

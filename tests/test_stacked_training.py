@@ -476,6 +476,7 @@ def test_a_failure_to_allocate_leaves_everything_as_it_was(monkeypatch: pytest.M
 # -- freezing and groups -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::pdrs.AbsentNamesWarning")
 @pytest.mark.parametrize("sparse", [False, True])
 def test_frozen_names_stay_as_they_are_wherever_their_rows_go(sparse: bool) -> None:
     sd = SD.from_rows(NAMES, rows().clone())

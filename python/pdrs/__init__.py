@@ -3,16 +3,19 @@
 from importlib.metadata import version
 
 from pdrs._core import IndexMap, group_tensors
+from pdrs._stacked.step_warnings import AbsentNamesWarning, UntrainedTableWarning
 from pdrs.checkpoint import CheckpointError, load, open, save  # noqa: A004  # read as pdrs.open
 from pdrs.parameter_dict import ParameterDict
 from pdrs.stacked import StackedParameterDict
 from pdrs.transfer import set_staging, to
 
 __all__ = [
+    "AbsentNamesWarning",
     "CheckpointError",
     "IndexMap",
     "ParameterDict",
     "StackedParameterDict",
+    "UntrainedTableWarning",
     "load",
     "open",
     "save",

@@ -38,10 +38,11 @@ from torch.optim import (
     RMSprop,
     SparseAdam,
 )
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from pdrs import _memory
 from pdrs._core import zero_row_of_state
+from pdrs._stacked import step_warnings
 from pdrs._stacked.changes import Changes
 from pdrs._stacked.gradient_rows import GradientRows, moved_rows
 from pdrs._stacked.state_beginnings import Beginning, as_pair, beginning, is_torchs
@@ -88,6 +89,7 @@ def watch(parameter: Tensor, steppers: Iterable[Optimizer] = ()) -> None:
     global _hooked
     with _hook_lock:
         if not _hooked:
+            register_optimizer_step_pre_hook(step_warnings.before_step)
             register_optimizer_step_post_hook(_note_step)
             _hooked = True
     if _steppers(parameter) is None:
@@ -126,10 +128,11 @@ def _alive(steppers: list[ref[Optimizer]]) -> list[Optimizer]:
 def _note_step(optimizer: Optimizer, _arguments: Any, _keywords: Any) -> None:
     # Behind every step of every optimizer of the process: all that is done each time is to count.
     count = sum(len(group["params"]) for group in optimizer.param_groups)
-    if _looked_through.get(optimizer) == count:
-        return
-    _note(optimizer)
-    _looked_through[optimizer] = count
+    if _looked_through.get(optimizer) != count:
+        _note(optimizer)
+        step_warnings.hold(optimizer)
+        _looked_through[optimizer] = count
+    step_warnings.after_step(optimizer)
 
 
 def _note(optimizer: Optimizer) -> None:
@@ -230,8 +233,8 @@ def of_rows(optimizer: Optimizer, parameter: Tensor) -> Iterator[tuple[dict[str,
                 continue
             if type(value) not in (Tensor, Parameter) and not hasattr(value, "full_tensor"):
                 raise RuntimeError(
-                    f"the state '{key}' of {name} is a {type(value).__name__}, whose rows cannot be moved or begun "
-                    "anew: give this dictionary an optimizer whose state is plain tensors, such as torch.optim's"
+                    f"the state '{key}' of {name} is of the class {type(value).__name__}, whose rows cannot be moved "
+                    "or begun anew: give this dictionary an optimizer whose state is plain tensors, as torch's"
                 )
             if _is_by_row(value, parameter):
                 yield state, key

@@ -24,7 +24,7 @@ from torch.nn import Module, Parameter
 
 from pdrs import _memory
 from pdrs._core import Lock, TableRows, zero_row
-from pdrs._stacked import optimizer_rows
+from pdrs._stacked import optimizer_rows, step_warnings
 from pdrs._stacked.accumulation import Accumulation
 from pdrs._stacked.changes import Changes
 from pdrs._stacked.gradient_rows import GradientRows, moved_rows
@@ -278,6 +278,7 @@ class Tables(Module):
         del state["_lock"]
         state["_optimizers"] = []
         state["_tables"] = [table.to_plain() for table in self._tables]
+        state.pop("_warned_of_absent", None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -300,7 +301,11 @@ class Tables(Module):
             table.hook(parameter)
             if table.frozen is not None:
                 table.frozen = table.frozen.to(mask_device(parameter.device))
-            optimizer_rows.watch(parameter)
+            self._watch(table, parameter)
+
+    def _watch(self, table: Table, parameter: Tensor) -> None:
+        optimizer_rows.watch(parameter)
+        step_warnings.watch(self, table, parameter)
 
     @contextmanager
     def _swappable(self) -> Iterator[None]:
@@ -386,7 +391,7 @@ class Tables(Module):
         table = Table(attribute, group)
         try:
             self.register_parameter(attribute, parameter)
-            optimizer_rows.watch(parameter)
+            self._watch(table, parameter)
             optimizers = self._attached()
             if parameter.requires_grad and optimizers:
                 tables = {one.attribute: self._parameter(one) for one in [*self._tables, table]}
