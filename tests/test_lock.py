@@ -2,7 +2,8 @@
 
 The bugs that this hunts: two threads inside at a time, a lock that is free after its holder has left only the inner of
 two blocks, a thread that waits with the GIL (nothing else would run), a waiting thread that is not told, one that
-cannot be interrupted, and a lock that a stranger gives back.
+cannot be interrupted, a lock that a stranger gives back, code on the thread of the holder that gets in while a change
+is half-way, and a collector that is left off.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 
 import pytest
 
-from pdrs._core import Lock
+from pdrs._core import Lock, in_one_step
 
 
 def test_one_thread_at_a_time_is_inside():
@@ -108,41 +109,52 @@ def test_a_signal_interrupts_a_thread_that_waits():
         pass
 
 
-def test_a_lock_that_goes_while_a_thread_that_has_ended_holds_it_lets_the_collector_go_on():
-    collects = gc.isenabled()
-    gc.enable()
-    try:
-        lock = Lock()
-        thread = threading.Thread(target=lock.__enter__)
-        thread.start()
-        thread.join()
-        assert not gc.isenabled()
-        del lock, thread
-        assert gc.isenabled()
-    finally:
-        if not collects:
-            gc.disable()
+def test_who_plans_a_change_lets_readers_in_on_its_thread_and_no_other_change():
+    lock = Lock()
+    with lock.change():
+        with lock, lock.read():
+            pass
+        with pytest.raises(RuntimeError, match="the dictionary is being changed"), lock.change():
+            pass
+    with lock.read():
+        with lock.read():
+            pass
+        with pytest.raises(RuntimeError, match="read as a whole"), lock.change():
+            pass
+    with lock.change():  # which is free again
+        pass
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
-def test_a_lock_from_before_a_fork_leaves_the_collector_alone_when_it_goes():
-    collects = gc.isenabled()
-    gc.enable()
+@pytest.mark.parametrize("way", [lambda lock: lock, Lock.read, Lock.change], ids=["lock", "read", "change"])
+def test_nobody_gets_in_while_a_change_is_made(way):
+    lock, other, found = Lock(), Lock(), []
+
+    def get_in() -> None:
+        with other:
+            pass
+        try:
+            with way(lock):
+                found.append("in")
+        except RuntimeError as error:
+            found.append(str(error))
+
+    with lock.change():
+        in_one_step([get_in])
+        with lock:  # and afterwards everybody does
+            pass
+    assert found == [
+        "the dictionary is being changed: what runs in the middle of a change, such as a finalizer, cannot use it"
+    ]
+
+
+def test_the_collector_is_left_alone():
+    collects, lock = gc.isenabled(), Lock()
     try:
-        lock = Lock()
-        thread = threading.Thread(target=lock.__enter__)
-        thread.start()
-        thread.join()
-        process = os.fork()
-        if process == 0:
-            went_on = gc.isenabled()
-            gc.disable()
-            del lock, thread
-            os._exit(0 if went_on and not gc.isenabled() else 1)
-        _, status = os.waitpid(process, 0)
-        assert os.waitstatus_to_exitcode(status) == 0
-        del lock, thread
-        assert gc.isenabled()
+        for switch in (gc.enable, gc.disable):
+            switch()
+            with lock.change():
+                assert gc.isenabled() == (switch is gc.enable)
+                (gc.disable if switch is gc.enable else gc.enable)()
+            assert gc.isenabled() == (switch is not gc.enable), "what was switched meanwhile is lost"
     finally:
-        if not collects:
-            gc.disable()
+        (gc.enable if collects else gc.disable)()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import copyreg
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -218,6 +219,16 @@ class _Running(threading.local):
 _running = _Running()
 _registered = 0
 _registering = threading.Lock()
+
+
+def _renew_lock() -> None:
+    # The thread that holds it may be none of a child's.
+    global _registering
+    _registering = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # Windows has none
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def _reduce_parameter(parameter: Parameter) -> Any:

@@ -19,6 +19,7 @@ __all__ = [
     "SafetensorsHeader",
     "SafetensorsStack",
     "ShardIndex",
+    "Stay",
     "TableRows",
     "TensorGroup",
     "all_kept",
@@ -73,6 +74,7 @@ __all__ = [
     "watch_functions",
     "zero_row",
     "zero_row_of_state",
+    "zero_rows",
 ]
 
 _T = TypeVar("_T")
@@ -584,9 +586,26 @@ class Lock:
     """A lock that its holder may take again; native code takes it without a detour through Python."""
 
     def __new__(cls) -> Lock: ...
+    def __enter__(self) -> None: ...
+    def __exit__(
+        self, class_: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
+    ) -> None: ...
+    def change(self) -> Stay:
+        """Return a context to plan and make a change in: an error in another one on the same thread."""
+    def read(self) -> Stay:
+        """Return a context to read things in that belong together: a change on the same thread is an error then."""
     @staticmethod
-    def after_fork() -> None:
-        """Let the collector go on in a process that was forked while another thread, which it has not, held a lock."""
+    def before_fork() -> None: ...
+    @staticmethod
+    def after_fork_in_parent() -> None: ...
+    @staticmethod
+    def after_fork_in_child() -> None:
+        """Give back what is held by threads that this process has not, unless they were making a change."""
+
+@final
+class Stay:
+    """Holds a :class:`Lock`, and lets rows stay where they are, except for what its holder does."""
+
     def __enter__(self) -> None: ...
     def __exit__(
         self, class_: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
@@ -652,6 +671,7 @@ def use_huge_pages(tensor: Tensor) -> None:
     """Ask Linux for huge pages for the memory of a large plain tensor on the CPU, best before it is written to."""
 
 def zero_row(tensors: list[Tensor], row: int) -> list[Tensor]: ...
+def zero_rows(tensor: Tensor, rows: NDArray[np.int64]) -> bool: ...
 def zero_row_of_state(table: Tensor, state: dict[str, Any], row: int) -> bool: ...
 
 @final

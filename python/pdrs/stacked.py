@@ -230,9 +230,19 @@ class StackedParameterDict(SavedRows):
         """
         with self._lock:
             try:
-                return self._row(self._index[key])
+                return self._row_of(key)
             except KeyError:
                 raise MissingEntryError(key) from None
+
+    def _row_of(self, key: str) -> Tensor:
+        moves = self.__dict__["_moves"]
+        try:
+            row = self._row(self._index[key])
+        except IndexError:
+            if self.__dict__["_moves"] == moves:
+                raise
+        # Else a finalizer has moved rows on this very thread, after the row was looked up.
+        return row if self.__dict__["_moves"] == moves else self._row_of(key)
 
     def __setitem__(self, key: str, value: Tensor) -> None:
         """Copy a tensor into the row of ``key``: a new key goes to the end, an old one keeps its place. **O(1)**.
@@ -256,11 +266,12 @@ class StackedParameterDict(SavedRows):
         with self._lock:
             group = (self._groups_of(as_list([key])) or [0])[0] if self._patterns else 0
             if is_intercepted() or not set_row(self, key, value, group):
-                self._insert([key], [value], distinct=True)
+                with self._lock.change():
+                    self._insert([key], [value], distinct=True)
 
     def __delitem__(self, key: str) -> None:
         """Remove ``key``; the order of the others stays. Raises KeyError if it is not there. **O(1)**."""
-        with self._lock:
+        with self._lock.change():
             ids = np.array([self._index[key]])
             changes = Changes()
             changes.call(self._index.pop, key)
@@ -274,8 +285,10 @@ class StackedParameterDict(SavedRows):
     def get(self, key: str, default: Any = None) -> Any:
         """Return the row of ``key``, or ``default`` if it is not there. **O(1)**."""
         with self._lock:
-            id_ = self._index.get(key)
-            return default if id_ is None else self._row(id_)
+            try:
+                return self._row_of(key)
+            except KeyError:
+                return default
 
     def setdefault(self, key: str, default: Any = None) -> Tensor:
         """Return the row of ``key``; first set it to ``default`` if it is not there. **O(1)**."""
@@ -309,13 +322,9 @@ class StackedParameterDict(SavedRows):
             raise KeyError("popitem(): dictionary is empty")
         return popped
 
-    # For `pop_row`, where it has something unusual before it.
-
     def _copy_of_row(self, table: Table, row: int) -> Tensor:
+        # For `pop_row`, where it has something unusual before it.
         return whole(self._parameter(table).detach()[row]).clone()
-
-    def _clear_gradient_of(self, table: Table, row: int) -> None:
-        self._clear_gradient_row(table, self._parameter(table), row)
 
     # -- all entries ---------------------------------------------------------------------------------------------------
 
@@ -364,15 +373,15 @@ class StackedParameterDict(SavedRows):
                 f"{type(parameters).__name__}"
             )
         if isinstance(parameters, StackedParameterDict):
-            with parameters._lock:
-                names, values = list(parameters), parameters._detached()
+            names, values = parameters._detached()
         else:
             names, values = _sources.columns(parameters)
-        self._insert(names, values, distinct=isinstance(parameters, Mapping | StackedParameterDict))
+        with self._lock.change():
+            self._insert(names, values, distinct=isinstance(parameters, Mapping | StackedParameterDict))
 
     def clear(self) -> None:
         """Remove all entries; the tables keep their capacity. **O(n)**."""
-        with self._lock:
+        with self._lock.change():
             changes = Changes()
             changes.call(self._index.clear)
             self._free(changes, self._index.rows())
@@ -387,11 +396,15 @@ class StackedParameterDict(SavedRows):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StackedParameterDict:
         """Return what ``copy.deepcopy`` makes of any module, while no other thread changes the tables or the names."""
-        with self._lock:
+        with self._lock.read():
             if is_parametrized(self):  # which torch lets be copied, but not be pickled, and so not be reduced
                 reduced: Any = object.__new__, (type(self),), StackedParameterDict.__getstate__(self)
             else:
                 reduced = self.__reduce_ex__(4)
+                index = reduced[2].get("_index") if len(reduced) > 2 and isinstance(reduced[2], dict) else None
+                if index is not self._index:
+                    memo[id(index)] = index  # which is a copy already
+                    memo.setdefault(id(memo), []).append(index)  # as `copy` keeps things alive
             return _copies.deep_copy_reduced(self, reduced, memo)  # type: ignore[no-any-return]
 
     def __copy__(self) -> StackedParameterDict:
@@ -428,7 +441,7 @@ class StackedParameterDict(SavedRows):
         ('Parameter', ['a', 'b'])
 
         """
-        with self._lock:
+        with self._lock.read():
             tables = []
             for table in self._tables:
                 parameter = self._parameter(table)
@@ -442,17 +455,17 @@ class StackedParameterDict(SavedRows):
                     tables.append([Parameter(row, requires_grad=parameter.requires_grad) for row in data.unbind()])
             return ParameterDict([(name, tables[table_of(id_)][row_of(id_)]) for name, id_ in self._index.items()])
 
-    def _detached(self) -> list[Tensor]:
-        """Return the rows in order, detached; those of frozen tables as frozen Parameters."""
-        with self._lock:
+    def _detached(self) -> tuple[list[str], list[Tensor]]:
+        """Return the names and the rows, detached; those of frozen tables as frozen Parameters."""
+        with self._lock.read():
             tables = []
             for table in self._tables:
                 parameter = self._parameter(table)
-                rows = whole(parameter.detach()).unbind()
+                rows = self._lent_whole(table).unbind()
                 if not parameter.requires_grad:
                     rows = tuple(Parameter(row, requires_grad=False) for row in rows)
                 tables.append(rows)
-            return [tables[table_of(id_)][row_of(id_)] for id_ in self._index.values()]
+            return list(self._index), [tables[table_of(id_)][row_of(id_)] for id_ in self._index.values()]
 
     def extra_repr(self) -> str:
         """Return a line a table, and one a name, or, of many, of the first and the last."""
@@ -471,7 +484,7 @@ class StackedParameterDict(SavedRows):
 
     def _apply(self, fn: Any, recurse: bool = True) -> StackedParameterDict:
         """Move or convert the tables: where ``fn`` is one of torch's own, all or, if there is an error, none."""
-        with self._lock:
+        with self._lock.change():
             masks = self._moved_masks(fn)
             if not transfer.apply(self, fn, recurse):
                 with self._swappable():
@@ -492,7 +505,7 @@ class StackedParameterDict(SavedRows):
         RuntimeError
             If there is no CUDA device, or it cannot lock so much; then nothing has changed.
         """
-        with self._lock:
+        with self._lock.change():
             transfer.pin_memory(self)
         return self
 
@@ -529,10 +542,10 @@ class RowsView(abc.ValuesView[Tensor]):
 
     def __iter__(self) -> Iterator[Tensor]:
         # A generator lets go of the dictionary at its end, and `map` does not.
-        return (self._mapping._row(id_) for id_ in self._mapping._index._iterate(1, False))
+        return (row for _, row in _items(self._mapping, False))
 
     def __reversed__(self) -> Iterator[Tensor]:
-        return (self._mapping._row(id_) for id_ in self._mapping._index._iterate(1, True))
+        return (row for _, row in _items(self._mapping, True))
 
 
 class ItemsView(abc.ItemsView[str, Tensor]):
@@ -555,10 +568,29 @@ class ItemsView(abc.ItemsView[str, Tensor]):
         return _is_same_row(item[1], self._mapping[item[0]])
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return ((name, self._mapping._row(id_)) for name, id_ in self._mapping._index._iterate(2, False))
+        return _items(self._mapping, False)
 
     def __reversed__(self) -> Iterator[tuple[str, Tensor]]:
-        return ((name, self._mapping._row(id_)) for name, id_ in self._mapping._index._iterate(2, True))
+        return _items(self._mapping, True)
+
+
+def _items(sd: StackedParameterDict, backwards: bool) -> Iterator[tuple[str, Tensor]]:
+    """Yield names and rows; what another thread moves between the look-up of a row and the row is looked up again."""
+    state, row = sd.__dict__, sd._row
+    with sd._lock:  # not in the middle of a change
+        moves, index = state["_moves"], state["_index"]
+    for name, id_ in index._iterate(2, backwards):
+        try:
+            found = row(id_)
+        except IndexError:
+            if state["_moves"] is moves:
+                raise
+        if state["_moves"] is not moves:
+            moves = state["_moves"]
+            if state["_index"] is not index or name not in index:
+                raise RuntimeError("the dictionary was changed during iteration")
+            found = sd[name]
+        yield name, found
 
 
 def _may_overlap(rows: Tensor) -> bool:

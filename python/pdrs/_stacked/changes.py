@@ -3,6 +3,8 @@
 A signal may come between any two steps of Python, and what its handler raises, ``KeyboardInterrupt`` above all, would
 leave the first of several changes made and the others not: names that give the rows of others, say. So whatever can
 fail is done first and beside what is there, the changes are only noted, and at the end one native call makes them all.
+Meanwhile the locks that the thread holds let nobody in: a finalizer, which may run wherever an object is made, sees the
+dictionary before the change, after it, or not at all.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ class Changes:
     """A list of changes that have not been made yet; what they put in place is there already."""
 
     def __init__(self) -> None:
-        self._calls: list[Callable[[], object]] = []
+        self.calls: list[Callable[[], object]] = []
         # What is replaced lives until all is done: code may run when an object goes.
         self._replaced: list[Any] = []
         self.made = False
@@ -38,7 +40,7 @@ class Changes:
         The first of all may fail: nothing has been changed then.
         """
         assert isinstance(function, BuiltinFunctionType | MethodWrapperType), function
-        self._calls.append(partial(function, *arguments))
+        self.calls.append(partial(function, *arguments))
 
     def set_attributes(self, instance: object, **values: Any) -> None:
         """Note new values of attributes of an instance, past the ``__setattr__`` of its class."""
@@ -54,6 +56,11 @@ class Changes:
         self._replaced.append(target.copy())
         self.call(target.clear)
         self.call(target.update if isinstance(target, dict) else target.extend, content)
+
+    def replace_data(self, parameter: Tensor, data: Tensor) -> None:
+        """Note another tensor of the same kind and shape as the data of a Parameter, whose gradient stays."""
+        self._replaced.append(parameter.data)
+        self.call(_set_data, parameter, data)
 
     def set_data(self, parameter: Tensor, data: Tensor, gradient: Tensor | None) -> None:
         """Note another tensor as the data of a Parameter, and another gradient."""
@@ -71,5 +78,5 @@ class Changes:
         """Make all changes."""
         # Function modes, which are Python code, are not for these: they see what is computed, not where it is put.
         with torch.no_grad(), torch._C.DisableTorchFunction():
-            in_one_step([*self._calls, partial(vars(self).update, made=True)])
-        self._calls, self._replaced = [], []
+            in_one_step([*self.calls, partial(vars(self).update, made=True)])
+        self.calls, self._replaced = [], []

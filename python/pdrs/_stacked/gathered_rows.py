@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -56,6 +56,10 @@ class Handle:
         self._rows = torch.empty(0, dtype=torch.int64, device="cpu")
         self._on_cpu = True
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to the tables of this very owner."""
+        return self.__dict__ | {"_moves": -1, "_table": None}
+
     def __len__(self) -> int:
         """Return the number of names."""
         return len(self.names)
@@ -107,8 +111,9 @@ class GatheredRows(NamedRows):
                     wanted = Kind(found.shape if shape is None else tuple(shape), dtype or found.dtype)
                     raise ValueError(f"expected names of one shape and dtype, got {found}, and new ones of {wanted}")
                 shape, dtype = found.shape, found.dtype
-            self._insert_missing(names, init, shape, dtype)
-            return self._index.lookup(names)
+            with self._lock.change():
+                self._insert_missing(names, init, shape, dtype)
+                return self._index.lookup(names)
         absent = np.flatnonzero(ids < 0)
         some = ", ".join(repr(str(names[at])) for at in absent[:_LISTED])
         more = ", ..." if len(absent) > _LISTED else ""
@@ -117,12 +122,13 @@ class GatheredRows(NamedRows):
     def _refresh(self, handle: Handle) -> None:
         if handle._owner is not self:
             raise ValueError("the handle belongs to another dictionary")
-        if handle._moves != self._moves:
+        moves = self._moves
+        if handle._moves != moves:
             handle._ids = self._look_up(handle.names)
             numbers = np.unique(table_of(handle._ids))
             handle._table = self._tables[numbers[0]] if len(numbers) == 1 else None
             handle._rows = torch.from_numpy(row_of(handle._ids))
-            handle._moves = self._moves  # at last: whoever stops this has a handle that is looked up again
+            handle._moves = moves  # at last: whoever stops this has a handle that is looked up again
         if handle._table is not None:
             device = self._parameter(handle._table).device
             if handle._rows.device != device and device.type != "meta":
@@ -283,19 +289,36 @@ class GatheredRows(NamedRows):
         """
         _check_missing(missing)
         with self._lock:
-            if isinstance(names, Handle):
-                table = _table_of_all(self, names)
-                if table is not None:
-                    return gather_rows(table, names._rows, sparse)
-                return self._gather_ids(names._ids, sparse, shape, dtype)
-            names = listed(names)
-            number, rows = find_rows(self._index, names)
-            if number >= 0:
-                table = self._parameter(self._tables[number])
-                found = torch.from_numpy(rows)
-                return gather_rows(table, found if table.is_cpu else found.to(table.device), sparse)
-            ids = self._without_missing(names, rows, missing, init, shape, dtype)
-            return self._gather_ids(ids, sparse, shape, dtype)
+            if not isinstance(names, Handle):
+                names = listed(names)
+            while True:
+                moves = self.__dict__["_moves"]
+                gathered = self._gather(names, sparse, missing, init, shape, dtype)
+                # Else a finalizer has moved rows on this very thread, after they were looked up.
+                if self.__dict__["_moves"] == moves:
+                    return gathered
+
+    def _gather(
+        self,
+        names: Sequence[str] | Handle,
+        sparse: bool,
+        missing: Missing,
+        init: Initialiser | None,
+        shape: Sequence[int] | None,
+        dtype: torch.dtype | None,
+    ) -> Tensor:
+        if isinstance(names, Handle):
+            table = _table_of_all(self, names)
+            if table is not None:
+                return gather_rows(table, names._rows, sparse)
+            return self._gather_ids(names._ids, sparse, shape, dtype)
+        number, rows = find_rows(self._index, names)
+        if number >= 0:
+            table = self._parameter(self._tables[number])
+            found = torch.from_numpy(rows)
+            return gather_rows(table, found if table.is_cpu else found.to(table.device), sparse)
+        ids = self._without_missing(names, rows, missing, init, shape, dtype)
+        return self._gather_ids(ids, sparse, shape, dtype)
 
     def _gather_ids(self, ids: Rows, sparse: bool, shape: Sequence[int] | None, dtype: torch.dtype | None) -> Tensor:
         numbers = table_of(ids)
@@ -364,7 +387,7 @@ class GatheredRows(NamedRows):
             names = as_list(names)
         if len(names) != len(values):
             raise ValueError(f"expected a value a name, got {len(values)} values for {len(names)} names")
-        with self._lock:
+        with self._lock.change():
             ids = self._look_up(names, "error" if isinstance(names, Handle) or missing == "error" else "zero")
             numbers = np.unique(table_of(ids[ids >= 0]))
             for number in numbers:
@@ -486,7 +509,7 @@ class GatheredRows(NamedRows):
             raise TypeError(f"expected a number of names, got {count!r}")
         if count < 0:
             raise ValueError(f"count must be 0 or more, got {count}")
-        with self._lock:
+        with self._lock.change():
             kind = self._kind_to_insert(shape, dtype)
             refuse_integers(kind.dtype)
             place = self._device() if device is None else torch.device(device)
@@ -514,7 +537,7 @@ class GatheredRows(NamedRows):
         RuntimeError
             If an optimizer that is not attached has state for the rows.
         """
-        with self._lock:
+        with self._lock.change():
             ids = self._index.rows()
             numbers = table_of(ids)
             for number, table in enumerate(self._tables):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pdrs._core import zero_row
 from pdrs._stacked.changes import Changes
+from pdrs._stacked.row_blocks import by_bits, note_zeros
 
 __all__ = ["GradientRows", "moved_rows"]
 
@@ -58,7 +59,7 @@ class GradientRows:
             return
         values = gradient._values().detach()  # one from inference mode may be written to then
         if len(places) > 1 or zero_row([values], int(places[0])):
-            values.index_fill_(0, torch.from_numpy(places).to(values.device), 0)
+            by_bits(values).index_fill_(0, torch.from_numpy(places).to(values.device), 0)
         # Counted, and not read: what another thread has written meanwhile must be noticed.
         self._version += 1
 
@@ -68,8 +69,7 @@ class GradientRows:
         counts = last - first
         places = self._places[np.repeat(last - counts.cumsum(), counts) + np.arange(counts.sum())]
         if len(places):
-            values = gradient._values().detach()
-            changes.call(values.index_fill_, 0, torch.from_numpy(places).to(values.device), 0)
+            note_zeros(changes, gradient._values(), places)
             changes.set_attributes(self, _version=self._version + 1)
 
 

@@ -147,7 +147,7 @@ class NamedRows(Tables):
         dtype: torch.dtype | None,
         and_then: Callable[[Changes], None] | None = None,
     ) -> None:
-        """Insert the names that are not there, in order; ``and_then`` is for :meth:`_carry_out`."""
+        """Insert the names that are not there, in order, within a change; ``and_then`` is for :meth:`_carry_out`."""
         new = missing_names(self._index, names)
         if "" in new:
             raise KeyError(_EMPTY)
@@ -155,11 +155,8 @@ class NamedRows(Tables):
         refuse_integers(kind.dtype)
         values = _memory.full((len(new), *kind.shape), 0, dtype=kind.dtype, device=self._device())
         if init is not None:
-            before = self._moves, self._inserts
             with torch.no_grad():
                 initialise(values, init)
-            if (self._moves, self._inserts) != before:
-                raise RuntimeError("the dictionary was changed by init, which was to give values to new rows only")
         groups = np.array(self._groups_of(new) or np.zeros(len(new), np.int64))
         plan = []
         for group in np.unique(groups):
@@ -170,39 +167,38 @@ class NamedRows(Tables):
 
     @untraced
     def _insert(self, names: list[str], values: list[Any], distinct: bool = False) -> None:
-        """Set entries: all, or, if one cannot be taken, none."""
+        """Set entries, within a change: all, or, if one cannot be taken, none."""
         names = as_list(names)
         if "" in names:
             raise KeyError(_EMPTY)
         kinds, classes = self._classes(names, values)
-        with self._lock:
-            if not distinct and len(set(names)) != len(names):
-                last = {name: at for at, name in enumerate(names)}
-                names, kept = list(last), list(last.values())
-                values, kinds = [values[at] for at in kept], kinds[kept]
-            held = self._index.lookup(names, -1)
-            groups = self._groups_of(names)
-            # What decides where an entry goes: what it is, where it lies now, and its group of options.
-            columns = [kinds, table_of(held)]
-            if groups is not None:
-                columns.append(np.array(groups))
-            plan, numbers = [], self._numbers()
-            devices: dict[Kind, torch.device] = {}
-            for place, there in partition(columns):
-                class_, number = classes[int(place[0])], int(place[1])
-                group = int(place[2]) if groups is not None else 0
-                kind = self._kind_for(names[there[0]], class_, number, group, numbers)
-                stays = number >= 0 and self._kind(self._tables[number]) == kind
-                first = devices.setdefault(kind, class_.device)
-                if first != class_.device and kind not in numbers:
-                    raise ValueError(
-                        f"expected a tensor on {first} for '{names[there[0]]}', as others that go to its new table, "
-                        f"got {class_.device}"
-                    )
-                old = held[there] if number >= 0 else np.empty(0, np.int64)
-                chosen = values if len(there) == len(values) else [values[at] for at in there]
-                plan.append(_Part(kind, there, old, chosen, stays))
-            self._carry_out(names, held, plan)
+        if not distinct and len(set(names)) != len(names):
+            last = {name: at for at, name in enumerate(names)}
+            names, kept = list(last), list(last.values())
+            values, kinds = [values[at] for at in kept], kinds[kept]
+        held = self._index.lookup(names, -1)
+        groups = self._groups_of(names)
+        # What decides where an entry goes: what it is, where it lies now, and its group of options.
+        columns = [kinds, table_of(held)]
+        if groups is not None:
+            columns.append(np.array(groups))
+        plan, numbers = [], self._numbers()
+        devices: dict[Kind, torch.device] = {}
+        for place, there in partition(columns):
+            class_, number = classes[int(place[0])], int(place[1])
+            group = int(place[2]) if groups is not None else 0
+            kind = self._kind_for(names[there[0]], class_, number, group, numbers)
+            stays = number >= 0 and self._kind(self._tables[number]) == kind
+            first = devices.setdefault(kind, class_.device)
+            if first != class_.device and kind not in numbers:
+                raise ValueError(
+                    f"expected a tensor on {first} for '{names[there[0]]}', as others that go to its new table, "
+                    f"got {class_.device}"
+                )
+            old = held[there] if number >= 0 else np.empty(0, np.int64)
+            chosen = values if len(there) == len(values) else [values[at] for at in there]
+            plan.append(_Part(kind, there, old, chosen, stays))
+        self._carry_out(names, held, plan)
 
     def _classes(self, names: list[str], values: list[Any]) -> tuple[Rows, list[_Class]]:
         """Return the class of each value, and what the classes are; TypeError if a value is no tensor."""
@@ -253,6 +249,8 @@ class NamedRows(Tables):
         """
         tables, numbers, changes = len(self._tables), self._numbers(), Changes()
         try:
+            for number in {table_of(int(part.held[0])) for part in plan if len(part.held) and not part.stays}:
+                self._take_back(self._tables[number])  # before anything is noted that is to be written to it
             blocks, prepared = [], []
             for part in plan:
                 like = part.values if isinstance(part.values, Tensor) else part.values[0].detach()[None]
@@ -356,8 +354,10 @@ class NamedRows(Tables):
         ['a', 'c']
 
         """
-        with self._lock:
-            names = self._index.select(names) if is_mask(names) else as_list(names)
+        masked = is_mask(names)
+        names = names if masked else as_list(names)
+        with self._lock.change():
+            names = self._index.select(names) if masked else names
             ids = self._index.lookup(names, -1)
             changes = Changes()
             changes.call(remove_names, self._index, names)  # which refuses what cannot be removed
@@ -366,14 +366,14 @@ class NamedRows(Tables):
 
     @untraced
     def _free(self, changes: Changes, ids: Rows) -> None:
-        """Take back rows whose names are gone, and the gradients that they have."""
+        """Take back rows whose names are gone, and clear them, and what belongs to them."""
         self._moved(changes)
         numbers = table_of(ids)
         for number in np.unique(numbers):
             table = self._tables[number]
             rows = row_of(ids[numbers == number])
             changes.call(table.rows.give_back_many, rows)
-            self._clear_gradient(changes, table, rows)
+            self._clear_rows(changes, table, rows)
 
 
 class _Class:

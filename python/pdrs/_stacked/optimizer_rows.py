@@ -10,6 +10,7 @@ refused to do what would leave them with the state of other rows.
 from __future__ import annotations
 
 import gc
+import os
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -63,6 +64,7 @@ __all__ = [
     "put_in_order",
     "refuse_strangers",
     "rows_and_beginnings",
+    "states_of_zeros",
     "takers",
     "unwatch",
     "watch",
@@ -82,6 +84,14 @@ _NUMBERS = (int, float, complex, str, bytes, Enum, np.generic, torch.dtype, torc
 _MANY = 100
 _hooked = False
 _hook_lock = threading.Lock()
+if hasattr(os, "register_at_fork"):  # Windows has none
+    os.register_at_fork(after_in_child=lambda: _renew_hook_lock())
+
+
+def _renew_hook_lock() -> None:
+    # The thread that holds it may be none of a child's.
+    global _hook_lock
+    _hook_lock = threading.Lock()
 
 
 def watch(parameter: Tensor, steppers: Iterable[Optimizer] = ()) -> None:
@@ -291,18 +301,33 @@ def forget_row(optimizer: Optimizer, parameter: Tensor, row: int) -> None:
         changes.make()
 
 
-def forget_rows(changes: Changes, optimizer: Optimizer, parameter: Tensor, rows: NDArray[np.int64]) -> None:
-    """Set what an optimizer has for rows back to what it begins with."""
+def states_of_zeros(optimizers: Iterable[ref[Optimizer]], parameter: Tensor) -> list[dict[str, Any]] | None:
+    """Return what optimizers have for a table, if it all begins with zeros and lies in plain dicts."""
+    found = []
+    for reference in optimizers:
+        optimizer = reference()
+        state = None if optimizer is None else optimizer.state.get(parameter)
+        if state:
+            if type(optimizer) not in _ZEROS or type(state) is not dict:
+                return None
+            found.append(state)
+    return found
+
+
+def forget_rows(
+    changes: Changes, optimizer: Optimizer, parameter: Tensor, rows: NDArray[np.int64], gone: bool = False
+) -> None:
+    """Set what an optimizer has for rows back to what it begins with; rows that are ``gone`` have zeros as values."""
     index = torch.from_numpy(rows)
     for state, key, begin in rows_and_beginnings(optimizer, parameter):
         held = state[key]
         if held.is_sparse:  # the momentum of SGD, if gradients are sparse
             GradientRows(held).note(changes, held, rows)
-        elif isinstance(begin, str):
+        elif isinstance(begin, str) and not gone:
             values = parameter.detach().index_select(0, index.to(parameter.device)).to(held)
             changes.call(held.detach().index_copy_, 0, index.to(held.device), values)
         else:
-            changes.call(held.detach().index_fill_, 0, index.to(held.device), begin)
+            changes.call(held.detach().index_fill_, 0, index.to(held.device), fill_of(begin))
 
 
 def _refuse_state_elsewhere(optimizer: Any, parameter: Tensor) -> None:

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from pdrs import _memory
-from pdrs._core import group_tensors
+from pdrs._core import group_tensors, zero_rows
 from pdrs._stacked.changes import Changes
 
-__all__ = ["by_bits", "copy_in_pieces", "note_rows", "scatter", "share_memory", "stack", "write_rows"]
+__all__ = ["by_bits", "copy_in_pieces", "note_rows", "note_zeros", "scatter", "share_memory", "stack", "write_rows"]
 
 # How many tensors are gathered at a time: what was gathered is still in the cache when it is copied on.
 _CHUNK = 1 << 13
@@ -96,6 +96,17 @@ def note_rows(changes: Changes, table: Tensor, rows: NDArray[np.int64], values: 
     """Note what :func:`write_rows` does."""
     write, arguments = _write_of(table, rows, values)
     changes.call(write, *arguments)
+
+
+def note_zeros(changes: Changes, tensor: Tensor, rows: NDArray[np.int64]) -> None:
+    """Note that rows of a tensor become zero, in place."""
+    if len(rows) == 0 or tensor.is_meta:
+        return
+    tensor = tensor.detach()
+    if zero_rows(tensor, rows[:0]):
+        changes.call(zero_rows, tensor, rows)
+    else:
+        changes.call(by_bits(tensor).index_fill_, 0, torch.from_numpy(rows).to(tensor.device), 0)
 
 
 def by_bits(tensor: Tensor) -> Tensor:

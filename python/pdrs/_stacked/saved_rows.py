@@ -31,7 +31,7 @@ from pdrs._stacked.packed_names import (
     unpack,
 )
 from pdrs._stacked.row_blocks import stack, write_rows
-from pdrs._stacked.tables import Table, is_sharded, whole
+from pdrs._stacked.tables import Table, is_sharded
 from pdrs._stacked.trained_rows import TrainedRows
 from pdrs._stacked.untraced import untraced
 from pdrs._state import Rest, is_intercepted
@@ -65,15 +65,41 @@ class SavedRows(TrainedRows):
         """Leave out what is only remembered to be faster."""
         return super().__getstate__() | {"_packed": None, "_same": None}
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Return what ``pickle`` writes: names and tables as they are at one time, whatever other threads do."""
+        with self._lock.read():
+            for table in self._tables:
+                self._clear_free(table)
+            reduced = super().__reduce_ex__(protocol)
+            state = reduced[2] if isinstance(reduced, tuple) and len(reduced) > 2 else None
+            if not isinstance(state, dict) or state.get("_index") is not self._index:
+                return reduced
+            state = state | {"_index": self._index.copy()}
+            # Behind all others, so that it is asked when these have been written.
+            state["_lent"] = _Lent(self)
+            return (*reduced[:2], state, *reduced[3:])
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore what was pickled or copied, by an earlier version too, which remembered less."""
+        state = {key: value for key, value in state.items() if key != "_lent"}
         super().__setstate__({"_packed": None, "_same": None, "_taken": None, "metadata": {}} | state)
 
     # -- saving --------------------------------------------------------------------------------------------------------
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        # Tables and names, as they are at one time.
+        with self._lock.read():
+            for table in self._tables:
+                self._clear_free(table)
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            for table in self._tables:
+                saved = destination.get(prefix + table.attribute)
+                if isinstance(saved, Tensor) and not isinstance(saved, Parameter):
+                    self._lend(table, saved)
+
     def get_extra_state(self) -> Tensor:
         """Return the names, their rows, and what there is to know of the tables: uint8 ``[bytes]``. **O(n)**."""
-        with self._lock:
+        with self._lock.read():
             packed = self._packed_before()
             if packed is None:
                 with torch.inference_mode(False):  # where torch would not count
@@ -104,8 +130,8 @@ class SavedRows(TrainedRows):
         The rows are detached views of the tables; those of sharded ones are copies, for which all processes must ask.
         Both classes of ParameterDict load it, and so does this one.
         """
-        with self._lock:
-            tables = [whole(self._parameter(table).detach()).unbind() for table in self._tables]
+        with self._lock.read():
+            tables = [self._lent_whole(table).unbind() for table in self._tables]
             return {name: tables[table_of(id_)][row_of(id_)] for name, id_ in self._index.items()}
 
     # -- loading -------------------------------------------------------------------------------------------------------
@@ -116,13 +142,14 @@ class SavedRows(TrainedRows):
             raise ValueError("expected the packed names of a StackedParameterDict")
         with self._lock:
             if state is not self._taken:
-                self._conform(state, {})
+                with self._lock.change():
+                    self._conform(state, {})
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a state dict as torch does; one of a ParameterDict that fits, much faster, unless there are hooks."""
         own = type(self)._load_from_state_dict is SavedRows._load_from_state_dict
         if own and not assign and not torch.compiler.is_compiling():
-            with self._lock:
+            with self._lock.change():
                 if _load_whole(self, state_dict):
                     self._note_load()
                     return _IncompatibleKeys([], [])
@@ -147,14 +174,14 @@ class SavedRows(TrainedRows):
                 error_msgs.append(f"While loading the names of {prefix or 'the dictionary'}: they are damaged")
                 return
             problems = missing_keys, unexpected_keys, error_msgs
-            with self._lock:
+            with self._lock.change():
                 state_dict = self._load_others(state_dict, prefix, local_metadata, strict, *problems)
                 assign = local_metadata.get("assign_to_params_buffers", False)
                 _load_named(self, state_dict, prefix, strict, assign, *problems)
                 self._note_load()
             return
         saved = {key[len(prefix) :]: state_dict[key] for key in _under(state_dict, prefix) if not is_padding(key)}
-        with self._lock:
+        with self._lock.change():
             try:
                 self._conform(names, saved)
             except (ValueError, RuntimeError) as error:
@@ -175,6 +202,8 @@ class SavedRows(TrainedRows):
                 self.__dict__.update(_taken=None, _load_state_dict_pre_hooks=hooks)
             self._adopt()
             self._note_load()
+            for table in self._tables:
+                self._clear_free(table, spare=True)
 
     def _note_load(self) -> None:
         for table in self._tables:
@@ -315,6 +344,29 @@ class SavedRows(TrainedRows):
         with torch.inference_mode(False):
             data = _memory.full((capacity, *tensor.shape[1:]), 0, dtype=tensor.dtype, device=self._device())
         return self._tables[self._add_table(attribute, Parameter(data, requires_grad=trainable), group)]
+
+
+class _Lent:
+    """In a pickle that is being made: keeps the memory of tables as it is, and raises if they have got other memory."""
+
+    def __init__(self, owner: SavedRows) -> None:
+        self._tables = []
+        for table in owner._tables:
+            parameter = owner._parameters.get(table.attribute)
+            if isinstance(parameter, Parameter) and type(parameter.data) is Tensor:
+                self._tables.append((parameter, owner._lent_whole(table)))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        for parameter, tensor in self._tables:
+            if parameter.data_ptr() != tensor.data_ptr() or parameter.shape != tensor.shape:
+                raise RuntimeError(
+                    "another thread has changed the dictionary while it was pickled: pickle its copy(), or save its "
+                    "state_dict()"
+                )
+        return OrderedDict, ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """Return nothing, because a copy is made under the lock."""
 
 
 def _take_out_of_slabs(header: Header, saved: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ from pdrs._stacked import optimizer_rows, step_warnings
 from pdrs._stacked.accumulation import Accumulation
 from pdrs._stacked.changes import Changes
 from pdrs._stacked.gradient_rows import GradientRows, moved_rows
-from pdrs._stacked.row_blocks import by_bits
+from pdrs._stacked.row_blocks import by_bits, note_zeros
 from pdrs._stacked.state_beginnings import Beginning, declare
 from pdrs._stacked.untraced import untraced
 
@@ -39,8 +39,15 @@ __all__ = ["Kind", "Rows", "Table", "Tables", "is_sharded", "mask_device", "whol
 
 Rows = NDArray[np.int64]
 
+# How many free rows are looked at at a time.
+_PIECE = 1 << 15
+
 if hasattr(os, "register_at_fork"):  # Windows has none
-    os.register_at_fork(after_in_child=Lock.after_fork)
+    os.register_at_fork(
+        before=Lock.before_fork,
+        after_in_parent=Lock.after_fork_in_parent,
+        after_in_child=Lock.after_fork_in_child,
+    )
 
 
 class Kind(NamedTuple):
@@ -83,6 +90,10 @@ class Table:
     gradient_rows: GradientRows | None = None
     # The number of the hooks that count: others were left by what stopped :meth:`hook` half-way.
     hooks_made = 0
+    # What shares the memory of the table, and was given to others together with the names as they were then.
+    lent: list[weakref.ref[Tensor]] | None = None
+    # Where the table lay, and what torch had counted, when its free rows were last seen to be zero.
+    cleared: tuple[int, int] | None = None
 
     def __init__(self, attribute: str, group: int = 0) -> None:
         self.attribute = attribute
@@ -102,7 +113,8 @@ class Table:
     def to_plain(self) -> _PlainTable:
         """Return what is pickled and copied of it: nothing that belongs to this very Parameter."""
         free = self.rows.free().astype("<i8").tobytes()
-        return self.attribute, self.group, self.rows.used, free or None, self.frozen
+        frozen = None if self.frozen is None else self.frozen.clone()
+        return self.attribute, self.group, self.rows.used, free or None, frozen
 
     def restore(self, plain: _PlainTable, capacity: int) -> None:
         """Take what :meth:`to_plain` returned; ValueError if a Parameter of this capacity has no such rows."""
@@ -185,6 +197,15 @@ def is_sharded(tensor: Tensor) -> bool:
 def whole(tensor: Tensor) -> Tensor:
     """Return a table, or its gradient; one that is sharded is put together, for which all processes must ask."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def _shard_of(parameter: Any, rows: Rows) -> tuple[Tensor, Rows]:
+    """Return what this process has of a sharded table, and which rows of it are some rows of the whole."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    own = rows - offset[0]
+    return parameter.to_local(), own[(own >= 0) & (own < shape[0])]
 
 
 def _hooked_table(which: tuple[weakref.ref[Table], int]) -> Table | None:
@@ -527,12 +548,105 @@ class Tables(Module):
             self._clear_gradient_row(table, parameter, rows)
             return
         changes = Changes()
+        self._note_forgotten(changes, table, parameter, optimizers, rows)
+        changes.make()
+
+    def _note_forgotten(
+        self,
+        changes: Changes,
+        table: Table,
+        parameter: Tensor,
+        optimizers: list[Optimizer],
+        rows: Rows,
+        gone: bool = False,
+    ) -> None:
         for optimizer in optimizers:
-            optimizer_rows.forget_rows(changes, optimizer, parameter, rows)
+            optimizer_rows.forget_rows(changes, optimizer, parameter, rows, gone)
         self._clear_gradient(changes, table, rows)
         if table.frozen is not None:
             changes.call(table.frozen.index_fill_, 0, torch.from_numpy(rows).to(table.frozen.device), False)
-        changes.make()
+
+    def _clear_rows(self, changes: Changes, table: Table, rows: Rows) -> None:
+        """Note that rows, whose names go, become zero, and that what belongs to them goes, too."""
+        self._take_back(table)
+        # What stands in for the table, or what it is computed from, is not ours to write to.
+        parameter = self._parameters.get(table.attribute)
+        if parameter is not None and is_sharded(parameter):
+            note_zeros(changes, *_shard_of(parameter, rows))
+        elif isinstance(parameter, Parameter):
+            note_zeros(changes, parameter, rows)
+        self._note_forgotten(changes, table, self._parameter(table), self._attached(), rows, gone=True)
+
+    # For `pop_row`, where something else than zeros is to be written to plain tensors.
+
+    def _clearing(self, table: Table, row: int) -> Changes:
+        changes = Changes()
+        self._clear_rows(changes, table, np.array([row]))
+        return changes
+
+    def _states_of_zeros(self, parameter: Tensor) -> list[dict[str, Any]] | None:
+        return optimizer_rows.states_of_zeros(self._optimizers, parameter)
+
+    def _clear_free(self, table: Table, *, spare: bool = False) -> None:
+        """Set free rows to zero that are not: a gradient that came late, or an optimizer, may have moved them.
+
+        They were zero when they became free. **O(free rows)** if the table was written to since; with ``spare``, also
+        rows that were never given.
+        """
+        parameter = self._parameters.get(table.attribute)
+        free = table.rows.used - len(table.rows)
+        if not (free or spare) or not isinstance(parameter, Parameter) or type(parameter.data) is not Tensor:
+            return
+        if parameter.is_meta:
+            return
+        counted = -1 if parameter.is_inference() else parameter._version
+        if (parameter.data_ptr(), counted) != table.cleared or counted < 0 or spare:
+            changes, values = Changes(), by_bits(parameter.detach())
+            rows = table.rows.free()
+            for start in range(0, free, _PIECE):
+                piece = rows[start : start + _PIECE]
+                if values.index_select(0, torch.from_numpy(piece).to(values.device)).any():
+                    note_zeros(changes, parameter, piece)
+            if spare and values[table.rows.used :].any():
+                changes.call(values[table.rows.used :].zero_)
+            changes.make()
+            counted = -1 if counted < 0 else parameter._version
+        table.cleared = parameter.data_ptr(), counted
+
+    # -- what shares the memory of tables ------------------------------------------------------------------------------
+
+    def _lend(self, table: Table, tensor: Tensor) -> None:
+        """Note that a tensor that shares the memory of a table is given away with the names as they are now."""
+        alive = [one for one in table.lent or () if one() is not None]
+        table.lent = [*alive, weakref.ref(tensor)]
+
+    def _lent_whole(self, table: Table) -> Tensor:
+        """Return a table, detached, to be given away with the names as they are now."""
+        tensor = whole(self._parameter(table).detach())
+        self._lend(table, tensor)
+        return tensor
+
+    def _take_back(self, table: Table) -> None:
+        """Give a table other memory, if what was given away with names that it has now shares that which it has.
+
+        So a state dict keeps the rows that fit to its names, whatever happens before it is written. Copy-on-write:
+        **O(capacity)** once for each that is alive when a name goes.
+        """
+        lent, table.lent = table.lent, None
+        parameter = self._parameters.get(table.attribute)
+        if not lent or not isinstance(parameter, Parameter) or type(parameter.data) is not Tensor or parameter.is_meta:
+            return
+        address = parameter.untyped_storage().data_ptr()
+        tensors = (one() for one in lent)
+        if any(one is not None and one.untyped_storage().data_ptr() == address for one in tensors):
+            try:
+                with torch.inference_mode(parameter.is_inference()), torch.no_grad():
+                    changes = Changes()
+                    changes.replace_data(parameter, resized(parameter.data, len(parameter)))
+                    changes.make()
+            except BaseException:
+                table.lent = lent
+                raise
 
     def _clear_gradient(self, changes: Changes, table: Table, rows: Rows) -> None:
         """Set rows of the gradient to zero, in place."""
@@ -540,7 +654,7 @@ class Tables(Module):
         if gradient is None or is_sharded(gradient):  # the rows of a sharded table are not given again
             return
         if not gradient.is_sparse:
-            changes.call(gradient.detach().index_fill_, 0, torch.from_numpy(rows).to(gradient.device), 0)
+            note_zeros(changes, gradient, rows)
         elif not gradient.is_meta:
             _rows_of(table, gradient).note(changes, gradient, rows)
 
@@ -551,7 +665,7 @@ class Tables(Module):
             return
         if not gradient.is_sparse:
             for tensor in zero_row([gradient.detach()], row):
-                tensor.index_fill_(0, torch.tensor([row], device=tensor.device), 0)
+                by_bits(tensor).index_fill_(0, torch.tensor([row], device=tensor.device), 0)
         elif not gradient.is_meta:
             _rows_of(table, gradient).clear_row(gradient, row)
 
@@ -592,7 +706,7 @@ class Tables(Module):
         """
         if not (hasattr(optimizer, "param_groups") and hasattr(optimizer, "state")):
             raise TypeError(f"expected an optimizer, got {type(optimizer).__name__}")
-        with self._lock:
+        with self._lock.change():
             tables = [self._parameter(table) for table in self._tables]
             held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             if tables and not any(id(parameter) in held for parameter in tables):
@@ -612,7 +726,7 @@ class Tables(Module):
     @untraced
     def detach_optimizer(self, optimizer: Optimizer) -> None:
         """Let the state of an attached optimizer be as it is from now on; one that is not attached is passed over."""
-        with self._lock:
+        with self._lock.change():
             parts = optimizer_rows.parts_of(optimizer)
             attached = [one for one in self._attached() if not optimizer_rows.is_among(one, parts)]
             self.__dict__["_optimizers"] = list(map(weakref.ref, attached))

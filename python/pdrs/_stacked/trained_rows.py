@@ -53,6 +53,7 @@ class TrainedRows(GatheredRows):
 
         """
         rows: list[Mapping[int, Tensor] | tuple[Tensor, ...]] = []
+        moves = self._moves
         for table in self._tables:
             gradient = self._parameter(table).grad
             gradient = None if gradient is None else whole(gradient)
@@ -63,7 +64,6 @@ class TrainedRows(GatheredRows):
                 rows.append(dict(zip(gradient.indices()[0].tolist(), gradient.values().unbind(), strict=True)))
             else:
                 rows.append(gradient.unbind())
-        moves = self._moves
         for name, id_ in self._index.items():
             if self._moves != moves:
                 raise RuntimeError("rows of the dictionary moved during iteration")
@@ -85,14 +85,14 @@ class TrainedRows(GatheredRows):
         torch.Tensor
             ``[len(self)]``, on the device of the first table.
         """
-        with self._lock:
+        with self._lock.read():
             ids = self._index.rows()
             device = self._device()
             norms = torch.zeros(len(ids), device=device)
             numbers = table_of(ids)
             for number in np.unique(numbers):
                 table = whole(self._parameter(self._tables[number]))
-                if not (table.is_floating_point() or table.is_complex()):
+                if not (table.is_floating_point() or table.is_complex()) or table.itemsize == 1:
                     table = table.to(torch.get_default_dtype())
                 of_table: Tensor = torch.linalg.vector_norm(table.reshape(len(table), -1), p, dim=1)
                 there = np.flatnonzero(numbers == number)
@@ -135,7 +135,7 @@ class TrainedRows(GatheredRows):
         [[0.0, 0.0], [1.0, 1.0]]
 
         """
-        with self._lock:
+        with self._lock.change():
             parts = self._by_table(names)
             for table, _ in parts:
                 self._refuse_foreign(table, "freeze names")
@@ -156,7 +156,7 @@ class TrainedRows(GatheredRows):
     @untraced
     def unfreeze(self, names: Names | Handle | None = None) -> None:
         """Let names, or all, have gradients again; those that are not frozen are passed over. **O(m + capacity)**."""
-        with self._lock:
+        with self._lock.change():
             changes = Changes()
             if names is None:
                 for table in self._tables:
@@ -228,7 +228,7 @@ class TrainedRows(GatheredRows):
                 raise TypeError(
                     f"expected a mapping of options for {expression!r}, got {type(by[expression]).__name__}"
                 )
-        with self._lock:
+        with self._lock.change():
             options = [(None, dict(others)), *((pattern, {**others, **options}) for pattern, options in by.items())]
             self._regroup(tuple(by))
             made = []
@@ -274,7 +274,7 @@ class TrainedRows(GatheredRows):
             for number, table in enumerate(self._tables):
                 live = row_of(moved[table_of(moved) == number])
                 changes.set_attributes(table, rows=TableRows.of_live(table.rows.used, live))
-                self._clear_gradient(changes, table, row_of(ids[(numbers == number) & (moved != ids)]))
+                self._clear_rows(changes, table, row_of(ids[(numbers == number) & (moved != ids)]))
             changes.call(replace_ids, self._index, moved)
             self._moved(changes)
             changes.make()

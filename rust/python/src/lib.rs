@@ -56,13 +56,13 @@ mod _core {
     #[pymodule_export]
     use super::index_map::{IndexMap, NameIterator};
     #[pymodule_export]
-    use super::lock::Lock;
+    use super::lock::{Lock, Stay};
     #[pymodule_export]
     use super::modules::{all_kept, collect_parameters, walk_modules};
     #[pymodule_export]
     use super::one_step::in_one_step;
     #[pymodule_export]
-    use super::row::{sort_tensors, zero_row, zero_row_of_state};
+    use super::row::{sort_tensors, zero_row, zero_row_of_state, zero_rows};
     #[pymodule_export]
     use super::safetensors::{
         SafetensorsHeader, SafetensorsStack, safetensors_entries, safetensors_header, safetensors_shards,

@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 use std::ptr;
 
-use numpy::PyArray1;
+use numpy::{PyArray1, PyReadonlyArray1};
 use pdrs_core::strides::is_contiguous;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyFloat, PyInt, PyList};
@@ -153,68 +153,154 @@ impl<'a, 'py> RowValue<'a, 'py> {
 pub(crate) fn zero_row<'py>(tensors: &Bound<'py, PyList>, row: u64) -> PyResult<Bound<'py, PyList>> {
     let py = tensors.py();
     let torch = Torch::get(py)?;
-    let (left, zeroed) = (PyList::empty(py), PyList::empty(py));
-    let mut dims = Vec::with_capacity(8);
+    let left = PyList::empty(py);
+    let mut zeroed = ZeroedRow::new(row);
     for tensor in tensors {
-        let is_zeroed =
-            find_plain(torch, &tensor, &mut dims)?.is_some_and(|found| zero(torch, &tensor, &found, &dims, row));
-        if is_zeroed { &zeroed } else { &left }.append(tensor)?;
+        if !zeroed.add(torch, &tensor)? {
+            left.append(tensor)?;
+        }
     }
-    torch.increment_version(&zeroed)?;
+    zeroed.write(torch, py)?;
     Ok(left)
 }
 
 /// Sets a row of each tensor in a dictionary that has the shape of a table to zero, and passes over
 /// numbers, torch's and Python's.
 ///
-/// `false` if there is anything else, or a tensor that is to be left to torch: these are as they were.
+/// `false` if there is anything else, or a tensor that is to be left to torch: then nothing is done.
 #[pyfunction]
 pub(crate) fn zero_row_of_state(table: &Bound<'_, PyAny>, state: &Bound<'_, PyDict>, row: u64) -> PyResult<bool> {
     let py = table.py();
     let torch = Torch::get(py)?;
-    let (mut dims, mut shape) = (Vec::with_capacity(8), Vec::with_capacity(8));
-    let Some(like) = find_plain(torch, table, &mut shape)? else {
+    let mut zeroed = ZeroedRow::new(row);
+    let is_all = zeroed.add_state(torch, table, state)?;
+    if is_all {
+        zeroed.write(torch, py)?;
+    }
+    Ok(is_all)
+}
+
+/// A row that is to be set to zero in several tensors at once, when it has been seen that this is possible in all.
+pub(crate) struct ZeroedRow<'py> {
+    row: u64,
+    tensors: Vec<Bound<'py, PyAny>>,
+}
+
+impl<'py> ZeroedRow<'py> {
+    pub(crate) fn new(row: u64) -> Self {
+        Self { row, tensors: Vec::new() }
+    }
+
+    /// Adds a tensor; `false` if it is to be left to torch.
+    pub(crate) fn add(&mut self, torch: &Torch, tensor: &Bound<'py, PyAny>) -> PyResult<bool> {
+        let fits = RowMemory::find(torch, tensor)?.is_some_and(|rows| self.row < rows.count && rows.bytes <= LARGEST);
+        if fits {
+            self.tensors.push(tensor.clone());
+        }
+        Ok(fits)
+    }
+
+    /// Adds what an optimizer has for a table: tensors of its shape; numbers are passed over. `false` if there is
+    /// anything else, or a tensor that is to be left to torch.
+    pub(crate) fn add_state(
+        &mut self,
+        torch: &Torch,
+        table: &Bound<'py, PyAny>,
+        state: &Bound<'py, PyDict>,
+    ) -> PyResult<bool> {
+        let (mut dims, mut shape) = (Vec::with_capacity(8), Vec::with_capacity(8));
+        let Some(like) = find_plain(torch, table, &mut shape)? else {
+            return Ok(false);
+        };
+        shape.truncate(like.ndim);
+        // A list, because a dictionary must not change while it is gone through.
+        for value in state.values() {
+            let Some(found) = find_plain(torch, &value, &mut dims)? else {
+                if value.is_exact_instance_of::<PyFloat>() || value.is_exact_instance_of::<PyInt>() {
+                    continue;
+                }
+                return Ok(false);
+            };
+            if found.ndim > 0 && !(dims[..found.ndim] == shape && self.add(torch, &value)?) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Sets the row to zero; a tensor that has lost its memory or the row meanwhile is passed over.
+    pub(crate) fn write(&self, torch: &Torch, py: Python<'py>) -> PyResult<()> {
+        let counting = PyList::empty(py);
+        for tensor in &self.tensors {
+            let Some(rows) = RowMemory::find(torch, tensor)? else { continue };
+            if self.row < rows.count {
+                rows.zero(self.row);
+            }
+            if torch.counts_writes(tensor) {
+                counting.append(tensor)?;
+            }
+        }
+        torch.increment_version(&counting)
+    }
+}
+
+/// Sets rows of a tensor to zero; `false`, and nothing is done, if it is to be left to torch. Rows that it does not have
+/// are passed over.
+#[pyfunction]
+pub(crate) fn zero_rows(tensor: &Bound<'_, PyAny>, rows: PyReadonlyArray1<'_, i64>) -> PyResult<bool> {
+    let py = tensor.py();
+    let torch = Torch::get(py)?;
+    let Some(memory) = RowMemory::find(torch, tensor)? else {
         return Ok(false);
     };
-    shape.truncate(like.ndim);
-    let zeroed = PyList::empty(py);
-    let mut is_all = true;
-    // A list, because a dictionary must not change while it is gone through.
-    for value in state.values() {
-        let Some(found) = find_plain(torch, &value, &mut dims)? else {
-            is_all &= value.is_exact_instance_of::<PyFloat>() || value.is_exact_instance_of::<PyInt>();
-            continue;
-        };
-        if found.ndim == 0 {
-            continue;
+    let rows = rows.as_array();
+    for (at, row) in rows.iter().enumerate() {
+        if let Some(ahead) = rows.get(at + AHEAD).map(|row| row.cast_unsigned()).filter(|row| *row < memory.count) {
+            hint(memory.pointer + (ahead * memory.bytes) as usize);
         }
-        if dims[..found.ndim] == shape && zero(torch, &value, &found, &dims, row) {
-            zeroed.append(value)?;
-        } else {
-            is_all = false;
+        if row.cast_unsigned() < memory.count {
+            memory.zero(row.cast_unsigned());
         }
     }
-    torch.increment_version(&zeroed)?;
-    Ok(is_all)
+    if !rows.is_empty() && torch.counts_writes(tensor) {
+        torch.increment_version(&PyList::new(py, [tensor])?)?;
+    }
+    Ok(true)
+}
+
+/// Where the rows of a plain tensor lie that is contiguous and on the CPU.
+struct RowMemory {
+    pointer: usize,
+    count: u64,
+    bytes: u64,
+}
+
+impl RowMemory {
+    fn find(torch: &Torch, tensor: &Bound<'_, PyAny>) -> PyResult<Option<Self>> {
+        let mut dims = Vec::with_capacity(8);
+        let Some(found) = find_plain(torch, tensor, &mut dims)? else {
+            return Ok(None);
+        };
+        let (shape, strides) = dims.split_at(found.ndim);
+        let Some(count) = shape.first().map(|count| count.cast_unsigned()) else {
+            return Ok(None);
+        };
+        let is_usual = found.device.is_cpu() && is_contiguous(shape, strides);
+        let bytes = found.numel * found.itemsize / count.max(1);
+        Ok(is_usual.then_some(Self { pointer: found.pointer, count, bytes }))
+    }
+
+    fn zero(&self, row: u64) {
+        debug_assert!(row < self.count, "the tensor has the row");
+        // SAFETY: the tensor was found to be contiguous and to have the row, and nothing has run since that may change
+        // it; it is kept alive by who found it.
+        unsafe { ptr::write_bytes((self.pointer as *mut u8).add((row * self.bytes) as usize), 0, self.bytes as usize) };
+    }
 }
 
 fn find_plain(torch: &Torch, tensor: &Bound<'_, PyAny>, dims: &mut Vec<i64>) -> PyResult<Option<Found>> {
     dims.clear();
     Ok(if torch.is_plain(tensor) { torch.find(tensor, dims)?.ok() } else { None })
-}
-
-/// Sets a row of a tensor to zero. `false`, and nothing is done, if it is to be left to torch.
-fn zero(torch: &Torch, tensor: &Bound<'_, PyAny>, found: &Found, dims: &[i64], row: u64) -> bool {
-    let (shape, strides) = dims.split_at(found.ndim);
-    let length = shape.first().map_or(0, |length| length.cast_unsigned());
-    let bytes = found.numel * found.itemsize / length.max(1);
-    let usual = found.device.is_cpu() && is_contiguous(shape, strides) && torch.counts_writes(tensor);
-    if !usual || row >= length || bytes > LARGEST {
-        return false;
-    }
-    // SAFETY: the tensor is alive, on the CPU and contiguous, and the row lies in it. Nothing else runs meanwhile.
-    unsafe { ptr::write_bytes((found.pointer as *mut u8).add((row * bytes) as usize), 0, bytes as usize) };
-    true
 }
 
 /// What the tensors of one class have in common.

@@ -10,10 +10,11 @@ use pyo3::types::{PyDict, PyList, PyString};
 
 use crate::index_map::IndexMap;
 use crate::instance::attributes;
-use crate::lock::{Holding, Lock};
+use crate::lock::{Holding, Lock, one_step};
 use crate::name::{Name, to_text};
 use crate::names::to_names;
-use crate::row::{Fit, RowValue, copy_row};
+use crate::one_step::call_all;
+use crate::row::{Fit, RowValue, ZeroedRow, copy_row};
 use crate::table_rows::TableRows;
 use crate::tensor::Torch;
 
@@ -143,10 +144,12 @@ pub(crate) fn set_row(
         return Ok(false);
     }
     let state = attributes(stacked)?;
+    lock_of(&state)?.get().refuse_change()?;
+    let moves = moves_of(&state)?;
     let index = of_state(&state, intern!(py, "_index"))?.cast_into::<IndexMap>()?;
     let set = match index.get().find(name) {
-        Some(id) => replace_row(&state, id, &value, group)?,
-        None => insert_row(stacked, &state, index.get(), name, &value, group)?,
+        Some(id) => replace_row(&state, id, moves, &value, group)?,
+        None => insert_row(stacked, &state, index.get(), name, moves, &value, group)?,
     };
     if set {
         count(&state, intern!(py, "_inserts"))?;
@@ -154,14 +157,15 @@ pub(crate) fn set_row(
     Ok(set)
 }
 
-fn replace_row(state: &Bound<'_, PyDict>, id: i64, value: &RowValue<'_, '_>, group: i64) -> PyResult<bool> {
+fn replace_row(state: &Bound<'_, PyDict>, id: i64, moves: u64, value: &RowValue<'_, '_>, group: i64) -> PyResult<bool> {
     let torch = Torch::get(state.py())?;
     let (number, row) = place(id);
     let table = of_state(state, intern!(state.py(), "_tables"))?.cast::<PyList>()?.get_item(number)?;
     match parameter_of(state, &table)? {
         Some(parameter) if is_of_group(&table, group)? => {
             let fits = matches!(value.fits(torch, &parameter, false)?, Fit::Rows(_));
-            Ok(fits && value.write(torch, &parameter, row)?)
+            // Python code has run that may have moved the row.
+            one_step(state.py(), || Ok(fits && moves_of(state)? == moves && value.write(torch, &parameter, row)?))
         }
         _ => Ok(false),
     }
@@ -172,6 +176,7 @@ fn insert_row(
     state: &Bound<'_, PyDict>,
     index: &IndexMap,
     name: &Bound<'_, PyString>,
+    moves: u64,
     value: &RowValue<'_, '_>,
     group: i64,
 ) -> PyResult<bool> {
@@ -199,22 +204,23 @@ fn insert_row(
             && table.getattr(intern!(py, "frozen"))?.is_none()
             && torch.gradient(&parameter)?.is_none();
         if !is_bare {
-            if stacked.call_method1(intern!(py, "_make_ready"), (&table, row))?.is_truthy()? {
-                return Ok(false); // there is more to do when the row has its value
-            }
-            // Python code has run that may have changed the table, or inserted the name.
-            let fits = matches!(value.fits(torch, &parameter, true)?, Fit::Rows(_));
-            let is_next = rows.get().peek(py, capacity).is_some_and(|(next, _)| next == row);
-            if !fits || !is_next || index.find(name).is_some() {
+            // If there is more to do when the row has its value, Python does all of it.
+            let is_all = !stacked.call_method1(intern!(py, "_make_ready"), (&table, row))?.is_truthy()?;
+            if !is_all || !matches!(value.fits(torch, &parameter, true)?, Fit::Rows(_)) {
                 return Ok(false);
             }
         }
-        if !value.write(torch, &parameter, row)? {
-            return Ok(false);
-        }
-        index.set(py, Name::new(name.clone()), ((number as u64) << ROW_BITS | row).cast_signed())?;
-        rows.get().take(py, 1);
-        return Ok(true);
+        return one_step(py, || {
+            // Python code has run that may have moved rows, given this one, or inserted the name.
+            let is_next =
+                moves_of(state)? == moves && rows.get().peek(py, capacity).is_some_and(|(next, _)| next == row);
+            if !is_next || index.find(name).is_some() || !value.write(torch, &parameter, row)? {
+                return Ok(false);
+            }
+            index.set(py, Name::new(name.clone()), ((number as u64) << ROW_BITS | row).cast_signed())?;
+            rows.get().take(py, 1);
+            Ok(true)
+        });
     }
     Ok(false)
 }
@@ -231,11 +237,17 @@ pub(crate) fn pop_row<'py>(
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
     let name = to_text(name)?;
     let state = attributes(stacked)?;
-    let _lock = held(&state)?;
+    let lock = held(&state)?;
+    lock.lock().refuse_change()?;
     let index = of_state(&state, intern!(state.py(), "_index"))?.cast_into::<IndexMap>()?;
-    match index.get().find(&name) {
-        Some(id) => take_row(stacked, &state, id, || index.get().discard(&name)).map(Some),
-        None => Ok(None),
+    loop {
+        let moves = moves_of(&state)?;
+        let Some(id) = index.get().find(&name) else {
+            return Ok(None);
+        };
+        if let Some(row) = take_row(stacked, &state, id, moves, || index.get().discard(&name))? {
+            return Ok(Some(row));
+        }
     }
 }
 
@@ -247,26 +259,32 @@ pub(crate) fn pop_end_row<'py>(
 ) -> PyResult<Option<(Bound<'py, PyString>, Bound<'py, PyAny>)>> {
     let py = stacked.py();
     let state = attributes(stacked)?;
-    let _lock = held(&state)?;
+    let lock = held(&state)?;
+    lock.lock().refuse_change()?;
     let index = of_state(&state, intern!(py, "_index"))?.cast_into::<IndexMap>()?;
-    let Some((name, id)) = index.get().end_entry(py, last) else {
-        return Ok(None);
-    };
-    let name = name.into_text(py);
-    let row = take_row(stacked, &state, id, || index.get().discard_end(py, &name, last))?;
-    Ok(Some((name, row)))
+    loop {
+        let moves = moves_of(&state)?;
+        let Some((name, id)) = index.get().end_entry(py, last) else {
+            return Ok(None);
+        };
+        let name = name.into_text(py);
+        if let Some(row) = take_row(stacked, &state, id, moves, || index.get().discard_end(py, &name, last))? {
+            return Ok(Some((name, row)));
+        }
+    }
 }
 
-/// Copies the row of an id, has its name removed, takes the row back, and gives the copy: if that cannot be made, for
-/// want of memory, the name stays.
+/// Copies the row of an id, removes its name, clears the row and all that belongs to it, takes it back, and gives the
+/// copy: all of this, or, if something fails, nothing. `None` if there were other changes meanwhile.
 ///
-/// What is unusual is left to Python: a copy that torch must make, and the gradient of the row, if the table has one.
+/// What is unusual is left to Python: a copy that torch must make, and what is cleared in other ways than by zeros.
 fn take_row<'py>(
     stacked: &Bound<'py, PyAny>,
     state: &Bound<'py, PyDict>,
     id: i64,
+    moves: u64,
     remove: impl FnOnce() -> bool,
-) -> PyResult<Bound<'py, PyAny>> {
+) -> PyResult<Option<Bound<'py, PyAny>>> {
     let py = state.py();
     let torch = Torch::get(py)?;
     let (number, row) = place(id);
@@ -280,25 +298,85 @@ fn take_row<'py>(
         Some(copied) => copied,
         None => stacked.call_method1(intern!(py, "_copy_of_row"), (&table, row))?,
     };
-    // A tensor that is no Parameter may have no gradient of its own, and warn who asks.
-    let has_none = match parameter.as_ref().filter(|parameter| torch.is_parameter(parameter)) {
-        Some(parameter) => torch.gradient(parameter)?.is_none(),
+    let mut zeroed = ZeroedRow::new(row);
+    let is_usual = match &parameter {
+        Some(parameter) => add_all(torch, stacked, state, &table, parameter, &mut zeroed)?,
         None => false,
     };
-    if remove() {
-        table.getattr(intern!(py, "rows"))?.cast::<TableRows>()?.get().give_back(py, row);
-        count(state, intern!(py, "_moves"))?;
-        if !has_none {
-            stacked.call_method1(intern!(py, "_clear_gradient_of"), (&table, row))?;
+    // Kept until all is done, with what it replaces.
+    let changes = if is_usual { None } else { Some(stacked.call_method1(intern!(py, "_clearing"), (&table, row))?) };
+    let calls: Vec<_> = match &changes {
+        Some(changes) => changes.getattr(intern!(py, "calls"))?.cast::<PyList>()?.iter().collect(),
+        None => Vec::new(),
+    };
+    let rows = table.getattr(intern!(py, "rows"))?.cast_into::<TableRows>()?;
+    let mut given = Vec::with_capacity(calls.len());
+    let is_taken = one_step(py, || {
+        if moves_of(state)? != moves {
+            return Ok(false);
+        }
+        call_all(&calls, &mut given)?;
+        if !remove() {
+            return Ok(false);
+        }
+        rows.get().give_back(py, row);
+        state.set_item(intern!(py, "_moves"), moves + 1)?;
+        if changes.is_none() {
+            zeroed.write(torch, py)?;
+        }
+        PyResult::Ok(true)
+    })?;
+    Ok(is_taken.then_some(copied))
+}
+
+/// Adds all tensors in which a row of a table is to be zero when its name is gone; `false` if something else is to be
+/// done.
+fn add_all<'py>(
+    torch: &Torch,
+    stacked: &Bound<'py, PyAny>,
+    state: &Bound<'py, PyDict>,
+    table: &Bound<'py, PyAny>,
+    parameter: &Bound<'py, PyAny>,
+    zeroed: &mut ZeroedRow<'py>,
+) -> PyResult<bool> {
+    let py = state.py();
+    let mask = table.getattr(intern!(py, "frozen"))?;
+    // A tensor that is no Parameter may have no gradient of its own, and warn who asks.
+    let is_usual = torch.is_parameter(parameter)
+        && table.getattr(intern!(py, "lent"))?.is_none()
+        && zeroed.add(torch, parameter)?
+        && (mask.is_none() || zeroed.add(torch, &mask)?);
+    if !is_usual {
+        return Ok(false);
+    }
+    let gradient = torch.gradient(parameter)?;
+    if !gradient.is_none() && !zeroed.add(torch, &gradient)? {
+        return Ok(false);
+    }
+    if of_state(state, intern!(py, "_optimizers"))?.is_empty()? {
+        return Ok(true);
+    }
+    let states = stacked.call_method1(intern!(py, "_states_of_zeros"), (parameter,))?;
+    let Ok(states) = states.cast_into::<PyList>() else {
+        return Ok(false);
+    };
+    for of_optimizer in states {
+        if !zeroed.add_state(torch, parameter, of_optimizer.cast::<PyDict>()?)? {
+            return Ok(false);
         }
     }
-    Ok(copied)
+    Ok(true)
 }
 
 /// The number of the table and the row that an id names.
 fn place(id: i64) -> (usize, u64) {
     let id = id.cast_unsigned();
     ((id >> ROW_BITS) as usize, id & ((1 << ROW_BITS) - 1))
+}
+
+/// How often rows of names have moved or come back.
+fn moves_of(state: &Bound<'_, PyDict>) -> PyResult<u64> {
+    of_state(state, intern!(state.py(), "_moves"))?.extract()
 }
 
 /// Adds one to a number that counts changes.
@@ -313,7 +391,11 @@ fn parameter_of<'py>(state: &Bound<'py, PyDict>, table: &Bound<'py, PyAny>) -> P
 }
 
 fn held<'py>(state: &Bound<'py, PyDict>) -> PyResult<Holding<'py>> {
-    Lock::hold(of_state(state, intern!(state.py(), "_lock"))?.cast_into()?)
+    Lock::hold(lock_of(state)?)
+}
+
+fn lock_of<'py>(state: &Bound<'py, PyDict>) -> PyResult<Bound<'py, Lock>> {
+    Ok(of_state(state, intern!(state.py(), "_lock"))?.cast_into()?)
 }
 
 fn of_state<'py>(state: &Bound<'py, PyDict>, name: &Bound<'py, PyString>) -> PyResult<Bound<'py, PyAny>> {

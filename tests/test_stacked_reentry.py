@@ -1,0 +1,210 @@
+"""What runs in the middle of a method of a StackedParameterDict, on the same thread, and uses the same dictionary.
+
+The bugs that this hunts: a finalizer, a callback or a hook that finds names and rows at odds, or changes them under a
+change that has been planned already: two names of one row, a name that is lost, a row of another name; a collector that
+is off after `gc.disable()` and `gc.enable()` of other threads; a read that is refused though nothing is half-way.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import pdrs
+from pdrs._stacked import named_rows, tables
+
+SD = pdrs.StackedParameterDict
+
+
+def numbered(count: int = 4) -> SD:
+    return SD.from_rows([f"k{at}" for at in range(count)], torch.arange(2.0 * count).reshape(count, 2))
+
+
+def fits(sd: SD) -> None:
+    """Fail if names do not have rows of their own, or the numbers that they began with."""
+    ids = sd._index.rows().tolist()
+    assert len(set(ids)) == len(sd) == sum(len(table.rows) for table in sd._tables)
+    for name, row in sd.items():
+        if name.startswith("k"):
+            number = 2.0 * int(name[1:])
+            assert row.tolist() == [number, number + 1], name
+
+
+READS: dict[str, Callable[[SD], Any]] = {
+    "getitem": lambda sd: sd["k0"].tolist(),
+    "get": lambda sd: sd.get("k0"),
+    "in": lambda sd: "k0" in sd,
+    "items": lambda sd: [(name, row.tolist()) for name, row in sd.items()],
+    "gather rows": lambda sd: sd.gather(["k0", "k2"]),
+    "rows": lambda sd: sd.rows(["k0"]),
+    "state_dict": lambda sd: sd.state_dict(),
+    "named_state_dict": lambda sd: sd.named_state_dict(),
+    "norms": lambda sd: sd.norms(),
+    "repr": repr,
+    "copy": lambda sd: sd.copy(),
+}
+CHANGES: dict[str, Callable[[SD], Any]] = {
+    "set": lambda sd: sd.__setitem__("x", torch.ones(2)),
+    "set an old one": lambda sd: sd.__setitem__("k1", sd["k1"].detach().clone()),
+    "set of another shape": lambda sd: sd.__setitem__("x", torch.ones(3)),
+    "update": lambda sd: sd.update({"x": torch.ones(2)}),
+    "setdefault": lambda sd: sd.setdefault("x", torch.ones(2)),
+    "del": lambda sd: sd.__delitem__("k1"),
+    "pop": lambda sd: sd.pop("k1"),
+    "popitem": lambda sd: sd.popitem(),
+    "drop": lambda sd: sd.drop(["k1"]),
+    "clear": lambda sd: sd.clear(),
+    "insert": lambda sd: sd.gather(["x"], missing="insert"),
+    "scatter": lambda sd: sd.scatter_(["k1"], sd["k1"].detach().clone()[None]),
+    "reserve": lambda sd: sd.reserve(9),
+    "compact": lambda sd: sd.compact(),
+    "freeze": lambda sd: sd.freeze(["k1"]),
+    "unfreeze": lambda sd: sd.unfreeze(),
+    "groups": lambda sd: sd.optimizer_groups(by={"k1": {}}),
+    "load": lambda sd: sd.load_state_dict(numbered(5).state_dict()),
+    "load named": lambda sd: sd.load_state_dict(numbered(4).named_state_dict()),
+    "move": lambda sd: sd.double(),
+    "attach": lambda sd: sd.attach(torch.optim.SGD(sd.parameters())),
+}
+
+
+ALL = READS | CHANGES
+
+
+@pytest.mark.parametrize("read", READS)
+def test_init_may_read_the_dictionary(read: str) -> None:
+    sd, seen = numbered(), []
+    sd.gather(["new"], missing="insert", init=lambda _: seen.append(READS[read](sd)))
+    assert len(seen) == 1
+    assert list(sd) == ["k0", "k1", "k2", "k3", "new"]
+    fits(sd)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_init_cannot_change_the_dictionary(change: str) -> None:
+    sd = numbered()
+    with pytest.raises(RuntimeError, match="the dictionary is being changed"):
+        sd.gather(["new"], missing="insert", init=lambda _: CHANGES[change](sd))
+    assert list(sd) == ["k0", "k1", "k2", "k3"]
+    fits(sd)
+    CHANGES[change](sd)  # afterwards it can be changed
+
+
+@pytest.mark.parametrize("use", sorted(ALL.keys() - {"in"}))  # which asks one thing, and is always answered
+def test_a_finalizer_in_the_middle_of_a_step_gets_an_error_and_the_change_is_made(
+    use: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sd, errors = numbered(), []
+
+    def intrude() -> None:
+        try:
+            ALL[use](sd)
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    insert = named_rows.insert_ids
+
+    # Where the index has the names, and the table has not given their rows yet: as a finalizer may come there.
+    class Intruding(named_rows.Changes):
+        def call(self, function: Any, *arguments: Any) -> None:
+            super().call(function, *arguments)
+            if function is insert:
+                self.calls.append(intrude)
+
+    monkeypatch.setattr(named_rows, "Changes", Intruding)
+    sd.update({"new": torch.ones(2), "newer": torch.ones(2)})
+    assert len(errors) == 1
+    assert "the dictionary is being changed" in errors[0]
+    assert list(sd) == ["k0", "k1", "k2", "k3", "new", "newer"]
+    monkeypatch.undo()
+    fits(sd)
+
+
+class Cycle:
+    """What only the garbage collector frees, and what it does then."""
+
+    def __init__(self, last_words: Callable[[], object]) -> None:
+        self.itself, self.last_words = self, last_words
+
+    def __del__(self) -> None:
+        self.last_words()
+
+
+@pytest.fixture
+def collecting(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Give what finalizers raise, and let the collector come as often as it can."""
+    refused: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda what: refused.append(what.exc_value))
+    thresholds, enabled = gc.get_threshold(), gc.isenabled()
+    gc.collect(0)
+    gc.freeze()
+    try:
+        yield refused
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*thresholds)
+        (gc.enable if enabled else gc.disable)()
+
+
+@pytest.mark.parametrize("last_words", ["compact", "pop", "set", "groups", "load"])
+@pytest.mark.parametrize("use", ["getitem", "gather rows", "items", "set", "set an old one", "pop", "drop"])
+def test_whenever_the_collector_comes_names_have_their_rows(use: str, last_words: str, collecting: list[Any]) -> None:
+    before = {"pop": lambda sd: sd.pop("k7", None)}.get(last_words, CHANGES[last_words])
+    for tracked in range(1, 30, 2):
+        gc.disable()
+        sd = numbered(8)
+        sd.pop("k0" if use not in ("getitem", "gather rows") else "k4")
+        Cycle(lambda sd=sd: before(sd))
+        gc.set_threshold(tracked, 1000, 1000)
+        gc.enable()
+        found = []
+        try:
+            found = ALL[use](sd)
+        except RuntimeError as error:
+            if use != "items" or "during iteration" not in str(error):  # as that of any dict
+                raise
+        gc.disable()
+        gc.collect()
+        if use == "getitem":
+            assert found == [0.0, 1.0]
+        elif use == "gather rows":
+            assert found.tolist() == [[0.0, 1.0], [4.0, 5.0]]
+        elif use == "items":
+            assert all(row == [2.0 * int(name[1:]), 2.0 * int(name[1:]) + 1] for name, row in found if name[0] == "k")
+        fits(sd)
+    assert all("the dictionary is being changed" in str(error) for error in collecting), collecting
+
+
+def test_a_finalizer_that_pops_while_names_are_read_is_heard(collecting: list[Any]) -> None:
+    sd = numbered(200)
+    gc.set_threshold(7, 1000, 1000)
+    gc.enable()
+    for at in range(100):
+        Cycle(lambda name=f"k{at}": sd.pop(name))
+        sd["k150"], sd.gather(["k151", "k152"]), sd.get("k153")
+    gc.collect()
+    assert collecting == []
+    assert len(sd) == 100
+
+
+def test_a_row_that_moves_while_it_is_looked_up_is_looked_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    sd, once = numbered(8), []
+    sd.drop(["k0", "k1"])
+    parameter = tables.Tables._parameter
+
+    def compacting(self: SD, table: Any) -> Tensor:
+        if not once:
+            once.append(None)
+            sd.compact()
+        return parameter(self, table)
+
+    monkeypatch.setattr(tables.Tables, "_parameter", compacting)
+    assert sd["k7"].tolist() == [14.0, 15.0]
+    once.clear()
+    assert sd.gather(["k7", "k2"]).tolist() == [[14.0, 15.0], [4.0, 5.0]]
