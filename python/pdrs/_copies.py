@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import copyreg
+import operator
 import os
 import threading
 from collections.abc import Iterator
@@ -58,6 +59,14 @@ def deep_copy(module: ParameterDict, memo: dict[int, Any]) -> Any:
         reduced: _Reduced = (object.__new__, (type(module),), module.__dict__)
     else:
         reduced, parameters = _unpacked(module.__reduce_ex__(4))
+    state = _state_of(reduced)
+    if state is not None and type(parameters) is dict and state.get("_parameters") is parameters:
+        if id(parameters) not in memo:
+            # At one time, whatever another thread does: Python looks after no other thread between the two.
+            keys, parameters = map(operator.methodcaller("copy"), (state["_keys"], parameters))
+            memo[id(keys)] = keys  # which is a copy already
+            memo.setdefault(id(memo), []).append(keys)
+            reduced = (*reduced[:2], {**state, "_keys": keys, "_parameters": parameters}, *reduced[3:])
     return deep_copy_reduced(module, reduced, memo, parameters)
 
 

@@ -37,8 +37,10 @@ def _gives_its_own(parameters: Any) -> TypeGuard[ParameterDict]:
 
 def columns(parameters: Iterable[Any]) -> tuple[list[Any], list[Any]]:
     """Give names and values in the order in which to insert them."""
-    if type(parameters) is OrderedDict:
-        return list(parameters), list(parameters.values())
+    # Names and values at one time, whatever another thread does.
+    if _gives_its_own(parameters) and in_step(parameters._keys, parameters._parameters):
+        entries = parameters._parameters.copy()
+        return list(entries), list(entries.values())
     if type(parameters) is dict:
         names = sorted(parameters)
         return names, list(map(parameters.__getitem__, names))

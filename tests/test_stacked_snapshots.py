@@ -1,0 +1,277 @@
+"""What is read of a StackedParameterDict while another thread changes it: names and rows fit together.
+
+The bugs that this hunts: tables that are read first and names later, or the other way round; a state dict, kept to be
+written by another thread, whose rows get new names before they are written; a pickle of names and tables of different
+times. No test depends on luck: the change comes where the reader is stopped.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import pdrs
+from pdrs._core import IndexMap
+from pdrs._stacked import tables
+from pdrs._stacked.packed_names import unpack
+
+SD = pdrs.StackedParameterDict
+NAMES = [f"n{at}" for at in range(20)]
+
+
+def numbered() -> SD:
+    return SD({name: torch.full((3,), float(name[1:])) for name in NAMES})
+
+
+def shuffle(sd: SD) -> None:
+    """Let rows be freed, get other names, move and grow."""
+    sd.drop(NAMES[:10])
+    for name in reversed(NAMES[:10]):
+        sd[name] = torch.full((3,), float(name[1:]))
+    sd.pop("n15")
+    sd["n15"] = torch.full((3,), 15.0)
+    sd.drop(["n0", "n7"])
+    sd.compact()
+    sd.update([(name, torch.full((3,), float(name[1:]))) for name in ("n7", "n0", "n99")])
+
+
+def fits(named: Mapping[str, Tensor]) -> bool:
+    assert len(named) >= len(NAMES)
+    return all(value.tolist() == [float(name[1:])] * 3 for name, value in named.items())
+
+
+def by_torch(state: Any) -> dict[str, Tensor]:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    loaded = SD()
+    loaded.load_state_dict(torch.load(buffer, weights_only=True))
+    return loaded.named_state_dict()
+
+
+KEPT: dict[str, Callable[[SD], Callable[[], Mapping[str, Tensor]]]] = {
+    "state_dict": lambda sd: lambda state=sd.state_dict(): by_torch(state),
+    "state_dict of a module": lambda sd: (
+        lambda state=torch.nn.ModuleDict({"w": sd}).state_dict(): by_torch(
+            {key.removeprefix("w."): value for key, value in state.items()}
+        )
+    ),
+    "named_state_dict": lambda sd: lambda state=sd.named_state_dict(): state,
+    "views of a state dict": lambda sd: (
+        lambda state={key: value.view(-1) for key, value in sd.state_dict().items()}: by_torch(
+            {key: value if key == "_extra_state" else value.view(-1, 3) for key, value in state.items()}
+        )
+    ),
+    "detached rows": lambda sd: lambda columns=sd._detached(): dict(zip(*columns, strict=True)),
+}
+
+
+@pytest.mark.parametrize("change", [shuffle, SD.clear, lambda sd: [sd.popitem() for _ in range(20)]])
+@pytest.mark.parametrize("kept", KEPT)
+def test_what_is_kept_to_be_written_later_keeps_the_rows_of_its_names(kept: str, change: Callable[[SD], Any]) -> None:
+    sd = numbered()
+    read = KEPT[kept](sd)
+    change(sd)
+    assert fits(read())
+    if change is shuffle:
+        assert fits(sd.named_state_dict())
+
+
+def test_a_table_is_copied_once_for_a_state_dict_and_only_while_it_is_kept() -> None:
+    sd = numbered()
+    optimizer = torch.optim.Adam(sd.parameters())
+    sd.attach(optimizer)
+    sd.gather(NAMES).sum().backward()
+    gradient, address = sd.table((3,)).grad, sd.table((3,)).data_ptr()
+    sd.state_dict()
+    sd.pop("n0")
+    assert sd.table((3,)).data_ptr() == address, "nobody has kept it"
+    kept = sd.state_dict()
+    with torch.no_grad():
+        sd["n5"].fill_(-1)
+    assert (kept["float32_3"] == -1).any(), "until a name goes, a state dict has the memory of the table, as torch's"
+    sd["new"] = torch.zeros(3)
+    assert sd.table((3,)).data_ptr() == address
+    sd.pop("n1")
+    moved = sd.table((3,)).data_ptr()
+    assert moved != address
+    assert sd.table((3,)).grad is gradient
+    sd.pop("n2")
+    assert sd.table((3,)).data_ptr() == moved
+    sd["n3"] = torch.ones(5)
+    assert kept["float32_3"].data_ptr() == address
+    optimizer.step()
+
+
+def in_thread(act: Callable[[], object]) -> threading.Thread:
+    thread = threading.Thread(target=act)
+    thread.start()
+    thread.join(0.05)  # it goes on if it is let
+    return thread
+
+
+def stopped_at_each_step(
+    read: Callable[[SD], Mapping[str, Tensor]], change: Callable[[SD], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read a dictionary again and again, each time with a change by another thread at another look at a table."""
+    stop = 0
+    while True:
+        sd, looks, threads = numbered(), 0, []
+        parameter = tables.Tables._parameter
+
+        def look(self: SD, table: Any) -> Tensor:
+            nonlocal looks
+            looks += 1
+            found = parameter(self, table)
+            if looks == stop + 1 and threading.current_thread() is threading.main_thread():
+                threads.append(in_thread(lambda: change(sd)))
+            return found
+
+        with monkeypatch.context() as patched:
+            patched.setattr(tables.Tables, "_parameter", look)
+            try:
+                found = read(sd)
+            finally:
+                patched.setattr(tables.Tables, "_parameter", parameter)
+                for thread in threads:
+                    thread.join()
+        assert fits(found), f"at look {stop}"
+        assert fits(sd.named_state_dict())
+        if not threads:
+            assert stop > 0
+            return
+        stop += 1
+
+
+def saved(sd: SD, folder: Path, layout: Any = "archive") -> Mapping[str, Tensor]:
+    pdrs.save(torch.nn.ModuleDict({"w": sd}), folder / "file", layout=layout)
+    return pdrs.open(folder / "file", prefix="w.").named_state_dict()
+
+
+READS: dict[str, Callable[[SD, Path], Mapping[str, Tensor]]] = {
+    "torch.save of a state dict": lambda sd, _: by_torch(sd.state_dict()),
+    "torch.save of the module": lambda sd, _: pickled(sd, lambda one, file: torch.save(one, file)).named_state_dict(),
+    "pdrs.save": saved,
+    "pdrs.save by name": lambda sd, folder: saved(sd, folder, "named"),
+    "copy": lambda sd, _: sd.copy().named_state_dict(),
+    "deepcopy": lambda sd, _: copy.deepcopy(torch.nn.ModuleList([sd]))[0].named_state_dict(),
+    "or": lambda sd, _: (sd | SD()).named_state_dict(),
+    "ror": lambda sd, _: {} | sd.named_state_dict(),
+    "constructor": lambda sd, _: SD(sd).named_state_dict(),
+    "update": lambda sd, _: updated(sd).named_state_dict(),
+    "named_state_dict": lambda sd, _: sd.named_state_dict(),
+    "unstack": lambda sd, _: dict(sd.unstack().items()),
+    "pickle": lambda sd, _: pickle.loads(pickle.dumps(sd)).named_state_dict(),
+}
+
+
+def pickled(sd: SD, write: Callable[[SD, io.BytesIO], None]) -> SD:
+    buffer = io.BytesIO()
+    write(sd, buffer)
+    buffer.seek(0)
+    loaded: SD = torch.load(buffer, weights_only=False)
+    return loaded
+
+
+def updated(sd: SD) -> SD:
+    made = SD()
+    made.update(sd)
+    return made
+
+
+@pytest.mark.parametrize("read", READS)
+def test_names_and_rows_are_read_as_they_are_at_one_time(
+    read: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped_at_each_step(lambda sd: READS[read](sd, tmp_path), shuffle, monkeypatch)
+
+
+@pytest.mark.parametrize("save", [pickle.dumps, lambda sd: torch.save(sd, io.BytesIO())], ids=["pickle", "torch.save"])
+def test_a_pickle_of_tables_that_have_moved_meanwhile_is_refused(save: Callable[[Any], Any]) -> None:
+    sd = numbered()
+
+    class Compacting:
+        def __reduce__(self) -> Any:
+            shuffle(sd)
+            return tuple, ()
+
+    sd.__dict__.update({"training": Compacting()})  # which is pickled before the tables
+    sd.__dict__.update({"_parameters": sd.__dict__.pop("_parameters")})
+    with pytest.raises(RuntimeError, match=r"another thread has changed the dictionary while it was pickled"):
+        save(sd)
+
+
+def test_a_pickle_may_have_the_optimizer_and_handles_of_a_dictionary_too() -> None:
+    sd = numbered()
+    optimizer, handle = torch.optim.Adam(sd.parameters()), sd.handle(["n3", "n1"])
+    loaded, of, held = pickle.loads(pickle.dumps((sd, optimizer, handle)))
+    assert of.param_groups[0]["params"][0] is loaded.table((3,))
+    assert loaded.gather(held).tolist() == [[3.0] * 3, [1.0] * 3]
+    loaded.freeze(["n3"])
+    loaded.gather(held).sum().backward()
+    assert loaded.table((3,)).grad[3].tolist() == [0.0] * 3
+
+
+def test_rows_that_move_while_they_are_iterated_over_are_looked_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    for view in (SD.items, SD.values):
+        sd, seen = numbered(), []
+        sd.drop(["n0", "n1"])
+        parameter = tables.Tables._parameter
+
+        def look(self: SD, table: Any) -> Tensor:
+            monkeypatch.undo()
+            thread = threading.Thread(target=sd.compact)
+            thread.start()
+            thread.join()
+            return parameter(self, table)
+
+        monkeypatch.setattr(tables.Tables, "_parameter", look)
+        for one in view(sd):
+            seen.append(one[1].tolist() if isinstance(one, tuple) else one.tolist())
+        assert sorted(seen) == [[float(at)] * 3 for at in range(2, 20)]
+
+
+def test_extra_state_is_that_of_the_tables_beside_it() -> None:
+    sd = numbered()
+    state = sd.state_dict()
+    shuffle(sd)
+    index, ids, header = unpack(state["_extra_state"])
+    assert isinstance(index, IndexMap)
+    assert header.tables[0].used == len(ids) == len(state["float32_3"]) == 20
+
+
+@pytest.mark.parametrize("read", [pdrs.ParameterDict.copy, pdrs.ParameterDict.stack, copy.deepcopy])
+def test_a_parameter_dict_is_read_as_it_is_at_one_time(
+    read: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pd = pdrs.ParameterDict((name, torch.full((3,), float(name[1:]))) for name in NAMES)
+    values, make = pdrs.ParameterDict.values, copy.deepcopy
+
+    def change() -> None:
+        pd["n0"] = pd.pop("n0")
+
+    def changed_values(self: Any) -> Any:
+        change()
+        return values(self)
+
+    def changed_copy(of: Any, memo: Any = None) -> Any:
+        if isinstance(of, IndexMap):
+            pd.pop("n1")
+        return make(of, memo)
+
+    change()
+    monkeypatch.setattr(pdrs.ParameterDict, "values", changed_values)
+    monkeypatch.setattr(copy, "deepcopy", changed_copy)
+    made = read(pd)
+    monkeypatch.undo()
+    assert list(made.keys()) == [*NAMES[1:], "n0"]
+    assert fits(dict(made.items()))
