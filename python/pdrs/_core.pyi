@@ -43,6 +43,7 @@ __all__ = [
     "insert_ids",
     "is_own",
     "load_matching",
+    "map_over",
     "missing_names",
     "names_behind",
     "not_copied_yet",
@@ -660,6 +661,9 @@ def in_one_step(calls: list[Callable[[], object]]) -> None:
     """Call functions written in C, in order, up to the first that fails; no signal is looked at between them."""
 
 def insert_ids(index: IndexMap, names: Iterable[str], ids: NDArray[np.int64]) -> None: ...
+def map_over(memory: Any, file: int, offset: int, length: int) -> None:
+    """Map bytes of a file over the beginning of anonymous private memory; the rest stays zero. Unix only."""
+
 def missing_names(index: IndexMap, names: Iterable[str]) -> list[str]: ...
 def names_behind(index: IndexMap, ids: NDArray[np.int64], beginning: str) -> tuple[IndexMap, NDArray[np.int64]]: ...
 def remove_names(index: IndexMap, names: Iterable[str]) -> NDArray[np.int64]: ...

@@ -378,9 +378,10 @@ def _state_for(module: Module, checkpoint: Checkpoint) -> tuple[dict[str, Tensor
         if isinstance(target, ParameterDict) and not (sees_names and len(target)):
             given[prefix] = saved
         elif isinstance(target, StackedParameterDict) and not _needs_names(target, saved, sees_names):
-            for table in saved.header.tables:
-                saved.table(table)  # Names and tables must agree before anything is changed.
-            state.update((name, checkpoint.tensor(name)) for name in saved.members())
+            # Names and tables must agree before anything is changed.
+            tables = {prefix + table.attribute: saved.table(table) for table in saved.header.tables}
+            own = {prefix + table.attribute for table in saved.header.tables if table.slab is None}
+            state.update((name, tables[name] if name in own else checkpoint.tensor(name)) for name in saved.members())
         else:
             state.update(saved.state(prefix))
     state.update(checkpoint.tensors([name for name in checkpoint.names if name not in members]))

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pdrs._checkpoint.archive_sources import EXTRA_STATE, Collected, Source
+from pdrs._checkpoint.archive_sources import EXTRA_STATE, SPARE, Collected, Source
 from pdrs._checkpoint.tensor_file import (
     CODES,
     STEP,
@@ -31,6 +31,7 @@ from pdrs._checkpoint.tensor_file import (
     write_tensors,
 )
 from pdrs._core import IndexMap, apply_names, changed_rows, crc32, diff_names
+from pdrs._memory import full
 from pdrs._stacked.packed_names import bytes_of, is_packed
 
 __all__ = ["Archive", "write_archive"]
@@ -81,6 +82,7 @@ class Archive:
         self.previous: Archive | None = None
         self.sums: dict[str, str] = {}
         self.dictionaries: dict[str, str] = {}
+        self.capacities: dict[str, int] = {}
         self.id: str | None = None
         self._sum_of_texts: Any = None
         self._how: dict[str, tuple[str, tuple[int, ...], str]] = {}
@@ -101,6 +103,7 @@ class Archive:
             self.sums = {str(name): str(value) for name, value in fields["sums"].items()}
             self.dictionaries = {str(prefix): str(name) for prefix, name in fields["dictionaries"].items()}
             self._sum_of_texts = fields.get("texts")
+            self.capacities = {str(name): int(rows) for name, rows in fields.get("capacities", {}).items()}
             since = fields.get("since")
             if since is not None:
                 name, wanted = str(since["file"]), str(since["id"])
@@ -184,6 +187,22 @@ class Archive:
     def load(self, name: str) -> Tensor:
         """Return a tensor of its own that lies in memory."""
         return self._tensor(name, self.file.load, Archive.load)
+
+    def table(self, name: str, *, loads: bool) -> Tensor:
+        """Return a tensor as :meth:`tensor` or :meth:`load` do, with the rows of zeros that are not in the file."""
+        shape = self.shape(name)
+        rows = self.capacities.get(name)
+        if rows is None:
+            return self.load(name) if loads else self.tensor(name)
+        if not shape or not shape[0] < rows <= SPARE * shape[0]:
+            raise self.error(f"the tensor {name!r} of the shape {list(shape)} cannot be of a table of {rows} rows")
+        if not self._how and name not in self._verified:
+            made: Tensor = self._in_file(name, lambda one: self.file.table(one, rows, loads=loads))
+            return made
+        stored = self.load(name) if loads else self.tensor(name)
+        made = full((rows, *shape[1:]), 0, dtype=stored.dtype)
+        made[: len(stored)] = stored
+        return made
 
     def _tensor(
         self, name: str, in_file: Callable[[str], Tensor], in_archive: Callable[[Archive, str], Tensor]
@@ -375,6 +394,8 @@ def write_archive(
         "texts": _sum_of_texts(texts),
         "sums": sums,
     }
+    if collected.capacities:
+        fields["capacities"] = collected.capacities
     tensors: list[NewTensor] = []
     if since is None:
         tensors += [

@@ -23,13 +23,13 @@ from pdrs._checkpoint.hooks import collecting
 from pdrs._checkpoint.tensor_file import BLOCK, CODES
 from pdrs._core import IndexMap, group_tensors, in_step, sort_tensors
 from pdrs._stacked.named_rows import id_of
-from pdrs._stacked.packed_names import Header, Slab, TableHeader, is_packed, pack, unpack
+from pdrs._stacked.packed_names import Header, Slab, TableHeader, is_packed, pack, unpack, used_rows
 from pdrs._stacked.row_blocks import copy_in_pieces
 from pdrs._stacked.tables import Kind
 from pdrs._staging import download
 from pdrs.parameter_dict import ParameterDict
 
-__all__ = ["EXTRA_STATE", "Collected", "Source", "collect", "sorted_parameters"]
+__all__ = ["EXTRA_STATE", "SPARE", "Collected", "Source", "collect", "sorted_parameters"]
 
 EXTRA_STATE = "_extra_state"
 
@@ -40,6 +40,8 @@ _LARGE = 1 << 18
 # So many tables of a dictionary, the largest, have tensors of their own; the others share one for each dtype, so that
 # the header of the file stays short however many shapes there are.
 _TABLES = 256
+# A table has at most so many times the rows that are written of it: more is not believed when it is read.
+SPARE = 4
 # Tables of this size or more begin on a page of the file.
 _ALIGNED = 1 << 16
 
@@ -186,11 +188,14 @@ class Collected:
         The name of the class of each dictionary, by its prefix.
     aligned
         The names of the tensors that are to begin on a page.
+    capacities
+        How many rows tables have of which not all are written: those at the end are zero.
     """
 
     sources: list[Source]
     dictionaries: dict[str, str]
     aligned: list[str]
+    capacities: dict[str, int]
 
 
 def collect(obj: Module, before: Any = None) -> Collected:
@@ -223,11 +228,12 @@ def collect(obj: Module, before: Any = None) -> Collected:
             dictionaries[name[: -len(EXTRA_STATE)]] = "StackedParameterDict"
         _check_plain(name, value)
         sources.append(Source(name, value.dtype, tuple(value.shape), _Whole(value)))
+    capacities: dict[str, int] = {}
     for prefix, class_ in dictionaries.items():
         if class_ == "StackedParameterDict":
-            sources = _with_slabs(prefix, sources)
+            sources = _without_spare_rows(prefix, _with_slabs(prefix, sources), capacities)
     aligned = [source.name for source in sources if source.nbytes >= _ALIGNED]
-    return Collected(sources, dictionaries, aligned)
+    return Collected(sources, dictionaries, aligned, capacities)
 
 
 def _check_plain(name: str, value: Tensor) -> None:
@@ -364,6 +370,22 @@ def _sort(
 
 def _kind_of(value: Tensor) -> Kind:
     return Kind(tuple(value.shape), value.dtype, isinstance(value, Parameter) and value.requires_grad)
+
+
+def _without_spare_rows(prefix: str, sources: list[Source], capacities: dict[str, int]) -> list[Source]:
+    """Leave out the rows at the end of tables that were never given, and note how many rows there are with them."""
+    names = next(source for source in sources if source.name == prefix + EXTRA_STATE)
+    assert isinstance(names.of, _Whole)
+    used = {prefix + attribute: rows for attribute, rows in used_rows(names.of.tensor).items()}
+    made = []
+    for source in sources:
+        capacity = source.shape[0] if source.shape else 0
+        rows = max(used.get(source.name, capacity), -(-capacity // SPARE))
+        if rows < capacity and isinstance(source.of, _Whole):
+            capacities[source.name] = capacity
+            source = source._replace(shape=(rows, *source.shape[1:]), of=_Whole(source.of.tensor[:rows]))
+        made.append(source)
+    return made
 
 
 def _with_slabs(prefix: str, sources: list[Source]) -> list[Source]:

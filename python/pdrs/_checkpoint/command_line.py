@@ -405,7 +405,7 @@ def _save_archive(path: str, key: Key | None, file: StateFile, target: Path) -> 
         return checkpoint.save(found, target, metadata=texts)
     # As it is: a chain of archives becomes one.
     with Archive(TensorFile(file.path)) as archive:
-        collected = collect(_Loaded({name: archive.tensor(name) for name in archive.names}))
+        collected = collect(_Loaded({name: archive.table(name, loads=False) for name in archive.names}))
         collected.dictionaries.update(archive.dictionaries)
         return write_archive(target, collected, metadata=texts)
 

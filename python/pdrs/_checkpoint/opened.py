@@ -5,7 +5,8 @@ A checkpoint is anything that has names, and a tensor for each: an archive, or a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from math import prod
 from typing import Any, Protocol
 
@@ -114,7 +115,9 @@ class SavedDictionary:
 
     def table(self, table: TableHeader, *, loads: bool = False) -> Tensor:
         """Return the rows of a table, ``[capacity, *shape]``: loaded into memory, or mapped."""
-        take = self.checkpoint.load if loads else self.checkpoint.tensor
+        take: Callable[[str], Tensor] = self.checkpoint.load if loads else self.checkpoint.tensor
+        if table.slab is None and isinstance(self.checkpoint, Archive):
+            take = partial(self.checkpoint.table, loads=loads)
         name = self.prefix + (table.attribute if table.slab is None else table.slab.tensor)
         if name not in self._there:
             raise self._error(table, f"there is no tensor {name!r}")

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pdrs._checkpoint.safe_write import Progress, WholeFile, replacing
-from pdrs._core import IndexMap, SafetensorsHeader, SafetensorsStack, safetensors_header
+from pdrs._core import IndexMap, SafetensorsHeader, SafetensorsStack, map_over, safetensors_header
 from pdrs._memory import empty
 
 __all__ = [
@@ -344,6 +344,23 @@ class TensorFile:
         """
         _, code, shape, start, stop = self._entry(name)
         return self._loaded(start, stop, self._dtype(code), see).view(shape)
+
+    def table(self, name: str, rows: int, *, loads: bool) -> Tensor:
+        """Return a tensor as :meth:`tensor` or :meth:`load` do, and so many rows: zeros follow those of the file."""
+        _, code, shape, start, stop = self._entry(name)
+        size, dtype = (rows, *shape[1:]), self._dtype(code)
+        before = start % mmap.ALLOCATIONGRANULARITY
+        nbytes = prod(size) * dtype.itemsize
+        self._check_size()
+        if loads or stop - start < _MAPPED or start % dtype.itemsize or not hasattr(mmap, "MAP_ANONYMOUS"):
+            data = empty(nbytes, dtype=torch.uint8)
+            for _ in self._parts(start, stop, data.numpy()[: stop - start]):
+                pass
+            data[stop - start :] = 0
+            return data.view(dtype).view(size)
+        room = mmap.mmap(-1, before + nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        map_over(room, self._open(), start - before, before + stop - start)
+        return torch.frombuffer(room, dtype=dtype, offset=before).view(size)
 
     def _loaded(
         self, start: int, stop: int, dtype: torch.dtype, see: Callable[[NDArray[np.uint8]], None] | None = None

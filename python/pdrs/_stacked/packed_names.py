@@ -23,6 +23,7 @@ __all__ = [
     "bytes_of",
     "is_packed",
     "is_packed_from",
+    "used_rows",
     "pack",
     "same_bytes",
     "table_in_slab",
@@ -96,6 +97,22 @@ def is_packed(value: Any) -> bool:
     if not isinstance(value, Tensor) or value.dtype != torch.uint8 or value.dim() != 1 or len(value) < 16:
         return False
     return value.device.type == "meta" or bytes(value[:7].tolist()) == _MAGIC
+
+
+def used_rows(packed: Tensor) -> dict[str, int]:
+    """Return how many rows were ever given of each table that has a tensor of its own. **O(tables)**.
+
+    The bytes are those of :func:`pack`.
+    """
+    data = bytes_of(packed)
+    _, _, tables, patterns, dims, _ = data[8:56].view(np.int64).tolist()
+    records = data[56 : 56 + 56 * tables].view(np.int64).reshape(tables, 7).tolist()
+    at, used = 56 + 56 * tables + 8 * (patterns + dims), {}
+    for attribute, _, _, rows, slab, _, _ in records:
+        if not slab:
+            used[data[at : at + attribute].tobytes().decode("utf-8", "surrogatepass")] = rows
+        at += attribute + slab
+    return used
 
 
 def same_bytes(one: Tensor, other: Tensor) -> bool:

@@ -16,6 +16,7 @@ mod instance;
 mod interpreter;
 mod lazy_bits;
 mod lock;
+mod mapped;
 mod modules;
 mod name;
 mod names;
@@ -57,6 +58,8 @@ mod _core {
     use super::index_map::{IndexMap, NameIterator};
     #[pymodule_export]
     use super::lock::{Lock, Stay};
+    #[pymodule_export]
+    use super::mapped::map_over;
     #[pymodule_export]
     use super::modules::{all_kept, collect_parameters, walk_modules};
     #[pymodule_export]
