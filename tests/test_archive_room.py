@@ -1,8 +1,8 @@
 """Rows of a table that were never given: they are not written, and are there again when the file is opened.
 
 The bugs that this hunts: a file that is twice as large for one name more; a dictionary that comes back with fewer rows,
-so that the state of its optimizer does not fit; bytes of the next tensor in rows that should be zero; a number in a file
-that makes pdrs ask for memory.
+so that the state of its optimizer does not fit; bytes of the next tensor in rows that should be zero; a number in a
+file that makes pdrs ask for memory.
 """
 
 from __future__ import annotations

@@ -191,3 +191,38 @@ def test_packed_names_are_ours_only_in_the_same_order_and_rows(change):
     sd.load_state_dict(saved)
     assert [(name, row.tolist()) for name, row in sd.items()] == list(zip(names, [[0, 1], [2, 3], [4, 5]], strict=True))
     assert torch.equal(sd.state_dict()["_extra_state"], saved["_extra_state"])
+
+
+@pytest.mark.parametrize("start", ["empty", "another dtype"])
+def test_names_that_a_tool_loads_without_their_table_are_refused_with_the_way_out(start: str) -> None:
+    saved = SD({"a": torch.ones(4), "b": torch.ones(4)}).state_dict()
+    sd = SD() if start == "empty" else SD({"a": torch.zeros(4, dtype=torch.bfloat16)})
+    before = list(sd)
+    with pytest.raises(ValueError, match=r"the table 'float32_4' is missing.* load_state_dict .*reserve"):
+        sd.set_extra_state(saved["_extra_state"])  # as transformers does, before the tables
+    assert list(sd) == before
+    sd.load_state_dict(saved)
+    assert list(sd) == ["a", "b"]
+
+
+def test_a_tool_that_loads_a_tensor_at_a_time_loads_into_a_table_that_is_there() -> None:
+    saved = SD({"a": torch.ones(4), "b": torch.full((4,), 2.0)}).state_dict()
+    sd = SD()
+    sd.reserve(2, shape=(4,))
+    sd.set_extra_state(saved["_extra_state"])
+    with torch.no_grad():
+        sd.table((4,)).copy_(saved["float32_4"])
+    assert {name: row.tolist() for name, row in sd.items()} == {"a": [1.0] * 4, "b": [2.0] * 4}
+
+
+def test_the_only_table_of_a_shape_is_found_in_whatever_dtype_it_is() -> None:
+    sd = SD({"a": torch.ones(3), "b": torch.ones(2)}).double()
+    assert sd.table((3,)).dtype == torch.float64
+    assert sd.table([3], torch.float64) is sd.table((3,))
+    with pytest.raises(KeyError):
+        sd.table((3,), torch.float32)
+    sd["f"] = torch.ones(3)
+    assert sd.table((3,)).dtype == torch.float32
+    sd["h"] = torch.ones(2, dtype=torch.float16)
+    with pytest.raises(KeyError, match="no table of float32"):
+        sd.table((2,))

@@ -12,6 +12,7 @@ import io
 import pickle
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,20 +59,23 @@ def by_torch(state: Any) -> dict[str, Tensor]:
     return loaded.named_state_dict()
 
 
-KEPT: dict[str, Callable[[SD], Callable[[], Mapping[str, Tensor]]]] = {
-    "state_dict": lambda sd: lambda state=sd.state_dict(): by_torch(state),
-    "state_dict of a module": lambda sd: (
-        lambda state=torch.nn.ModuleDict({"w": sd}).state_dict(): by_torch(
-            {key.removeprefix("w."): value for key, value in state.items()}
-        )
+def shaped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value if key == "_extra_state" else value.view(-1, 3) for key, value in state.items()}
+
+
+# What is kept, and how it is read later.
+KEPT: dict[str, tuple[Callable[[SD], Any], Callable[[Any], Mapping[str, Tensor]]]] = {
+    "state_dict": (SD.state_dict, by_torch),
+    "state_dict of a module": (
+        lambda sd: torch.nn.ModuleDict({"w": sd}).state_dict(),
+        lambda state: by_torch({key.removeprefix("w."): value for key, value in state.items()}),
     ),
-    "named_state_dict": lambda sd: lambda state=sd.named_state_dict(): state,
-    "views of a state dict": lambda sd: (
-        lambda state={key: value.view(-1) for key, value in sd.state_dict().items()}: by_torch(
-            {key: value if key == "_extra_state" else value.view(-1, 3) for key, value in state.items()}
-        )
+    "named_state_dict": (SD.named_state_dict, dict),
+    "views of a state dict": (
+        lambda sd: {key: value.view(-1) for key, value in sd.state_dict().items()},
+        lambda state: by_torch(shaped(state)),
     ),
-    "detached rows": lambda sd: lambda columns=sd._detached(): dict(zip(*columns, strict=True)),
+    "detached rows": (SD._detached, lambda columns: dict(zip(*columns, strict=True))),
 }
 
 
@@ -79,9 +83,10 @@ KEPT: dict[str, Callable[[SD], Callable[[], Mapping[str, Tensor]]]] = {
 @pytest.mark.parametrize("kept", KEPT)
 def test_what_is_kept_to_be_written_later_keeps_the_rows_of_its_names(kept: str, change: Callable[[SD], Any]) -> None:
     sd = numbered()
-    read = KEPT[kept](sd)
+    keep, read = KEPT[kept]
+    held = keep(sd)
     change(sd)
-    assert fits(read())
+    assert fits(read(held))
     if change is shuffle:
         assert fits(sd.named_state_dict())
 
@@ -123,27 +128,25 @@ def stopped_at_each_step(
     read: Callable[[SD], Mapping[str, Tensor]], change: Callable[[SD], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Read a dictionary again and again, each time with a change by another thread at another look at a table."""
-    stop = 0
+    parameter, stop = tables.Tables._parameter, 0
+    looks, threads = 0, list[threading.Thread]()
+
+    def look(self: SD, table: Any) -> Tensor:
+        nonlocal looks
+        found = parameter(self, table)
+        looks += 1
+        if looks == stop + 1 and threading.current_thread() is threading.main_thread():
+            threads.append(in_thread(partial(change, sd)))
+        return found
+
     while True:
-        sd, looks, threads = numbered(), 0, []
-        parameter = tables.Tables._parameter
-
-        def look(self: SD, table: Any) -> Tensor:
-            nonlocal looks
-            looks += 1
-            found = parameter(self, table)
-            if looks == stop + 1 and threading.current_thread() is threading.main_thread():
-                threads.append(in_thread(lambda: change(sd)))
-            return found
-
+        sd, looks = numbered(), 0
+        threads.clear()
         with monkeypatch.context() as patched:
             patched.setattr(tables.Tables, "_parameter", look)
-            try:
-                found = read(sd)
-            finally:
-                patched.setattr(tables.Tables, "_parameter", parameter)
-                for thread in threads:
-                    thread.join()
+            found = read(sd)
+        for thread in threads:
+            thread.join()
         assert fits(found), f"at look {stop}"
         assert fits(sd.named_state_dict())
         if not threads:
@@ -222,18 +225,18 @@ def test_a_pickle_may_have_the_optimizer_and_handles_of_a_dictionary_too() -> No
 
 
 def test_rows_that_move_while_they_are_iterated_over_are_looked_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameter = tables.Tables._parameter
+
+    def look(self: SD, table: Any) -> Tensor:
+        monkeypatch.undo()
+        thread = threading.Thread(target=self.compact)
+        thread.start()
+        thread.join()
+        return parameter(self, table)
+
     for view in (SD.items, SD.values):
         sd, seen = numbered(), []
         sd.drop(["n0", "n1"])
-        parameter = tables.Tables._parameter
-
-        def look(self: SD, table: Any) -> Tensor:
-            monkeypatch.undo()
-            thread = threading.Thread(target=sd.compact)
-            thread.start()
-            thread.join()
-            return parameter(self, table)
-
         monkeypatch.setattr(tables.Tables, "_parameter", look)
         for one in view(sd):
             seen.append(one[1].tolist() if isinstance(one, tuple) else one.tolist())

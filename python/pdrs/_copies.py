@@ -60,13 +60,13 @@ def deep_copy(module: ParameterDict, memo: dict[int, Any]) -> Any:
     else:
         reduced, parameters = _unpacked(module.__reduce_ex__(4))
     state = _state_of(reduced)
-    if state is not None and type(parameters) is dict and state.get("_parameters") is parameters:
-        if id(parameters) not in memo:
-            # At one time, whatever another thread does: Python looks after no other thread between the two.
-            keys, parameters = map(operator.methodcaller("copy"), (state["_keys"], parameters))
-            memo[id(keys)] = keys  # which is a copy already
-            memo.setdefault(id(memo), []).append(keys)
-            reduced = (*reduced[:2], {**state, "_keys": keys, "_parameters": parameters}, *reduced[3:])
+    is_usual = state is not None and type(parameters) is dict and state.get("_parameters") is parameters
+    if state is not None and is_usual and id(parameters) not in memo:
+        # At one time, whatever another thread does: Python lets no other thread run between the two.
+        keys, parameters = map(operator.methodcaller("copy"), (state["_keys"], parameters))
+        memo[id(keys)] = keys  # which is a copy already
+        memo.setdefault(id(memo), []).append(keys)
+        reduced = (*reduced[:2], {**state, "_keys": keys, "_parameters": parameters}, *reduced[3:])
     return deep_copy_reduced(module, reduced, memo, parameters)
 
 

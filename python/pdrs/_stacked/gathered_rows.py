@@ -434,7 +434,7 @@ class GatheredRows(NamedRows):
         shape
             Of an entry.
         dtype
-            By default torch's default dtype.
+            By default torch's default dtype, or, where no table of this shape has that, the only one that there is.
         trainable
             Whether it is the table of the entries that require gradients, or that of the others; by default either.
 
@@ -453,10 +453,14 @@ class GatheredRows(NamedRows):
         """
         wanted = Kind(as_shape(shape), dtype or torch.get_default_dtype(), trainable is not False)
         parameters = [(table, self._parameter(table)) for table in self._tables]
+        of_shape = [(table, one) for table, one in parameters if tuple(one.shape[1:]) == wanted.shape]
+        dtypes = {one.dtype for _, one in of_shape}
+        # The only one that there is, unless another is asked for.
+        wanted_dtypes = dtypes if dtype is None and len(dtypes) == 1 else {wanted.dtype}
         fitting = [
             (table, one)
-            for table, one in parameters
-            if (tuple(one.shape[1:]), one.dtype) == wanted[:2] and trainable in (None, one.requires_grad)
+            for table, one in of_shape
+            if one.dtype in wanted_dtypes and trainable in (None, one.requires_grad)
         ]
         if len(fitting) > 1:
             # A sort keeps the order of those that are alike.

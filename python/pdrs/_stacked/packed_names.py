@@ -23,11 +23,11 @@ __all__ = [
     "bytes_of",
     "is_packed",
     "is_packed_from",
-    "used_rows",
     "pack",
     "same_bytes",
     "table_in_slab",
     "unpack",
+    "used_rows",
 ]
 
 _MAGIC = b"pdrs\x00\x00\x00"

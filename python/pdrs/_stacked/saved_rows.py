@@ -29,6 +29,7 @@ from pdrs._stacked.packed_names import (
     same_bytes,
     table_in_slab,
     unpack,
+    used_rows,
 )
 from pdrs._stacked.row_blocks import stack, write_rows
 from pdrs._stacked.tables import Table, is_sharded
@@ -143,7 +144,19 @@ class SavedRows(TrainedRows):
         with self._lock:
             if state is not self._taken:
                 with self._lock.change():
+                    self._refuse_tables_by_name(state)
                     self._conform(state, {})
+
+    def _refuse_tables_by_name(self, packed: Tensor) -> None:
+        # Tools that load a tensor at a time, such as `from_pretrained`, load into the tables that are there.
+        own = {table.attribute for table in self._tables}
+        lacking = [] if packed.is_meta else [name for name in used_rows(packed) if name not in own]
+        if lacking:
+            raise ValueError(
+                f"the table '{lacking[0]}' is missing: whoever loads names without it needs a dictionary that has it, "
+                f"and this has {sorted(own) or 'no tables'}. Load the whole with load_state_dict or pdrs.load; or make "
+                "the dictionary in the dtype that was saved, convert it afterwards, and call reserve if it is empty"
+            )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a state dict as torch does; one of a ParameterDict that fits, much faster, unless there are hooks."""
