@@ -106,7 +106,8 @@ def save(
     Notes
     -----
     Beside the names, which are packed in memory, it takes 64 MB at most: entries, and what lies on a device, come in
-    blocks. Nobody must change the parameters meanwhile.
+    blocks. Other threads may go on with a StackedParameterDict meanwhile: names and rows are those of one time, the
+    values of names that stay are those of the time when each block is written.
 
     Examples
     --------

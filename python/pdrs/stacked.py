@@ -51,7 +51,10 @@ class StackedParameterDict(SavedRows):
     *n* is the number of entries and *m* that of the names in a call; costs are amortised. The rows that a sparse
     gradient lists are sorted once, when the first name is removed, or inserted into a freed row, while the table has
     it; what it has for a row is then found in **O(log)** of their number.
-    All methods may be called by any number of threads; a lock makes them take turns.
+    Methods may be called by any number of threads; a lock makes them take turns. It does not cover what torch does by
+    itself: ``backward``, the step of an optimizer, operations on tables. What reads (``gather``, ``sd[name]``, saving) may
+    run beside these. What changes names, sizes or devices must not: torch would go on with memory that has been freed,
+    which can end the process. Let one thread do both, or hold a lock of your own around each.
 
     Examples
     --------
@@ -219,7 +222,8 @@ class StackedParameterDict(SavedRows):
     def __getitem__(self, key: str) -> Tensor:
         """Return the row of ``key``: a differentiable view of the table, writable under ``torch.no_grad()``. **O(1)**.
 
-        The view is of the table as it is: it does not follow when the table grows, moves or is compacted.
+        The view is of the table as it is: it does not follow when the table grows, moves or is compacted, or when a name
+        goes while a state dict is kept.
 
         Raises
         ------
@@ -301,7 +305,7 @@ class StackedParameterDict(SavedRows):
         """Remove ``key`` and return a copy of its row, or ``default`` if it is not there and one is given. **O(1)**.
 
         The order of the others stays. Raises KeyError (and AttributeError) if ``key`` is not there. To remove many,
-        :meth:`drop` is several times faster.
+        :meth:`drop` is several times faster. The row, its gradient and what attached optimizers remember become zero.
         """
         if len(default) > 1:
             raise TypeError(f"pop expected at most 2 arguments, got {1 + len(default)}")

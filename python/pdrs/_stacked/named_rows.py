@@ -331,6 +331,8 @@ class NamedRows(Tables):
     def drop(self, names: Names | Mask) -> None:
         """Remove many entries at once; the order of the others stays. **O(m)** for ``m`` names.
 
+        Their rows, gradients and what attached optimizers remember of them become zero.
+
         Parameters
         ----------
         names
