@@ -52,9 +52,9 @@ class StackedParameterDict(SavedRows):
     gradient lists are sorted once, when the first name is removed, or inserted into a freed row, while the table has
     it; what it has for a row is then found in **O(log)** of their number.
     Methods may be called by any number of threads; a lock makes them take turns. It does not cover what torch does by
-    itself: ``backward``, the step of an optimizer, operations on tables. What reads (``gather``, ``sd[name]``, saving) may
-    run beside these. What changes names, sizes or devices must not: torch would go on with memory that has been freed,
-    which can end the process. Let one thread do both, or hold a lock of your own around each.
+    itself: ``backward``, the step of an optimizer, operations on tables. What reads (``gather``, ``sd[name]``, saving)
+    may run beside these. What changes names, sizes or devices must not: torch would go on with memory that has been
+    freed, which can end the process. Let one thread do both, or hold a lock of your own around each.
 
     Examples
     --------
@@ -222,8 +222,8 @@ class StackedParameterDict(SavedRows):
     def __getitem__(self, key: str) -> Tensor:
         """Return the row of ``key``: a differentiable view of the table, writable under ``torch.no_grad()``. **O(1)**.
 
-        The view is of the table as it is: it does not follow when the table grows, moves or is compacted, or when a name
-        goes while a state dict is kept.
+        The view is of the table as it is: it does not follow when the table grows, moves or is compacted, or when a
+        name goes while a state dict is kept.
 
         Raises
         ------

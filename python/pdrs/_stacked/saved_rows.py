@@ -95,7 +95,7 @@ class SavedRows(TrainedRows):
             super()._save_to_state_dict(destination, prefix, keep_vars)
             for table in self._tables:
                 saved = destination.get(prefix + table.attribute)
-                if isinstance(saved, Tensor) and not isinstance(saved, Parameter):
+                if not keep_vars and isinstance(saved, Tensor):
                     self._lend(table, saved)
 
     def get_extra_state(self) -> Tensor:

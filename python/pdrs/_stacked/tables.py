@@ -593,9 +593,11 @@ class Tables(Module):
         They were zero when they became free. **O(free rows)** if the table was written to since; with ``spare``, also
         rows that were never given.
         """
-        parameter = self._parameters.get(table.attribute)
         free = table.rows.used - len(table.rows)
-        if not (free or spare) or not isinstance(parameter, Parameter) or type(parameter.data) is not Tensor:
+        if not (free or spare):
+            return
+        parameter = self._parameters.get(table.attribute)
+        if not isinstance(parameter, Parameter) or type(parameter.data) is not Tensor:
             return
         if parameter.is_meta:
             return
@@ -617,7 +619,7 @@ class Tables(Module):
 
     def _lend(self, table: Table, tensor: Tensor) -> None:
         """Note that a tensor that shares the memory of a table is given away with the names as they are now."""
-        alive = [one for one in table.lent or () if one() is not None]
+        alive = [one for one in table.lent if one() is not None] if table.lent else []
         table.lent = [*alive, weakref.ref(tensor)]
 
     def _lent_whole(self, table: Table) -> Tensor:
