@@ -190,6 +190,29 @@ def test_a_compiled_model_learns(kind: Kind) -> None:
     assert list(compiled.state_dict()) == ["_orig_mod.weights.right", "_orig_mod.weights.left"]
 
 
+OVERRIDES: dict[str, Callable[[Any], Any]] = {
+    "_key_to_attr": lambda kind: lambda self, key: "p_" + kind._key_to_attr(self, key),
+    "__getattr__": lambda kind: lambda self, name: triple(kind.__getattr__(self, name)),
+    "__getitem__": lambda kind: lambda self, key: triple(kind.__getitem__(self, key)),
+}
+
+
+def triple(value: Any) -> Any:
+    return value * 3 if isinstance(value, Tensor) else value
+
+
+@pytest.mark.parametrize("name", OVERRIDES)
+def test_what_a_subclass_overrides_is_traced(name: str) -> None:
+    def function(pd: PD, x: Tensor) -> Tensor:
+        return weighted(pd.items(), x) + pd["right"] + pd.get("left") + sum(pd.values())
+
+    kinds = (type("Sub", (kind,), {name: OVERRIDES[name](kind)}) for kind in (nn.ParameterDict, pdrs.ParameterDict))
+    theirs, ours = map(filled, kinds)
+    expected = function(theirs, X)
+    assert torch.equal(function(ours, X), expected)
+    assert torch.equal(torch.compile(function, backend="eager", fullgraph=True)(ours, X), expected)
+
+
 @pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace:UserWarning")  # It says why the graph breaks.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.compile, behind a break.
 def test_a_change_inside_a_compiled_function_happens_all_the_same(kind: Kind) -> None:

@@ -145,6 +145,23 @@ def test_what_a_base_between_ours_and_module_has_is_asked(function: str) -> None
     compare(patched)
 
 
+def test_a_look_up_of_attributes_of_its_own_is_asked(kind: Kind) -> None:
+    class Tripled(kind):
+        def __getattribute__(self, name: str) -> Any:
+            if name == "made_up":
+                return 7
+            if name == "a":
+                return super().__getattr__(name) * 3
+            return super().__getattribute__(name)
+
+    pd = Tripled([("b", torch.ones(1)), ("a", torch.ones(1))])
+    assert pd["made_up"] == 7
+    assert [value.item() for value in pd.values()] == [value.item() for _, value in pd.items()] == [1, 3]
+    assert pd["a"].item() == pd.get("a").item() == pd.a.item() == pd.copy()["a"].item() == kind(pd)["a"].item() == 3
+    assert pd.popitem()[1].item() == 3
+    assert list(pd) == list(pd._parameters) == ["b"]
+
+
 @pytest.mark.parametrize(
     "function", ["_key_to_attr", "register_parameter", "_save_to_state_dict", "_load_from_state_dict"]
 )

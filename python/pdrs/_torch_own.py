@@ -99,6 +99,11 @@ def follows_torch(module: Module, name: str) -> bool:
     return _are_own(_behind(type(module)), name)
 
 
+def is_read_directly(class_: type) -> bool:
+    """Whether nobody but torch's own functions, and this package's, is asked on the way to an entry."""
+    return all(_are_own(class_.__mro__, name) for name in CALLED["__getitem__"])
+
+
 def _look(class_: type) -> int:
     """Give a bit for each method for which ``class_``, or a base, has a function of somebody else."""
     behind = _behind(class_)

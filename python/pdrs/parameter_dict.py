@@ -115,6 +115,13 @@ class ParameterDict(torch.nn.ParameterDict):
         _keys: IndexMap  # type: ignore[assignment]  # torch's is a dict, which nobody outside its class uses
         _values: dict[str, Any]
 
+    # Whether the class overrides nothing that torch's class would ask for an entry; torch.compile cannot tell.
+    _is_read_directly = True
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        cls._is_read_directly = _torch_own.is_read_directly(cls)
+
     def __init__(self, parameters: Any = None) -> None:
         super().__init__()
         # In `__dict__` at once: there is nothing yet that `Module.__setattr__` would have to look for.
@@ -500,7 +507,8 @@ class ParameterDict(torch.nn.ParameterDict):
 
     def _key_to_attr(self, key: str) -> str:
         key = super()._key_to_attr(key)
-        if type(key) is not str:
+        # torch.compile cannot tell the type of a key that it takes for a constant.
+        if not _tracing() and type(key) is not str:
             # A string enumeration, say: the name is its characters.
             key = str.__str__(key)
         if not key:
@@ -525,7 +533,9 @@ class ParameterDict(torch.nn.ParameterDict):
         return self._value_elsewhere(key)
 
     def _traced_value(self, key: str) -> Any:
-        """Find a value for torch.compile."""
+        """Find a value for torch.compile, which sees overrides of subclasses, but no patches."""
+        if not self._is_read_directly:
+            return super().__getitem__(key)
         try:
             return self._parameters[key]
         except (KeyError, TypeError):
