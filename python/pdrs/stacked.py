@@ -17,6 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from pdrs import _copies, _memory, _sources, transfer
 from pdrs._core import IndexMap, TableRows, pop_end_row, pop_row, set_row, slab_views
 from pdrs._names import Names, as_list
+from pdrs._stacked.averages import note_copy
 from pdrs._stacked.changes import Changes
 from pdrs._stacked.gathered_rows import Handle
 from pdrs._stacked.named_rows import Initialiser, id_of, initialise, refuse_integers, row_of, table_of
@@ -409,7 +410,9 @@ class StackedParameterDict(SavedRows):
                 if index is not self._index:
                     memo[id(index)] = index  # which is a copy already
                     memo.setdefault(id(memo), []).append(index)  # as `copy` keeps things alive
-            return _copies.deep_copy_reduced(self, reduced, memo)  # type: ignore[no-any-return]
+            made: StackedParameterDict = _copies.deep_copy_reduced(self, reduced, memo)
+            note_copy(self, made)
+            return made
 
     def __copy__(self) -> StackedParameterDict:
         """Return what :meth:`copy` returns: two dictionaries cannot give the rows of the same tables."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pdrs._core import TableRows, find_rows, replace_ids
 from pdrs._names import Names, as_list, listed
+from pdrs._stacked.averages import averages_with
 from pdrs._stacked.changes import Changes
 from pdrs._stacked.named_rows import (
     Initialiser,
@@ -550,6 +551,11 @@ class GatheredRows(NamedRows):
                 packed = np.arange(len(rows))
                 if len(rows) == len(parameter) and (rows == packed).all():
                     continue
+                if averages_with(self):
+                    raise RuntimeError(
+                        "cannot compact: an average of this dictionary (AveragedModel), or what it is an average of, "
+                        "has names in the same rows. Make the average after it"
+                    )
                 ids[there] = id_of(number, packed)
                 changes = Changes()
                 self._rearrange(changes, table, len(rows), torch.from_numpy(rows))

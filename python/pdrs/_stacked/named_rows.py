@@ -17,6 +17,7 @@ from torch.nn import Parameter
 from pdrs import _memory
 from pdrs._core import IndexMap, insert_ids, missing_names, remove_names, sort_tensors
 from pdrs._names import Mask, Names, as_list, is_mask
+from pdrs._stacked.averages import refuse_mixing
 from pdrs._stacked.changes import Changes
 from pdrs._stacked.row_blocks import note_rows, stack, write_rows
 from pdrs._stacked.tables import Kind, Rows, Tables
@@ -268,14 +269,19 @@ class NamedRows(Tables):
             rows = {number: self._make_room(self._tables[number], count) for number, count in wanted.items()}
             ids = held.copy()
             taken = dict.fromkeys(rows, 0)
-            writes: list[tuple[Tensor, Rows, Tensor]] = []
-            for part, block, (number, stays) in zip(plan, blocks, prepared, strict=True):
+            placed = []
+            for part, (number, stays) in zip(plan, prepared, strict=True):
                 if stays:
-                    new = row_of(part.held)
+                    placed.append(row_of(part.held))
                 else:
                     new = rows[number][taken[number] : taken[number] + len(part.there)]
                     taken[number] += len(part.there)
                     ids[part.there] = id_of(number, new)
+                    placed.append(new)
+            if "_averages" in self.__dict__:
+                refuse_mixing(self, names, ids, tables)
+            writes: list[tuple[Tensor, Rows, Tensor]] = []
+            for new, block, (number, stays) in zip(placed, blocks, prepared, strict=True):
                 parameter = self._parameter(self._tables[number])
                 if stays:
                     writes.append((parameter, new, block))

@@ -299,7 +299,8 @@ class Tables(Module):
         del state["_lock"]
         state["_optimizers"] = []
         state["_tables"] = [table.to_plain() for table in self._tables]
-        state.pop("_warned_of_absent", None)
+        for key in ("_warned_of_absent", "_averages", "_is_average"):
+            state.pop(key, None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -477,12 +478,14 @@ class Tables(Module):
     def _make_ready(self, table: Table, rows: Rows | int) -> bool:
         """Clear what belonged to the rows, or the one, that will be given next, or refuse it.
 
-        Tell whether there is more to do when the rows have their values: see :meth:`_begin`.
+        Tell whether there is more to do: see :meth:`_begin`, and what is averaged with this.
         """
         parameter, optimizers = self._parameter(table), self._attached()
         if table.rows.reused(1 if isinstance(rows, int) else len(rows)):
             self._refuse_strangers(table, parameter, optimizers, "give the row of a removed name to a new one")
         self._forget(table, parameter, optimizers, rows)
+        if "_averages" in self.__dict__:
+            return True
         return any(optimizer_rows.begins_with_values(optimizer, parameter) for optimizer in optimizers)
 
     def _begin(self, table: Table, rows: Rows) -> None:

@@ -201,6 +201,7 @@ fn insert_row(
         };
         let is_bare = !is_reused
             && of_state(state, intern!(py, "_optimizers"))?.is_empty()?
+            && state.get_item(intern!(py, "_averages"))?.is_none()
             && table.getattr(intern!(py, "frozen"))?.is_none()
             && torch.gradient(&parameter)?.is_none();
         if !is_bare {
