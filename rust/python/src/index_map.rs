@@ -522,15 +522,7 @@ impl IndexMap {
         if let Some(row) = slf.get().find(&name) {
             return Ok(row.into_pyobject(py)?.into_any());
         }
-        // As a dict does, which has none of its own either.
-        if !slf.is_exact_instance_of::<Self>() {
-            let missing = intern!(py, "__missing__");
-            let class = slf.get_type();
-            if class.hasattr(missing)? {
-                return class.getattr(missing)?.call1((slf, name));
-            }
-        }
-        Err(Self::missing(name))
+        Self::not_found(slf, name)
     }
 
     fn __setitem__(&self, py: Python<'_>, name: &Bound<'_, PyAny>, row: &Bound<'_, PyAny>) -> PyResult<()> {
@@ -996,6 +988,17 @@ impl IndexMap {
             return Bound::new(py, Self::empty());
         }
         Ok(class.call_method1(intern!(py, "__new__"), (class,))?.cast_into()?)
+    }
+
+    /// Asks ``__missing__`` of a subclass, as a dict does, which has none of its own either.
+    #[cold]
+    fn not_found<'py>(slf: &Bound<'py, Self>, name: Bound<'py, PyString>) -> PyResult<Bound<'py, PyAny>> {
+        let missing = intern!(slf.py(), "__missing__");
+        let class = slf.get_type();
+        if !slf.is_exact_instance_of::<Self>() && class.hasattr(missing)? {
+            return class.getattr(missing)?.call1((slf, name));
+        }
+        Err(Self::missing(name))
     }
 
     fn duplicate(&self, py: Python<'_>) -> Self {
