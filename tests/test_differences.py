@@ -11,6 +11,7 @@ import io
 import itertools
 import pickle
 import re
+import resource
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -349,11 +350,17 @@ def test_difference_a_buffer_under_two_names_stays_one() -> None:
         assert pd.one.dtype == pd.two.dtype == torch.float64
 
 
-def test_difference_share_memory_makes_one_file() -> None:
-    for kind, files in ((nn.ParameterDict, 10), (pdrs.ParameterDict, 1)):
-        pd = kind([(f"n{at}", torch.zeros(2)) for at in range(10)]).share_memory()
-        assert all(value.is_shared() for value in pd.values())
-        assert len({value.untyped_storage().data_ptr() for value in pd.values()}) == files
+def test_difference_share_memory_is_refused_as_a_whole() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for kind, is_whole in ((nn.ParameterDict, False), (pdrs.ParameterDict, True)):
+        pd = kind([(f"n{at}", torch.zeros(2)) for at in range(200)])
+        resource.setrlimit(resource.RLIMIT_NOFILE, (150, limits[1]))
+        try:
+            with pytest.raises(RuntimeError):
+                pd.share_memory()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert (sum(value.is_shared() for value in pd.values()) == 0) is is_whole
 
 
 def test_difference_there_is_pin_memory() -> None:

@@ -454,10 +454,8 @@ def test_buffers_stay_the_same_objects_when_they_are_shared() -> None:
     assert_same(with_nones_and_buffers, lambda module: module.share_memory())
 
 
-def test_shared_entries_have_one_storage_and_stay_where_they_are() -> None:
+def test_shared_entries_stay_where_they_are() -> None:
     pd = pdrs.ParameterDict([(f"n{at}", torch.randn(5)) for at in range(100)]).share_memory()
-    storages = {each.untyped_storage().data_ptr() for each in pd.values()}
-    assert len(storages) == 1
     pointers = [each.data_ptr() for each in pd.values()]
     pd["new"] = torch.randn(5)
     pd.share_memory()
@@ -484,7 +482,7 @@ def add_one(pd: nn.ParameterDict) -> None:
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_another_process_writes_to_the_slab(kind: Kind, method: str) -> None:
+def test_another_process_writes_to_shared_entries(kind: Kind, method: str) -> None:
     pd = kind([(f"n{at}", torch.zeros(3)) for at in range(20)])
     pd["n3"].grad = torch.zeros(3)
     pd.share_memory()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import pdrs
 from fake_cuda.control import Control
-from pdrs import parameter_dict, transfer
+from pdrs import _staging, parameter_dict, transfer
 
 pytestmark = pytest.mark.cuda(devices=2)
 
@@ -102,16 +102,21 @@ def a_download_through_a_block_that_another_device_reads(set_staging: Staging) -
 def moved_under_another_stream(target: str) -> bool:
     one, two = torch.cuda.Stream(), torch.cuda.Stream()
     with torch.cuda.stream(one):
-        pd = numbered().cuda()
+        # In a storage of torch's, which no slab is.
+        pd = PD({"all": uploaded()})
     with torch.cuda.stream(two):
         pd.to(target, non_blocking=True)
     with torch.cuda.stream(one):
-        again = [torch.zeros(8000, device="cuda") for _ in range(3)]
+        again = [torch.zeros(SIZE * 5, device="cuda") for _ in range(3)]
     one.synchronize()
     two.synchronize()
     torch.cuda.synchronize(1)
     del again
-    return is_right(list(pd.values()))
+    return is_right(list(pd["all"].detach().cpu().unbind()))
+
+
+def uploaded() -> Tensor:
+    return (torch.arange(SIZE * 5.0).view(-1, 5) + 1).cuda()
 
 
 def a_download_that_does_not_wait_under_another_stream(set_staging: Staging) -> bool:
@@ -122,12 +127,50 @@ def between_devices_under_another_stream(set_staging: Staging) -> bool:
     return moved_under_another_stream("cuda:1")
 
 
+def read_by(stream: torch.cuda.Stream) -> bool:
+    """Let a stream read entries, whose memory goes and comes back before it has begun."""
+    pd = numbered().cuda()
+    stream.wait_stream(torch.cuda.current_stream())
+    read = [torch.empty(5, pin_memory=True) for _ in range(SIZE)]
+    with torch.cuda.stream(stream):
+        for to, entry in zip(read, pd.values(), strict=True):
+            to.copy_(entry.detach(), non_blocking=True)
+    del pd, entry
+    again = [torch.zeros(8000, device="cuda") for _ in range(3)]
+    torch.cuda.synchronize()
+    del again
+    return is_right(read)
+
+
+def entries_that_die_under_another_stream(set_staging: Staging) -> bool:
+    return read_by(torch.cuda.Stream())
+
+
+def entries_that_die_under_a_stream_of_high_priority(set_staging: Staging) -> bool:
+    return read_by(torch.cuda.Stream(priority=-1))
+
+
 def pinned_memory_that_dies_under_a_copy(set_staging: Staging) -> bool:
     pd = numbered().pin_memory()
     copies = [each.detach().to("cuda", non_blocking=True) for each in pd.values()]
     del pd
     gc.collect()
     return is_right(copies)
+
+
+def downloaded_memory_that_dies_under_a_copy(set_staging: Staging) -> bool:
+    pd = numbered().cuda().to("cpu", non_blocking=True)
+    torch.cuda.synchronize()
+    first, *others = pd.values()
+    first.data = first.detach().clone()  # torch would find the block of page-locked memory by its address.
+    copies = [each.detach().to("cuda", non_blocking=True) for each in (first, *others)]
+    del pd, others
+    gc.collect()
+    _staging._side_streams[torch.device("cuda:0")].synchronize()  # Not the one that has the copies.
+    again = [torch.zeros(size, dtype=torch.uint8, pin_memory=True) for size in (32_000, 64_000) for _ in range(2)]
+    right = is_right(copies)
+    del again
+    return right
 
 
 @dataclass(frozen=True)
@@ -156,7 +199,10 @@ GUARDS = [
         "            source.record_stream(torch.cuda.current_stream(source.device))",
         between_devices_under_another_stream,
     ),
+    Guard("_staging", "        slab.record_stream(stream)", entries_that_die_under_another_stream),
+    Guard("_staging", "        slab.record_stream(stream)", entries_that_die_under_a_stream_of_high_priority),
     Guard("_pinned", "                torch.cuda.synchronize(device)", pinned_memory_that_dies_under_a_copy),
+    Guard("_pinned", "                torch.cuda.synchronize(device)", downloaded_memory_that_dies_under_a_copy),
 ]
 
 
@@ -182,6 +228,7 @@ def use(mutant: Any, guard: Guard, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(transfer, "pinned_empty", mutant.pinned_empty)
     else:
         monkeypatch.setattr(transfer, "_staging", mutant)
+        monkeypatch.setitem(sys.modules, "pdrs._staging", mutant)  # Which is asked natively, too.
 
 
 def goes_well(scenario: Callable[[Staging], bool], set_staging: Staging, runtime: Control) -> bool:

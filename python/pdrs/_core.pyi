@@ -79,7 +79,7 @@ __all__ = [
 ]
 
 _T = TypeVar("_T")
-_Door = Literal["from_blob", "dlpack", "stable_abi", "as_strided"]
+_Door = Literal["from_blob", "dlpack"]
 
 class _Keyed(Protocol):
     def keys(self) -> Iterable[str]: ...
@@ -306,8 +306,6 @@ class TensorGroup:
         Of the tensors.
     overlapping
         Whether different tensors share memory. They get places of their own.
-    large
-        Whether these are the tensors of ``large_bytes`` or more.
 
     Examples
     --------
@@ -389,13 +387,13 @@ class TensorGroup:
         Parameters
         ----------
         slab
-            A contiguous tensor of any dtype and device with ``length`` elements or more. It is kept alive by the
-            tensors; it must not be resized.
+            A contiguous tensor of any dtype with ``length`` elements or more, on the CPU or a CUDA device. The tensors
+            keep it alive; it must not be resized.
         door
-            How views are made; by default ``"from_blob"`` (torch 2.14 and later) or ``"dlpack"`` on the CPU: each has a
-            storage of its own over the memory of the slab, so that ``torch.save`` of one writes its own bytes only.
-            Elsewhere ``"stable_abi"`` (torch 2.14 and later) or ``"as_strided"``: the storage is the slab's, so that
-            ``record_stream`` works.
+            How views are made; by default ``"from_blob"`` (torch 2.14 and later) or ``"dlpack"``. Each has a storage of
+            its own over the memory of the slab, so that nothing takes it for tied to another, and ``torch.save`` of one
+            writes its own bytes only. ``record_stream`` of such a tensor does nothing; all streams of a CUDA device are
+            recorded for the slab instead.
 
         Raises
         ------
@@ -456,20 +454,15 @@ def collect_parameters(dicts: list[dict[str, Any]]) -> tuple[list[Tensor], list[
 def complete_move(
     slabs: list[tuple[TensorGroup, Tensor]],
     *,
-    apart: list[tuple[TensorGroup, Tensor]] = ...,
     buffers: list[tuple[dict[str, Any], str, Tensor]] = ...,
     undo: list[Callable[[], None]] | None = None,
-    door: _Door | None = None,
 ) -> None:
-    """Do ``group.rebind(slab)`` for several groups: for all, or, if one is refused, for none. Then do what is left.
+    """Do ``group.rebind(slab)`` for several groups, and set buffers: all, or, if something fails, nothing.
 
     Parameters
     ----------
     slabs
         Groups, each with its slab.
-    apart
-        Groups whose tensors are converted one by one, each with a slab of the new dtype that is there for when memory
-        runs out.
     buffers
         Dictionaries, and the values that they get under a name.
     undo
@@ -477,15 +470,13 @@ def complete_move(
 
     Raises
     ------
-    TypeError, ValueError, RuntimeError
+    TypeError, ValueError, RuntimeError, MemoryError
         As ``rebind``. Nothing has been changed.
-    BaseException
-        What was to stop the program during a conversion (``KeyboardInterrupt``, say). All has been done.
     """
 
 def get_entry(module: Module, key: object) -> Any | None: ...
 def group_tensors(
-    tensors: list[Any], *, keep_strides: bool = True, narrowest: int | None = None, large_bytes: int | None = None
+    tensors: list[Any], *, keep_strides: bool = True, narrowest: int | None = None
 ) -> tuple[list[TensorGroup], list[tuple[int, str]]]:
     """Put tensors into groups of one dtype and device, and give each its place in the slab of its group.
 
@@ -499,8 +490,6 @@ def group_tensors(
     narrowest
         The size in bytes of the narrowest elements that a slab with these places will have, if they are narrower than
         the tensors' own: the places stay aligned for those.
-    large_bytes
-        Tensors on the CPU that take so many bytes or more, also with the narrowest elements, get groups of their own.
 
     Returns
     -------

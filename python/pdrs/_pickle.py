@@ -59,11 +59,7 @@ def unpack(
         If these do not fit together.
     """
     begins, numbers, flags = _checked(values, offsets, shape_numbers, shapes, trainable)
-    if values.device.type == "cpu" and not is_intercepted() and not torch.is_inference_mode_enabled():
-        make = _make_natively
-    else:
-        # Loaded to another device, to the meta device as well, or as fake tensors.
-        make = _make_by_torch
+    make = _make_natively if _can_be_slab(values) else _make_by_torch
     made: list[Any] = [None] * len(begins)
     for flag in (False, True):
         those = np.flatnonzero(flags == flag)
@@ -73,6 +69,11 @@ def unpack(
         for at, view in zip(those.tolist(), views, strict=True):
             made[at] = view
     return made
+
+
+def _can_be_slab(values: Tensor) -> bool:
+    # Not if it was loaded to the meta device, say, or as a fake tensor.
+    return values.device.type in ("cpu", "cuda") and not is_intercepted() and not torch.is_inference_mode_enabled()
 
 
 def _make_natively(
@@ -90,8 +91,9 @@ def _make_by_torch(
     values = values.detach()
     made = []
     for begin, shape in zip(begins.tolist(), shapes, strict=True):
-        view = values[begin : begin + math.prod(shape)].view(shape)
-        made.append(Parameter(view, requires_grad=trainable))
+        # Each in a storage of its own, as the native ones have it: those that share one would be taken for tied.
+        one = values[begin : begin + math.prod(shape)].view(shape).clone()
+        made.append(Parameter(one, requires_grad=trainable))
     return made
 
 

@@ -13,9 +13,9 @@ Three guards keep that right; tests/test_transfer_guards.py deletes each line of
   block, or the host reads what has not come yet.
 - The side stream *waits* for the current one before it touches the device's memory, in which queued work may still be
   busy, and the current one for the side stream before it goes on.
-- `record_stream` tells torch's allocator of a reader that it does not know, so that memory that was allocated on one
-  stream, and is read on another, is not handed out again too early. What is *written* needs none: it was allocated on
-  the current stream, which has waited for the side stream before anybody can free it.
+- Slabs are made known to all streams, because the storages of their views are strange to torch's allocator: so the
+  memory is not handed out again before the work is done that was queued when the last view went. A source that is no
+  such slab, but lies in a storage of torch's, is read on a stream that its allocator may not know: `record_stream`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from pdrs._core import TensorGroup
 
-__all__ = ["download", "download_later", "refuse_capture", "set_staging", "upload"]
+__all__ = ["download", "download_later", "make_known_to_streams", "refuse_capture", "set_staging", "upload"]
 
 # Offsets in a slab are multiples of this many bytes at most, and so are the edges of blocks.
 _ALIGNMENT = 64
@@ -106,6 +106,7 @@ class _StagingBlocks:
 _staging = _StagingBlocks()
 _side_streams: dict[torch.device, torch.cuda.Stream] = {}
 _side_streams_lock = threading.Lock()
+_torch_streams: dict[torch.device, list[torch.cuda.Stream]] = {}
 
 
 def set_staging(*, block_bytes: int = _DEFAULT_BLOCK_BYTES, blocks: int = _DEFAULT_BLOCKS) -> None:
@@ -226,6 +227,45 @@ def download_later(source: Tensor, slab: Tensor) -> None:
     with _side_stream(source.device) as side, torch.cuda.stream(side):
         source.record_stream(side)
         slab.copy_(source, non_blocking=True)
+
+
+def make_known_to_streams(slab: Tensor) -> None:
+    """Have the memory of a slab handed out again only when all streams have done what they had to do when it was freed.
+
+    torch's allocator lets a stream be recorded for memory of its own only, and the storage of a view of a slab is not.
+    So all streams that torch has for the device are recorded for the slab, once. When the last view has gone, the
+    allocator asks each of them for an event; that goes by the slab, and not by the entry, and keeps nobody waiting.
+    """
+    current = torch.cuda.current_stream(slab.device)
+    for stream in [*_streams_of(slab.device), current]:
+        slab.record_stream(stream)
+
+
+def _streams_of(device: torch.device) -> list[torch.cuda.Stream]:
+    """Return the default stream of a device, and all others that torch ever hands out."""
+    if device not in _torch_streams:
+        _torch_streams[device] = [torch.cuda.default_stream(device), *_pool(device)]
+    return _torch_streams[device]
+
+
+def _pool(device: torch.device) -> Iterator[torch.cuda.Stream]:
+    """Yield all streams of torch's pool, of which it has some for each priority, and hands them out in turn.
+
+    Each is asked for twice: another thread that takes one meanwhile hides it in one round only. After whole rounds it
+    is the turn of the same stream as before.
+    """
+    least, greatest = torch.cuda.Stream.priority_range()  # type: ignore[call-arg]  # a static method
+    for priority in range(greatest, least + 1):
+        seen: set[int] = set()
+        again = 0
+        while again < len(seen) or not seen:
+            stream = torch.cuda.Stream(device, priority=priority)  # type: ignore[no-untyped-call]
+            if stream.stream_id in seen:
+                again += 1
+            else:
+                seen.add(stream.stream_id)
+                again = 0
+                yield stream
 
 
 @contextmanager

@@ -455,11 +455,12 @@ class StackedParameterDict(SavedRows):
                 # In C order, which the table of `from_rows` need not have.
                 data = whole(parameter.detach()).clone(memory_format=torch.contiguous_format)
                 count, shape, numel = len(parameter), list(parameter.shape[1:]), parameter[:1].numel()
-                if data.device.type == "cpu" and type(data) is Tensor and numel:
+                if data.device.type in ("cpu", "cuda") and type(data) is Tensor and numel:
                     offsets = list(range(0, count * numel, numel))
                     tables.append(slab_views(data, offsets, [shape] * count, requires_grad=parameter.requires_grad))
                 else:
-                    tables.append([Parameter(row, requires_grad=parameter.requires_grad) for row in data.unbind()])
+                    rows = (row.clone() for row in data.unbind())  # In one storage they would be taken for tied.
+                    tables.append([Parameter(row, requires_grad=parameter.requires_grad) for row in rows])
             return ParameterDict([(name, tables[table_of(id_)][row_of(id_)]) for name, id_ in self._index.items()])
 
     def _detached(self) -> tuple[list[str], list[Tensor]]:

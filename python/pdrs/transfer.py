@@ -2,7 +2,7 @@
 
 torch moves a module's tensors one by one: microseconds of Python each, and one small copy each. Here the tensors of one
 dtype and device are gathered into one *slab*, the slab is converted or copied, and the tensors become views of the
-result. They stay the same objects, as under torch's ``Module.to``. Large ones that stay on the CPU are converted apart.
+result. They stay the same objects, as under torch's ``Module.to``, and each has a storage of its own.
 
 What moves is learnt from the function that torch hands to ``Module._apply``. Anything unusual about it, or about a
 tensor, is left to torch, with torch's own result.
@@ -10,12 +10,14 @@ tensor, is left to torch, with torch's own result.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from types import CodeType, FunctionType
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from pdrs import _staging
+from pdrs import _memory, _staging
 from pdrs._core import (
     TensorGroup,
     all_kept,
@@ -46,14 +48,6 @@ _Function = Callable[[Tensor], Tensor]
 # and torch does not share so few among threads, which would cost more than it saves.
 _PIECE = 1 << 15
 
-# From how many bytes on (a page, before and after) a tensor that is converted on the CPU gets memory of its own: mostly
-# that of one before it. Of a slab each page is new, which costs a fault.
-_LARGE = 1 << 12
-
-# Memory of this size comes from the system and goes back there, whatever malloc does with smaller sizes: where nobody
-# writes, it is only addresses.
-_UNTOUCHED = 1 << 26
-
 
 def _inner_functions(*methods: str) -> dict[CodeType, str]:
     return {
@@ -65,9 +59,8 @@ def _inner_functions(*methods: str) -> dict[CodeType, str]:
 
 
 # The functions that torch's own methods give to `_apply`, by their code.
-_KNOWN = _inner_functions(
-    "to", "cuda", "cpu", "type", "float", "double", "half", "bfloat16", "to_empty", "share_memory"
-)
+_KNOWN = _inner_functions("to", "cuda", "cpu", "type", "float", "double", "half", "bfloat16", "to_empty")
+_SHARES_MEMORY = _inner_functions("share_memory")
 
 
 @dataclass(frozen=True)
@@ -92,17 +85,12 @@ class Move:
     @property
     def in_place(self) -> bool:
         """Whether buffers stay the same objects, as Parameters do; so does what is already as it shall be."""
-        return self.method in ("share_memory", "pin_memory")
-
-    @property
-    def door(self) -> Literal["as_strided"] | None:
-        """How views of the slab are made: those in shared memory must share its storage, to be sent as one."""
-        return "as_strided" if self.method == "share_memory" else None
+        return self.method == "pin_memory"
 
     @property
     def anew(self) -> bool:
         """Whether tensors may need new memory though they have the right dtype and device."""
-        return self.method in ("to_empty", "share_memory", "pin_memory")
+        return self.method in ("to_empty", "pin_memory")
 
     def keeps(self, tensor: Tensor) -> bool:
         """Whether a tensor has the dtype and device that it is to get."""
@@ -115,12 +103,6 @@ class Move:
             moved = self.function(torch.empty(0, dtype=dtype, device=device))
             self._targets[dtype, device] = moved.dtype, moved.device
         return self._targets[dtype, device]
-
-    def large_bytes(self) -> int | None:
-        """Return from how many bytes on tensors that stay on the CPU get memory of their own, each; None if never."""
-        if self.anew or self.target(torch.float32, torch.device("cpu"))[1].type != "cpu":
-            return None
-        return _LARGE
 
     def narrowest(self) -> int | None:
         """Return the size of the elements that all floating point tensors get, or None if they keep theirs."""
@@ -159,6 +141,8 @@ def _unusual_times() -> bool:
 
 def apply(module: Module, function: _Function, recurse: bool) -> bool:
     """Do what ``Module._apply`` does with one of torch's functions, all at once; False if it must be left to torch."""
+    if getattr(function, "__code__", None) in _SHARES_MEMORY:
+        _refuse_too_many_files(module)
     move = recognise(function)
     if move is None:
         return False
@@ -167,6 +151,25 @@ def apply(module: Module, function: _Function, recurse: bool) -> bool:
     for other in held.others:
         other._apply(function)  # type: ignore[no-untyped-call]
     return True
+
+
+def _refuse_too_many_files(module: Module) -> None:
+    """Raise if torch could not share all tensors of a module, a file for each storage, but would stop half-way."""
+    if torch.multiprocessing.get_sharing_strategy() != "file_descriptor":  # type: ignore[no-untyped-call]
+        return
+    import resource  # There is none on Windows, which has another strategy.
+
+    free = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - len(os.listdir("/proc/self/fd"))
+    plain = [each for each in chain(module.parameters(), module.buffers()) if type(each) in (Tensor, Parameter)]
+    if len(plain) <= free:
+        return
+    loose = [each for each in plain if each.layout == torch.strided and not torch.Tensor.is_shared(each)]  # type: ignore[no-untyped-call]
+    needed = len({each.untyped_storage()._cdata for each in loose})
+    if needed > free:
+        raise RuntimeError(
+            f"expected at most {free:,} tensors to share, each of which keeps a file open, got {needed:,}; raise the "
+            "limit (ulimit -n), call torch.multiprocessing.set_sharing_strategy('file_system'), or share pd.stack()"
+        )
 
 
 def to(module: ModuleT, *args: Any, **kwargs: Any) -> ModuleT:
@@ -183,8 +186,7 @@ def to(module: ModuleT, *args: Any, **kwargs: Any) -> ModuleT:
     Returns
     -------
     torch.nn.Module
-        ``module`` itself. Its Parameters are the same objects; those of a dtype and device lie in one block of memory,
-        but for large ones on the CPU.
+        ``module`` itself. Its Parameters are the same objects; those of a dtype and device lie in one block of memory.
 
     Raises
     ------
@@ -197,9 +199,8 @@ def to(module: ModuleT, *args: Any, **kwargs: Any) -> ModuleT:
 
     Notes
     -----
-    Old and new memory exist side by side until the move is complete, but for large tensors on the CPU. ``non_blocking``
-    returns before copies to a device end; the host tensors may change or die all the same, and work queued on the
-    current stream finds the data complete.
+    Old and new memory exist side by side until the move is complete. ``non_blocking`` returns before copies to a device
+    end; the host tensors may change or die all the same, and work queued on the current stream finds the data complete.
     docs/transfers.md says more. **O(n)**, with a small part of torch's cost an entry.
 
     Examples
@@ -276,13 +277,9 @@ class _Place(NamedTuple):
 
 @dataclass
 class _Prepared:
-    """Slabs that are filled and to which nothing refers yet.
-
-    Groups to be converted apart have slabs in reserve, which are not filled. What must be left to torch has indices.
-    """
+    """Slabs that are filled and to which nothing refers yet; and the indices of what must be left to torch."""
 
     slabs: list[tuple[TensorGroup, Tensor]] = field(default_factory=list)
-    apart: list[tuple[TensorGroup, Tensor]] = field(default_factory=list)
     left: list[int] = field(default_factory=list)
 
 
@@ -294,11 +291,10 @@ def _move(held: _Held, move: Move) -> None:
     places, odd_places, twins = _buffer_places(held, parameters)
     with torch.no_grad():
         # Gradients get slabs of their own, whose memory goes when the gradients are set to None.
-        of_parameters = _prepare(parameters, move, move.large_bytes())
-        of_gradients = _prepare(gradients, move, move.large_bytes())
+        of_parameters = _prepare(parameters, move)
+        of_gradients = _prepare(gradients, move)
         of_buffers = _prepare([place.get() for place in places], move)
         slabs = of_parameters.slabs + of_gradients.slabs
-        apart = of_parameters.apart + of_gradients.apart
         buffers: list[tuple[dict[str, Any], str, Tensor]] = []
         if move.in_place:
             slabs += of_buffers.slabs
@@ -315,13 +311,13 @@ def _move(held: _Held, move: Move) -> None:
         if left or odd_places:
             _leave_to_torch(held.modules, left, odd_places, move, undo)
         try:
-            _complete(slabs, apart, buffers, move, undo)
+            _complete(slabs, buffers, undo)
         except ValueError:
             # A tensor from inference mode is among them, of which torch has its own mind (but none of pin_memory).
             if move.method == "pin_memory":
                 raise
             _leave_to_torch(held.modules, {id(one) for one in parameters + gradients}, [], move, undo)
-            _complete([], [], buffers, move, undo)
+            _complete([], buffers, undo)
     except BaseException:
         for put_back in reversed(undo):
             put_back()
@@ -332,9 +328,7 @@ def _move(held: _Held, move: Move) -> None:
 
 def _complete(
     slabs: list[tuple[TensorGroup, Tensor]],
-    apart: list[tuple[TensorGroup, Tensor]],
     buffers: list[tuple[dict[str, Any], str, Tensor]],
-    move: Move,
     undo: list[Callable[[], None]],
 ) -> None:
     """Do all that is left of a move. There is no way back from here: what has been done before is not undone any more.
@@ -342,7 +336,7 @@ def _complete(
     The modes of `torch.device` are off meanwhile: they are Python code, which a signal can interrupt.
     """
     with torch.no_grad(), torch._C.DisableTorchFunction():
-        complete_move(slabs, apart=apart, buffers=buffers, undo=undo, door=move.door)
+        complete_move(slabs, buffers=buffers, undo=undo)
 
 
 def _buffer_places(held: _Held, parameters: list[Tensor]) -> tuple[list[_Place], list[_Place], list[_Place]]:
@@ -363,21 +357,19 @@ def _buffer_places(held: _Held, parameters: list[Tensor]) -> tuple[list[_Place],
     return usual, [place for place in odd if id(place.get()) not in ids], twins
 
 
-def _prepare(tensors: list[Tensor], move: Move, large_bytes: int | None = None) -> _Prepared:
+def _prepare(tensors: list[Tensor], move: Move) -> _Prepared:
     """Fill slabs with what the tensors will be; the tensors stay as they are."""
     prepared = _Prepared()
     if not tensors:
         return prepared
-    groups, unusual = group_tensors(tensors, narrowest=move.narrowest(), large_bytes=large_bytes)
+    groups, unusual = group_tensors(tensors, narrowest=move.narrowest())
     if move.method != "pin_memory":
         prepared.left += [index for index, _ in unusual]
     for group in groups:
         if move.in_place:
-            prepared.slabs += _prepare_in_place(group, tensors, move, prepared.left)
+            prepared.slabs += _pinned(group, tensors)
         elif _is_there(group, move):
             continue
-        elif group.large and (dtype := _apart_dtype(group, move)) is not None:
-            prepared.apart.append((group, _reserve(group, dtype)))
         else:
             slab = _moved(group, tensors, move)
             if slab is None:
@@ -387,35 +379,17 @@ def _prepare(tensors: list[Tensor], move: Move, large_bytes: int | None = None) 
     return prepared
 
 
-def _prepare_in_place(
-    group: TensorGroup, tensors: list[Tensor], move: Move, left: list[int]
-) -> list[tuple[TensorGroup, Tensor]]:
-    """Fill a slab with those tensors of a group that are not yet shared or page-locked."""
+def _pinned(group: TensorGroup, tensors: list[Tensor]) -> list[tuple[TensorGroup, Tensor]]:
+    """Fill a slab in page-locked memory with those tensors of a group that are not in such memory yet."""
     if group.device.type == "cuda":
-        return []  # It is shared by nature, and not for the CPU to lock.
-    if move.method == "pin_memory":
-        waiting = [index for index in group.indices.tolist() if not tensors[index].is_pinned()]
-    else:
-        waiting = []
-        for index in group.indices.tolist():
-            if not tensors[index].is_shared():
-                (waiting if _is_all_of_its_storage(tensors[index]) else left).append(index)
+        return []  # It is not for the CPU to lock.
+    waiting = [index for index in group.indices.tolist() if not tensors[index].is_pinned()]
     if not waiting:
         return []
     (group,), _ = group_tensors([tensors[index] for index in waiting])
-    if move.method == "pin_memory":
-        slab = pinned_empty(group.length, group.dtype)
-    else:
-        slab = _allocate(group, group.dtype, group.device).share_memory_()  # type: ignore[no-untyped-call]
+    slab = pinned_empty(group.length, group.dtype)
     group.gather(slab)
     return [(group, slab)]
-
-
-def _is_all_of_its_storage(tensor: Tensor) -> bool:
-    """Whether nothing else lies in the storage of a tensor, and no other tensor: torch shares whole storages."""
-    storage = tensor.untyped_storage()
-    # The second user is the Python object that was asked for.
-    return storage.nbytes() == tensor.nbytes and torch._C._storage_Use_Count(storage._cdata) == 2
 
 
 def _moved(group: TensorGroup, tensors: list[Tensor], move: Move) -> Tensor | None:
@@ -449,25 +423,9 @@ def _moved(group: TensorGroup, tensors: list[Tensor], move: Move) -> Tensor | No
     return None
 
 
-def _apart_dtype(group: TensorGroup, move: Move) -> torch.dtype | None:
-    """Return what dtype the tensors of a group get by a conversion that cannot fail for want of anything but memory."""
-    dtype, _ = move.target(group.dtype, group.device)
-    # torch warns when imaginary parts are lost, and a warning may be an error.
-    is_whole = dtype.is_complex or (dtype.is_floating_point and not group.dtype.is_complex)
-    return dtype if is_whole else None
-
-
-def _reserve(group: TensorGroup, dtype: torch.dtype) -> Tensor:
-    """Allocate a slab for when memory runs out; until then nobody writes there."""
-    # `torch.empty` would, in torch's deterministic mode, if it had elements.
-    bytes_ = max(group.length * dtype.itemsize, _UNTOUCHED)
-    storage = torch.UntypedStorage(bytes_, device="cpu")  # type: ignore[no-untyped-call]
-    return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, (group.length,))  # type: ignore[call-overload,no-any-return]
-
-
-def _allocate(group: TensorGroup, dtype: torch.dtype, device: torch.device, pinned: bool = False) -> Tensor:
+def _allocate(group: TensorGroup, dtype: torch.dtype, device: torch.device) -> Tensor:
     with _explained(group, dtype, device):
-        return torch.empty(group.length, dtype=dtype, device=device, pin_memory=pinned)
+        return _memory.empty(group.length, dtype=dtype, device=device)
 
 
 @contextmanager
@@ -505,7 +463,7 @@ def _downloaded(group: TensorGroup, tensors: list[Tensor], dtype: torch.dtype, m
     if len(dense) < len(loose):
         return None
     later = move.non_blocking and source is not None and dtype == group.dtype
-    slab = _allocate(group, dtype, torch.device("cpu"), pinned=later)
+    slab = pinned_empty(group.length, dtype) if later else _allocate(group, dtype, torch.device("cpu"))
     if later and source is not None:
         _staging.download_later(source, slab)
     else:

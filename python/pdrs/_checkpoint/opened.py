@@ -194,11 +194,12 @@ class SavedDictionary:
             shape = list(data.shape[1:])
             numel = prod(shape)
             made: list[Any]
-            if numel:
+            if numel and data.device.type in ("cpu", "cuda"):
                 offsets = (rows[there] * numel).tolist()
                 made = slab_views(data, offsets, [shape] * len(there), requires_grad=table.trainable)
             else:
-                made = [Parameter(data[0].clone(), requires_grad=table.trainable) for _ in there]
+                # Each by itself: in one storage they would be taken for tied.
+                made = [Parameter(data[row].clone(), requires_grad=table.trainable) for row in rows[there].tolist()]
             for at, one in zip(there.tolist(), made, strict=True):
                 found[at] = one
         return found.tolist()

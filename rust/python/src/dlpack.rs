@@ -121,6 +121,12 @@ impl Device {
         // kDLCPU, kDLCUDAHost, kDLROCMHost
         matches!(self.kind, 1 | 3 | 11)
     }
+
+    /// Whether torch calls it a CUDA device.
+    pub(crate) fn is_cuda(self) -> bool {
+        // kDLCUDA, kDLROCM, kDLCUDAManaged
+        matches!(self.kind, 2 | 10 | 13)
+    }
 }
 
 impl Dtype {

@@ -1,5 +1,6 @@
 //! Tensors of one dtype and device, and the places that they have, or shall have, in one slab.
 
+use std::hint::black_box;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -7,7 +8,7 @@ use numpy::{PyArray1, PyArrayLike1};
 use pdrs_core::lines::Lines;
 use pdrs_core::staging;
 use pdrs_core::strides::{is_dense, make_dense, order_of};
-use pyo3::exceptions::{PyIndexError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyIndexError, PyMemoryError, PyTypeError, PyValueError};
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -98,8 +99,6 @@ pub(crate) struct TensorGroup {
     /// Entries that are the tensor of an earlier one: their index, and the region.
     repeated: Vec<(u32, usize)>,
     overlapping: bool,
-    /// Whether these are those on the CPU that are too large for a slab with others.
-    large: bool,
     /// Whether the tensors have been made views of a slab, so that the regions are theirs no more.
     moved: AtomicBool,
 }
@@ -109,12 +108,11 @@ type Grouped = (Vec<TensorGroup>, Vec<(usize, String)>);
 
 /// Puts tensors into groups of one dtype and device, and lays each group out in a slab.
 #[pyfunction]
-#[pyo3(signature = (tensors, *, keep_strides = true, narrowest = None, large_bytes = None))]
+#[pyo3(signature = (tensors, *, keep_strides = true, narrowest = None))]
 pub(crate) fn group_tensors(
     tensors: &Bound<'_, PyList>,
     keep_strides: bool,
     narrowest: Option<u64>,
-    large_bytes: Option<u64>,
 ) -> PyResult<Grouped> {
     let narrowest = narrowest.unwrap_or(16);
     if !matches!(narrowest, 1 | 2 | 4 | 8 | 16) {
@@ -140,18 +138,14 @@ pub(crate) fn group_tensors(
             // The last that was found was the last of this group, too.
             Seen::Alike(pointer) => groups[current].add_alike(index as u32, pointer),
             Seen::Other(found) => {
-                let bytes = found.numel * found.itemsize.min(narrowest);
-                let large = found.device.is_cpu() && large_bytes.is_some_and(|least| bytes >= least);
-                let fits = |group: &TensorGroup| {
-                    group.device == found.device && group.dtype == found.dtype && group.large == large
-                };
+                let fits = |group: &TensorGroup| group.device == found.device && group.dtype == found.dtype;
                 if !groups.get(current).is_some_and(fits) {
                     current = groups.iter().position(fits).unwrap_or(groups.len());
                 }
                 if current == groups.len() {
                     // Nearly always all tensors are of one group.
                     let capacity = if current == 0 { tensors.len() } else { 0 };
-                    groups.push(TensorGroup::new(&tensors, &found, large, narrowest, capacity));
+                    groups.push(TensorGroup::new(&tensors, &found, narrowest, capacity));
                 }
                 groups[current].add(index as u32, &found, finder.dims(), keep_strides);
             }
@@ -168,7 +162,7 @@ pub(crate) fn group_tensors(
 
 impl TensorGroup {
     /// An empty group, whose slab stays aligned when each element is made as narrow as `narrowest`.
-    fn new(tensors: &Bound<'_, PyTuple>, found: &Found, large: bool, narrowest: u64, capacity: usize) -> Self {
+    fn new(tensors: &Bound<'_, PyTuple>, found: &Found, narrowest: u64, capacity: usize) -> Self {
         Self {
             device: found.device,
             dtype: found.dtype,
@@ -178,7 +172,6 @@ impl TensorGroup {
             forms: Forms { dims: Vec::new(), ends: Vec::new() },
             repeated: Vec::new(),
             overlapping: false,
-            large,
             moved: AtomicBool::new(false),
         }
     }
@@ -360,11 +353,6 @@ impl TensorGroup {
         self.overlapping
     }
 
-    #[getter]
-    fn large(&self) -> bool {
-        self.large
-    }
-
     #[pyo3(signature = (out, start = 0))]
     fn gather(&self, out: &Bound<'_, PyAny>, start: u64) -> PyResult<()> {
         let py = out.py();
@@ -410,7 +398,7 @@ impl TensorGroup {
         let torch = Torch::get(slab.py())?;
         let slab = self.checked_slab(torch, slab, door)?;
         let _paused = Paused::new(slab.py())?;
-        self.set_data(torch, &slab)
+        self.set_data(torch, &slab, &mut Reserve::of([self])?)
     }
 
     #[pyo3(signature = (slab, *, detached = false, door = None))]
@@ -467,11 +455,6 @@ impl TensorGroup {
 }
 
 impl TensorGroup {
-    /// How many tensors there are, each counted once.
-    pub(crate) fn regions(&self) -> usize {
-        self.entries.len()
-    }
-
     pub(crate) fn tensor<'a, 'py: 'a>(&'a self, py: Python<'py>, at: usize) -> PyResult<&'a Bound<'py, PyAny>> {
         let entry = self.entries.get(at).ok_or_else(|| PyIndexError::new_err("the group is empty"))?;
         Ok(&self.regions.tensors(py).as_slice()[entry.index as usize])
@@ -489,10 +472,6 @@ impl TensorGroup {
         }
         all.extend(repeated.map(|&(index, region)| give(index, region)));
         all
-    }
-
-    pub(crate) fn view<'py>(&self, slab: &Slab<'py>, at: usize) -> PyResult<Bound<'py, PyAny>> {
-        slab.view(self.regions.first_element(at), &self.forms.get(self.entries[at].form))
     }
 
     pub(crate) fn slab_of<'py>(
@@ -536,8 +515,11 @@ impl TensorGroup {
         let py = slab.py();
         self.check_in_place()?;
         let slab = self.slab_of(torch, slab, door)?;
-        if !self.entries.is_empty() && !torch.can_hold(self.tensor(py, 0)?, &self.view(&slab, 0)?)? {
-            return Err(PyValueError::new_err("tensors of this device cannot become tensors of the slab's device"));
+        if let Some(entry) = self.entries.first() {
+            let view = slab.view(self.regions.first_element(0), &self.forms.get(entry.form))?;
+            if !torch.can_hold(self.tensor(py, 0)?, &view)? {
+                return Err(PyValueError::new_err("tensors of this device cannot become tensors of the slab's device"));
+            }
         }
         self.check_rebindable(torch, py, slab.found.dtype.is_differentiable())?;
         Ok(slab)
@@ -555,19 +537,19 @@ impl TensorGroup {
         Ok(())
     }
 
-    /// Notes that the tensors leave the regions.
-    pub(crate) fn begin_to_move(&self) {
+    /// Makes the tensors views of a [checked](Self::checked_slab) slab: nothing can fail then except for want of memory.
+    pub(crate) fn set_data(&self, torch: &Torch, slab: &Slab<'_>, reserve: &mut Reserve) -> PyResult<()> {
         self.moved.store(true, Ordering::Relaxed);
-    }
-
-    pub(crate) fn set_data(&self, torch: &Torch, slab: &Slab<'_>) -> PyResult<()> {
-        self.begin_to_move();
         let mut forms = Latest::new(&self.forms);
         for (at, entry) in self.entries.iter().enumerate() {
             self.fetch_ahead(slab.py(), at)?;
-            slab.with_view(self.regions.first_element(at), forms.of(entry), |view| {
-                torch.set_data(self.tensor(slab.py(), at)?, view)
-            })?;
+            let tensor = self.tensor(slab.py(), at)?;
+            let mut make =
+                || slab.with_view(self.regions.first_element(at), forms.of(entry), |view| torch.set_data(tensor, view));
+            if make().is_err() {
+                reserve.give_up();
+                make()?;
+            }
         }
         slab.remember();
         Ok(())
@@ -591,6 +573,32 @@ impl TensorGroup {
         self.regions.part(block, start * itemsize).map_err(|at| {
             PyValueError::new_err(format!("the block shares memory with tensors[{}]", self.entries[at].index))
         })
+    }
+}
+
+/// Room for the views that are still to be made, given up when memory runs out on the way.
+///
+/// To make all views before the first is used would need no reserve. But then the old and the new ones exist side by side,
+/// and memory is so fragmented by that that each move of small tensors takes longer than the one before: 2 to 4 times as
+/// long after some. Nobody writes to the reserve, so that it takes addresses, but no memory.
+pub(crate) struct Reserve(Vec<u8>);
+
+impl Reserve {
+    /// More than torch, Python and this module allocate for a view.
+    const BYTES_PER_VIEW: usize = 1024;
+
+    pub(crate) fn of<'a>(groups: impl IntoIterator<Item = &'a TensorGroup>) -> PyResult<Self> {
+        let views: usize = groups.into_iter().map(|group| group.entries.len()).sum();
+        let mut reserve = Vec::new();
+        reserve
+            .try_reserve_exact(views.saturating_mul(Self::BYTES_PER_VIEW))
+            .map_err(|_| PyMemoryError::new_err(format!("there is no room for {views} tensors; nothing has moved")))?;
+        // Or the compiler might see that nobody reads it, and leave it out.
+        Ok(Self(black_box(reserve)))
+    }
+
+    fn give_up(&mut self) {
+        self.0 = Vec::new();
     }
 }
 

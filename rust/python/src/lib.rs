@@ -2,7 +2,6 @@
 
 #![allow(clippy::needless_pass_by_value, reason = "PyO3 asks for owned arguments")]
 
-mod apart;
 mod archive;
 mod bulk;
 mod complete;

@@ -1,16 +1,10 @@
 //! Slabs and the tensors that are views of them.
 //!
-//! A view can be made in four ways, which differ in what it shares with the slab:
+//! Each view has a storage of its own over a part of the slab, which it keeps alive, and a version counter of its own. For
+//! tensors of one storage are taken for tied by all who compare storages, and to save one of them writes the storage.
 //!
-//! | door | storage | `torch.save` of one view writes | `record_stream` |
-//! | --- | --- | --- | --- |
-//! | [`Door::FromBlob`] (torch 2.14 and later) | its own, over memory of the slab that it keeps alive | its own bytes | does nothing |
-//! | [`Door::Dlpack`] (half again as slow) | the same | the same | the same |
-//! | [`Door::StableAbi`] (torch 2.14 and later) | that of the slab | the slab | works |
-//! | [`Door::AsStrided`] (three times slower) | that of the slab | the slab | works |
-//!
-//! So views on the CPU come through the first or, where torch does not have it, the second, and those on other devices,
-//! whose memory needs `record_stream`, through the third or the fourth. Each view has a version counter of its own.
+//! torch's allocators do not know such storages. So `record_stream` on a view does nothing, and a slab on a device is made
+//! known to all streams instead, once, when its first views are made.
 #![allow(unsafe_code)] // Lends memory to torch, and takes it back.
 
 use std::collections::BTreeMap;
@@ -22,7 +16,6 @@ use pdrs_core::strides::extent;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::PyTuple;
 
 use crate::dlpack::{Device, DlTensor, Dtype, MAJOR, MINOR, ManagedTensor, Version};
 use crate::stable_abi::{Handle, Kind, StableAbi};
@@ -31,14 +24,10 @@ use crate::tensor::{Found, Torch};
 /// How the views of a slab are made.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Door {
-    /// A storage of its own over the memory of the slab, which it keeps alive.
+    /// By torch's stable C ABI, from torch 2.14 on.
     FromBlob,
-    /// The same, in a way that older torch has, too.
+    /// By `DLPack`, which older torch has, too, and which takes half again as long.
     Dlpack,
-    /// The storage of the slab.
-    StableAbi,
-    /// The storage of the slab, by `Tensor.as_strided`.
-    AsStrided,
 }
 
 impl Door {
@@ -46,11 +35,7 @@ impl Door {
         match name {
             "from_blob" => Ok(Self::FromBlob),
             "dlpack" => Ok(Self::Dlpack),
-            "stable_abi" => Ok(Self::StableAbi),
-            "as_strided" => Ok(Self::AsStrided),
-            _ => Err(PyValueError::new_err(format!(
-                "expected 'from_blob', 'dlpack', 'stable_abi' or 'as_strided', got {name:?}"
-            ))),
+            _ => Err(PyValueError::new_err(format!("expected 'from_blob' or 'dlpack', got {name:?}"))),
         }
     }
 }
@@ -76,14 +61,9 @@ pub(crate) struct Slab<'py> {
     torch: &'static Torch,
     tensor: Bound<'py, PyAny>,
     pub(crate) found: Found,
-    maker: Maker,
-}
-
-enum Maker {
-    FromBlob(&'static StableAbi, Kind, Arc<Memory>),
-    Dlpack(Arc<Memory>),
-    StableAbi(&'static StableAbi, Handle),
-    AsStrided { offset: i64 },
+    memory: Arc<Memory>,
+    /// For [`Door::FromBlob`].
+    abi: Option<(&'static StableAbi, Kind)>,
 }
 
 /// The memory of a slab, kept by a `DLPack` tensor of torch's, which may be let go on any thread.
@@ -156,31 +136,22 @@ impl<'py> Slab<'py> {
         if tensor.call_method0(intern!(py, "is_inference"))?.is_truthy()? {
             return Err(PyValueError::new_err("expected a slab that was not made in inference mode"));
         }
-        let door = door.unwrap_or(match &torch.stable_abi {
-            Some(_) if found.device.is_cpu() => Door::FromBlob,
-            None if found.device.is_cpu() => Door::Dlpack,
-            Some(_) => Door::StableAbi,
-            None => Door::AsStrided,
-        });
-        let maker = match (door, &torch.stable_abi) {
-            (Door::FromBlob, Some(_)) if !found.device.is_cpu() => {
-                return Err(PyValueError::new_err("expected a slab on the CPU for the door 'from_blob'"));
-            }
-            (Door::FromBlob, Some(abi)) => {
-                Maker::FromBlob(abi, abi.kind(&abi.handle(tensor)?)?, Memory::of(torch, tensor, &found)?)
-            }
-            (Door::Dlpack, _) => Maker::Dlpack(Memory::of(torch, tensor, &found)?),
-            (Door::StableAbi, Some(abi)) => Maker::StableAbi(abi, abi.handle(tensor)?),
-            (Door::FromBlob | Door::StableAbi, None) => {
+        let abi = match (door, &torch.stable_abi) {
+            (Some(Door::Dlpack), _) | (None, None) => None,
+            (_, Some(abi)) => Some((abi, abi.kind(&abi.handle(tensor)?)?)),
+            (Some(Door::FromBlob), None) => {
                 return Err(PyRuntimeError::new_err(
                     "torch has the functions of its stable C ABI that this needs from 2.14 on",
                 ));
             }
-            (Door::AsStrided, _) => {
-                Maker::AsStrided { offset: tensor.call_method0(intern!(py, "storage_offset"))?.extract()? }
-            }
         };
-        Ok(Self { torch, tensor: tensor.clone(), found, maker })
+        let memory = Memory::of(torch, tensor, &found)?;
+        if found.device.is_cuda() {
+            py.import("pdrs._staging")?.call_method1(intern!(py, "make_known_to_streams"), (tensor,))?;
+        } else if !found.device.is_cpu() {
+            return Err(PyValueError::new_err("expected a slab on the CPU or on a CUDA device"));
+        }
+        Ok(Self { torch, tensor: tensor.clone(), found, memory, abi })
     }
 
     pub(crate) fn py(&self) -> Python<'py> {
@@ -189,76 +160,48 @@ impl<'py> Slab<'py> {
 
     /// Remembers the memory, so that [`flat`] knows it again.
     pub(crate) fn remember(&self) {
-        if let Maker::FromBlob(_, _, memory) | Maker::Dlpack(memory) = &self.maker {
-            let mut memories = MEMORIES.lock().unwrap_or_else(PoisonError::into_inner);
-            if memories.by_address.len() >= memories.sweep_at {
-                memories.by_address.retain(|_, memory| memory.strong_count() > 0);
-                memories.sweep_at = 64.max(2 * memories.by_address.len());
-            }
-            memories.by_address.insert(memory.pointer, Arc::downgrade(memory));
+        let mut memories = MEMORIES.lock().unwrap_or_else(PoisonError::into_inner);
+        if memories.by_address.len() >= memories.sweep_at {
+            memories.by_address.retain(|_, memory| memory.strong_count() > 0);
+            memories.sweep_at = 64.max(2 * memories.by_address.len());
         }
+        memories.by_address.insert(self.memory.pointer, Arc::downgrade(&self.memory));
     }
 
     /// A tensor of these elements of the slab; a plain Tensor without gradients.
     pub(crate) fn view(&self, offset: u64, form: &Form<'_>) -> PyResult<Bound<'py, PyAny>> {
-        let py = self.tensor.py();
-        let Form { shape, strides, .. } = *form;
-        let check = || self.check(offset, form);
-        match &self.maker {
-            Maker::FromBlob(abi, ..) => abi.to_python(py, &self.lent(offset, form)?, None),
-            Maker::Dlpack(memory) => {
-                check()?;
-                memory.view(self.torch, py, offset * self.found.itemsize, shape, strides)
-            }
-            Maker::StableAbi(abi, slab) => {
-                check()?;
-                let view = abi.view(slab, offset.cast_signed(), shape, strides)?;
-                abi.to_python(py, &view, None)
-            }
-            Maker::AsStrided { offset: start } => {
-                check()?;
-                let (shape, strides) = (PyTuple::new(py, shape)?, PyTuple::new(py, strides)?);
-                let offset = start + offset.cast_signed();
-                let view = self.tensor.call_method1(intern!(py, "as_strided"), (shape, strides, offset))?;
-                // Without this it would be a view in autograd's eyes, too, of a base that nobody knows.
-                view.call_method0(intern!(py, "detach"))
-            }
-        }
+        self.with_view(offset, form, |view| Ok(view.clone()))
     }
 
-    /// Calls `take` with a [`view`](Self::view) that lives no longer than that.
+    /// Calls `take` with a [`view`](Self::view).
     ///
     /// A tensor with a Python object takes the GIL whenever it comes to have one owner in C++, or no longer one, as it
     /// does each time that its data is taken. With our handle there are always two.
-    pub(crate) fn with_view(
+    pub(crate) fn with_view<T>(
         &self,
         offset: u64,
         form: &Form<'_>,
-        take: impl FnOnce(&Bound<'py, PyAny>) -> PyResult<()>,
-    ) -> PyResult<()> {
-        if let Maker::FromBlob(abi, ..) = &self.maker {
-            let handle = self.lent(offset, form)?;
-            return take(&abi.to_python(self.tensor.py(), &handle, None)?);
-        }
-        take(&self.view(offset, form)?)
+        take: impl FnOnce(&Bound<'py, PyAny>) -> PyResult<T>,
+    ) -> PyResult<T> {
+        let py = self.py();
+        let Some((abi, kind)) = self.abi else {
+            self.check(offset, form)?;
+            let offset = offset * self.found.itemsize;
+            return take(&self.memory.view(self.torch, py, offset, form.shape, form.strides)?);
+        };
+        let handle = self.lent(abi, kind, offset, form)?;
+        take(&abi.to_python(py, &handle, None)?)
     }
 
     /// A Parameter of these elements of the slab.
     pub(crate) fn parameter(&self, offset: u64, form: &Form<'_>, requires_grad: bool) -> PyResult<Bound<'py, PyAny>> {
         let class = self.torch.parameter.bind(self.tensor.py());
-        let made = match &self.maker {
-            Maker::FromBlob(abi, ..) => Some((abi, self.lent(offset, form)?)),
-            Maker::StableAbi(abi, slab) => {
-                self.check(offset, form)?;
-                Some((abi, abi.view(slab, offset.cast_signed(), form.shape, form.strides)?))
-            }
-            _ => None,
-        };
-        if let Some((abi, view)) = made {
+        if let Some((abi, kind)) = self.abi {
+            let handle = self.lent(abi, kind, offset, form)?;
             if requires_grad {
-                abi.require_grad(&view)?;
+                abi.require_grad(&handle)?;
             }
-            return abi.to_python(self.tensor.py(), &view, Some(class));
+            return abi.to_python(self.tensor.py(), &handle, Some(class));
         }
         let view = self.view(offset, form)?;
         view.setattr(intern!(view.py(), "__class__"), class)?;
@@ -268,17 +211,13 @@ impl<'py> Slab<'py> {
         Ok(view)
     }
 
-    /// A tensor of its own over these elements of the slab, for [`Maker::FromBlob`] only.
-    fn lent(&self, offset: u64, form: &Form<'_>) -> PyResult<Handle> {
+    fn lent(&self, abi: &StableAbi, kind: Kind, offset: u64, form: &Form<'_>) -> PyResult<Handle> {
         self.check(offset, form)?;
-        let Maker::FromBlob(abi, kind, memory) = &self.maker else {
-            return Err(PyRuntimeError::new_err(
-                "a bug in pdrs, please report it: a slab of another kind was expected",
-            ));
-        };
-        let address = memory.pointer + (offset * self.found.itemsize) as usize;
+        // As torch's tensors without elements have it; such an address could be that of another view, too.
+        let is_empty = form.extent == Some(0);
+        let address = if is_empty { 0 } else { self.memory.pointer + (offset * self.found.itemsize) as usize };
         // SAFETY: `check` has found that the elements lie in the slab, whose memory `memory` keeps.
-        unsafe { abi.lend(address, *kind, form.shape, form.strides, Arc::clone(memory)) }
+        unsafe { abi.lend(address, kind, form.shape, form.strides, Arc::clone(&self.memory)) }
     }
 
     /// Refuses a view that would reach beyond the slab.
@@ -335,7 +274,7 @@ impl Memory {
                 deleter: Some(give_back),
                 flags: 0,
                 tensor: DlTensor {
-                    data: (self.pointer + offset as usize) as *mut c_void,
+                    data: if shape.contains(&0) { 0 } else { self.pointer + offset as usize } as *mut c_void,
                     device: self.device,
                     ndim: i32::try_from(ndim)?,
                     dtype: self.dtype,

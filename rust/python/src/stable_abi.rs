@@ -1,4 +1,4 @@
-//! torch's stable C ABI: views that share the storage of a slab, and Parameters, made without a detour through Python.
+//! torch's stable C ABI: tensors over memory of ours, and Parameters, made without a detour through Python.
 //!
 //! The functions are looked up by name in the `libtorch_cpu` that is already loaded; where one of them is missing
 //! (torch before 2.14) there is no [`StableAbi`], and callers take another way.
@@ -9,7 +9,7 @@ use std::mem::transmute;
 use std::ptr;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use pyo3::exceptions::PyRuntimeError;
+use pyo3::exceptions::{PyMemoryError, PyRuntimeError};
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::PyType;
@@ -20,7 +20,6 @@ type TensorHandle = *mut c_void;
 
 type FromPython = unsafe extern "C" fn(*mut ffi::PyObject, *mut TensorHandle) -> i32;
 type ToPython = unsafe extern "C" fn(TensorHandle, *mut ffi::PyTypeObject, *mut *mut ffi::PyObject) -> i32;
-type View = unsafe extern "C" fn(TensorHandle, i64, *const i64, *const i64, i64, *mut TensorHandle) -> i32;
 type Empty = unsafe extern "C" fn(i64, *const i64, *const i64, i32, i32, i32, *mut TensorHandle) -> i32;
 type DataPointer = unsafe extern "C" fn(TensorHandle, *mut *mut c_void) -> i32;
 type SetRequiresGrad = unsafe extern "C" fn(TensorHandle, bool) -> i32;
@@ -47,7 +46,6 @@ type LastError = unsafe extern "C" fn() -> *const c_char;
 pub(crate) struct StableAbi {
     from_python: FromPython,
     to_python: ToPython,
-    view: View,
     from_blob: FromBlob,
     dtype: Ask,
     layout: Ask,
@@ -107,7 +105,6 @@ impl StableAbi {
             Some(Self {
                 from_python: transmute::<*mut c_void, FromPython>(library.symbol(c"torch_tensor_from_pyobject")?),
                 to_python: transmute::<*mut c_void, ToPython>(library.symbol(c"torch_tensor_to_pyobject")?),
-                view: transmute::<*mut c_void, View>(library.symbol(c"aoti_torch__reinterpret_tensor")?),
                 from_blob: transmute::<*mut c_void, FromBlob>(library.symbol(c"torch_from_blob")?),
                 dtype: transmute::<*mut c_void, Ask>(library.symbol(c"aoti_torch_get_dtype")?),
                 layout: transmute::<*mut c_void, Ask>(library.symbol(c"aoti_torch_get_layout")?),
@@ -136,18 +133,7 @@ impl StableAbi {
         self.own(status, handle)
     }
 
-    /// Another tensor over the storage of `slab`, `offset` elements after its first. torch checks that it fits.
-    pub(crate) fn view(&self, slab: &Handle, offset: i64, shape: &[i64], strides: &[i64]) -> PyResult<Handle> {
-        let ndim = shape.len().min(strides.len()) as u32;
-        let mut handle = ptr::null_mut();
-        // SAFETY: `slab` is a live handle; shape and strides are `ndim` numbers each, which torch copies.
-        let status = unsafe {
-            (self.view)(slab.tensor, i64::from(ndim), shape.as_ptr(), strides.as_ptr(), offset, &raw mut handle)
-        };
-        self.own(status, handle)
-    }
-
-    /// What [`lend`](Self::lend) has to know of a tensor on the CPU, to make others like it.
+    /// What [`lend`](Self::lend) has to know of a tensor, to make others like it.
     pub(crate) fn kind(&self, tensor: &Handle) -> PyResult<Kind> {
         let ask = |ask: Ask| {
             let mut answer = 0;
@@ -165,7 +151,7 @@ impl StableAbi {
     ///
     /// # Safety
     ///
-    /// All elements must lie in memory of the CPU that `owner` keeps.
+    /// All elements must lie in memory that `owner` keeps, on the device of `kind`.
     pub(crate) unsafe fn lend<T: Send + Sync>(
         &self,
         address: usize,
@@ -267,7 +253,8 @@ impl StableAbi {
     fn error(&self) -> PyErr {
         // SAFETY: torch keeps the message of this thread's last error until the next one; it is copied at once.
         let message = unsafe { (self.last_error)().as_ref().map(|text| CStr::from_ptr(text).to_string_lossy()) };
-        PyRuntimeError::new_err(message.map_or("torch failed".to_owned(), std::borrow::Cow::into_owned))
+        let message = message.map_or("torch failed".to_owned(), std::borrow::Cow::into_owned);
+        if message.contains("bad_alloc") { PyMemoryError::new_err(message) } else { PyRuntimeError::new_err(message) }
     }
 }
 
