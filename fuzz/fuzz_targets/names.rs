@@ -9,7 +9,7 @@ fuzz_target!(|data: &[u8]| {
     if let Ok((header, names)) = decode(data) {
         let _ = names.repeated();
         let ids: Vec<u64> = names.iter().map(|(_, id)| id).collect();
-        let mut encoder = Encoder::new(&header, names.len(), Some(ids.into_iter()), 0);
+        let mut encoder = Encoder::new(&header, names.len(), Some(ids.into_iter()), 0).unwrap();
         names.iter().for_each(|(name, _)| encoder.push(name).unwrap());
         let again = encoder.finish();
         let (same_header, same_names) = decode(&again).unwrap();

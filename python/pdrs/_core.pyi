@@ -616,7 +616,7 @@ class TableRows:
     def of_live(used: int, live: NDArray[np.int64]) -> TableRows:
         """Make one of the rows that belong to names, in any order, of the first ``used``; the others of these are free.
 
-        Raises ValueError if one is listed twice, or is none of the first. **O(used)**.
+        Raises ValueError if one is listed twice, or is none of the first. **O(used / 64)**, and **O(1)** a row.
         """
     def __len__(self) -> int:
         """Return how many rows belong to names. **O(1)**."""
@@ -631,6 +631,8 @@ class TableRows:
         """Return how many of the next ``count`` rows belonged to a name before. **O(1)**."""
     def take(self, count: int) -> None:
         """Give the rows that ``next`` returned. **O(count)**."""
+    def reserve_free(self) -> None:
+        """Make sure that no memory is needed to give rows back. **O(1)**, amortised."""
     def give_back(self, row: int) -> None:
         """Take a row back whose name is gone. **O(1)**."""
     def give_back_many(self, rows: NDArray[np.int64]) -> None:

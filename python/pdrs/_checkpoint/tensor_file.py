@@ -6,6 +6,7 @@ the data without gaps.
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
@@ -456,7 +457,12 @@ class TensorFile:
 
     def _map(self, start: int, stop: int) -> mmap.mmap:
         self._check_size()
-        return mmap.mmap(self._open(), stop - start, access=mmap.ACCESS_COPY, offset=start)
+        try:
+            return mmap.mmap(self._open(), stop - start, access=mmap.ACCESS_COPY, offset=start)
+        except OSError as error:
+            if error.errno == errno.ENOMEM:
+                raise MemoryError(f"cannot map {stop - start} bytes of {self.path}") from error
+            raise
 
     def _read(self, start: int, stop: int) -> bytes:
         # The system reads less than 2 GiB at once.

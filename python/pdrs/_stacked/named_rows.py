@@ -380,6 +380,7 @@ class NamedRows(Tables):
         for number in np.unique(numbers):
             table = self._tables[number]
             rows = row_of(ids[numbers == number])
+            table.rows.reserve_free()  # which may fail, and giving back must not
             changes.call(table.rows.give_back_many, rows)
             self._clear_rows(changes, table, rows)
 

@@ -21,6 +21,7 @@
 
 use crate::error::{Damage, Error, Result};
 use crate::key::{Hashed, Matches};
+use crate::memory;
 use crate::words::Words;
 
 /// What the bytes begin with.
@@ -80,13 +81,15 @@ pub struct Encoder {
 }
 
 /// What stands in front of the ids.
-fn encode_head(header: &Header, names: usize, ids: usize) -> Vec<u8> {
+fn encode_head(header: &Header, names: usize, ids: usize) -> Result<Vec<u8>> {
     let slabs = || header.tables.iter().filter_map(|table| table.slab.as_ref());
     let dims: usize = slabs().map(|slab| slab.shape.len()).sum();
     let labels: usize = header.tables.iter().map(|table| table.attribute.len()).sum::<usize>()
         + slabs().map(|slab| slab.tensor.len()).sum::<usize>()
         + header.patterns.iter().map(Vec::len).sum::<usize>();
-    let mut bytes = MAGIC.to_vec();
+    let records = header.tables.len() * RECORD + header.patterns.len() * 8;
+    let mut bytes = memory::with_capacity(56 + records + 8 * dims + labels + 8)?;
+    bytes.extend(MAGIC);
     for count in [names, ids, header.tables.len(), header.patterns.len(), dims, labels] {
         put(&mut bytes, count as u64);
     }
@@ -107,37 +110,47 @@ fn encode_head(header: &Header, names: usize, ids: usize) -> Vec<u8> {
     }
     header.patterns.iter().for_each(|pattern| bytes.extend(pattern));
     pad(&mut bytes);
-    bytes
+    Ok(bytes)
 }
 
 impl Encoder {
     /// Begins with a header and the ids of so many names; `None` where the n-th name has row n of table 0.
     ///
     /// `text` is how many bytes the names will have, about.
-    pub fn new(header: &Header, names: usize, ids: Option<impl ExactSizeIterator<Item = u64>>, text: usize) -> Self {
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`].
+    pub fn new(
+        header: &Header,
+        names: usize,
+        ids: Option<impl ExactSizeIterator<Item = u64>>,
+        text: usize,
+    ) -> Result<Self> {
         let listed = ids.as_ref().map_or(0, ExactSizeIterator::len);
-        let mut bytes = encode_head(header, names, listed);
-        bytes.reserve_exact(8 * listed + 4 * names + 8 + text);
+        let mut bytes = encode_head(header, names, listed)?;
+        memory::reserve(&mut bytes, 8 * listed + 4 * names + 8 + text)?;
         if let Some(ids) = ids {
             ids.for_each(|id| put(&mut bytes, id));
         }
         let length = bytes.len();
         let lengths_end = length + 4 * names;
         bytes.resize(lengths_end.next_multiple_of(8), 0);
-        Self { bytes, length, lengths_end }
+        Ok(Self { bytes, length, lengths_end })
     }
 
     /// Adds the next name.
     ///
     /// # Errors
     ///
-    /// [`Error::TooLarge`] if it has 4 GB or more, or there are more names than were announced.
+    /// [`Error::TooLarge`] if it has 4 GB or more, or there are more names than were announced; [`Error::Memory`].
     pub fn push(&mut self, name: &[u8]) -> Result<()> {
         let length = u32::try_from(name.len()).map_err(|_| Error::TooLarge)?;
         let end = self.length + 4;
         if end > self.lengths_end {
             return Err(Error::TooLarge);
         }
+        self.bytes.try_reserve(name.len()).map_err(|_| Error::Memory)?;
         self.bytes[self.length..end].copy_from_slice(&length.to_le_bytes());
         self.length = end;
         append(&mut self.bytes, name);
@@ -166,14 +179,28 @@ pub struct Comparison<'a> {
 
 impl<'a> Comparison<'a> {
     /// Begins as [`Encoder::new`] does; `None` if the bytes have another header, other ids, or other names for sure.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`].
     pub fn new(
         data: &'a [u8],
         header: &Header,
         names: usize,
         ids: Option<impl ExactSizeIterator<Item = u64>>,
+    ) -> Result<Option<Self>> {
+        let head = encode_head(header, names, ids.as_ref().map_or(0, ExactSizeIterator::len))?;
+        Ok(Self::behind(data, &head, names, ids))
+    }
+
+    fn behind(
+        data: &'a [u8],
+        head: &[u8],
+        names: usize,
+        ids: Option<impl ExactSizeIterator<Item = u64>>,
     ) -> Option<Self> {
         let listed = ids.as_ref().map_or(0, ExactSizeIterator::len);
-        let rest = data.strip_prefix(encode_head(header, names, listed).as_slice())?;
+        let rest = data.strip_prefix(head)?;
         let (theirs, rest) = rest.split_at_checked(8 * listed)?;
         if !ids.into_iter().flatten().eq(numbers(theirs)) {
             return None;
@@ -248,7 +275,7 @@ pub fn is_packed(data: &[u8]) -> bool {
 ///
 /// # Errors
 ///
-/// [`Error::Damaged`] if the bytes are anything else.
+/// [`Error::Damaged`] if the bytes are anything else; [`Error::Memory`].
 pub fn decode(data: &[u8]) -> Result<(Header, Names<'_>)> {
     let mut reader = Reader { data, at: 0 };
     if reader.take(8)? != MAGIC {
@@ -267,18 +294,20 @@ pub fn decode(data: &[u8]) -> Result<(Header, Names<'_>)> {
     let mut dims = numbers(reader.many(dims, 8)?);
     let mut labels = Reader { at: reader.at, data: &data[..reader.at + reader.many(labels, 1)?.len()] };
     reader.padding()?;
-    let header = Header {
-        tables: records
-            .chunks_exact(RECORD)
-            .enumerate()
-            .map(|(number, record)| decode_table(record, 56 + number * RECORD, &mut labels, &mut dims))
-            .collect::<Result<_>>()?,
-        patterns: numbers(pattern_sizes).map(|size| labels.text(size)).collect::<Result<_>>()?,
+    let mut header = Header {
+        tables: memory::with_capacity(records.len() / RECORD)?,
+        patterns: memory::with_capacity(pattern_sizes.len() / 8)?,
     };
+    for (number, record) in records.chunks_exact(RECORD).enumerate() {
+        header.tables.push(decode_table(record, 56 + number * RECORD, &mut labels, &mut dims)?);
+    }
+    for size in numbers(pattern_sizes) {
+        header.patterns.push(labels.text(size)?);
+    }
     if dims.next().is_some() || labels.at < labels.data.len() {
         return Err(damaged(labels.at, Damage::Header));
     }
-    let used: Vec<u64> = header.tables.iter().map(|table| table.used).collect();
+    let used: Vec<u64> = memory::collect(header.tables.iter().map(|table| table.used))?;
     let names = Names::parse(reader, names, ids != 0, &used)?;
     Ok((header, names))
 }
@@ -304,7 +333,7 @@ fn decode_table(
     } else {
         let tensor = labels.text(tensor)?;
         // There may be fewer than are announced, and `ndim` anything.
-        let shape: Vec<u64> = dims.take(usize::try_from(ndim).unwrap_or(usize::MAX)).collect();
+        let shape = memory::collect(dims.take(usize::try_from(ndim).unwrap_or(usize::MAX)))?;
         if shape.len() as u64 != ndim {
             return Err(damaged(at, Damage::Header));
         }
@@ -403,12 +432,13 @@ impl<'a> Names<'a> {
         })
     }
 
-    /// The place of the first name that stands further in front, too. **O(n)**.
+    /// The place of the first name that stands further in front, too; `None` also where there is no memory to find out.
+    /// **O(n)**.
     #[must_use]
     pub fn repeated(&self) -> Option<usize> {
         let mut words = Words::default();
-        words.reserve(self.len);
-        let starts: Vec<&[u8]> = self.iter().map(|(name, _)| name).collect();
+        words.reserve(self.len).ok()?;
+        let starts: Vec<&[u8]> = memory::collect(self.iter().map(|(name, _)| name)).ok()?;
         for (at, name) in starts.iter().enumerate() {
             let hash = Text(name).hash().max(1);
             match words.search(hash, |before| Text(starts[before as usize]).matches(&Text(name))) {
@@ -437,7 +467,7 @@ impl Matches<Self> for Text<'_> {
 
 /// Refuses ids that name a table or a row that is not there, or a row that another one names, too.
 fn check_ids(ids: &[u8], at: usize, used: &[u64]) -> Result<()> {
-    let mut first = Vec::with_capacity(used.len());
+    let mut first = memory::with_capacity(used.len())?;
     let mut rows = 0_u64;
     for count in used {
         first.push(rows);
@@ -445,8 +475,8 @@ fn check_ids(ids: &[u8], at: usize, used: &[u64]) -> Result<()> {
     }
     // A bit a row, but not for the sake of rows that were given and taken back by the billion.
     let dense = rows / 64 <= (ids.len() / 8 + used.len()) as u64;
-    let mut bits = vec![0_u64; if dense { (rows / 64) as usize + 1 } else { 0 }];
-    let mut sorted = Vec::with_capacity(if dense { 0 } else { ids.len() / 8 });
+    let mut bits = memory::filled(0_u64, if dense { (rows / 64) as usize + 1 } else { 0 })?;
+    let mut sorted = memory::with_capacity(if dense { 0 } else { ids.len() / 8 })?;
     for (number, id) in numbers(ids).enumerate() {
         let (table, row) = ((id >> ROW_BITS) as usize, id & ((1 << ROW_BITS) - 1));
         if used.get(table).is_none_or(|used| row >= *used) {
@@ -538,7 +568,7 @@ impl<'a> Reader<'a> {
         let at = self.at;
         let text = self.many(size, 1)?;
         match invalid_at(text) {
-            None => Ok(text.to_vec()),
+            None => memory::collect(text.iter().copied()),
             Some(wrong) => Err(damaged(at + wrong, Damage::Text)),
         }
     }

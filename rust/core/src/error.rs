@@ -13,6 +13,8 @@ pub enum Error {
         /// The largest number that it can hold.
         limit: usize,
     },
+    /// There is no memory for what was asked for.
+    Memory,
     /// A slab would have more bytes than an `i64` can count.
     TooLarge,
     /// A slab cannot be cut into blocks of this size.
@@ -76,6 +78,7 @@ impl fmt::Display for Error {
             Self::Full { wanted, limit } => {
                 write!(f, "an IndexMap holds at most {limit} names, and {wanted} were asked for")
             }
+            Self::Memory => write!(f, "out of memory"),
             Self::TooLarge => write!(f, "all tensors together have more than {} bytes", i64::MAX),
             Self::BlockSize { got, multiple_of } => {
                 write!(f, "the size of a block must be a positive multiple of {multiple_of} bytes, got {got}")

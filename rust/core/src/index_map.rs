@@ -25,6 +25,7 @@ use std::collections::VecDeque;
 
 use crate::error::{Error, Result};
 use crate::key::{Hashed, Matches};
+use crate::memory;
 use crate::words::Words;
 
 /// The largest number of entries of a map: half of the ids, because up to half of the entries may be holes.
@@ -100,7 +101,8 @@ impl<K, V> IndexMap<K, V> {
     ///
     /// # Errors
     ///
-    /// [`Error::Full`] if the map would have to hold more than [`MAX_ENTRIES`]; nothing has changed then.
+    /// [`Error::Full`] if the map would have to hold more than [`MAX_ENTRIES`], [`Error::Memory`] if there is none; the
+    /// map holds what it did.
     ///
     /// **O(n)**.
     pub fn reserve(&mut self, additional: usize) -> Result<()> {
@@ -108,9 +110,8 @@ impl<K, V> IndexMap<K, V> {
         if wanted > MAX_ENTRIES {
             return Err(Error::Full { wanted, limit: MAX_ENTRIES });
         }
-        self.entries.reserve(additional);
-        self.words.reserve(wanted);
-        Ok(())
+        self.entries.try_reserve(additional).map_err(|_| Error::Memory)?;
+        self.words.reserve(wanted)
     }
 
     /// The first entry in order. **O(1)**.
@@ -161,7 +162,7 @@ impl<K, V> IndexMap<K, V> {
     /// **O(1)**, but for the first call after a removal from the middle, which closes the holes: **O(n)**.
     pub fn nth(&mut self, n: usize) -> Option<(&K, &V)> {
         self.compact();
-        self.entry_at(n)
+        if self.entries.len() == self.len { self.entry_at(n) } else { self.iter().nth(n) }
     }
 
     /// The entries in order, from either end. **O(n)** for all.
@@ -177,11 +178,15 @@ impl<K, V> IndexMap<K, V> {
     }
 
     /// Closes the holes that removals left; the order stays. **O(n)**, or **O(1)** if there are none.
+    ///
+    /// Where there is no memory to do so, they stay until the next time.
     pub fn compact(&mut self) {
         if self.entries.len() == self.len {
             return;
         }
-        let mut closed_up = Vec::with_capacity(self.entries.len());
+        let Ok(mut closed_up) = memory::with_capacity(self.entries.len()) else {
+            return;
+        };
         let mut live = 0_u32;
         for entry in &self.entries {
             closed_up.push(live);
@@ -196,16 +201,15 @@ impl<K, V> IndexMap<K, V> {
     /// Makes a map with the same order, of what `convert` makes of each entry, which must match and hash the same.
     ///
     /// Nothing is hashed or compared. **O(n)**.
-    #[must_use]
-    pub fn map_entries<L, W>(&self, mut convert: impl FnMut(&K, &V) -> (L, W)) -> IndexMap<L, W> {
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`].
+    pub fn map_entries<L, W>(&self, mut convert: impl FnMut(&K, &V) -> (L, W)) -> Result<IndexMap<L, W>> {
+        let words = self.words.copy()?;
         let entries = self.entries.iter().map(|entry| entry.as_ref().map(|(key, value)| convert(key, value)));
-        IndexMap {
-            words: self.words.clone(),
-            entries: entries.collect(),
-            base: self.base,
-            len: self.len,
-            generation: 0,
-        }
+        let entries = memory::collect(entries)?.into();
+        Ok(IndexMap { words, entries, base: self.base, len: self.len, generation: 0 })
     }
 
     /// Checks that the map is as its description says. For tests: **O(n)**.
@@ -339,7 +343,7 @@ impl<K: Hashed, V> IndexMap<K, V> {
     ///
     /// # Errors
     ///
-    /// [`Error::Full`] if there are [`MAX_ENTRIES`] already; nothing has changed then.
+    /// [`Error::Full`] if there are [`MAX_ENTRIES`] already, [`Error::Memory`]; nothing has changed then.
     ///
     /// **O(1)**.
     pub fn insert(&mut self, key: K, value: V) -> Result<Option<V>>
@@ -355,7 +359,7 @@ impl<K: Hashed, V> IndexMap<K, V> {
     ///
     /// # Errors
     ///
-    /// [`Error::Full`] if there are [`MAX_ENTRIES`] already; nothing has changed then.
+    /// [`Error::Full`] if there are [`MAX_ENTRIES`] already, [`Error::Memory`]; nothing has changed then.
     pub fn get_or_insert_with(&mut self, key: K, make: impl FnOnce() -> V) -> Result<(&mut V, bool)>
     where
         K: Matches<K>,
@@ -372,7 +376,8 @@ impl<K: Matches<K>, V> IndexMap<K, V> {
     ///
     /// # Errors
     ///
-    /// [`Error::Full`], before anything has changed, if the map could not hold all of them were they all new.
+    /// [`Error::Memory`], or [`Error::Full`] if the map could not hold all of them were they all new: before anything has
+    /// changed.
     pub fn insert_many<I>(&mut self, entries: I, mut replaced: impl FnMut(V)) -> Result<()>
     where
         I: IntoIterator<Item = (K, V), IntoIter: ExactSizeIterator>,
@@ -393,7 +398,8 @@ impl<K: Matches<K>, V> IndexMap<K, V> {
     ///
     /// # Errors
     ///
-    /// [`Error::Full`], before anything has changed, if the map could not hold all of them were they all new.
+    /// [`Error::Memory`], or [`Error::Full`] if the map could not hold all of them were they all new: before anything has
+    /// changed.
     pub fn get_or_insert_many<I>(
         &mut self,
         keys: I,
@@ -417,7 +423,7 @@ impl<K: Matches<K>, V> IndexMap<K, V> {
         mut insert: impl FnMut(&mut Self, u32, T) -> Result<()>,
     ) -> Result<()> {
         self.reserve(items.len())?;
-        let mut batch = Vec::with_capacity(BATCH);
+        let mut batch = memory::with_capacity(BATCH)?;
         loop {
             batch.extend(items.by_ref().take(BATCH));
             if batch.is_empty() {
@@ -455,13 +461,25 @@ impl<K: Matches<K>, V> IndexMap<K, V> {
         Ok((value, added))
     }
 
-    /// Makes sure that one more entry has a word.
+    /// Makes sure that one more entry has a word, a place and an id.
     fn make_room(&mut self) -> Result<()> {
         if self.len == MAX_ENTRIES {
             return Err(Error::Full { wanted: MAX_ENTRIES + 1, limit: MAX_ENTRIES });
         }
-        self.words.make_room(self.len + 1);
-        Ok(())
+        self.make_place()?;
+        self.words.make_room(self.len + 1)
+    }
+
+    /// Makes sure that one more entry, or one that moves, has a place and an id.
+    fn make_place(&mut self) -> Result<()> {
+        // Where there was no memory to close them, there may be more holes than ids for holes.
+        if self.entries.len() >= 2 * MAX_ENTRIES {
+            self.compact();
+            if self.entries.len() >= 2 * MAX_ENTRIES {
+                return Err(Error::Memory);
+            }
+        }
+        memory::make_room(&mut self.entries)
     }
 
     /// Adds an entry that is known to be new, in the empty slot where the search for it ended.
@@ -505,7 +523,11 @@ impl<K: Matches<K>, V> IndexMap<K, V> {
     }
 
     /// Moves the entry that `query` names behind all others; whether there is one. **O(1)**.
-    pub fn move_to_last<Q>(&mut self, query: &Q) -> bool
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`]; nothing has changed then.
+    pub fn move_to_last<Q>(&mut self, query: &Q) -> Result<bool>
     where
         Q: Hashed + ?Sized,
         K: Matches<Q>,
@@ -514,7 +536,11 @@ impl<K: Matches<K>, V> IndexMap<K, V> {
     }
 
     /// Moves the entry that `query` names in front of all others; whether there is one. **O(1)**.
-    pub fn move_to_first<Q>(&mut self, query: &Q) -> bool
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`]; nothing has changed then.
+    pub fn move_to_first<Q>(&mut self, query: &Q) -> Result<bool>
     where
         Q: Hashed + ?Sized,
         K: Matches<Q>,
@@ -525,9 +551,13 @@ impl<K: Matches<K>, V> IndexMap<K, V> {
     /// Keeps the entries for which `keep` says so, in order. **O(n)**.
     ///
     /// All are judged before any is removed: if `keep` panics, none is.
-    pub fn retain(&mut self, mut keep: impl FnMut(&K, &mut V) -> bool) {
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`], before any is judged.
+    pub fn retain(&mut self, mut keep: impl FnMut(&K, &mut V) -> bool) -> Result<()> {
         let judge = |entry: &mut Option<(K, V)>| entry.as_mut().is_some_and(|(key, value)| !keep(key, value));
-        let refused: Vec<bool> = self.entries.iter_mut().map(judge).collect();
+        let refused: Vec<bool> = memory::collect(self.entries.iter_mut().map(judge))?;
         for position in (0..refused.len()).filter(|position| refused[*position]) {
             let slot = self.slot_at(position);
             self.words.erase(slot);
@@ -536,6 +566,7 @@ impl<K: Matches<K>, V> IndexMap<K, V> {
             self.generation += 1;
         }
         self.tidy();
+        Ok(())
     }
 
     /// Replaces the value of the entry that `query` names and gives the old one. **O(1)**.
@@ -565,19 +596,20 @@ impl<K: Matches<K>, V> IndexMap<K, V> {
         self.take(slot)
     }
 
-    fn move_to<Q>(&mut self, query: &Q, last: bool) -> bool
+    fn move_to<Q>(&mut self, query: &Q, last: bool) -> Result<bool>
     where
         Q: Hashed + ?Sized,
         K: Matches<Q>,
     {
+        self.make_place()?;
         let hash = stored_hash(query);
         let Some(slot) = self.find(hash, query) else {
-            return false;
+            return Ok(false);
         };
         let position = self.position_in(slot);
         let there = if last { self.entries.len() - 1 } else { 0 };
         if position == there {
-            return true;
+            return Ok(true);
         }
         let entry = self.entries[position].take();
         let id = if last {
@@ -591,14 +623,7 @@ impl<K: Matches<K>, V> IndexMap<K, V> {
         self.words.fill(slot, hash, id);
         self.generation += 1;
         self.tidy();
-        true
-    }
-}
-
-impl<K: Clone, V: Clone> Clone for IndexMap<K, V> {
-    /// Copies the map without hashing or comparing a key. **O(n)**.
-    fn clone(&self) -> Self {
-        self.map_entries(|key, value| (key.clone(), value.clone()))
+        Ok(true)
     }
 }
 

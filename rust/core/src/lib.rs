@@ -11,6 +11,7 @@ mod error;
 mod index_map;
 mod key;
 pub mod lines;
+pub mod memory;
 pub mod names_delta;
 mod row_set;
 mod rows;

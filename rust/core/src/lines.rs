@@ -5,6 +5,8 @@
 
 use std::ops::Range;
 
+use crate::memory;
+
 /// The bytes of a line.
 const LINE: usize = 64;
 /// Lines have their bits in chunks, because heaps lie far apart: 16 MiB of memory in 32 KiB.
@@ -57,7 +59,7 @@ impl Lines {
         })
     }
 
-    /// The bits of a chunk; `None` if there are too many.
+    /// The bits of a chunk; `None` if there are too many, or there is no memory for more.
     #[inline]
     fn chunk(&mut self, chunk: usize) -> Option<&mut [u64]> {
         if self.chunks.get(self.latest).is_none_or(|(number, _)| *number != chunk) {
@@ -65,7 +67,9 @@ impl Lines {
                 Ok(at) => at,
                 Err(_) if self.chunks.len() == self.most => return None,
                 Err(at) => {
-                    self.chunks.insert(at, (chunk, vec![0; LINES_PER_CHUNK / 64].into_boxed_slice()));
+                    let bits = memory::filled(0, LINES_PER_CHUNK / 64).ok()?;
+                    self.chunks.try_reserve(1).ok()?;
+                    self.chunks.insert(at, (chunk, bits.into_boxed_slice()));
                     at
                 }
             };
@@ -104,8 +108,8 @@ impl Stretches {
             last.end = stretch.end;
         } else if stretch.is_empty() || self.runs.len() == self.most {
             *self = Self::new(0);
-        } else {
-            self.runs.push(stretch);
+        } else if memory::push(&mut self.runs, stretch).is_err() {
+            *self = Self::new(0);
         }
     }
 
@@ -114,7 +118,9 @@ impl Stretches {
     /// Computes in **O(n log n)** time of the number of runs.
     #[must_use]
     pub fn are_apart(&self) -> bool {
-        let mut runs = self.runs.clone();
+        let Ok(mut runs) = memory::collect(self.runs.iter().cloned()) else {
+            return false;
+        };
         runs.sort_unstable_by_key(|run| run.start);
         self.most > 0 && runs.windows(2).all(|pair| pair[0].end <= pair[1].start)
     }

@@ -14,6 +14,7 @@
 
 use crate::archive::{self, Encoder};
 use crate::error::{Damage, Error, Result};
+use crate::memory;
 
 /// What the bytes begin with.
 pub const MAGIC: [u8; 8] = *b"pdrd\0\0\0\x01";
@@ -22,7 +23,8 @@ pub const MAGIC: [u8; 8] = *b"pdrd\0\0\0\x01";
 ///
 /// # Errors
 ///
-/// [`Error::Damaged`] if one of the two is no packed names; [`Error::TooLarge`] if there are 2^32 names or more.
+/// [`Error::Damaged`] if one of the two is no packed names; [`Error::TooLarge`] if there are 2^32 names or more;
+/// [`Error::Memory`].
 pub fn diff(old: &[u8], new: &[u8]) -> Result<Vec<u8>> {
     let (_, before) = archive::decode(old)?;
     let (header, after) = archive::decode(new)?;
@@ -34,17 +36,17 @@ pub fn diff(old: &[u8], new: &[u8]) -> Result<Vec<u8>> {
     for (at, (name, id)) in before.iter().enumerate() {
         let at = u32::try_from(at).map_err(|_| Error::TooLarge)?;
         match next.next_if(|(other, _)| *other == name) {
-            None => removed.push(at),
+            None => memory::push(&mut removed, at)?,
             Some((_, new_id)) => {
                 kept += 1;
                 if new_id != id {
-                    moved.push(at);
-                    ids.push(new_id);
+                    memory::push(&mut moved, at)?;
+                    memory::push(&mut ids, new_id)?;
                 }
             }
         }
     }
-    let mut bytes = Vec::new();
+    let mut bytes = memory::with_capacity(8 + 16 + 4 * (removed.len() + moved.len()) + 16 + 8 * ids.len())?;
     bytes.extend(MAGIC);
     put(&mut bytes, removed.len() as u64);
     put(&mut bytes, moved.len() as u64);
@@ -54,12 +56,12 @@ pub fn diff(old: &[u8], new: &[u8]) -> Result<Vec<u8>> {
     }
     bytes.extend(ids.iter().flat_map(|id| id.to_le_bytes()));
     let added = || after.iter().skip(kept);
-    let added_ids: Vec<u64> = added().map(|(_, id)| id).collect();
-    let mut encoder = Encoder::new(&header, added_ids.len(), Some(added_ids.into_iter()), 0);
+    let added_ids: Vec<u64> = memory::collect(added().map(|(_, id)| id))?;
+    let mut encoder = Encoder::new(&header, added_ids.len(), Some(added_ids.into_iter()), 0)?;
     for (name, _) in added() {
         encoder.push(name)?;
     }
-    bytes.extend(encoder.finish());
+    memory::append(&mut bytes, &encoder.finish())?;
     Ok(bytes)
 }
 
@@ -69,7 +71,7 @@ pub fn diff(old: &[u8], new: &[u8]) -> Result<Vec<u8>> {
 ///
 /// # Errors
 ///
-/// [`Error::Damaged`] if one of the two is damaged, or they do not belong together.
+/// [`Error::Damaged`] if one of the two is damaged, or they do not belong together; [`Error::Memory`].
 pub fn apply(old: &[u8], delta: &[u8]) -> Result<Vec<u8>> {
     let (_, before) = archive::decode(old)?;
     let wrong = |at: usize, what| Error::Damaged { at: at as u64, what };
@@ -85,18 +87,19 @@ pub fn apply(old: &[u8], delta: &[u8]) -> Result<Vec<u8>> {
         at = end.next_multiple_of(8).min(delta.len());
         Ok((start, &delta[start..end]))
     };
-    let counts = numbers(take(2, 8)?.1).collect::<Vec<_>>();
-    let removed = Places::new(take(counts[0], 4)?, before.len())?;
-    let moved = Places::new(take(counts[1], 4)?, before.len())?;
-    let ids = take(counts[1], 8)?.1;
+    let mut counts = numbers(take(2, 8)?.1);
+    let (removals, moves) = (counts.next().unwrap_or(0), counts.next().unwrap_or(0));
+    let removed = Places::new(take(removals, 4)?, before.len())?;
+    let moved = Places::new(take(moves, 4)?, before.len())?;
+    let ids = take(moves, 8)?.1;
     let (header, added) = archive::decode(&delta[at..]).map_err(|error| match error {
         Error::Damaged { at: inside, what } => wrong(at + inside as usize, what),
         other => other,
     })?;
     let mut removed = removed.iter().peekable();
     let mut moved = moved.iter().zip(numbers(ids)).peekable();
-    let mut names: Vec<&[u8]> = Vec::with_capacity(before.len() + added.len());
-    let mut new_ids: Vec<u64> = Vec::with_capacity(before.len() + added.len());
+    let mut names: Vec<&[u8]> = memory::with_capacity(before.len() + added.len())?;
+    let mut new_ids: Vec<u64> = memory::with_capacity(before.len() + added.len())?;
     for (place, (name, id)) in before.iter().enumerate() {
         let other = moved.next_if(|(moved, _)| *moved as usize == place).map(|(_, id)| id);
         if removed.next_if(|removed| *removed as usize == place).is_none() {
@@ -111,7 +114,7 @@ pub fn apply(old: &[u8], delta: &[u8]) -> Result<Vec<u8>> {
     let plain = new_ids.iter().enumerate().all(|(at, id)| at as u64 == *id);
     let listed = (!plain).then_some(new_ids);
     let text = names.iter().map(|name| name.len()).sum();
-    let mut encoder = Encoder::new(&header, names.len(), listed.map(IntoIterator::into_iter), text);
+    let mut encoder = Encoder::new(&header, names.len(), listed.map(IntoIterator::into_iter), text)?;
     for name in names {
         encoder.push(name)?;
     }

@@ -9,10 +9,13 @@
 
 use std::iter;
 
+use crate::error::Result;
+use crate::memory;
+
 /// Words of 64 bits on each of which lie those of the level below: enough for 2^42 rows; an id has 40 bits for the row.
 const LEVELS: usize = 7;
 
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct RowSet {
     levels: [Vec<u64>; LEVELS],
     len: u64,
@@ -24,7 +27,45 @@ impl RowSet {
         self.len
     }
 
+    /// All rows below `end`. **O(end / 64)**.
+    pub(crate) fn all_below(end: u64) -> Result<Self> {
+        let mut made = Self { len: end, ..Self::default() };
+        let mut bits = end;
+        for words in &mut made.levels {
+            *words = memory::filled(u64::MAX, usize::try_from(bits.div_ceil(64)).unwrap_or(usize::MAX))?;
+            if let Some(last) = words.last_mut()
+                && !bits.is_multiple_of(64)
+            {
+                *last = (1 << (bits % 64)) - 1;
+            }
+            bits = words.len() as u64;
+        }
+        Ok(made)
+    }
+
+    /// Makes room for all rows below `end`, so that none of them needs memory when it is put into the set.
+    pub(crate) fn reserve(&mut self, end: u64) -> Result<()> {
+        let mut bits = usize::try_from(end).unwrap_or(usize::MAX);
+        for words in &mut self.levels {
+            bits = bits.div_ceil(64);
+            if words.capacity() < bits {
+                words.try_reserve(bits - words.len()).map_err(|_| crate::Error::Memory)?;
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn copy(&self) -> Result<Self> {
+        let mut made = Self { len: self.len, ..Self::default() };
+        for (copy, words) in made.levels.iter_mut().zip(&self.levels) {
+            *copy = memory::collect(words.iter().copied())?;
+        }
+        Ok(made)
+    }
+
     /// Puts a row into the set, which must not have it. **O(1)**, amortised.
+    ///
+    /// What it needs for that has been [reserved](Self::reserve) where memory may be short.
     pub(crate) fn insert(&mut self, row: u64) {
         let mut place = row as usize;
         for words in &mut self.levels {
@@ -46,7 +87,16 @@ impl RowSet {
     /// Takes the smallest row out. **O(1)**.
     pub(crate) fn pop_first(&mut self) -> Option<u64> {
         let row = self.from(0)?;
+        self.remove(row);
+        Some(row)
+    }
+
+    /// Takes a row out; whether it was there. **O(1)**.
+    pub(crate) fn remove(&mut self, row: u64) -> bool {
         let mut place = row as usize;
+        if self.levels[0].get(place / 64).is_none_or(|word| word & 1 << (place % 64) == 0) {
+            return false;
+        }
         for words in &mut self.levels {
             let word = place / 64;
             words[word] &= !(1 << (place % 64));
@@ -56,7 +106,7 @@ impl RowSet {
             place = word;
         }
         self.len -= 1;
-        Some(row)
+        true
     }
 
     /// The rows, ascending. **O(1)** a row.

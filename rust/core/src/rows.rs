@@ -11,10 +11,11 @@
 //! depends on nothing but which belong to names: a run that was saved and loaded gives the rows that it would have given,
 //! and so adds up in the same order, to the same bits.
 
+use crate::error::Result;
 use crate::row_set::RowSet;
 
 /// The rows of one table; costs are amortised.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub struct Rows {
     /// Rows from here on have never belonged to a name since the table was made or compacted.
     used: u64,
@@ -33,18 +34,41 @@ impl Rows {
 
     /// The rows of a table of whose first `used` rows `live` belong to names; the others are free.
     ///
-    /// **O(used)**. `None` if a row is listed twice, or is none of the first.
-    #[must_use]
-    pub fn of_live(used: u64, live: impl Iterator<Item = u64>) -> Option<Self> {
-        let mut taken = vec![false; usize::try_from(used).ok()?];
-        for row in live {
-            if std::mem::replace(taken.get_mut(usize::try_from(row).ok()?)?, true) {
-                return None;
-            }
-        }
-        let mut free = RowSet::default();
-        (0..used).filter(|row| !taken[*row as usize]).for_each(|row| free.insert(row));
-        Some(Self { used, free })
+    /// **O(used / 64)**, and **O(1)** a live row. `None` if a row is listed twice, or is none of the first.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`](crate::Error::Memory).
+    pub fn of_live(used: u64, mut live: impl Iterator<Item = u64>) -> Result<Option<Self>> {
+        let mut free = RowSet::all_below(used)?;
+        Ok(live.all(|row| free.remove(row)).then_some(Self { used, free }))
+    }
+
+    /// The same rows once more. **O(used / 64)**.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`](crate::Error::Memory).
+    pub fn copy(&self) -> Result<Self> {
+        Ok(Self { used: self.used, free: self.free.copy()? })
+    }
+
+    /// Makes sure that any row can be given back without memory for it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`](crate::Error::Memory); the rows are as they were.
+    pub fn reserve_free(&mut self) -> Result<()> {
+        self.free.reserve(self.used)
+    }
+
+    /// The same for the rows below `end` only.
+    ///
+    /// # Errors
+    ///
+    /// As above.
+    pub fn reserve_free_below(&mut self, end: u64) -> Result<()> {
+        self.free.reserve(end.min(self.used))
     }
 
     /// How many rows belong to names. **O(1)**.

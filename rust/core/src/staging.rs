@@ -14,6 +14,7 @@
 use std::ops::Range;
 
 use crate::error::{Error, Result};
+use crate::memory;
 
 /// Every region begins at a multiple of this many bytes: GPUs load 16 bytes at once, and only from such addresses.
 pub const LEAST_ALIGNMENT: u64 = 16;
@@ -79,7 +80,8 @@ impl Layout {
 ///
 /// # Errors
 ///
-/// [`Error::BlockSize`] if `block_size` is no positive multiple of [`MOST_ALIGNMENT`]: an element might be cut in two.
+/// [`Error::BlockSize`] if `block_size` is no positive multiple of [`MOST_ALIGNMENT`]: an element might be cut in two;
+/// [`Error::Memory`].
 pub fn cut(regions: impl IntoIterator<Item = Range<u64>>, block_size: u64, direct_from: u64) -> Result<Vec<Block>> {
     if block_size == 0 || !block_size.is_multiple_of(MOST_ALIGNMENT) {
         return Err(Error::BlockSize { got: block_size, multiple_of: MOST_ALIGNMENT });
@@ -92,8 +94,8 @@ pub fn cut(regions: impl IntoIterator<Item = Range<u64>>, block_size: u64, direc
         }
         debug_assert!(open.as_ref().is_none_or(|block| block.bytes.end <= region.start), "regions overlap");
         if region.end - region.start >= direct_from {
-            blocks.extend(open.take());
-            blocks.push(Block { bytes: region, regions: number..number + 1, direct: true });
+            close(&mut blocks, &mut open)?;
+            memory::push(&mut blocks, Block { bytes: region, regions: number..number + 1, direct: true })?;
             continue;
         }
         let mut from = region.start;
@@ -102,7 +104,7 @@ pub fn cut(regions: impl IntoIterator<Item = Range<u64>>, block_size: u64, direc
                 // A gap may reach beyond the end of the block; then the region begins the next one.
                 Some(block) if from - block.bytes.start < block_size => block,
                 _ => {
-                    blocks.extend(open.take());
+                    close(&mut blocks, &mut open)?;
                     open.insert(Block { bytes: from..from, regions: number..number, direct: false })
                 }
             };
@@ -112,6 +114,10 @@ pub fn cut(regions: impl IntoIterator<Item = Range<u64>>, block_size: u64, direc
             from = to;
         }
     }
-    blocks.extend(open);
+    close(&mut blocks, &mut open)?;
     Ok(blocks)
+}
+
+fn close(blocks: &mut Vec<Block>, open: &mut Option<Block>) -> Result<()> {
+    open.take().map_or(Ok(()), |block| memory::push(blocks, block))
 }

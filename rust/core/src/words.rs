@@ -5,6 +5,9 @@
 
 use std::hint::black_box;
 
+use crate::error::Result;
+use crate::memory;
+
 /// Below this many words, empty ones are not worth a sweep.
 const SMALL: usize = 64;
 
@@ -15,7 +18,7 @@ const REGION: usize = 1 << 15;
 const MOST_REGIONS: usize = 1 << 8;
 
 /// Open addressing with linear probing, at most three quarters full; removal leaves no tombstones.
-#[derive(Clone, Default)]
+#[derive(Default)]
 pub(crate) struct Words {
     /// The length is a power of two, or 0 before the first insertion.
     words: Vec<u64>,
@@ -44,23 +47,23 @@ impl Words {
     }
 
     /// The words of entries with these hashes, whose ids count from 0; `None` if `are_same` says so of two ids.
-    pub(crate) fn of_distinct(hashes: &[u32], are_same: impl Fn(u32, u32) -> bool) -> Option<Self> {
-        let mut made = Self { words: vec![0; words_for(hashes.len())] };
-        for word in made.by_region(hashes) {
+    pub(crate) fn of_distinct(hashes: &[u32], are_same: impl Fn(u32, u32) -> bool) -> Result<Option<Self>> {
+        let mut made = Self { words: memory::filled(0, words_for(hashes.len()))? };
+        for word in made.by_region(hashes)? {
             let (hash, id) = (hash_of(word), id_of(word));
             match made.search(hash, |found| are_same(found, id)) {
-                Ok(_) => return None,
+                Ok(_) => return Ok(None),
                 Err(empty) => made.words[empty] = word,
             }
         }
-        Some(made)
+        Ok(Some(made))
     }
 
     /// The words of hashes, those first whose homes lie in the first region, and so on.
-    fn by_region(&self, hashes: &[u32]) -> Vec<u64> {
+    fn by_region(&self, hashes: &[u32]) -> Result<Vec<u64>> {
         let regions = (self.words.len() / REGION).min(MOST_REGIONS);
         if regions < 2 {
-            return hashes.iter().zip(0..).map(|(hash, id)| word(*hash, id)).collect();
+            return memory::collect(hashes.iter().zip(0..).map(|(hash, id)| word(*hash, id)));
         }
         let bits = (self.words.len() / regions).ilog2();
         let region = |hash: u32| (self.home(hash) >> bits) % MOST_REGIONS;
@@ -72,42 +75,37 @@ impl Words {
         for at in 1..MOST_REGIONS {
             next[at] = next[at - 1] + counts[at - 1];
         }
-        let mut sorted = vec![0; hashes.len()];
+        let mut sorted = memory::filled(0, hashes.len())?;
         for (id, &hash) in hashes.iter().enumerate() {
             let place = &mut next[region(hash)];
             sorted[*place] = word(hash, id as u32);
             *place += 1;
         }
-        sorted
+        Ok(sorted)
     }
 
     /// Makes room for `len` entries in all, at once.
-    pub(crate) fn reserve(&mut self, len: usize) {
-        if words_for(len) > self.words.len() {
-            self.resize(words_for(len));
-        }
+    pub(crate) fn reserve(&mut self, len: usize) -> Result<()> {
+        if words_for(len) > self.words.len() { self.resize(words_for(len)) } else { Ok(()) }
     }
 
     /// Makes room for `len` entries in all, growing by doubling.
-    pub(crate) fn make_room(&mut self, len: usize) {
-        if len * 4 > self.words.len() * 3 {
-            self.resize((self.words.len() * 2).max(8));
-        }
+    pub(crate) fn make_room(&mut self, len: usize) -> Result<()> {
+        if len * 4 > self.words.len() * 3 { self.resize((self.words.len() * 2).max(8)) } else { Ok(()) }
     }
 
     /// Gives memory back if there are many more words than `len` entries need; whether it did.
+    ///
+    /// Not where there is no memory for those that stay.
     pub(crate) fn shrink(&mut self, len: usize) -> bool {
         let shrinks = self.words.len() > SMALL && self.words.len() > 16 * len;
-        if shrinks {
-            self.resize(words_for(2 * len));
-        }
-        shrinks
+        shrinks && self.resize(words_for(2 * len)).is_ok()
     }
 
     /// The slot of the entry with this hash for whose id `is_it` says so, or the empty slot that the search ended at.
     ///
     /// There must be words.
-    pub(crate) fn search(&self, hash: u32, is_it: impl Fn(u32) -> bool) -> Result<usize, usize> {
+    pub(crate) fn search(&self, hash: u32, is_it: impl Fn(u32) -> bool) -> std::result::Result<usize, usize> {
         let mut slot = self.home(hash);
         loop {
             let found = self.words[slot];
@@ -203,11 +201,16 @@ impl Words {
         (slot + 1) & (self.words.len() - 1)
     }
 
-    fn resize(&mut self, len: usize) {
-        let old = std::mem::replace(&mut self.words, vec![0; len]);
+    fn resize(&mut self, len: usize) -> Result<()> {
+        let old = std::mem::replace(&mut self.words, memory::filled(0, len)?);
         for moved in old.into_iter().filter(|word| *word != 0) {
             let Err(empty) = self.search(hash_of(moved), |_| false) else { continue };
             self.words[empty] = moved;
         }
+        Ok(())
+    }
+
+    pub(crate) fn copy(&self) -> Result<Self> {
+        Ok(Self { words: memory::collect(self.words.iter().copied())? })
     }
 }

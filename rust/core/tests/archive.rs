@@ -19,7 +19,7 @@ struct Model {
 fn encode(model: &Model) -> Vec<u8> {
     let ids: Vec<u64> = model.entries.iter().map(|(_, id)| *id).collect();
     let plain = ids.iter().enumerate().all(|(at, id)| at as u64 == *id);
-    let mut encoder = Encoder::new(&model.header, ids.len(), (!plain).then_some(ids.into_iter()), 0);
+    let mut encoder = Encoder::new(&model.header, ids.len(), (!plain).then_some(ids.into_iter()), 0).unwrap();
     model.entries.iter().for_each(|(name, _)| encoder.push(name).unwrap());
     encoder.finish()
 }
@@ -28,7 +28,8 @@ fn encode(model: &Model) -> Vec<u8> {
 fn is_encoded(bytes: &[u8], model: &Model) -> bool {
     let ids: Vec<u64> = model.entries.iter().map(|(_, id)| *id).collect();
     let plain = ids.iter().enumerate().all(|(at, id)| at as u64 == *id);
-    let Some(mut left) = Comparison::new(bytes, &model.header, ids.len(), (!plain).then_some(ids.into_iter())) else {
+    let Some(mut left) = Comparison::new(bytes, &model.header, ids.len(), (!plain).then_some(ids.into_iter())).unwrap()
+    else {
         return false;
     };
     model.entries.iter().all(|(name, _)| left.matches(name)) && left.is_finished()

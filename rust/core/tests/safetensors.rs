@@ -188,23 +188,23 @@ fn an_error_is_short_even_if_the_name_is_long() {
 
 #[test]
 fn a_million_names_are_found_and_their_header_is_written_again_byte_for_byte() {
-    let mut writer = HeaderWriter::new(&[("format", "pt")]);
+    let mut writer = HeaderWriter::new(&[("format", "pt")]).unwrap();
     let like = HeaderWriter::like(Dtype::F32, &[16]);
     for number in 0..1_000_000 {
-        writer.push(&format!("name.{number}"), &like, number * 64, number * 64 + 64);
+        writer.push(&format!("name.{number}"), &like, number * 64, number * 64 + 64).unwrap();
     }
-    let bytes = writer.finish(4096);
+    let bytes = writer.finish(4096).unwrap();
     let header = Header::read(&bytes[8..], bytes.len() as u64 + 64_000_000).unwrap();
     assert_eq!((header.len(), header.kinds().len(), header.data_start()), (1_000_000, 1, bytes.len() as u64));
     assert_eq!(header.find("name.999999"), Some(999_999));
     assert_eq!(header.find("name.1000000"), None);
-    let mut again = HeaderWriter::new(&[("format", "pt")]);
-    again.reserve(1_000_000, 12_000_000);
+    let mut again = HeaderWriter::new(&[("format", "pt")]).unwrap();
+    again.reserve(1_000_000, 12_000_000).unwrap();
     for number in 0..header.len() {
         let (start, stop) = header.bytes(number);
-        again.push(header.name(number), &like, start - header.data_start(), stop - header.data_start());
+        again.push(header.name(number), &like, start - header.data_start(), stop - header.data_start()).unwrap();
     }
-    assert!(again.finish(4096) == bytes);
+    assert!(again.finish(4096).unwrap() == bytes);
 }
 
 /// Names, dtypes and shapes in the order of the header, and the order of the data where it is another.
@@ -246,11 +246,11 @@ fn written((tensors, order): &File) -> (Vec<u8>, u64) {
         starts[at] = end;
         end += bytes(at);
     }
-    let mut writer = HeaderWriter::new(&[("a\"", "\u{1}\\")]);
+    let mut writer = HeaderWriter::new(&[("a\"", "\u{1}\\")]).unwrap();
     for (at, (name, dtype, shape)) in tensors.iter().enumerate() {
-        writer.push(name, &HeaderWriter::like(*dtype, shape), starts[at], starts[at] + bytes(at));
+        writer.push(name, &HeaderWriter::like(*dtype, shape), starts[at], starts[at] + bytes(at)).unwrap();
     }
-    (writer.finish(8).split_off(8), end)
+    (writer.finish(8).unwrap().split_off(8), end)
 }
 
 proptest! {
@@ -290,13 +290,13 @@ proptest! {
         let bytes: Vec<u8> = (0..data).map(|byte| (byte * 7 % 251) as u8).collect();
         let begin = found.data_start();
         let of = |start: u64, stop: u64| &bytes[(start - begin) as usize..(stop - begin) as usize];
-        let stack = Stack::new(&found, |number| number % 5 != 4);
+        let stack = Stack::new(&found, |number| number % 5 != 4).unwrap();
         let mut targets: Vec<Vec<u8>> = stack.tables.iter().map(|table| {
             let size = found.kinds()[table.kind].bytes * table.rows;
             vec![0; if table.start.is_none() { size as usize } else { 0 }]
         }).collect();
         let mut cuts = cuts.iter().cycle();
-        for (start, stop) in stack.spans(&found, 2) {
+        for (start, stop) in stack.spans(&found, 2).unwrap() {
             let mut at = start;
             while at < stop {
                 let end = stop.min(at + *cuts.next().unwrap() as u64);

@@ -8,6 +8,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyString;
 
 use crate::index_map::IndexMap;
+use crate::memory::{self, OrRaise};
 use crate::name::Name;
 
 /// A slab as Python has it: its name, the element at which a table begins, and the shape of a row.
@@ -15,10 +16,6 @@ type SlabTuple<'py> = (Bound<'py, PyString>, u64, Vec<u64>);
 
 /// A table as Python has it: attribute, group, trainability, rows that were given, and where it lies in a slab.
 type TableTuple<'py> = (Bound<'py, PyString>, u64, bool, u64, Option<SlabTuple<'py>>);
-
-fn damaged(error: pdrs_core::Error) -> PyErr {
-    PyValueError::new_err(error.to_string())
-}
 
 fn to_utf8(text: &Bound<'_, PyString>) -> Vec<u8> {
     let mut bytes = Vec::new();
@@ -43,19 +40,24 @@ fn to_header(tables: Vec<TableTuple<'_>>, patterns: &[Bound<'_, PyString>]) -> H
 }
 
 /// The number of names, and their rows, unless the n-th name has row n.
-fn listed_rows(py: Python<'_>, index: &IndexMap) -> (usize, Option<Vec<u64>>) {
+fn listed_rows(py: Python<'_>, index: &IndexMap) -> PyResult<(usize, Option<Vec<u64>>)> {
     let (mut count, mut plain) = (0, true);
     index.for_each_row(py, |row| {
         plain &= row == count;
         count += 1;
     });
     let count = count.unsigned_abs() as usize;
-    let listed = (!plain).then(|| {
-        let mut listed = Vec::with_capacity(count);
-        index.for_each_row(py, |row| listed.push(row.cast_unsigned()));
-        listed
+    if plain {
+        return Ok((count, None));
+    }
+    let mut listed = memory::with_capacity(count)?;
+    // No more than there were, should another thread add some.
+    index.for_each_row(py, |row| {
+        if listed.len() < count {
+            listed.push(row.cast_unsigned());
+        }
     });
-    (count, listed)
+    Ok((count, Some(listed)))
 }
 
 /// The names of an index, with its rows or others as ids, behind a header.
@@ -70,14 +72,14 @@ pub(crate) fn pack_names<'py>(
     let py = index.py();
     let header = to_header(tables, &patterns);
     let (count, listed) = match ids {
-        None => listed_rows(py, index.get()),
+        None => listed_rows(py, index.get())?,
         Some(ids) => {
-            let listed: Vec<_> = ids.as_array().iter().map(|id| id.cast_unsigned()).collect();
+            let listed: Vec<_> = memory::collect(ids.as_array().iter().map(|id| id.cast_unsigned()))?;
             let plain = listed.iter().enumerate().all(|(at, id)| at as u64 == *id);
             (listed.len(), (!plain).then_some(listed))
         }
     };
-    let mut encoder = Encoder::new(&header, count, listed.map(Vec::into_iter), 16 * count);
+    let mut encoder = Encoder::new(&header, count, listed.map(Vec::into_iter), 16 * count).or_raise()?;
     let (mut buffer, mut pushed, mut refused) = (Vec::new(), 0, None);
     index.get().for_each(py, |name, _| {
         pushed += 1;
@@ -91,7 +93,7 @@ pub(crate) fn pack_names<'py>(
         return Err(PyValueError::new_err(format!("got {pushed} names and {count} ids")));
     }
     if let Some(error) = refused {
-        return Err(damaged(error));
+        return Err(memory::refused(error));
     }
     Ok(PyArray1::from_vec(py, encoder.finish()))
 }
@@ -105,9 +107,10 @@ pub(crate) fn has_packed<'py>(
     patterns: Vec<Bound<'py, PyString>>,
 ) -> PyResult<bool> {
     let py = index.py();
-    let (count, listed) = listed_rows(py, index.get());
+    let (count, listed) = listed_rows(py, index.get())?;
     let data = packed.as_slice()?;
-    let Some(mut left) = Comparison::new(data, &to_header(tables, &patterns), count, listed.map(Vec::into_iter)) else {
+    let header = to_header(tables, &patterns);
+    let Some(mut left) = Comparison::new(data, &header, count, listed.map(Vec::into_iter)).or_raise()? else {
         return Ok(false);
     };
     let (mut buffer, mut same) = (Vec::new(), true);
@@ -127,16 +130,16 @@ pub(crate) fn unpack_names<'py>(
     prefix: Option<&Bound<'py, PyString>>,
 ) -> PyResult<(IndexMap, Bound<'py, PyArray1<i64>>, Vec<TableTuple<'py>>, Vec<Bound<'py, PyString>>)> {
     let packed = packed.as_slice()?;
-    let (header, names) = py.detach(|| archive::decode(packed)).map_err(damaged)?;
+    let (header, names) = py.detach(|| archive::decode(packed)).or_raise()?;
     let (index, ids) = to_index(py, &names, prefix)?;
     let from_slab =
         |slab: Slab| -> PyResult<SlabTuple<'py>> { Ok((from_utf8(py, &slab.tensor)?, slab.offset, slab.shape)) };
-    let mut tables = Vec::with_capacity(header.tables.len());
+    let mut tables = memory::with_capacity(header.tables.len())?;
     for table in header.tables {
         let slab = table.slab.map(from_slab).transpose()?;
         tables.push((from_utf8(py, &table.attribute)?, table.group, table.trainable, table.used, slab));
     }
-    let patterns = header.patterns.iter().map(|pattern| from_utf8(py, pattern)).collect::<PyResult<_>>()?;
+    let patterns = memory::try_collect(header.patterns.iter().map(|pattern| from_utf8(py, pattern)))?;
     Ok((index, ids, tables, patterns))
 }
 
@@ -145,7 +148,7 @@ fn to_index<'py>(
     names: &Names<'_>,
     prefix: Option<&Bound<'py, PyString>>,
 ) -> PyResult<(IndexMap, Bound<'py, PyArray1<i64>>)> {
-    let mut ids = Vec::with_capacity(names.len());
+    let mut ids = memory::with_capacity(names.len())?;
     let mut joined = prefix.map(to_utf8).unwrap_or_default();
     let behind = joined.len();
     let entries = names.iter().map(|(name, id)| {
@@ -175,7 +178,7 @@ pub(crate) fn diff_names<'py>(
     new: PyReadonlyArray1<'py, u8>,
 ) -> PyResult<Bound<'py, PyArray1<u8>>> {
     let (old, new) = (old.as_slice()?, new.as_slice()?);
-    let delta = py.detach(|| names_delta::diff(old, new)).map_err(damaged)?;
+    let delta = py.detach(|| names_delta::diff(old, new)).or_raise()?;
     Ok(PyArray1::from_vec(py, delta))
 }
 
@@ -187,7 +190,7 @@ pub(crate) fn apply_names<'py>(
     delta: PyReadonlyArray1<'py, u8>,
 ) -> PyResult<Bound<'py, PyArray1<u8>>> {
     let (old, delta) = (old.as_slice()?, delta.as_slice()?);
-    let new = py.detach(|| names_delta::apply(old, delta)).map_err(damaged)?;
+    let new = py.detach(|| names_delta::apply(old, delta)).or_raise()?;
     Ok(PyArray1::from_vec(py, new))
 }
 
@@ -220,7 +223,7 @@ pub(crate) fn changed_rows<'py>(
     }
     let rows = py.detach(|| {
         let pairs = old.chunks_exact(row_bytes).zip(new.chunks_exact(row_bytes)).enumerate();
-        pairs.filter(|(_, (old, new))| old != new).map(|(row, _)| (row as u64).cast_signed()).collect()
-    });
+        memory::collect(pairs.filter(|(_, (old, new))| old != new).map(|(row, _)| (row as u64).cast_signed()))
+    })?;
     Ok(PyArray1::from_vec(py, rows))
 }

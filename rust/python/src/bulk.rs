@@ -6,6 +6,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyString, PyTuple, PyType};
 
 use crate::index_map::IndexMap;
+use crate::memory::{self, new_list, new_pair};
 use crate::name::{Name, exact_text, precedes};
 use crate::tensor::prefetch;
 use crate::torch_own::{Method, is_free_of_hooks, own_parts};
@@ -32,7 +33,7 @@ pub(crate) fn prepare(
             if let Some(text) = exact_text(&name)? {
                 names.set_item(at, text)?;
             }
-            unusual.push(at);
+            memory::push(&mut unusual, at)?;
             continue;
         };
         if is_usual(text, &value, parameter)? {
@@ -44,7 +45,7 @@ pub(crate) fn prepare(
         {
             values.set_item(at, made)?;
         } else {
-            unusual.push(at);
+            memory::push(&mut unusual, at)?;
         }
     }
     Ok(unusual)
@@ -163,7 +164,7 @@ pub(crate) fn take_over(
     parameters: &Bound<'_, PyDict>,
     source: &Bound<'_, PyDict>,
 ) -> PyResult<()> {
-    let mut names = Vec::with_capacity(source.len());
+    let mut names = memory::with_capacity(source.len())?;
     // What is replaced goes when all is done: its finalizers may change the dictionary.
     let mut replaced = Vec::new();
     for (name, _) in source {
@@ -171,9 +172,9 @@ pub(crate) fn take_over(
         if !parameters.is_empty()
             && let Some(before) = parameters.get_item(&name)?
         {
-            replaced.push(before);
+            memory::push(&mut replaced, before)?;
         }
-        names.push(Name::new(name));
+        memory::push(&mut names, Name::new(name))?;
     }
     index.get().append(index.py(), names)?;
     parameters.update(source.as_mapping())
@@ -187,7 +188,7 @@ pub(crate) fn insert_all(
     names: &Bound<'_, PyList>,
     values: &Bound<'_, PyList>,
 ) -> PyResult<()> {
-    let mut added = Vec::with_capacity(names.len());
+    let mut added = memory::with_capacity(names.len())?;
     // What is replaced goes when all is done: its finalizers may change the dictionary.
     let mut replaced = Vec::new();
     for name in names {
@@ -195,9 +196,9 @@ pub(crate) fn insert_all(
         if !parameters.is_empty()
             && let Some(before) = parameters.get_item(&name)?
         {
-            replaced.push(before);
+            memory::push(&mut replaced, before)?;
         }
-        added.push(Name::new(name));
+        memory::push(&mut added, Name::new(name))?;
     }
     index.get().append(index.py(), added)?;
     for (name, value) in names.iter().zip(values.iter()) {
@@ -210,7 +211,7 @@ pub(crate) fn insert_all(
 #[pyfunction]
 pub(crate) fn unzip<'py>(pairs: &Bound<'py, PyList>) -> PyResult<Option<(Bound<'py, PyList>, Bound<'py, PyList>)>> {
     let py = pairs.py();
-    let (mut names, mut values) = (Vec::with_capacity(pairs.len()), Vec::with_capacity(pairs.len()));
+    let (mut names, mut values) = (memory::with_capacity(pairs.len())?, memory::with_capacity(pairs.len())?);
     for pair in pairs {
         let (name, value) = if let Ok(pair) = pair.cast_exact::<PyTuple>() {
             if pair.len() != 2 {
@@ -225,10 +226,10 @@ pub(crate) fn unzip<'py>(pairs: &Bound<'py, PyList>) -> PyResult<Option<(Bound<'
         } else {
             return Ok(None);
         };
-        names.push(name);
-        values.push(value);
+        memory::push(&mut names, name)?;
+        memory::push(&mut values, value)?;
     }
-    Ok(Some((PyList::new(py, names)?, PyList::new(py, values)?)))
+    Ok(Some((new_list(py, names.into_iter().map(Ok))?, new_list(py, values.into_iter().map(Ok))?)))
 }
 
 /// Takes the entry of `key` out of a module and gives its value.
@@ -311,7 +312,7 @@ pub(crate) fn pop_end<'py>(
     match parameters.get_item(&name)? {
         Some(value) if index.get().discard_end(py, &name, last) => {
             parameters.del_item(&name)?;
-            Ok(Some((name, value).into_pyobject(py)?.into_any()))
+            Ok(Some(new_pair(py, name, value)?.into_any()))
         }
         _ => Ok(None),
     }
@@ -333,7 +334,7 @@ pub(crate) fn save_parameters(
     let bare = prefix.is_empty()?;
     // Taken together first: what a `detach` of a subclass runs, or another thread meanwhile, may change the dict. Each is
     // given up as soon as it is saved, as long as it is in the cache.
-    let mut all = parameters.iter().collect::<Vec<_>>().into_iter();
+    let mut all = memory::collect(parameters.iter())?.into_iter();
     while let Some((name, value)) = all.next() {
         if let Some((_, next)) = all.as_slice().get(AHEAD - 1) {
             prefetch(next);
@@ -354,10 +355,10 @@ pub(crate) fn save_parameters(
 
 /// Whether the keys of `parameters` are the names of `index`, in the same order.
 #[pyfunction]
-pub(crate) fn in_step(py: Python<'_>, index: &Bound<'_, IndexMap>, parameters: &Bound<'_, PyDict>) -> bool {
-    let names = index.get().names(py);
-    names.len() == parameters.len()
-        && names.into_iter().zip(parameters.iter()).all(|(name, (key, _))| key.is(name.into_text(py)))
+pub(crate) fn in_step(py: Python<'_>, index: &Bound<'_, IndexMap>, parameters: &Bound<'_, PyDict>) -> PyResult<bool> {
+    let names = index.get().names(py)?;
+    Ok(names.len() == parameters.len()
+        && names.into_iter().zip(parameters.iter()).all(|(name, (key, _))| key.is(name.into_text(py))))
 }
 
 /// Takes all names out of `index`, and what stands behind them out of `parameters`; gives the names that were not there.
@@ -367,10 +368,10 @@ pub(crate) fn clear_entries<'py>(
     parameters: &Bound<'py, PyDict>,
 ) -> PyResult<Vec<Bound<'py, PyString>>> {
     let py = index.py();
-    let names = index.get().take_names(py);
+    let names = index.get().take_names(py)?;
     let mut elsewhere = Vec::new();
     // They go when all is done: their finalizers may change the dictionary.
-    let mut removed = Vec::with_capacity(names.len());
+    let mut removed = memory::with_capacity(names.len())?;
     for name in names {
         let name = name.into_text(py);
         match parameters.get_item(&name)? {

@@ -25,6 +25,7 @@ use pyo3::types::PyTuple;
 
 use crate::dlpack::Dtype;
 use crate::huge_pages::advise;
+use crate::memory;
 use crate::tensor::Torch;
 
 /// How many regions are looked at ahead, so that their cache misses overlap.
@@ -179,11 +180,11 @@ enum Direction {
 
 impl Regions {
     /// No region yet. The slab will stay aligned when its elements are made `narrowest` bytes wide.
-    pub(crate) fn new(tensors: &Bound<'_, PyTuple>, itemsize: u64, narrowest: u64, capacity: usize) -> Self {
-        Self {
+    pub(crate) fn new(tensors: &Bound<'_, PyTuple>, itemsize: u64, narrowest: u64, capacity: usize) -> PyResult<Self> {
+        Ok(Self {
             tensors: tensors.clone().unbind(),
             itemsize,
-            list: Vec::with_capacity(capacity),
+            list: memory::with_capacity(capacity)?,
             loops: Vec::new(),
             places: Places::new((itemsize / narrowest.min(itemsize)).ilog2()),
             reach: 0,
@@ -191,7 +192,7 @@ impl Regions {
             lowest: usize::MAX,
             end: 0,
             apart: Mutex::new(0..0),
-        }
+        })
     }
 
     pub(crate) fn tensors<'py>(&self, py: Python<'py>) -> &Bound<'py, PyTuple> {
@@ -210,27 +211,35 @@ impl Regions {
     ///
     /// If its elements are no neighbours, they are put there in C order of the dimensions from the outermost to the
     /// innermost, which are given behind the shape and the strides.
-    pub(crate) fn push(&mut self, pointer: usize, numel: u64, strided: Option<(&[i64], &[i64], &[usize])>) {
+    pub(crate) fn push(
+        &mut self,
+        pointer: usize,
+        numel: u64,
+        strided: Option<(&[i64], &[i64], &[usize])>,
+    ) -> PyResult<()> {
         let first_loop = self.loops.len();
         if let Some((shape, strides, order)) = strided {
-            self.loops.extend(strides::loops(shape, strides, order, self.itemsize));
+            for each in strides::loops(shape, strides, order, self.itemsize) {
+                memory::push(&mut self.loops, each)?;
+            }
         }
         let loops = (self.loops.len() - first_loop) as u32;
         let bytes = numel * self.itemsize;
         let region = Region { pointer, offset: 0, bytes, first_loop: first_loop as u32, loops };
         self.reach = self.end_of(&region) - pointer;
-        self.append(region);
+        self.append(region)
     }
 
     /// Adds a region that differs from the last one only in its address.
-    pub(crate) fn push_alike(&mut self, pointer: usize) {
-        if let Some(last) = self.list.last() {
-            self.append(Region { pointer, ..*last });
+    pub(crate) fn push_alike(&mut self, pointer: usize) -> PyResult<()> {
+        match self.list.last() {
+            Some(last) => self.append(Region { pointer, ..*last }),
+            None => Ok(()),
         }
     }
 
     #[inline]
-    fn append(&mut self, mut region: Region) {
+    fn append(&mut self, mut region: Region) -> PyResult<()> {
         self.places.give(&mut region);
         let addresses = region.pointer..region.pointer + self.reach;
         if !addresses.is_empty() {
@@ -238,7 +247,7 @@ impl Regions {
             self.end = self.end.max(addresses.end);
         }
         self.stretches.add(addresses);
-        self.list.push(region);
+        memory::push(&mut self.list, region)
     }
 
     /// Whether it was easily seen that no two regions share memory, and none is empty.

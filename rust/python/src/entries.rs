@@ -12,6 +12,7 @@ use pyo3::sync::critical_section::with_critical_section;
 use pyo3::types::{PyDict, PyString};
 
 use crate::index_map::{Cursor, IndexMap};
+use crate::memory::new_pair;
 use crate::torch_own::{Method, is_class_known_as_own};
 
 /// The place in a dict that a walk has reached.
@@ -134,7 +135,7 @@ impl EntryIterator {
             Ok(value) => value,
             Err(module) => module.get_item(&name)?,
         };
-        Ok(Some(if self.method == Method::ITEMS { (name, value).into_pyobject(py)?.into_any() } else { value }))
+        Ok(Some(if self.method == Method::ITEMS { new_pair(py, name, value)?.into_any() } else { value }))
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {

@@ -16,6 +16,7 @@ use pyo3::types::{PyList, PyTuple};
 
 use crate::copy::{Block, Part, Regions};
 use crate::dlpack::{Device, Dtype};
+use crate::memory::{self, OrRaise, new_list};
 use crate::slab::{Door, Form, Slab, flat};
 use crate::tensor::{Ahead, Finder, Found, Seen, Torch, prefetch};
 
@@ -49,13 +50,13 @@ impl Forms {
     }
 
     /// The number of a form, which is a new one if it is not that of the latest.
-    fn add(&mut self, dims: &[i64]) -> u32 {
+    fn add(&mut self, dims: &[i64]) -> PyResult<u32> {
         if !self.ends.is_empty() && self.dims(self.last()) == dims {
-            return self.last();
+            return Ok(self.last());
         }
-        self.dims.extend_from_slice(dims);
-        self.ends.push(self.dims.len());
-        self.last()
+        pdrs_core::memory::append(&mut self.dims, dims).or_raise()?;
+        memory::push(&mut self.ends, self.dims.len())?;
+        Ok(self.last())
     }
 
     fn get(&self, form: u32) -> Form<'_> {
@@ -123,7 +124,7 @@ pub(crate) fn group_tensors(
     }
     let py = tensors.py();
     let torch = Torch::get(py)?;
-    let tensors = tensors.to_tuple();
+    let tensors = memory::to_tuple(tensors)?;
     let mut groups: Vec<TensorGroup> = Vec::new();
     let mut unusual = Vec::new();
     let mut current = 0;
@@ -136,7 +137,7 @@ pub(crate) fn group_tensors(
             .map_err(|error| PyTypeError::new_err(format!("tensors[{index}]: {}", error.value(py))))?;
         match seen {
             // The last that was found was the last of this group, too.
-            Seen::Alike(pointer) => groups[current].add_alike(index as u32, pointer),
+            Seen::Alike(pointer) => groups[current].add_alike(index as u32, pointer)?,
             Seen::Other(found) => {
                 let fits = |group: &TensorGroup| group.device == found.device && group.dtype == found.dtype;
                 if !groups.get(current).is_some_and(fits) {
@@ -145,15 +146,15 @@ pub(crate) fn group_tensors(
                 if current == groups.len() {
                     // Nearly always all tensors are of one group.
                     let capacity = if current == 0 { tensors.len() } else { 0 };
-                    groups.push(TensorGroup::new(&tensors, &found, narrowest, capacity));
+                    groups.push(TensorGroup::new(&tensors, &found, narrowest, capacity)?);
                 }
-                groups[current].add(index as u32, &found, finder.dims(), keep_strides);
+                groups[current].add(index as u32, &found, finder.dims(), keep_strides)?;
             }
-            Seen::Unusual(why) => unusual.push((index, why.to_string())),
+            Seen::Unusual(why) => memory::push(&mut unusual, (index, why.to_string()))?,
         }
     }
     for group in &mut groups {
-        group.take_repeated(py);
+        group.take_repeated(py)?;
         let bytes = group.regions.length().map_err(|error| PyValueError::new_err(error.to_string()))?;
         group.length = bytes / group.regions.itemsize();
     }
@@ -162,42 +163,42 @@ pub(crate) fn group_tensors(
 
 impl TensorGroup {
     /// An empty group, whose slab stays aligned when each element is made as narrow as `narrowest`.
-    fn new(tensors: &Bound<'_, PyTuple>, found: &Found, narrowest: u64, capacity: usize) -> Self {
-        Self {
+    fn new(tensors: &Bound<'_, PyTuple>, found: &Found, narrowest: u64, capacity: usize) -> PyResult<Self> {
+        Ok(Self {
             device: found.device,
             dtype: found.dtype,
             length: 0,
-            regions: Regions::new(tensors, found.itemsize, narrowest, capacity),
-            entries: Vec::with_capacity(capacity),
+            regions: Regions::new(tensors, found.itemsize, narrowest, capacity)?,
+            entries: memory::with_capacity(capacity)?,
             forms: Forms { dims: Vec::new(), ends: Vec::new() },
             repeated: Vec::new(),
             overlapping: false,
             moved: AtomicBool::new(false),
-        }
+        })
     }
 
     /// Adds a tensor; `dims` are its shape and its strides.
-    fn add(&mut self, index: u32, found: &Found, dims: &[i64], keep_strides: bool) {
+    fn add(&mut self, index: u32, found: &Found, dims: &[i64], keep_strides: bool) -> PyResult<()> {
         let form = if found.contiguous {
-            self.regions.push(found.pointer, found.numel, None);
-            self.forms.add(dims)
+            self.regions.push(found.pointer, found.numel, None)?;
+            self.forms.add(dims)?
         } else {
             let mut dims = dims.to_vec();
             let (shape, strides) = dims.split_at_mut(found.ndim);
             let order = if keep_strides { order_of(shape, strides) } else { (0..found.ndim).collect() };
-            self.regions.push(found.pointer, found.numel, Some((shape, strides, &order)));
+            self.regions.push(found.pointer, found.numel, Some((shape, strides, &order)))?;
             if !(keep_strides && is_dense(shape, strides, &order)) {
                 make_dense(shape, strides, &order);
             }
-            self.forms.add(&dims)
+            self.forms.add(&dims)?
         };
-        self.entries.push(Entry { index, form });
+        memory::push(&mut self.entries, Entry { index, form })
     }
 
     /// Adds a tensor that differs from the last one of the group only in its address.
-    fn add_alike(&mut self, index: u32, pointer: usize) {
-        self.regions.push_alike(pointer);
-        self.entries.push(Entry { index, form: self.forms.last() });
+    fn add_alike(&mut self, index: u32, pointer: usize) -> PyResult<()> {
+        self.regions.push_alike(pointer)?;
+        memory::push(&mut self.entries, Entry { index, form: self.forms.last() })
     }
 
     /// Whether it is easily seen that no two tensors share memory, and none is empty, for each begins a cache line, as
@@ -211,15 +212,17 @@ impl TensorGroup {
     }
 
     /// Takes out what is listed again, and notes whether other entries share memory.
-    fn take_repeated(&mut self, py: Python<'_>) {
+    fn take_repeated(&mut self, py: Python<'_>) -> PyResult<()> {
         if self.regions.are_in_order() || self.are_on_lines_of_their_own() {
-            return;
+            return Ok(());
         }
         let tensors = self.regions.tensors(py).as_slice();
         let object = |at: usize| tensors[self.entries[at].index as usize].as_ptr() as usize;
         // A stable sort makes use of stretches that are in order already.
-        let mut order: Vec<_> =
-            (0..self.entries.len()).map(|at| (self.regions.addresses(at).start, at as u32)).collect();
+        let mut order =
+            memory::collect((0..self.entries.len()).map(|at| (self.regions.addresses(at).start, at as u32)))?;
+        // The sort takes as much memory again, and ends the process where it cannot be had.
+        drop(memory::with_capacity::<(usize, u32)>(order.len())?);
         order.sort_by_key(|(address, _)| *address);
         // For each entry that is listed again: the entry that it repeats.
         let mut again = Vec::new();
@@ -236,19 +239,22 @@ impl TensorGroup {
                 note(self.regions.addresses(*only as usize));
                 continue;
             }
-            let mut objects = Vec::with_capacity(same_address.len());
+            let mut objects = memory::with_capacity(same_address.len())?;
             for &(_, at) in same_address {
                 objects.push((object(at as usize), at as usize));
             }
             objects.sort_unstable();
             for same_object in objects.chunk_by(|one, other| one.0 == other.0) {
                 let first = same_object[0].1;
-                again.extend(same_object[1..].iter().map(|(_, at)| (*at, first)));
+                for (at, _) in same_object[1..].iter().map(|(_, at)| (*at, first)) {
+                    memory::push(&mut again, (at, first))?;
+                }
                 note(self.regions.addresses(first));
             }
         }
         self.overlapping = overlapping;
         again.sort_unstable();
+        pdrs_core::memory::reserve(&mut self.repeated, again.len()).or_raise()?;
         for &(at, first) in &again {
             let gone_before = again.partition_point(|(gone, _)| *gone < first);
             self.repeated.push((self.entries[at].index, first - gone_before));
@@ -260,6 +266,7 @@ impl TensorGroup {
             gone.next_if_eq(&(at - 1)).is_none()
         });
         self.regions.remove(again.iter().map(|(at, _)| *at));
+        Ok(())
     }
 }
 
@@ -288,7 +295,7 @@ pub(crate) fn slab_views<'py>(
         return Err(PyValueError::new_err("only floating point and complex Parameters can require gradients"));
     }
     let _paused = Paused::new(py)?;
-    let mut made = Vec::with_capacity(shapes.len());
+    let mut made = memory::with_capacity(shapes.len())?;
     let mut strides = Vec::new();
     for (offset, shape) in offsets.iter().zip(shapes) {
         let offset = u64::try_from(*offset)
@@ -298,13 +305,14 @@ pub(crate) fn slab_views<'py>(
         strides.resize(shape.len(), 0);
         make_dense(&shape, &mut strides, &(0..shape.len()).collect::<Vec<_>>());
         let form = Form::new(&shape, &strides);
-        made.push(match requires_grad {
+        let view = match requires_grad {
             Some(requires_grad) => slab.parameter(offset, &form, requires_grad)?,
             None => slab.view(offset, &form)?,
-        });
+        };
+        memory::push(&mut made, view)?;
     }
     slab.remember();
-    PyList::new(py, made)
+    new_list(py, made.into_iter().map(Ok))
 }
 
 #[pymethods]
@@ -314,13 +322,13 @@ impl TensorGroup {
     }
 
     #[getter]
-    fn indices<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<i64>> {
-        PyArray1::from_vec(py, self.by_index(|index, _| i64::from(index)))
+    fn indices<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray1<i64>>> {
+        Ok(PyArray1::from_vec(py, self.by_index(|index, _| i64::from(index))?))
     }
 
     #[getter]
-    fn offsets<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<i64>> {
-        PyArray1::from_vec(py, self.by_index(|_, at| self.regions.first_element(at).cast_signed()))
+    fn offsets<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray1<i64>>> {
+        Ok(PyArray1::from_vec(py, self.by_index(|_, at| self.regions.first_element(at).cast_signed())?))
     }
 
     #[getter]
@@ -386,9 +394,9 @@ impl TensorGroup {
             if let Err(why) = torch.check_rebindable(tensor, true)? {
                 return Err(PyValueError::new_err(format!("tensors[{}] {why}", self.entries[at].index)));
             }
-            written.push(tensor);
+            memory::push(&mut written, tensor)?;
         }
-        torch.increment_version(&PyList::new(py, written)?)?;
+        torch.increment_version(&new_list(py, written.into_iter().cloned().map(Ok))?)?;
         part.scatter(py, threads);
         Ok(())
     }
@@ -408,7 +416,7 @@ impl TensorGroup {
         let slab = self.slab_of(torch, slab, door)?;
         let trainable = slab.found.dtype.is_differentiable();
         let _paused = Paused::new(py)?;
-        let mut made = Vec::with_capacity(self.entries.len());
+        let mut made = memory::with_capacity(self.entries.len())?;
         let mut forms = Latest::new(&self.forms);
         for (at, entry) in self.entries.iter().enumerate() {
             self.fetch_ahead(py, at)?;
@@ -426,9 +434,9 @@ impl TensorGroup {
         }
         slab.remember();
         if self.repeated.is_empty() {
-            return PyList::new(py, made);
+            return new_list(py, made.into_iter().map(Ok));
         }
-        PyList::new(py, self.by_index(|_, at| made[at].clone()))
+        new_list(py, self.by_index(|_, at| made[at].clone())?.into_iter().map(Ok))
     }
 
     #[pyo3(signature = (block_bytes, direct_bytes = None))]
@@ -461,9 +469,9 @@ impl TensorGroup {
     }
 
     /// What `give` says of each entry, in the order of the list; it gets the index and the region.
-    fn by_index<T>(&self, give: impl Fn(u32, usize) -> T) -> Vec<T> {
+    fn by_index<T>(&self, give: impl Fn(u32, usize) -> T) -> PyResult<Vec<T>> {
         let mut repeated = self.repeated.iter().peekable();
-        let mut all = Vec::with_capacity(self.__len__());
+        let mut all = memory::with_capacity(self.__len__())?;
         for (at, entry) in self.entries.iter().enumerate() {
             while let Some(&(index, region)) = repeated.next_if(|(index, _)| *index < entry.index) {
                 all.push(give(index, region));
@@ -471,7 +479,7 @@ impl TensorGroup {
             all.push(give(entry.index, at));
         }
         all.extend(repeated.map(|&(index, region)| give(index, region)));
-        all
+        Ok(all)
     }
 
     pub(crate) fn slab_of<'py>(

@@ -3,9 +3,14 @@
 //! A large table that is looked into at random misses the processor's translation cache at nearly every look, and a
 //! fresh one faults once for each 4 KiB that is first written. On pages of 2 MiB both are rare. Elsewhere than on Linux,
 //! and where its administrator has switched them off, nothing changes.
+//!
+//! The allocator also keeps a reserve for small blocks. Whatever grows with what a caller asks for fails with a
+//! `MemoryError` ([`crate::memory`]), but errors, too, take a few bytes, and Rust ends a process that has none.
 #![allow(unsafe_code)] // An allocator is unsafe by its trait; the advice is a system call.
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::ptr;
+use std::sync::atomic::{AtomicPtr, Ordering};
 
 use pyo3::prelude::*;
 
@@ -13,6 +18,18 @@ use crate::tensor::Torch;
 
 /// Smaller blocks are not worth a system call: they may hold no huge page whole.
 const LARGE: usize = 4 << 20;
+
+/// Larger blocks are refused where memory has run out.
+const SMALL: usize = 64 << 10;
+
+/// As much as the C library asks the system for at least, and more: addresses only, as long as nobody writes there.
+const RESERVE: Layout = match Layout::from_size_align(4 << 20, 16) {
+    Ok(layout) => layout,
+    Err(_) => panic!("a power of two"),
+};
+
+/// Given back to the system when a small block cannot be had.
+static RESERVED: AtomicPtr<u8> = AtomicPtr::new(ptr::null_mut());
 
 #[cfg(target_os = "linux")]
 const HUGE_PAGE: usize = 2 << 20;
@@ -27,30 +44,63 @@ static ALLOCATOR: HugePages = HugePages;
 unsafe impl GlobalAlloc for HugePages {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         // SAFETY: as the caller promises.
-        advised(unsafe { System.alloc(layout) }, layout.size())
+        had(layout.size(), || unsafe { System.alloc(layout) })
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
         // SAFETY: as the caller promises.
-        advised(unsafe { System.alloc_zeroed(layout) }, layout.size())
+        had(layout.size(), || unsafe { System.alloc_zeroed(layout) })
     }
 
     unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
         // SAFETY: as the caller promises.
         unsafe { System.dealloc(block, layout) }
+        if layout.size() > SMALL {
+            keep_reserve();
+        }
     }
 
     unsafe fn realloc(&self, block: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        // SAFETY: as the caller promises.
-        advised(unsafe { System.realloc(block, layout, size) }, size)
+        // SAFETY: as the caller promises; a block that cannot be had again is as it was.
+        had(size, || unsafe { System.realloc(block, layout, size) })
     }
 }
 
-fn advised(block: *mut u8, size: usize) -> *mut u8 {
+#[inline]
+fn had(size: usize, ask: impl Fn() -> *mut u8) -> *mut u8 {
+    let block = ask();
     if !block.is_null() {
         advise(block as usize, size);
+        return block;
     }
-    block
+    if size > SMALL {
+        return block;
+    }
+    give_reserve_back();
+    ask()
+}
+
+/// Sets memory aside for small blocks, if there is none.
+pub(crate) fn keep_reserve() {
+    if !RESERVED.load(Ordering::Relaxed).is_null() {
+        return;
+    }
+    // SAFETY: the layout has a size.
+    let block = unsafe { System.alloc(RESERVE) };
+    let none = RESERVED.compare_exchange(ptr::null_mut(), block, Ordering::AcqRel, Ordering::Relaxed);
+    if none.is_err() && !block.is_null() {
+        // SAFETY: it came from there, and nobody else has seen it: another thread was faster.
+        unsafe { System.dealloc(block, RESERVE) };
+    }
+}
+
+#[cold]
+fn give_reserve_back() {
+    let block = RESERVED.swap(ptr::null_mut(), Ordering::AcqRel);
+    if !block.is_null() {
+        // SAFETY: it came from there with this layout, and is nobody else's any more.
+        unsafe { System.dealloc(block, RESERVE) };
+    }
 }
 
 /// Asks for huge pages for memory, whatever it holds, if there is much: for the pages that lie in it whole.

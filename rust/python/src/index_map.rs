@@ -15,6 +15,7 @@ use pyo3::prelude::*;
 use pyo3::sync::{MutexExt, PyOnceLock};
 use pyo3::types::{PyBytes, PyDict, PyList, PyString, PyTuple, PyType};
 
+use crate::memory::{self, OrRaise, new_list, new_number, new_pair, refused};
 use crate::name::{Name, Query, exact_text, find_listed, to_text};
 use crate::names::{listed, to_names};
 
@@ -102,7 +103,7 @@ impl IndexMap {
     /// Each is put into the map while what made it is still in the cache.
     pub(crate) fn collect(len: usize, mut entries: impl Iterator<Item = PyResult<(Name, i64)>>) -> PyResult<Self> {
         let (mut map, mut next_row) = (Map::new(), 0);
-        map.reserve(len).map_err(refused)?;
+        map.reserve(len).or_raise()?;
         let mut batch = Vec::with_capacity(TOGETHER);
         loop {
             for entry in entries.by_ref().take(TOGETHER) {
@@ -113,7 +114,7 @@ impl IndexMap {
             if batch.is_empty() {
                 return Ok(Self::from_state(State { map, next_row }));
             }
-            map.insert_many(batch.drain(..), drop).map_err(refused)?;
+            map.insert_many(batch.drain(..), drop).or_raise()?;
         }
     }
 
@@ -135,8 +136,8 @@ impl IndexMap {
     }
 
     /// All names in order.
-    pub(crate) fn names(&self, py: Python<'_>) -> Vec<Name> {
-        self.read(py).map.iter().map(|(name, _)| name.clone_ref(py)).collect()
+    pub(crate) fn names(&self, py: Python<'_>) -> PyResult<Vec<Name>> {
+        memory::collect(self.read(py).map.iter().map(|(name, _)| name.clone_ref(py)))
     }
 
     /// Looks at every name and its row in order, under the lock: `take` must run no Python code.
@@ -177,22 +178,22 @@ impl IndexMap {
     }
 
     /// Empties the map and gives the names that it had.
-    pub(crate) fn take_names(&self, py: Python<'_>) -> Vec<Name> {
+    pub(crate) fn take_names(&self, py: Python<'_>) -> PyResult<Vec<Name>> {
         let mut locked = self.write(py);
-        let names = locked.state.map.iter().map(|(name, _)| name.clone_ref(py)).collect();
+        let names = memory::collect(locked.state.map.iter().map(|(name, _)| name.clone_ref(py)))?;
         locked.state.map.clear();
-        names
+        Ok(names)
     }
 
     /// Adds a name that is not there yet, with row 0; one that is there stays as it is.
     pub(crate) fn put(&self, py: Python<'_>, name: Name) -> PyResult<()> {
-        self.write(py).state.map.get_or_insert_with(name, || 0).map_err(refused)?;
+        self.write(py).state.map.get_or_insert_with(name, || 0).or_raise()?;
         Ok(())
     }
 
     /// Adds names that are not there yet, each with the next row.
     pub(crate) fn append(&self, py: Python<'_>, names: Vec<Name>) -> PyResult<Vec<i64>> {
-        let mut rows = Vec::with_capacity(names.len());
+        let mut rows = memory::with_capacity(names.len())?;
         let mut locked = self.write(py);
         let State { map, next_row } = &mut *locked.state;
         check_rows_left(*next_row, names.len())?;
@@ -200,7 +201,7 @@ impl IndexMap {
             *next_row += 1;
             *next_row - 1
         };
-        map.get_or_insert_many(names, draw, |row| rows.push(*row)).map_err(refused)?;
+        map.get_or_insert_many(names, draw, |row| rows.push(*row)).or_raise()?;
         Ok(rows)
     }
 
@@ -212,7 +213,7 @@ impl IndexMap {
             *next_row += 1;
             *next_row - 1
         };
-        map.get_or_insert_many(names, draw, |_| ()).map_err(refused)
+        map.get_or_insert_many(names, draw, |_| ()).or_raise()
     }
 
     /// Inserts entries as they are made, a batch at a time; those in front of one that fails stay.
@@ -222,7 +223,7 @@ impl IndexMap {
         mut entries: impl Iterator<Item = PyResult<(Name, i64)>>,
     ) -> PyResult<()> {
         loop {
-            let batch: Vec<_> = entries.by_ref().take(TOGETHER).collect::<PyResult<_>>()?;
+            let batch = memory::try_collect(entries.by_ref().take(TOGETHER))?;
             if batch.is_empty() {
                 return Ok(());
             }
@@ -239,7 +240,7 @@ impl IndexMap {
         let mut locked = self.write(py);
         let map = &mut locked.state.map;
         let left = if map.is_empty() && map.generation() == 0 {
-            Map::from_distinct(entries.into_iter()).map_or_else(Some, |made| {
+            Map::from_distinct(entries.into_iter()).or_raise()?.map_or_else(Some, |made| {
                 *map = made;
                 None
             })
@@ -247,7 +248,7 @@ impl IndexMap {
             Some(entries)
         };
         if let Some(entries) = left {
-            map.insert_many(entries, drop).map_err(refused)?;
+            map.insert_many(entries, drop).or_raise()?;
         }
         locked.state.next_row = locked.state.next_row.max(largest.saturating_add(1));
         Ok(())
@@ -262,37 +263,40 @@ impl IndexMap {
     pub(crate) fn set(&self, py: Python<'_>, name: Name, row: i64) -> PyResult<()> {
         let row = checked_row(row)?;
         let mut locked = self.write(py);
-        locked.state.map.insert(name, row).map_err(refused)?;
+        locked.state.map.insert(name, row).or_raise()?;
         locked.state.next_row = locked.state.next_row.max(row.saturating_add(1));
         Ok(())
     }
 
-    /// The rows of names in their order, or the places in `names` of those that are not there.
-    pub(crate) fn find_all(&self, py: Python<'_>, names: &[Name]) -> Result<Vec<i64>, Vec<usize>> {
-        let mut rows = Vec::with_capacity(names.len());
-        let mut missing = Vec::new();
-        self.read(py).map.get_many(names, |at, row| match row {
-            Some(row) => rows.push(*row),
-            None => missing.push(at),
+    /// The places in `names` of those that are not there.
+    pub(crate) fn missing_of(&self, py: Python<'_>, names: &[Name]) -> PyResult<Vec<usize>> {
+        let mut missing = Ok(Vec::new());
+        self.read(py).map.get_many(names, |at, row| {
+            if row.is_none()
+                && let Ok(list) = &mut missing
+                && let Err(error) = pdrs_core::memory::push(list, at)
+            {
+                missing = Err(error);
+            }
         });
-        if missing.is_empty() { Ok(rows) } else { Err(missing) }
+        missing.or_raise()
     }
 
     /// The rows of names in their order, -1 for those that are not there.
     pub(crate) fn rows_or_minus_one(&self, names: &Bound<'_, PyAny>) -> PyResult<Vec<i64>> {
         let names = &listed(names)?;
-        if let Some(rows) = self.rows_of_listed(names) {
+        if let Some(rows) = self.rows_of_listed(names)? {
             return Ok(rows);
         }
         let (py, names) = (names.py(), to_names(names)?);
-        let mut rows = Vec::with_capacity(names.len());
+        let mut rows = memory::with_capacity(names.len())?;
         self.read(py).map.get_many(&names, |_, row| rows.push(row.copied().unwrap_or(-1)));
         Ok(rows)
     }
 
     /// The same for a list or tuple of nothing but exact `str`; `None` for anything else.
-    fn rows_of_listed(&self, names: &Bound<'_, PyAny>) -> Option<Vec<i64>> {
-        find_listed(&self.read(names.py()).map, names, -1)
+    fn rows_of_listed(&self, names: &Bound<'_, PyAny>) -> PyResult<Option<Vec<i64>>> {
+        find_listed(&self.read(names.py()).map, names, -1).or_raise()
     }
 
     /// The last or first name and its row.
@@ -302,10 +306,12 @@ impl IndexMap {
         Some((name.clone_ref(py), *row))
     }
 
-    /// Removes names that are there; those that are not are passed over.
-    pub(crate) fn remove_all(&self, py: Python<'_>, names: &[Name]) -> Vec<(Name, i64)> {
+    /// Removes names that are there, and gives their rows; those that are not are passed over.
+    pub(crate) fn remove_all(&self, py: Python<'_>, names: &[Name]) -> PyResult<Vec<i64>> {
+        let mut rows = memory::with_capacity(names.len())?;
         let mut locked = self.write(py);
-        names.iter().filter_map(|name| locked.state.map.remove(name)).collect()
+        rows.extend(names.iter().filter_map(|name| Some(locked.state.map.remove(name)?.1)));
+        Ok(rows)
     }
 
     /// Gives the names, in their order, other rows, of which there must be as many; whether there were.
@@ -316,10 +322,9 @@ impl IndexMap {
             return false;
         }
         let mut rows = rows.iter();
-        map.retain(|_, row| {
-            *row = *rows.next().expect("there are as many rows as entries");
+        map.for_each_value(|row| {
+            *row = rows.next().copied().unwrap_or(*row);
             *next_row = (*next_row).max(row.saturating_add(1));
-            true
         });
         true
     }
@@ -341,10 +346,6 @@ impl IndexMap {
     }
 }
 
-fn refused(error: pdrs_core::Error) -> PyErr {
-    PyOverflowError::new_err(error.to_string())
-}
-
 fn check_rows_left(next_row: i64, wanted: usize) -> PyResult<()> {
     match i64::try_from(wanted).ok().and_then(|wanted| next_row.checked_add(wanted)) {
         Some(_) => Ok(()),
@@ -360,8 +361,10 @@ fn checked_row(row: i64) -> PyResult<i64> {
 }
 
 /// A map of a list of distinct names, each with the next row; `None` if something else is in the list.
-fn number_distinct(names: &Bound<'_, PyAny>) -> Option<Map<Name, i64>> {
-    let list = names.cast_exact::<PyList>().ok()?;
+fn number_distinct(names: &Bound<'_, PyAny>) -> PyResult<Option<Map<Name, i64>>> {
+    let Ok(list) = names.cast_exact::<PyList>() else {
+        return Ok(None);
+    };
     let mut all_exact = true;
     // Neither to hash an exact `str` nor to drop one runs Python code, so nothing changes the list meanwhile.
     let exact = list.iter().map_while(|name| {
@@ -369,8 +372,8 @@ fn number_distinct(names: &Bound<'_, PyAny>) -> Option<Map<Name, i64>> {
         all_exact &= text.is_ok();
         text.ok().map(Name::new)
     });
-    let map = Map::from_distinct(exact.zip(0..)).ok()?;
-    all_exact.then_some(map)
+    let map = Map::from_distinct(exact.zip(0..)).or_raise()?.ok();
+    Ok(map.filter(|_| all_exact))
 }
 
 fn copies(py: Python<'_>) -> PyResult<Bound<'_, PyModule>> {
@@ -471,7 +474,7 @@ impl IndexMap {
         let made = Self::of_class(class)?;
         let index = made.get();
         match rows {
-            None => match number_distinct(names) {
+            None => match number_distinct(names)? {
                 Some(map) => {
                     let next_row = map.len().cast_signed() as i64;
                     *index.write(py).state = State { map, next_row };
@@ -485,7 +488,7 @@ impl IndexMap {
                     let (names, rows) = (names.len(), rows.len());
                     return Err(PyValueError::new_err(format!("got {names} names and {rows} rows")));
                 }
-                index.insert_all(py, names.into_iter().zip(rows.iter().copied()).collect())?;
+                index.insert_all(py, memory::collect(names.into_iter().zip(rows.iter().copied()))?)?;
             }
         }
         Ok(made)
@@ -497,7 +500,7 @@ impl IndexMap {
     fn fromkeys<'py>(class: &Bound<'py, PyType>, names: &Bound<'py, PyAny>, row: i64) -> PyResult<Bound<'py, Self>> {
         let made = Self::of_class(class)?;
         let names = to_names(names)?;
-        made.get().insert_all(class.py(), names.into_iter().map(|name| (name, row)).collect())?;
+        made.get().insert_all(class.py(), memory::collect(names.into_iter().map(|name| (name, row)))?)?;
         Ok(made)
     }
 
@@ -607,7 +610,7 @@ impl IndexMap {
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
         let name = to_text(name)?;
         Ok(match self.find(&name) {
-            Some(row) => Some(row.into_pyobject(py)?.into_any()),
+            Some(row) => Some(new_number(py, row)?.into_any()),
             None => default,
         })
     }
@@ -647,7 +650,7 @@ impl IndexMap {
         let name = to_text(name)?;
         let removed = self.write(py).state.map.remove(&Query::from(&name));
         match removed {
-            Some((_, row)) => Ok(row.into_pyobject(py)?.into_any()),
+            Some((_, row)) => Ok(new_number(py, row)?.into_any()),
             None if default.is_empty() => Err(Self::missing(name)),
             None => default.get_item(0),
         }
@@ -673,7 +676,7 @@ impl IndexMap {
         let moved = {
             let map = &mut self.write(name.py()).state.map;
             let query = Query::from(&name);
-            if last { map.move_to_last(&query) } else { map.move_to_first(&query) }
+            if last { map.move_to_last(&query) } else { map.move_to_first(&query) }.or_raise()?
         };
         if moved { Ok(()) } else { Err(Self::missing(name)) }
     }
@@ -702,7 +705,7 @@ impl IndexMap {
             Some(entries) => match entries.cast_exact::<IndexMap>() {
                 Ok(index) => {
                     let source = index.get().read(py);
-                    pairs.extend(source.map.iter().map(|(name, row)| (name.clone_ref(py), *row)));
+                    pairs = memory::collect(source.map.iter().map(|(name, row)| (name.clone_ref(py), *row)))?;
                 }
                 Err(_) => add_entries(entries, &mut pairs)?,
             },
@@ -781,35 +784,40 @@ impl IndexMap {
     #[pyo3(signature = (names, default=None))]
     fn lookup<'py>(&self, names: &Bound<'py, PyAny>, default: Option<i64>) -> PyResult<Bound<'py, PyArray1<i64>>> {
         let (py, names) = (names.py(), &listed(names)?);
-        if let Some(mut rows) = self.rows_of_listed(names)
+        if let Some(mut rows) = self.rows_of_listed(names)?
             && (default.is_some() || rows.iter().all(|row| *row >= 0))
         {
             rows.iter_mut().filter(|row| **row < 0).for_each(|row| *row = default.unwrap_or(-1));
             return Ok(PyArray1::from_vec(py, rows));
         }
         let names = to_names(names)?;
-        let mut rows = Vec::with_capacity(names.len());
-        let mut missing = Vec::new();
+        let mut rows = memory::with_capacity(names.len())?;
+        let (mut first, mut count) = (Vec::with_capacity(LISTED), 0);
         self.read(py).map.get_many(&names, |at, row| match row.copied().or(default) {
             Some(row) => rows.push(row),
-            None => missing.push(at),
+            None => {
+                count += 1;
+                if count <= LISTED {
+                    first.push(at);
+                }
+            }
         });
-        if missing.is_empty() {
+        if count == 0 {
             return Ok(PyArray1::from_vec(py, rows));
         }
         let mut listed = Vec::with_capacity(LISTED);
-        for &at in missing.iter().take(LISTED) {
+        for at in first {
             listed.push(names[at].text(py).repr()?.to_string());
         }
-        let more = if missing.len() > LISTED { ", ..." } else { "" };
-        let (count, total, listed) = (missing.len(), names.len(), listed.join(", "));
+        let more = if count > LISTED { ", ..." } else { "" };
+        let (total, listed) = (names.len(), listed.join(", "));
         Err(PyKeyError::new_err(format!("{count} of {total} names are not in the IndexMap: {listed}{more}")))
     }
 
     /// Return the rows of all names in order: int64 of shape ``[n]``. **O(n)**.
-    fn rows<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<i64>> {
-        let rows = self.read(py).map.iter().map(|(_, row)| *row).collect();
-        PyArray1::from_vec(py, rows)
+    fn rows<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray1<i64>>> {
+        let rows = memory::collect(self.read(py).map.iter().map(|(_, row)| *row))?;
+        Ok(PyArray1::from_vec(py, rows))
     }
 
     /// Return the names, in order, at whose places a mask is true. **O(n)**.
@@ -837,15 +845,15 @@ impl IndexMap {
         let mask = AS_MASK.import(py, "pdrs._names", "as_mask")?.call1((mask, self.len(py)))?;
         let mask = mask.extract::<PyReadonlyArray1<'_, bool>>()?;
         let mask = mask.as_array();
-        let chosen: Vec<_> = {
+        let chosen = {
             let state = self.read(py);
             if state.map.len() != mask.len() {
                 return Err(PyRuntimeError::new_err("dictionary changed while names were selected"));
             }
             let chosen = state.map.iter().zip(mask).filter(|(_, chosen)| **chosen);
-            chosen.map(|((name, _), _)| name.clone_ref(py)).collect()
+            memory::collect(chosen.map(|((name, _), _)| name.clone_ref(py)))?
         };
-        PyList::new(py, chosen.into_iter().map(|name| name.into_text(py)))
+        new_list(py, chosen.into_iter().map(|name| Ok(name.into_text(py))))
     }
 
     /// Return another map with the same names and rows in the same order. **O(n)**, no name is hashed.
@@ -856,7 +864,7 @@ impl IndexMap {
             let copied = copies(py)?.call_method1(intern!(py, "shallow_copy"), (slf,))?;
             return Ok(copied.cast_into()?);
         }
-        Bound::new(py, slf.get().duplicate(py))
+        Bound::new(py, slf.get().duplicate(py)?)
     }
 
     fn __copy__<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, Self>> {
@@ -869,7 +877,7 @@ impl IndexMap {
             let reduced = slf.call_method1(intern!(py, "__reduce_ex__"), (4,))?;
             return copies(py)?.call_method1(intern!(py, "deep_copy_reduced"), (slf, reduced, memo));
         }
-        Ok(Bound::new(py, slf.get().duplicate(py))?.into_any())
+        Ok(Bound::new(py, slf.get().duplicate(py)?)?.into_any())
     }
 
     fn __eq__<'py>(&self, py: Python<'py>, other: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
@@ -928,12 +936,12 @@ impl IndexMap {
         let py = slf.py();
         let (names, rows, next_row) = {
             let state = slf.get().read(py);
-            let mut rows = Vec::with_capacity(8 * state.map.len());
+            let mut rows = memory::with_capacity(8 * state.map.len())?;
             state.map.iter().for_each(|(_, row)| rows.extend_from_slice(&row.to_le_bytes()));
-            let names: Vec<_> = state.map.iter().map(|(name, _)| name.clone_ref(py)).collect();
+            let names = memory::collect(state.map.iter().map(|(name, _)| name.clone_ref(py)))?;
             (names, rows, state.next_row)
         };
-        let names = PyList::new(py, names.into_iter().map(|name| name.into_text(py)))?;
+        let names = new_list(py, names.into_iter().map(|name| Ok(name.into_text(py))))?;
         let rows = (!rows.is_empty()).then(|| PyBytes::new(py, &rows));
         if slf.is_exact_instance_of::<Self>() {
             return Ok((names, rows, next_row).into_pyobject(py)?.into_any());
@@ -961,7 +969,7 @@ impl IndexMap {
         let rows = rows.chunks_exact(8).map(|row| i64::from_le_bytes(row.try_into().expect("8 bytes")));
         let count = names.len();
         let made = Self::empty();
-        made.insert_all(py, names.into_iter().zip(rows).collect())?;
+        made.insert_all(py, memory::collect(names.into_iter().zip(rows))?)?;
         let mut made = made.state.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
         if made.map.len() != count {
             return Err(PyValueError::new_err("a name is listed twice in the state of an IndexMap"));
@@ -1001,17 +1009,17 @@ impl IndexMap {
         Err(Self::missing(name))
     }
 
-    fn duplicate(&self, py: Python<'_>) -> Self {
+    fn duplicate(&self, py: Python<'_>) -> PyResult<Self> {
         let state = self.read(py);
-        let map = state.map.map_entries(|name, row| (name.clone_ref(py), *row));
-        Self::from_state(State { map, next_row: state.next_row })
+        let map = state.map.map_entries(|name, row| (name.clone_ref(py), *row)).or_raise()?;
+        Ok(Self::from_state(State { map, next_row: state.next_row }))
     }
 
     fn to_dict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let entries: Vec<_> = self.read(py).map.iter().map(|(name, row)| (name.clone_ref(py), *row)).collect();
+        let entries = memory::collect(self.read(py).map.iter().map(|(name, row)| (name.clone_ref(py), *row)))?;
         let dict = PyDict::new(py);
         for (name, row) in entries {
-            dict.set_item(name.into_text(py), row)?;
+            dict.set_item(name.into_text(py), new_number(py, row)?)?;
         }
         Ok(dict)
     }
@@ -1085,8 +1093,8 @@ impl NameIterator {
         drop(cursor);
         Ok(Some(match self.yields {
             Yield::Name => name.into_text(py).into_any(),
-            Yield::Row => row.into_pyobject(py)?.into_any(),
-            Yield::Both => (name.into_text(py), row).into_pyobject(py)?.into_any(),
+            Yield::Row => new_number(py, row)?.into_any(),
+            Yield::Both => new_pair(py, name.into_text(py), new_number(py, row)?)?.into_any(),
         }))
     }
 }

@@ -16,6 +16,7 @@ mod interpreter;
 mod lazy_bits;
 mod lock;
 mod mapped;
+mod memory;
 mod modules;
 mod name;
 mod names;
@@ -86,6 +87,7 @@ mod _core {
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        super::huge_pages::keep_reserve();
         super::interpreter::require_main(module.py())
     }
 }

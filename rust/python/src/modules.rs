@@ -10,6 +10,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyString, PyTuple, PyType};
 
 use crate::dlpack::{Device, Dtype};
+use crate::memory::{self, new_list};
 use crate::tensor::{Torch, prefetch, prefetch_dict};
 
 /// How many Parameters are looked at ahead, so that their cache misses overlap.
@@ -101,10 +102,9 @@ impl<'py> Waiting<'py> {
             if modules.is_empty() {
                 return Ok(Vec::new());
             }
-            let children = modules.iter().map(|(_, child)| child);
-            return Ok(children.filter(|child| !child.is_none()).collect());
+            return memory::collect(modules.iter().map(|(_, child)| child).filter(|child| !child.is_none()));
         }
-        self.module.call_method0(intern!(py, "children"))?.try_iter()?.collect()
+        memory::try_collect(self.module.call_method0(intern!(py, "children"))?.try_iter()?)
     }
 }
 
@@ -139,19 +139,20 @@ pub(crate) fn walk_modules<'py>(
     let mut waiting = modules.into_iter().rev().map(Waiting::new).collect::<PyResult<Vec<_>>>()?;
     while let Some(one) = waiting.pop() {
         let address = one.module.as_ptr() as usize;
+        seen.try_reserve(1).map_err(|_| memory::refused(pdrs_core::Error::Memory))?;
         if !seen.insert(address) {
             continue;
         }
         let class = classes.of(&one.module)?;
         let is_given = given.contains(&address);
         if !is_given && (!class.applies || one.own.contains(intern!(py, "_apply"))?) {
-            others.push(one.module);
+            memory::push(&mut others, one.module)?;
             continue;
         }
         let held = one.attribute(class, intern!(py, "_parameters"))?.cast_into::<PyDict>();
         let held_buffers = one.attribute(class, intern!(py, "_buffers"))?.cast_into::<PyDict>();
         if !is_given && (held.is_err() || held_buffers.is_err()) {
-            others.push(one.module);
+            memory::push(&mut others, one.module)?;
             continue;
         }
         let (held, held_buffers) = (held?, held_buffers?);
@@ -161,17 +162,17 @@ pub(crate) fn walk_modules<'py>(
             children.iter().for_each(prefetch);
             let first = waiting.len();
             for child in children.into_iter().rev() {
-                waiting.push(Waiting::new(child)?);
+                memory::push(&mut waiting, Waiting::new(child)?)?;
             }
             waiting[first..].iter().for_each(|child| prefetch_dict(&child.own));
         }
         if !held.is_empty() {
-            parameters.push(held);
+            memory::push(&mut parameters, held)?;
         }
         if !held_buffers.is_empty() {
-            buffers.push((one.module.clone(), held_buffers));
+            memory::push(&mut buffers, (one.module.clone(), held_buffers))?;
         }
-        usual.push(one.module);
+        memory::push(&mut usual, one.module)?;
     }
     Ok((usual, others, parameters, buffers))
 }
@@ -191,7 +192,7 @@ fn for_each_parameter<'py>(
     let mut ahead = VecDeque::with_capacity(BATCH);
     for parameters in dicts {
         // A list of them, because what a `grad` property of a subclass runs might change the dict.
-        for parameter in parameters.values() {
+        for parameter in memory::values_of(parameters)? {
             if parameter.is_none() {
                 continue;
             }
@@ -224,11 +225,11 @@ pub(crate) fn collect_parameters<'py>(
         if let Some(gradient) = gradient {
             gradients.append(gradient)?;
         }
-        parameters.push(parameter);
+        memory::push(&mut parameters, parameter)?;
         Ok(true)
     })?;
     // At once: an `append` for each takes as long as all the rest that is not torch's.
-    Ok((PyList::new(py, parameters)?, gradients))
+    Ok((new_list(py, parameters.into_iter().map(Ok))?, gradients))
 }
 
 /// Whether `keeps` says so of one tensor of each dtype and device among Parameters, their gradients and buffers.
@@ -265,9 +266,11 @@ pub(crate) fn all_kept(
     if !are_kept {
         return Ok(false);
     }
-    for buffer in buffers.iter().flat_map(PyDictMethods::values) {
-        if !buffer.is_none() && !is_kept(&buffer)? {
-            return Ok(false);
+    for of_module in &buffers {
+        for buffer in memory::values_of(of_module)? {
+            if !buffer.is_none() && !is_kept(&buffer)? {
+                return Ok(false);
+            }
         }
     }
     Ok(true)

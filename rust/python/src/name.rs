@@ -8,14 +8,15 @@
 use std::marker::PhantomData;
 
 use pdrs_core::archive::push_character;
-use pdrs_core::{Hashed, IndexMap as Map, Matches};
+use pdrs_core::{Hashed, IndexMap as Map, Matches, memory};
 use pyo3::exceptions::PyTypeError;
 use pyo3::ffi;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::critical_section::with_critical_section;
-use pyo3::types::{PyBytes, PyList, PyString, PyTuple};
+use pyo3::types::{PyList, PyString, PyTuple};
 
+use crate::memory::new_text;
 use crate::tensor::hint;
 
 /// Where the length of a `str` stands.
@@ -80,10 +81,9 @@ impl Name {
             return Ok(Self::new(ascii(py, bytes)?));
         }
         if let Ok(text) = std::str::from_utf8(bytes) {
-            return Ok(Self::new(PyString::new(py, text)));
+            return Ok(Self::new(new_text(py, text)?));
         }
-        let text = PyBytes::new(py, bytes).call_method1(intern!(py, "decode"), ("utf-8", "surrogatepass"))?;
-        Ok(Self::new(text.cast_into_exact::<PyString>()?))
+        Ok(Self::new(with_surrogates(py, bytes)?))
     }
 
     pub(crate) fn into_text(self, py: Python<'_>) -> Bound<'_, PyString> {
@@ -159,7 +159,11 @@ impl Matches<Listed<'_>> for Name {
 /// not there; `None` for anything else.
 ///
 /// The names stay in the list: to take a reference to each and give it back would write to all of them.
-pub(crate) fn find_listed<V: Copy>(map: &Map<Name, V>, names: &Bound<'_, PyAny>, missing: V) -> Option<Vec<V>> {
+pub(crate) fn find_listed<V: Copy>(
+    map: &Map<Name, V>,
+    names: &Bound<'_, PyAny>,
+    missing: V,
+) -> pdrs_core::Result<Option<Vec<V>>> {
     // Without a GIL it keeps other threads from changing the list; with one it does nothing.
     with_critical_section(names, || {
         // SAFETY: a list and a tuple hold as many pointers to live objects as they are long, in a row (a list without
@@ -170,18 +174,20 @@ pub(crate) fn find_listed<V: Copy>(map: &Map<Name, V>, names: &Bound<'_, PyAny>,
                 let items = (*list.as_ptr().cast::<ffi::PyListObject>()).ob_item;
                 if items.is_null() { &[] } else { std::slice::from_raw_parts(items.cast(), list.len()) }
             } else {
-                let tuple = names.cast_exact::<PyTuple>().ok()?;
+                let Ok(tuple) = names.cast_exact::<PyTuple>() else {
+                    return Ok(None);
+                };
                 let items = &raw const (*tuple.as_ptr().cast::<ffi::PyTupleObject>()).ob_item;
                 std::slice::from_raw_parts(items.cast(), tuple.len())
             }
         };
-        let mut values = Vec::with_capacity(listed.len());
+        let mut values = memory::with_capacity(listed.len())?;
         let mut all_found = true;
         map.get_many(listed, |_, value| {
             all_found &= value.is_some();
             values.push(value.copied().unwrap_or(missing));
         });
-        (all_found || listed.iter().all(Listed::is_exact_text)).then_some(values)
+        Ok((all_found || listed.iter().all(Listed::is_exact_text)).then_some(values))
     })
 }
 
@@ -217,6 +223,16 @@ fn ascii<'py>(py: Python<'py>, characters: &[u8]) -> PyResult<Bound<'py, PyStrin
         let data = ffi::PyUnicode_DATA(text.as_ptr()).cast::<u8>();
         std::ptr::copy_nonoverlapping(characters.as_ptr(), data, characters.len());
         Ok(text)
+    }
+}
+
+/// The `str` of characters in UTF-8, surrogates too.
+fn with_surrogates<'py>(py: Python<'py>, bytes: &[u8]) -> PyResult<Bound<'py, PyString>> {
+    let length = ffi::Py_ssize_t::try_from(bytes.len())?;
+    // SAFETY: these are so many bytes, which are copied; a new reference is given, or an error raised.
+    unsafe {
+        let made = ffi::PyUnicode_DecodeUTF8(bytes.as_ptr().cast(), length, c"surrogatepass".as_ptr());
+        Ok(Bound::from_owned_ptr_or_err(py, made)?.cast_into_exact::<PyString>()?)
     }
 }
 

@@ -5,6 +5,7 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyList, PyTuple};
 
 use crate::index_map::AHEAD;
+use crate::memory;
 use crate::name::{Name, exact_text, prefetch_listed};
 
 /// The names as an exact list or tuple: themselves, if they are one, and otherwise what Python makes of them.
@@ -22,10 +23,10 @@ pub(crate) fn listed<'py>(names: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAn
 /// The names as exact `str`; a `TypeError` that says what came instead, and where, otherwise.
 pub(crate) fn to_names(names: &Bound<'_, PyAny>) -> PyResult<Vec<Name>> {
     let names = listed(names)?;
-    let mut converted = Vec::with_capacity(names.len()?);
+    let mut converted = memory::with_capacity(names.len()?)?;
     let mut take = |name: &Bound<'_, PyAny>| {
         match exact_text(name)? {
-            Some(text) => converted.push(Name::new(text)),
+            Some(text) => memory::push(&mut converted, Name::new(text))?,
             None => return Err(refused(name, converted.len())),
         }
         Ok(())

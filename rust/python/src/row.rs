@@ -11,6 +11,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyFloat, PyInt, PyList};
 
 use crate::dlpack::Dtype;
+use crate::memory;
 use crate::tensor::{Found, Torch, hint, prefetch};
 
 /// Larger rows are left to torch, which copies them with several threads and without the GIL.
@@ -323,7 +324,8 @@ pub(crate) fn sort_tensors<'py>(values: &Bound<'py, PyList>) -> PyResult<(Bound<
     let torch = Torch::get(py)?;
     let mut classes: HashMap<Class, i64> = HashMap::new();
     let mut firsts = Vec::new();
-    let mut sorted = Vec::with_capacity(values.len());
+    // Where other threads make the list longer meanwhile, what they add is sorted, too.
+    let mut sorted = memory::with_capacity(values.len())?;
     let mut last: Option<(Class, i64)> = None;
     let mut dims = Vec::new();
     for (at, value) in values.iter().enumerate() {
@@ -333,7 +335,7 @@ pub(crate) fn sort_tensors<'py>(values: &Bound<'py, PyList>) -> PyResult<(Bound<
         dims.clear();
         let found = if torch.is_plain(&value) { torch.find(&value, &mut dims)?.ok() } else { None };
         let Some(found) = found else {
-            sorted.push(-1);
+            memory::push(&mut sorted, -1)?;
             continue;
         };
         let Dtype { code, bits, lanes } = found.dtype;
@@ -347,15 +349,17 @@ pub(crate) fn sort_tensors<'py>(values: &Bound<'py, PyList>) -> PyResult<(Bound<
             && class.shape == shape
             && class.trainable == trainable
         {
-            sorted.push(*number);
+            memory::push(&mut sorted, *number)?;
             continue;
         }
+        classes.try_reserve(1).map_err(|_| memory::refused(pdrs_core::Error::Memory))?;
         let class = Class { dtype, device, shape: shape.to_vec(), trainable };
-        let number = *classes.entry(class.clone()).or_insert_with(|| {
-            firsts.push(at);
-            firsts.len().cast_signed() as i64 - 1
-        });
-        sorted.push(number);
+        let next = firsts.len();
+        let number = *classes.entry(class.clone()).or_insert(next.cast_signed() as i64);
+        if number == next.cast_signed() as i64 {
+            memory::push(&mut firsts, at)?;
+        }
+        memory::push(&mut sorted, number)?;
         last = Some((class, number));
     }
     Ok((PyArray1::from_vec(py, sorted), firsts))

@@ -3,12 +3,13 @@
 use std::sync::Arc;
 
 use numpy::{PyArray1, PyReadonlyArray1, PyReadwriteArray1};
-use pdrs_core::safetensors::{Dtype, Header, HeaderWriter, METADATA, Stack};
-use pyo3::exceptions::{PyIndexError, PyValueError};
+use pdrs_core::safetensors::{Dtype, Fault, Header, HeaderError, HeaderWriter, METADATA, Stack};
+use pyo3::exceptions::{PyIndexError, PyMemoryError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList, PyString, PyTuple};
 
 use crate::index_map::IndexMap;
+use crate::memory::{self, OrRaise, new_list, new_text};
 use crate::name::Name;
 use crate::shards::ShardIndex;
 use crate::stacked::ROW_BITS;
@@ -18,8 +19,18 @@ pub(crate) struct SafetensorsHeader {
     pub(crate) header: Arc<Header>,
 }
 
+/// The number of the kind of each tensor, and the byte of the file at which it begins.
+type Columns<'py> = (Bound<'py, PyArray1<u32>>, Bound<'py, PyArray1<i64>>);
+
 /// What `entry` gives: name, dtype, shape, and the first byte in the file and the one behind the last.
 type Entry<'py> = (&'py str, &'static str, Bound<'py, PyTuple>, u64, u64);
+
+fn unreadable(error: &HeaderError) -> PyErr {
+    match error.fault {
+        Fault::Memory => PyMemoryError::new_err(error.to_string()),
+        _ => PyValueError::new_err(error.to_string()),
+    }
+}
 
 #[pymethods]
 impl SafetensorsHeader {
@@ -27,13 +38,12 @@ impl SafetensorsHeader {
     fn new(py: Python<'_>, header: &Bound<'_, PyBytes>, file_bytes: u64) -> PyResult<Self> {
         let header = header.as_bytes();
         let read = py.detach(|| Header::read(header, file_bytes));
-        let header = Arc::new(read.map_err(|error| PyValueError::new_err(error.to_string()))?);
-        Ok(Self { header })
+        Ok(Self { header: Arc::new(read.map_err(|error| unreadable(&error))?) })
     }
 
     #[staticmethod]
     fn size(prefix: &[u8], file_bytes: u64) -> PyResult<u64> {
-        Header::size(prefix, file_bytes).map_err(|error| PyValueError::new_err(error.to_string()))
+        Header::size(prefix, file_bytes).map_err(|error| unreadable(&error))
     }
 
     fn __len__(&self) -> usize {
@@ -49,7 +59,7 @@ impl SafetensorsHeader {
     fn metadata<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let metadata = PyDict::new(py);
         for (key, value) in self.header.metadata() {
-            metadata.set_item(key, value)?;
+            metadata.set_item(new_text(py, key)?, new_text(py, value)?)?;
         }
         Ok(metadata)
     }
@@ -70,32 +80,36 @@ impl SafetensorsHeader {
     }
 
     fn names<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
-        PyList::new(py, (0..self.header.len()).map(|number| self.header.name(number)))
+        new_list(py, (0..self.header.len()).map(|number| new_text(py, self.header.name(number))))
     }
 
     fn names_ending<'py>(&self, py: Python<'py>, ending: &str) -> PyResult<Bound<'py, PyList>> {
         let names = (0..self.header.len()).map(|number| self.header.name(number));
-        PyList::new(py, names.filter(|name| name.ends_with(ending)).collect::<Vec<_>>())
+        let found = PyList::empty(py);
+        for name in names.filter(|name| name.ends_with(ending)) {
+            found.append(new_text(py, name)?)?;
+        }
+        Ok(found)
     }
 
     fn kinds<'py>(&self, py: Python<'py>) -> PyResult<Vec<(&'static str, Bound<'py, PyTuple>)>> {
         let kinds = self.header.kinds().iter();
-        kinds.map(|kind| Ok((kind.dtype.name(), PyTuple::new(py, &kind.shape)?))).collect()
+        memory::try_collect(kinds.map(|kind| Ok((kind.dtype.name(), PyTuple::new(py, &kind.shape)?))))
     }
 
-    fn columns<'py>(&self, py: Python<'py>) -> (Bound<'py, PyArray1<u32>>, Bound<'py, PyArray1<i64>>) {
+    fn columns<'py>(&self, py: Python<'py>) -> PyResult<Columns<'py>> {
         let numbers = 0..self.header.len();
-        let kinds = numbers.clone().map(|number| self.header.kind_number(number) as u32).collect();
-        let starts = numbers.map(|number| self.header.bytes(number).0.cast_signed()).collect();
-        (PyArray1::from_vec(py, kinds), PyArray1::from_vec(py, starts))
+        let kinds = memory::collect(numbers.clone().map(|number| self.header.kind_number(number) as u32))?;
+        let starts = memory::collect(numbers.map(|number| self.header.bytes(number).0.cast_signed()))?;
+        Ok((PyArray1::from_vec(py, kinds), PyArray1::from_vec(py, starts)))
     }
 
-    fn stack(&self, py: Python<'_>, prefix: &str) -> SafetensorsStack {
+    fn stack(&self, py: Python<'_>, prefix: &str) -> PyResult<SafetensorsStack> {
         let header = &self.header;
         // What is the prefix itself has no name without it.
         let goes_on = |name: &str| name.starts_with(prefix) && (name.len() > prefix.len() || prefix.is_empty());
-        let stack = py.detach(|| Stack::new(header, |number| goes_on(header.name(number))));
-        SafetensorsStack { header: Arc::clone(header), stack, stripped: prefix.len() }
+        let stack = py.detach(|| Stack::new(header, |number| goes_on(header.name(number)))).or_raise()?;
+        Ok(SafetensorsStack { header: Arc::clone(header), stack, stripped: prefix.len() })
     }
 }
 
@@ -118,7 +132,7 @@ impl SafetensorsStack {
             let kind = &self.header.kinds()[table.kind];
             Ok((kind.dtype.name(), PyTuple::new(py, &kind.shape)?, table.rows, table.start))
         });
-        described.collect()
+        memory::try_collect(described)
     }
 
     fn index(&self, py: Python<'_>) -> PyResult<IndexMap> {
@@ -154,8 +168,8 @@ impl SafetensorsStack {
         index.get().extend_with(py, named)
     }
 
-    fn spans(&self, gap: u64) -> Vec<(u64, u64)> {
-        self.stack.spans(&self.header, gap)
+    fn spans(&self, gap: u64) -> PyResult<Vec<(u64, u64)>> {
+        self.stack.spans(&self.header, gap).or_raise()
     }
 
     fn copy_block(
@@ -172,7 +186,7 @@ impl SafetensorsStack {
         if !expected.eq(targets.iter().map(|target| target.as_array().len() as u64)) {
             return Err(PyValueError::new_err("expected the bytes of each table that is to be copied"));
         }
-        let mut slices = Vec::with_capacity(targets.len());
+        let mut slices = memory::with_capacity(targets.len())?;
         for target in &mut targets {
             slices.push(target.as_slice_mut()?);
         }
@@ -191,7 +205,7 @@ fn described(kinds: Kinds) -> PyResult<Vec<(String, u64)>> {
         let bytes = dtype.bytes_of(&shape).map_err(|fault| PyValueError::new_err(fault.to_string()))?;
         Ok((HeaderWriter::like(dtype, &shape), bytes))
     });
-    described.collect()
+    memory::try_collect(described)
 }
 
 /// The kind of each of so many names; an error if there are more or fewer, or one is not there.
@@ -215,16 +229,16 @@ pub(crate) fn safetensors_header<'py>(
     let kinds = described(kinds)?;
     let kind_of = checked(&kind_of, names.len(), kinds.len())?;
     let metadata: Vec<_> = metadata.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
-    let mut writer = HeaderWriter::new(&metadata);
-    writer.reserve(names.len(), 16 * names.len());
+    let mut writer = HeaderWriter::new(&metadata).or_raise()?;
+    writer.reserve(names.len(), 16 * names.len()).or_raise()?;
     let mut start = 0_u64;
     for (name, kind) in names.iter().zip(kind_of) {
         let (like, bytes) = &kinds[*kind as usize];
         let stop = start.checked_add(*bytes).ok_or_else(|| PyValueError::new_err("the tensors are too large"))?;
-        writer.push(name.cast::<PyString>()?.to_str()?, like, start, stop);
+        writer.push(name.cast::<PyString>()?.to_str()?, like, start, stop).or_raise()?;
         start = stop;
     }
-    Ok(PyArray1::from_vec(py, writer.finish(alignment.max(1))))
+    Ok(PyArray1::from_vec(py, writer.finish(alignment.max(1)).or_raise()?))
 }
 
 /// The part of a header that tells of some tensors, each behind a comma, and where the data of the next one begin.
@@ -241,12 +255,12 @@ pub(crate) fn safetensors_entries<'py>(
     let kind_of = checked(&kind_of, names.len(), kinds.len())?;
     let mut writer = HeaderWriter::behind_others();
     let stop = range.1.min(names.len());
-    writer.reserve(stop.saturating_sub(range.0), 16 * stop.saturating_sub(range.0));
+    writer.reserve(stop.saturating_sub(range.0), 16 * stop.saturating_sub(range.0)).or_raise()?;
     let mut start = start;
     for at in range.0..stop {
         let (like, bytes) = &kinds[kind_of[at] as usize];
         let stop = start.checked_add(*bytes).ok_or_else(|| PyValueError::new_err("the tensors are too large"))?;
-        writer.push(names.get_item(at)?.cast::<PyString>()?.to_str()?, like, start, stop);
+        writer.push(names.get_item(at)?.cast::<PyString>()?.to_str()?, like, start, stop).or_raise()?;
         start = stop;
     }
     Ok((PyArray1::from_vec(py, writer.take()), start))
@@ -276,7 +290,7 @@ pub(crate) fn safetensors_shards(
         let mut stop = data.saturating_add(*bytes);
         let mut entry = HeaderWriter::bytes_of(name, like, data, stop);
         if tensors > 0 && (header + entry > header_bytes || stop > data_bytes) {
-            shards.push((tensors, header));
+            memory::push(&mut shards, (tensors, header))?;
             stop = *bytes;
             entry = HeaderWriter::bytes_of(name, like, 0, stop);
             (tensors, header) = (0, 0);

@@ -3,11 +3,12 @@
 use std::collections::HashMap;
 
 use numpy::PyArray1;
-use pdrs_core::safetensors::{HeaderWriter, ShardIndex as Index};
-use pyo3::exceptions::PyValueError;
+use pdrs_core::safetensors::{Fault, HeaderWriter, IndexError, ShardIndex as Index};
+use pyo3::exceptions::{PyMemoryError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList, PyString, PyTuple};
 
+use crate::memory::{self, OrRaise, new_list, new_text};
 use crate::safetensors::SafetensorsHeader;
 
 #[pyclass(frozen, module = "pdrs._core")]
@@ -24,7 +25,11 @@ impl ShardIndex {
     fn new(py: Python<'_>, text: &Bound<'_, PyBytes>) -> PyResult<Self> {
         let text = text.as_bytes();
         let read = py.detach(|| Index::read(text));
-        Ok(Self { index: read.map_err(|error| PyValueError::new_err(error.to_string()))? })
+        let index = read.map_err(|error| match error {
+            IndexError::Unreadable { fault: Fault::Memory, .. } => PyMemoryError::new_err(error.to_string()),
+            _ => PyValueError::new_err(error.to_string()),
+        })?;
+        Ok(Self { index })
     }
 
     fn __len__(&self) -> usize {
@@ -48,12 +53,16 @@ impl ShardIndex {
     }
 
     fn names<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
-        PyList::new(py, (0..self.index.len()).map(|number| self.index.name(number)))
+        new_list(py, (0..self.index.len()).map(|number| new_text(py, self.index.name(number))))
     }
 
     fn names_ending<'py>(&self, py: Python<'py>, ending: &str) -> PyResult<Bound<'py, PyList>> {
         let names = (0..self.index.len()).map(|number| self.index.name(number));
-        PyList::new(py, names.filter(|name| name.ends_with(ending)).collect::<Vec<_>>())
+        let found = PyList::empty(py);
+        for name in names.filter(|name| name.ends_with(ending)) {
+            found.append(new_text(py, name)?)?;
+        }
+        Ok(found)
     }
 
     fn find(&self, name: &Bound<'_, PyString>) -> Option<u32> {
@@ -72,7 +81,7 @@ impl ShardIndex {
         // By shard and its own number; most kinds are in all shards.
         let mut renamed: Vec<Vec<Option<u32>>> =
             headers.iter().map(|header| vec![None; header.kinds().len()]).collect();
-        let mut kind_of = Vec::with_capacity(self.index.len());
+        let mut kind_of = memory::with_capacity(self.index.len())?;
         for (number, &shard) in self.index.shard_of().iter().enumerate() {
             let name = self.index.name(number);
             let header = headers.get(shard as usize);
@@ -104,7 +113,7 @@ pub(crate) fn shard_lines<'py>(
 ) -> PyResult<Bound<'py, PyArray1<u8>>> {
     let mut writer = HeaderWriter::behind_others();
     for at in range.0..range.1.min(names.len()) {
-        writer.push_line(names.get_item(at)?.cast::<PyString>()?.to_str()?, file);
+        writer.push_line(names.get_item(at)?.cast::<PyString>()?.to_str()?, file).or_raise()?;
     }
     Ok(PyArray1::from_vec(py, writer.take()))
 }

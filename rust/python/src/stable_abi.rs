@@ -254,6 +254,7 @@ impl StableAbi {
         // SAFETY: torch keeps the message of this thread's last error until the next one; it is copied at once.
         let message = unsafe { (self.last_error)().as_ref().map(|text| CStr::from_ptr(text).to_string_lossy()) };
         let message = message.map_or("torch failed".to_owned(), std::borrow::Cow::into_owned);
+        // What the C++ library says where memory has run out.
         if message.contains("bad_alloc") { PyMemoryError::new_err(message) } else { PyRuntimeError::new_err(message) }
     }
 }

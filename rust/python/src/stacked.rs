@@ -11,6 +11,7 @@ use pyo3::types::{PyDict, PyList, PyString};
 use crate::index_map::IndexMap;
 use crate::instance::attributes;
 use crate::lock::{Holding, Lock, one_step};
+use crate::memory;
 use crate::name::{Name, to_text};
 use crate::names::to_names;
 use crate::one_step::call_all;
@@ -32,7 +33,7 @@ pub(crate) fn insert_ids(
     if names.len() != ids.len() {
         return Err(PyValueError::new_err(format!("got {} names and {} ids", names.len(), ids.len())));
     }
-    index.get().insert_all(index.py(), names.into_iter().zip(ids.iter().copied()).collect())
+    index.get().insert_all(index.py(), memory::collect(names.into_iter().zip(ids.iter().copied()))?)
 }
 
 /// The names that are not in the index, in order, each once.
@@ -44,10 +45,8 @@ pub(crate) fn missing_names<'py>(
     let py = index.py();
     let names = to_names(names)?;
     let found = PyList::empty(py);
-    let Err(missing) = index.get().find_all(py, &names) else {
-        return Ok(found);
-    };
-    let mut seen = HashSet::with_capacity(missing.len());
+    let missing = index.get().missing_of(py, &names)?;
+    let mut seen = room_for(missing.len())?;
     for at in missing {
         if seen.insert(Key(&names[at])) {
             found.append(names[at].text(py))?;
@@ -85,20 +84,26 @@ pub(crate) fn names_behind<'py>(
     beginning: &Bound<'py, PyString>,
 ) -> PyResult<(IndexMap, Bound<'py, PyArray1<i64>>)> {
     let py = index.py();
-    let (mut buffer, mut kept, mut kept_ids) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut buffer, mut kept, mut failed) = (Vec::new(), Vec::new(), None);
     let beginning = Name::new(beginning.clone()).with_utf8(py, &mut buffer, <[u8]>::to_vec);
     let mut ids = ids.as_array().into_iter();
     index.get().for_each(py, |name, _| {
         let id = ids.next();
         name.with_utf8(py, &mut buffer, |text| {
-            if let (Some(rest), Some(id)) = (text.strip_prefix(&*beginning).filter(|rest| !rest.is_empty()), id) {
-                kept.push(rest.to_vec());
-                kept_ids.push(*id);
+            if let (Some(rest), Some(id)) = (text.strip_prefix(&*beginning).filter(|rest| !rest.is_empty()), id)
+                && failed.is_none()
+            {
+                let rest = memory::collect(rest.iter().copied());
+                failed = rest.and_then(|rest| memory::push(&mut kept, (rest, *id))).err();
             }
         });
     });
-    let entries = kept.iter().zip(&kept_ids).map(|(name, id)| Ok((Name::from_utf8(py, name)?, *id)));
+    if let Some(error) = failed {
+        return Err(error);
+    }
+    let entries = kept.iter().map(|(name, id)| Ok((Name::from_utf8(py, name)?, *id)));
     let narrowed = IndexMap::collect(kept.len(), entries)?;
+    let kept_ids = memory::collect(kept.iter().map(|(_, id)| *id))?;
     Ok((narrowed, PyArray1::from_vec(py, kept_ids)))
 }
 
@@ -112,13 +117,14 @@ pub(crate) fn remove_names<'py>(
     let py = index.py();
     let names = to_names(names)?;
     let missing = |at: usize| IndexMap::missing(names[at].text(py));
-    index.get().find_all(py, &names).map_err(|places| missing(places[0]))?;
-    let mut seen = HashSet::with_capacity(names.len());
+    if let Some(at) = index.get().missing_of(py, &names)?.first() {
+        return Err(missing(*at));
+    }
+    let mut seen = room_for(names.len())?;
     if let Some(at) = (0..names.len()).find(|at| !seen.insert(Key(&names[*at]))) {
         return Err(PyKeyError::new_err(format!("{} is listed twice", names[at].text(py).repr()?)));
     }
-    let removed = index.get().remove_all(py, &names);
-    Ok(PyArray1::from_vec(py, removed.iter().map(|(_, id)| *id).collect()))
+    Ok(PyArray1::from_vec(py, index.get().remove_all(py, &names)?))
 }
 
 /// Sets an entry of a `StackedParameterDict`, whose lock is held, if nothing about it is unusual: a tensor on the CPU for
@@ -311,6 +317,7 @@ fn take_row<'py>(
         None => Vec::new(),
     };
     let rows = table.getattr(intern!(py, "rows"))?.cast_into::<TableRows>()?;
+    rows.get().reserve_free(py)?;
     let mut given = Vec::with_capacity(calls.len());
     let is_taken = one_step(py, || {
         if moves_of(state)? != moves {
@@ -320,7 +327,7 @@ fn take_row<'py>(
         if !remove() {
             return Ok(false);
         }
-        rows.get().give_back(py, row);
+        rows.get().give_back(py, row)?;
         state.set_item(intern!(py, "_moves"), moves + 1)?;
         if changes.is_none() {
             zeroed.write(torch, py)?;
@@ -406,14 +413,23 @@ fn of_state<'py>(state: &Bound<'py, PyDict>, name: &Bound<'py, PyString>) -> PyR
 /// Gives all names, in their order, other ids.
 #[pyfunction]
 pub(crate) fn replace_ids(index: &Bound<'_, IndexMap>, ids: PyReadonlyArray1<'_, i64>) -> PyResult<()> {
-    let ids = ids.as_array().to_vec();
+    // In one piece, as they nearly always are, they need no memory: this is one of several changes, which must not fail.
+    let apart = if ids.as_slice().is_ok() { Vec::new() } else { memory::collect(ids.as_array().iter().copied())? };
+    let ids = ids.as_slice().unwrap_or(&apart);
     if let Some(id) = ids.iter().find(|id| **id < 0) {
         return Err(PyValueError::new_err(format!("an id must be 0 or more, got {id}")));
     }
-    if index.get().replace_rows(index.py(), &ids) {
+    if index.get().replace_rows(index.py(), ids) {
         return Ok(());
     }
     Err(PyValueError::new_err(format!("got {} ids for another number of names", ids.len())))
+}
+
+/// An empty set with room for so many names.
+fn room_for<'a>(names: usize) -> PyResult<HashSet<Key<'a>>> {
+    let mut seen = HashSet::new();
+    seen.try_reserve(names).map_err(|_| memory::refused(pdrs_core::Error::Memory))?;
+    Ok(seen)
 }
 
 /// A name in a set of the standard library.

@@ -22,6 +22,7 @@ use pyo3::types::dict::BoundDictIterator;
 use pyo3::types::{PyDict, PyIterator, PyList, PyString};
 
 use crate::group::Paused;
+use crate::memory::{self, OrRaise, new_list, new_number};
 use crate::tensor::{Finder, Found, Seen, Torch, prefetch};
 
 /// How many entries are looked at ahead, so that their cache misses overlap.
@@ -51,18 +52,18 @@ pub(crate) fn load_matching<'py>(
     prefix: &Bound<'py, PyString>,
     largest: u64,
     whole: bool,
-) -> PyResult<(Vec<Bound<'py, PyAny>>, usize)> {
+) -> PyResult<(Bound<'py, PyList>, usize)> {
     let py = parameters.py();
     let torch = Torch::get(py)?;
     let _paused = Paused::new(py)?;
-    let entries: Vec<_> = parameters.iter().filter(|(_, value)| !value.is_none()).collect();
+    let entries = memory::collect(parameters.iter().filter(|(_, value)| !value.is_none()))?;
     let is_exact = |key: &Bound<'py, PyAny>| key.cast_exact::<PyString>().is_ok();
     if !parameters.iter().chain(state.iter()).all(|(key, _)| is_exact(&key)) {
-        return Ok((entries.into_iter().map(|(name, _)| name).collect(), 0));
+        return Ok((new_list(py, entries.into_iter().map(|(name, _)| Ok(name)))?, 0));
     }
-    let mut pairs = Vec::with_capacity(entries.len());
+    let mut pairs = memory::with_capacity(entries.len())?;
     // The tensors of the pairs stay alive until they have been copied.
-    let mut sources = Vec::with_capacity(entries.len());
+    let mut sources = memory::with_capacity(entries.len())?;
     // What torch will write and read for those that are left to it.
     let mut others = Vec::new();
     let mut unusual = Vec::new();
@@ -113,13 +114,15 @@ pub(crate) fn load_matching<'py>(
                 [(into, to, targets.dims(), true), (out_of, &from, origins.dims(), false)]
             {
                 match found {
-                    Some(found) => others.push(Stretch { addresses: addresses(&found, dims), at, is_written }),
-                    None => unusual.push((at, tensor.clone(), is_written)),
+                    Some(found) => {
+                        memory::push(&mut others, Stretch { addresses: addresses(&found, dims), at, is_written })?;
+                    }
+                    None => memory::push(&mut unusual, (at, tensor.clone(), is_written))?,
                 }
             }
         }
         if whole && pairs.len() < begin + batch.len() {
-            return Ok((entries.into_iter().map(|(name, _)| name).collect(), 0));
+            return Ok((new_list(py, entries.into_iter().map(|(name, _)| Ok(name)))?, 0));
         }
         // Soon, while all that this touches is in the cache: it takes half of the time of the whole otherwise. For those
         // that are left to torch in the end it happens twice, which does no harm.
@@ -129,18 +132,18 @@ pub(crate) fn load_matching<'py>(
     }
     if !unusual.is_empty() {
         for (at, tensor, is_written) in unusual {
-            others.push(Stretch { addresses: storage_of(&tensor), at, is_written });
+            memory::push(&mut others, Stretch { addresses: storage_of(&tensor), at, is_written })?;
         }
         let before = pairs.len();
         (pairs, sources) = still_there(pairs, sources, &entries, &mut targets, &mut origins)?;
         if whole && pairs.len() < before {
-            return Ok((entries.into_iter().map(|(name, _)| name).collect(), 0));
+            return Ok((new_list(py, entries.into_iter().map(|(name, _)| Ok(name)))?, 0));
         }
     }
-    let crowded = in_a_crowd(&pairs, others);
+    let crowded = in_a_crowd(&pairs, others)?;
     if !crowded.is_empty() {
         if whole {
-            return Ok((entries.into_iter().map(|(name, _)| name).collect(), 0));
+            return Ok((new_list(py, entries.into_iter().map(|(name, _)| Ok(name)))?, 0));
         }
         pairs.retain(|pair| crowded.binary_search(&pair.at).is_err());
     }
@@ -150,7 +153,8 @@ pub(crate) fn load_matching<'py>(
     drop(sources);
     let mut filled = pairs.iter().map(|pair| pair.at).peekable();
     let left = entries.into_iter().enumerate().filter(|(at, _)| filled.next_if_eq(at).is_none());
-    Ok((left.map(|(_, (name, _))| name).collect(), pairs.len()))
+    let left = memory::collect(left.map(|(_, (name, _))| Ok(name)))?;
+    Ok((new_list(py, left)?, pairs.len()))
 }
 
 /// The pairs whose tensors lie where they lay, and their sources.
@@ -161,7 +165,7 @@ fn still_there<'py>(
     targets: &mut Places,
     origins: &mut Places,
 ) -> PyResult<(Vec<Pair>, Vec<Bound<'py, PyAny>>)> {
-    let (mut kept, mut kept_sources) = (Vec::with_capacity(pairs.len()), Vec::with_capacity(pairs.len()));
+    let (mut kept, mut kept_sources) = (memory::with_capacity(pairs.len())?, memory::with_capacity(pairs.len())?);
     for (pair, from) in pairs.into_iter().zip(sources) {
         let (into, out_of) = (targets.of(&entries[pair.at].1)?, origins.of(&from)?);
         if let (Some(into), Some(out_of)) = (into, out_of)
@@ -256,9 +260,9 @@ struct Stretch {
 /// The entries whose tensors share memory with those of others, so that the order of the copies matters; ascending.
 ///
 /// A tensor that is filled from its own memory is in no crowd by that alone.
-fn in_a_crowd(pairs: &[Pair], others: Vec<Stretch>) -> Vec<usize> {
+fn in_a_crowd(pairs: &[Pair], others: Vec<Stretch>) -> PyResult<Vec<usize>> {
     if are_apart(pairs, &others) {
-        return Vec::new();
+        return Ok(Vec::new());
     }
     let stretch = |start: usize, pair: &Pair, is_written| Stretch {
         addresses: start..start + pair.bytes as usize,
@@ -266,11 +270,13 @@ fn in_a_crowd(pairs: &[Pair], others: Vec<Stretch>) -> Vec<usize> {
         is_written,
     };
     let mut all = others;
-    all.reserve(2 * pairs.len());
+    pdrs_core::memory::reserve(&mut all, 2 * pairs.len()).or_raise()?;
     all.extend(pairs.iter().map(|pair| stretch(pair.to, pair, true)));
     all.extend(pairs.iter().map(|pair| stretch(pair.from, pair, false)));
     all.retain(|stretch| !stretch.addresses.is_empty());
-    // Both halves are often sorted already, which this sort makes use of.
+    // Both halves are often sorted already, which this sort makes use of. It takes as much memory again, and ends the
+    // process where it cannot be had.
+    drop(memory::with_capacity::<Stretch>(all.len())?);
     all.sort_by_key(|stretch| stretch.addresses.start);
     let mut crowded = Vec::new();
     let mut begin = 0;
@@ -284,13 +290,15 @@ fn in_a_crowd(pairs: &[Pair], others: Vec<Stretch>) -> Vec<usize> {
         let crowd = &all[begin..next];
         let only_itself = crowd.iter().all(|each| each.at == crowd[0].at && each.addresses == crowd[0].addresses);
         if !only_itself && crowd.iter().any(|each| each.is_written) {
-            crowded.extend(crowd.iter().map(|each| each.at));
+            for each in crowd {
+                memory::push(&mut crowded, each.at)?;
+            }
         }
         begin = next;
     }
     crowded.sort_unstable();
     crowded.dedup();
-    crowded
+    Ok(crowded)
 }
 
 /// Whether it is easily seen that nobody is in a crowd: that what is written shares no cache line with anything.
@@ -440,19 +448,19 @@ pub(crate) fn not_copied_yet<'py>(
 ) -> PyResult<Bound<'py, PyList>> {
     let torch = Torch::get(parameters.py())?;
     let ids = few_ids(memo);
-    let mut values = Vec::with_capacity(parameters.len());
+    let mut values = memory::with_capacity(parameters.len())?;
     // A list of them, because a key of the memo may have a comparison of its own, which might change the dict.
-    for value in parameters.values() {
+    for value in memory::values_of(parameters)? {
         let id = value.as_ptr() as usize;
         let is_new = || match &ids {
             Some(ids) => Ok(!ids.contains(&id)),
             None => Ok::<_, PyErr>(!memo.contains(id)?),
         };
         if torch.is_parameter(&value) && is_new()? {
-            values.push(value);
+            memory::push(&mut values, value)?;
         }
     }
-    PyList::new(parameters.py(), values)
+    new_list(parameters.py(), values.into_iter().map(Ok))
 }
 
 /// The keys of a memo that has few, as it has when a deep copy begins: those are faster looked through.
@@ -480,13 +488,13 @@ pub(crate) fn place_copies<'py>(
     let mut left = Vec::new();
     let mut pairs = originals.iter().zip(copies).peekable();
     // Taken together first, because a key may have a comparison of its own, which might change the dict.
-    for (name, value) in parameters.iter().collect::<Vec<_>>() {
+    for (name, value) in memory::collect(parameters)? {
         match pairs.next_if(|(original, _)| original.is(&value)) {
             Some((_, copy)) if !copy.is_none() => {
-                memo.set_item(value.as_ptr() as usize, &copy)?;
+                memo.set_item(new_number(memo.py(), (value.as_ptr() as usize).cast_signed() as i64)?, &copy)?;
                 target.set_item(name, copy)?;
             }
-            _ => left.push(name),
+            _ => memory::push(&mut left, name)?,
         }
     }
     Ok(left)

@@ -8,6 +8,8 @@ use pyo3::exceptions::{PyOverflowError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 
+use crate::memory::{self, OrRaise};
+
 #[pyclass(frozen, module = "pdrs._core")]
 pub(crate) struct TableRows {
     rows: Mutex<Rows>,
@@ -26,8 +28,16 @@ impl TableRows {
     }
 }
 
-fn to_array(py: Python<'_>, rows: impl Iterator<Item = u64>) -> Bound<'_, PyArray1<i64>> {
-    PyArray1::from_vec(py, rows.map(u64::cast_signed).collect())
+fn give_back(rows: &mut Rows, row: u64) -> PyResult<()> {
+    if row >= rows.used() {
+        return Err(PyValueError::new_err(format!("row {} was never given", row.cast_signed())));
+    }
+    rows.give_back(row);
+    Ok(())
+}
+
+fn to_array(py: Python<'_>, rows: impl Iterator<Item = u64>) -> PyResult<Bound<'_, PyArray1<i64>>> {
+    Ok(PyArray1::from_vec(py, memory::collect(rows.map(u64::cast_signed))?))
 }
 
 #[pymethods]
@@ -44,7 +54,7 @@ impl TableRows {
         if let Some(row) = live.iter().find(|row| **row < 0) {
             return Err(PyValueError::new_err(format!("a row must be 0 or more, got {row}")));
         }
-        match Rows::of_live(used, live.iter().map(|row| row.cast_unsigned())) {
+        match Rows::of_live(used, live.iter().map(|row| row.cast_unsigned())).or_raise()? {
             Some(rows) => Ok(Self { rows: Mutex::new(rows) }),
             None => Err(PyValueError::new_err("a row is listed twice, or was never given")),
         }
@@ -59,11 +69,11 @@ impl TableRows {
         self.lock(py).used()
     }
 
-    fn free<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<i64>> {
+    fn free<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray1<i64>>> {
         to_array(py, self.lock(py).free())
     }
 
-    fn next<'py>(&self, py: Python<'py>, count: u64) -> Bound<'py, PyArray1<i64>> {
+    fn next<'py>(&self, py: Python<'py>, count: u64) -> PyResult<Bound<'py, PyArray1<i64>>> {
         to_array(py, self.lock(py).next(count))
     }
 
@@ -75,13 +85,19 @@ impl TableRows {
         self.lock(py).take(count);
     }
 
-    pub(crate) fn give_back(&self, py: Python<'_>, row: u64) {
-        self.lock(py).give_back(row);
+    /// Makes sure that no memory is needed to give rows back.
+    pub(crate) fn reserve_free(&self, py: Python<'_>) -> PyResult<()> {
+        self.lock(py).reserve_free().or_raise()
     }
 
-    fn give_back_many(&self, py: Python<'_>, rows: PyReadonlyArray1<'_, i64>) {
+    pub(crate) fn give_back(&self, py: Python<'_>, row: u64) -> PyResult<()> {
+        give_back(&mut self.lock(py), row)
+    }
+
+    fn give_back_many(&self, py: Python<'_>, rows: PyReadonlyArray1<'_, i64>) -> PyResult<()> {
         let mut ours = self.lock(py);
-        rows.as_array().iter().for_each(|row| ours.give_back(row.cast_unsigned()));
+        ours.reserve_free().or_raise()?;
+        rows.as_array().iter().try_for_each(|row| give_back(&mut ours, row.cast_unsigned()))
     }
 
     fn capacity_for(&self, py: Python<'_>, count: u64, capacity: u64) -> PyResult<u64> {
@@ -89,11 +105,11 @@ impl TableRows {
         wanted.ok_or_else(|| PyOverflowError::new_err(format!("a table cannot have {count} rows more than it has")))
     }
 
-    fn __deepcopy__(&self, py: Python<'_>, _memo: &Bound<'_, PyAny>) -> Self {
-        Self { rows: Mutex::new(self.lock(py).clone()) }
+    fn __deepcopy__(&self, py: Python<'_>, _memo: &Bound<'_, PyAny>) -> PyResult<Self> {
+        self.__copy__(py)
     }
 
-    fn __copy__(&self, py: Python<'_>) -> Self {
-        Self { rows: Mutex::new(self.lock(py).clone()) }
+    fn __copy__(&self, py: Python<'_>) -> PyResult<Self> {
+        Ok(Self { rows: Mutex::new(self.lock(py).copy().or_raise()?) })
     }
 }

@@ -1,7 +1,12 @@
 //! Maps that are made of many entries at once.
 
 use super::{IndexMap, MAX_ENTRIES, Words, stored_hash};
+use crate::error::Result;
 use crate::key::Matches;
+use crate::memory;
+
+/// Entries that are no map, in their order.
+type Refused<K, V> = Vec<(K, V)>;
 
 impl<K: Matches<K>, V> IndexMap<K, V> {
     /// Makes a map of entries in their order, or gives them back, in their order, if two have the same key or there are
@@ -12,21 +17,22 @@ impl<K: Matches<K>, V> IndexMap<K, V> {
     ///
     /// # Errors
     ///
-    /// The entries.
-    pub fn from_distinct(entries: impl Iterator<Item = (K, V)>) -> Result<Self, Vec<(K, V)>> {
+    /// [`Error::Memory`](crate::Error::Memory).
+    pub fn from_distinct(entries: impl Iterator<Item = (K, V)>) -> Result<std::result::Result<Self, Refused<K, V>>> {
         let expected = entries.size_hint().1.unwrap_or(0).min(MAX_ENTRIES);
-        let (mut listed, mut hashes) = (Vec::with_capacity(expected), Vec::with_capacity(expected));
+        let (mut listed, mut hashes) = (memory::with_capacity(expected)?, memory::with_capacity(expected)?);
         for entry in entries {
-            hashes.push(stored_hash(&entry.0));
-            listed.push(Some(entry));
+            memory::push(&mut hashes, stored_hash(&entry.0))?;
+            memory::push(&mut listed, Some(entry))?;
         }
         let key = |id: u32| listed[id as usize].as_ref().map(|(key, _)| key);
         let are_same = |one, other| key(one).zip(key(other)).is_some_and(|(one, other)| one.matches(other));
-        let words = (hashes.len() <= MAX_ENTRIES).then(|| Words::of_distinct(&hashes, are_same)).flatten();
+        let words = if hashes.len() <= MAX_ENTRIES { Words::of_distinct(&hashes, are_same)? } else { None };
+        drop(hashes);
         let len = listed.len();
-        match words {
+        Ok(match words {
             Some(words) => Ok(Self { words, entries: listed.into(), base: 0, len, generation: len as u64 }),
-            None => Err(listed.into_iter().flatten().collect()),
-        }
+            None => Err(memory::collect(listed.into_iter().flatten())?),
+        })
     }
 }

@@ -26,6 +26,11 @@ impl<K: Hashed, V> IndexMap<K, V> {
         }
     }
 
+    /// Calls `each` with all values in order, which it may replace. **O(n)**.
+    pub fn for_each_value(&mut self, each: impl FnMut(&mut V)) {
+        self.entries.iter_mut().flatten().map(|(_, value)| value).for_each(each);
+    }
+
     /// Looks up many at once: calls `each` with the place in `queries` and what was found, in order.
     ///
     /// **O(m)** for `m` queries, several times faster than `m` calls of [`get`](Self::get) in a map larger than the

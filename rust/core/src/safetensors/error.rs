@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::error::Error;
+
 /// A header that does not describe its file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HeaderError {
@@ -98,6 +100,8 @@ pub enum Fault {
     },
     /// More tensors than can be counted.
     Full(usize),
+    /// There is no memory for what the header says.
+    Memory,
 }
 
 impl fmt::Display for Fault {
@@ -142,6 +146,7 @@ impl fmt::Display for Fault {
                 write!(f, "it begins at {start} of the data, where another tensor lies that ends at {behind}")
             }
             Self::Hole { start, stop } => write!(f, "the data from {start} to {stop} belong to no tensor"),
+            Self::Memory => write!(f, "out of memory"),
             Self::Full(limit) => write!(f, "there are more than {limit} tensors"),
         }
     }
@@ -157,6 +162,13 @@ impl fmt::Display for HeaderError {
 }
 
 impl std::error::Error for HeaderError {}
+
+impl From<Error> for Fault {
+    fn from(_: Error) -> Self {
+        // Nothing else is refused to a header that has no more tensors than can be counted.
+        Self::Memory
+    }
+}
 
 /// A fault and its byte in the header.
 pub(super) struct Where {

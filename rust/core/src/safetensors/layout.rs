@@ -1,6 +1,7 @@
 //! Whether the tensors of a header share out the data of a file: each byte to one of them.
 
 use super::{Fault, Header};
+use crate::memory;
 
 /// The tensor that does not fit, where it is one, and why.
 type Misplaced = (Option<usize>, Fault);
@@ -11,9 +12,10 @@ impl Header {
         if self.follow_each_other((0..self.len()).map(|number| number as u32), data).is_ok() {
             return Ok(None);
         }
-        let mut order: Box<[u32]> = (0..self.len() as u32).collect();
+        let order = memory::collect(0..self.len() as u32).map_err(|error| (None, error.into()))?;
+        let mut order = order.into_boxed_slice();
         // Tensors without bytes come in front of the one that begins at the same place.
-        order.sort_by_key(|number| self.range(*number as usize));
+        order.sort_unstable_by_key(|number| (self.range(*number as usize), *number));
         self.follow_each_other(order.iter().copied(), data)?;
         Ok(Some(order))
     }

@@ -25,8 +25,10 @@ pub use shard_index::{IndexError, ShardIndex};
 pub use stack::{Stack, Table};
 pub use write::HeaderWriter;
 
+use crate::error::Error;
 use crate::index_map::MAX_ENTRIES;
 use crate::key::Hashed;
+use crate::memory;
 use crate::words::Words;
 use error::Where;
 use scanner::Scanner;
@@ -123,8 +125,10 @@ impl Header {
             Some(number) => refused((number, fault)),
             None => HeaderError { fault, at: data_start, tensor: None },
         })?;
-        let words =
-            words_of(found.len(), |number| found.name(number)).map_err(|twice| refused((twice, Fault::Duplicate)))?;
+        let words = words_of(found.len(), |number| found.name(number)).map_err(|(twice, fault)| match fault {
+            Fault::Duplicate => refused((twice, fault)),
+            _ => HeaderError { fault, at: data_start, tensor: None },
+        })?;
         found.by_offset = by_offset;
         found.words = words;
         Ok(found)
@@ -220,9 +224,9 @@ impl Header {
 }
 
 /// The table that finds names by their numbers, or the number of the first one that is listed twice.
-fn words_of<'a>(count: usize, name: impl Fn(usize) -> &'a str) -> Result<Words, usize> {
+fn words_of<'a>(count: usize, name: impl Fn(usize) -> &'a str) -> Result<Words, (usize, Fault)> {
     let mut words = Words::default();
-    words.reserve(count);
+    words.reserve(count).map_err(|error| (0, error.into()))?;
     let mut hashes = [0; BATCH];
     for first in (0..count).step_by(BATCH) {
         let batch = &mut hashes[..BATCH.min(count - first)];
@@ -232,7 +236,7 @@ fn words_of<'a>(count: usize, name: impl Fn(usize) -> &'a str) -> Result<Words, 
         words.touch(batch.iter().copied());
         for (number, &hash) in (first..).zip(batch.iter()) {
             match words.search(hash, |other| name(other as usize) == name(number)) {
-                Ok(_) => return Err(number),
+                Ok(_) => return Err((number, Fault::Duplicate)),
                 Err(empty) => words.fill(empty, hash, number as u32),
             }
         }
@@ -296,8 +300,12 @@ impl<'a> Reader<'a> {
                 return Err((Where { fault: Fault::Full(MAX_ENTRIES), at }, None));
             }
             let start = self.found.names.len();
-            self.found.names.push_str(name);
-            self.places.push(at);
+            let added = memory::append_text(&mut self.found.names, name)
+                .and_then(|()| memory::push(&mut self.places, at))
+                .and_then(|()| self.found.entries.try_reserve(1).map_err(|_| Error::Memory));
+            if let Err(error) = added {
+                return Err((Where { fault: error.into(), at }, None));
+            }
             match self.read_tensor(scanner, buffer) {
                 Ok(entry) => self.found.entries.push(entry),
                 Err(error) => return Err((error, Some(self.found.names[start..].to_owned()))),
@@ -320,10 +328,13 @@ impl<'a> Reader<'a> {
         while scanner.next_element(first, b'}')? {
             first = false;
             let at = scanner.position();
-            let key = scanner.string(&mut key)?.to_owned();
+            let key = owned(scanner.string(&mut key)?, at)?;
             scanner.expect(b':')?;
-            let value = scanner.string(&mut value)?.to_owned();
-            if !seen.insert(key.clone()) {
+            let value = owned(scanner.string(&mut value)?, at)?;
+            if seen.try_reserve(1).is_err() || self.found.metadata.try_reserve(1).is_err() {
+                return Err(Where { fault: Fault::Memory, at });
+            }
+            if !seen.insert(owned(&key, at)?) {
                 return Err(Where { fault: Fault::DuplicateMetadata, at });
             }
             self.found.metadata.push((key, value));
@@ -419,12 +430,20 @@ impl<'a> Reader<'a> {
         }
         let kind = Kind { dtype, shape: shape.into(), bytes: dtype.bytes_of(shape)? };
         let next = self.found.kinds.len() as u32;
+        self.known.try_reserve(1).map_err(|_| Fault::Memory)?;
+        self.found.kinds.try_reserve(1).map_err(|_| Fault::Memory)?;
         let number = *self.known.entry(kind.clone()).or_insert(next);
         if number == next {
             self.found.kinds.push(kind);
         }
         Ok(number)
     }
+}
+
+fn owned(text: &str, at: usize) -> Result<String, Where> {
+    let mut owned = String::new();
+    memory::append_text(&mut owned, text).map_err(|_| Where { fault: Fault::Memory, at })?;
+    Ok(owned)
 }
 
 /// A shape while it is read.

@@ -1,6 +1,7 @@
 //! Reads JSON from left to right, as far as headers need it; nothing is built, and nothing recurses.
 
 use super::error::{Fault, Where};
+use crate::memory;
 
 /// How deep values may be nested that are passed over.
 const DEPTH: usize = 64;
@@ -111,7 +112,9 @@ impl<'a> Scanner<'a> {
     #[cold]
     fn escaped_string<'b>(&mut self, start: usize, buffer: &'b mut String) -> Result<&'b str> {
         buffer.clear();
-        buffer.push_str(&self.text[start..self.at]);
+        let at = self.at;
+        let no_memory = |_| Where { fault: Fault::Memory, at };
+        memory::append_text(buffer, &self.text[start..self.at]).map_err(no_memory)?;
         loop {
             match self.next() {
                 Some(b'"') => {
@@ -120,14 +123,14 @@ impl<'a> Scanner<'a> {
                 }
                 Some(b'\\') => {
                     let character = self.escape()?;
-                    buffer.push(character);
+                    memory::append_text(buffer, character.encode_utf8(&mut [0; 4])).map_err(no_memory)?;
                 }
                 Some(_) => return self.fail(Fault::Control),
                 None => return self.fail(Fault::Ends),
             }
             let from = self.at;
             self.run();
-            buffer.push_str(&self.text[from..self.at]);
+            memory::append_text(buffer, &self.text[from..self.at]).map_err(no_memory)?;
         }
     }
 

@@ -9,7 +9,9 @@ use std::fmt;
 use super::error::Where;
 use super::scanner::Scanner;
 use super::{Fault, Header, stored_hash, words_of};
+use crate::error::Error;
 use crate::index_map::MAX_ENTRIES;
+use crate::memory;
 use crate::words::Words;
 
 /// Why an index is refused.
@@ -102,7 +104,10 @@ impl ShardIndex {
                 }
                 scanner.skip_value(buffer)?;
                 if key == "metadata" {
-                    scanner.between(begin, scanner.position()).clone_into(&mut found.metadata);
+                    found.metadata.clear();
+                    let metadata = scanner.between(begin, scanner.position());
+                    memory::append_text(&mut found.metadata, metadata)
+                        .map_err(|_| Where { fault: Fault::Memory, at })?;
                 }
             }
         } else {
@@ -116,18 +121,23 @@ impl ShardIndex {
 
     fn read_map(&mut self, scanner: &mut Scanner<'_>) -> Result<(), IndexError> {
         let (mut name, mut shard) = (String::new(), String::new());
-        let mut numbers = HashMap::new();
+        let mut numbers: HashMap<String, u32> = HashMap::new();
         let mut places = Vec::new();
         let mut first = true;
         while scanner.next_element(first, b'}')? {
             first = false;
             scanner.skip_space();
-            places.push(scanner.position());
+            let at = scanner.position();
+            memory::push(&mut places, at).map_err(|_| Where { fault: Fault::Memory, at })?;
             if places.len() > MAX_ENTRIES {
                 return Err(Where { fault: Fault::Full(MAX_ENTRIES), at: scanner.position() }.into());
             }
-            self.names.push_str(scanner.string(&mut name)?);
-            self.ends.push(self.names.len());
+            memory::append_text(&mut self.names, scanner.string(&mut name)?)
+                .and_then(|()| memory::push(&mut self.ends, self.names.len()))
+                .and_then(|()| self.shard_of.try_reserve(1).map_err(|_| Error::Memory))
+                .and_then(|()| self.shards.try_reserve(1).map_err(|_| Error::Memory))
+                .and_then(|()| numbers.try_reserve(1).map_err(|_| Error::Memory))
+                .map_err(|_| Where { fault: Fault::Memory, at })?;
             scanner.expect(b':')?;
             let at = scanner.position();
             if !scanner.take(b'"') {
@@ -147,7 +157,7 @@ impl ShardIndex {
             self.shard_of.push(number);
         }
         self.words = words_of(self.len(), |number| self.name(number))
-            .map_err(|twice| Where { fault: Fault::Duplicate, at: places[twice] })?;
+            .map_err(|(twice, fault)| Where { fault, at: places.get(twice).copied().unwrap_or(0) })?;
         Ok(())
     }
 

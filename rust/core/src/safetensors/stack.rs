@@ -1,6 +1,8 @@
 //! Tensors of a file as rows of tables: those of one dtype and shape together.
 
 use super::{Header, Kind};
+use crate::error::Result;
+use crate::memory;
 
 /// A table that tensors of one kind are the rows of.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,13 +36,16 @@ impl Stack {
     /// others must be [copied](Self::copy_block) into theirs, in the order of the data.
     ///
     /// **O(n)**.
-    #[must_use]
-    pub fn new(header: &Header, chosen: impl Fn(usize) -> bool) -> Self {
-        let tensors: Vec<usize> = (0..header.len()).filter(|number| chosen(*number)).collect();
-        let mut numbers = vec![None; header.kinds().len()];
-        let mut spans: Vec<(u64, u64)> = Vec::new();
-        let mut tables: Vec<Table> = Vec::new();
-        let mut table_of = Vec::with_capacity(tensors.len());
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`](crate::Error::Memory).
+    pub fn new(header: &Header, chosen: impl Fn(usize) -> bool) -> Result<Self> {
+        let tensors: Vec<usize> = memory::collect((0..header.len()).filter(|number| chosen(*number)))?;
+        let mut numbers: Vec<Option<usize>> = memory::filled(None, header.kinds().len())?;
+        let mut spans: Vec<(u64, u64)> = memory::with_capacity(numbers.len())?;
+        let mut tables: Vec<Table> = memory::with_capacity(numbers.len())?;
+        let mut table_of = memory::with_capacity(tensors.len())?;
         for &tensor in &tensors {
             let kind = header.kind_number(tensor);
             let number = *numbers[kind].get_or_insert_with(|| {
@@ -58,28 +63,31 @@ impl Stack {
             let bytes = header.kinds()[table.kind].bytes * table.rows;
             table.start = (stop - start == bytes).then_some(*start);
         }
-        let row_of = rows_of(header, &tables, &tensors, &table_of);
+        let row_of = rows_of(header, &tables, &tensors, &table_of)?;
         let places = 0..tensors.len() as u32;
-        let mut copied: Vec<u32> =
-            places.filter(|at| tables[table_of[*at as usize] as usize].start.is_none()).collect();
-        copied.sort_by_key(|at| header.bytes(tensors[*at as usize]));
-        Self { tables, tensors, table_of, row_of, copied }
+        let apart = places.filter(|at| tables[table_of[*at as usize] as usize].start.is_none());
+        let mut copied: Vec<u32> = memory::collect(apart)?;
+        copied.sort_unstable_by_key(|at| (header.bytes(tensors[*at as usize]), *at));
+        Ok(Self { tables, tensors, table_of, row_of, copied })
     }
 
     /// The parts of the file that must be copied, in order; what lies between them is longer than `gap` bytes.
     ///
     /// **O(n)**.
-    #[must_use]
-    pub fn spans(&self, header: &Header, gap: u64) -> Vec<(u64, u64)> {
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`](crate::Error::Memory).
+    pub fn spans(&self, header: &Header, gap: u64) -> Result<Vec<(u64, u64)>> {
         let mut spans: Vec<(u64, u64)> = Vec::new();
         for at in &self.copied {
             let (start, stop) = header.bytes(self.tensors[*at as usize]);
             match spans.last_mut() {
                 Some(last) if start - last.1 <= gap => last.1 = stop,
-                _ => spans.push((start, stop)),
+                _ => memory::push(&mut spans, (start, stop))?,
             }
         }
-        spans
+        Ok(spans)
     }
 
     /// Copies what a block of the file has of the rows of tables that do not lie together.
@@ -112,8 +120,8 @@ impl Stack {
     }
 }
 
-fn rows_of(header: &Header, tables: &[Table], tensors: &[usize], table_of: &[u32]) -> Vec<u64> {
-    let mut next = vec![0; tables.len()];
+fn rows_of(header: &Header, tables: &[Table], tensors: &[usize], table_of: &[u32]) -> Result<Vec<u64>> {
+    let mut next = memory::filled(0, tables.len())?;
     let rows = tensors.iter().zip(table_of).map(|(&tensor, &number)| {
         let table = &tables[number as usize];
         let Kind { bytes, .. } = header.kinds()[table.kind];
@@ -125,5 +133,5 @@ fn rows_of(header: &Header, tables: &[Table], tensors: &[usize], table_of: &[u32
             }
         }
     });
-    rows.collect()
+    memory::collect(rows)
 }

@@ -1,16 +1,21 @@
 //! Writes headers.
 
 use super::{Dtype, METADATA};
+use crate::error::{Error, Result};
+use crate::memory;
 
 /// Writes a header, one tensor after another.
+///
+/// Whatever writes fails with [`Error::Memory`] where there is none, and has written nothing then.
 ///
 /// ```
 /// use pdrs_core::safetensors::{Dtype, HeaderWriter};
 ///
-/// let mut writer = HeaderWriter::new(&[("format", "pt")]);
-/// writer.push("x", HeaderWriter::like(Dtype::F32, &[2]).as_str(), 0, 8);
+/// let mut writer = HeaderWriter::new(&[("format", "pt")])?;
+/// writer.push("x", HeaderWriter::like(Dtype::F32, &[2]).as_str(), 0, 8)?;
 /// let text = br#"{"__metadata__":{"format":"pt"},"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#;
-/// assert_eq!(writer.finish(8)[8..][..text.len()], text[..]);
+/// assert_eq!(writer.finish(8)?[8..][..text.len()], text[..]);
+/// # Ok::<(), pdrs_core::Error>(())
 /// ```
 pub struct HeaderWriter {
     /// The size of the header will stand in its first bytes.
@@ -21,9 +26,13 @@ pub struct HeaderWriter {
 
 impl HeaderWriter {
     /// Begins a header with metadata, which are left out if there are none.
-    #[must_use]
-    pub fn new(metadata: &[(&str, &str)]) -> Self {
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`].
+    pub fn new(metadata: &[(&str, &str)]) -> Result<Self> {
         let mut writer = Self { bytes: vec![0; 8], last: Digits::of(0) };
+        writer.room_for(metadata.iter().map(|(key, value)| quoted(key) + quoted(value) + 2).sum::<usize>() + 64)?;
         writer.bytes.push(b'{');
         if !metadata.is_empty() {
             writer.string(METADATA);
@@ -36,12 +45,21 @@ impl HeaderWriter {
             }
             writer.bytes.push(b'}');
         }
-        writer
+        Ok(writer)
+    }
+
+    /// Makes room for so many bytes, which are then written without a look at it.
+    fn room_for(&mut self, bytes: usize) -> Result<()> {
+        self.bytes.try_reserve(bytes).map_err(|_| Error::Memory)
     }
 
     /// Makes room for as many tensors, whose names have so many bytes together.
-    pub fn reserve(&mut self, tensors: usize, name_bytes: usize) {
-        self.bytes.reserve(tensors.saturating_mul(80).saturating_add(name_bytes));
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`].
+    pub fn reserve(&mut self, tensors: usize, name_bytes: usize) -> Result<()> {
+        memory::reserve(&mut self.bytes, tensors.saturating_mul(80).saturating_add(name_bytes))
     }
 
     /// What stands between the name and the offsets of tensors of this kind.
@@ -52,7 +70,13 @@ impl HeaderWriter {
     }
 
     /// Adds a tensor that lies at `start` to `stop` of the data, of a kind for which [`like`](Self::like) gave the text.
-    pub fn push(&mut self, name: &str, like: &str, start: u64, stop: u64) {
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`].
+    pub fn push(&mut self, name: &str, like: &str, start: u64, stop: u64) -> Result<()> {
+        // No character needs more than six bytes, and no number more than 20 digits.
+        self.room_for(6 * name.len() + like.len() + 48)?;
         self.separate();
         self.string(name);
         self.bytes.extend_from_slice(like.as_bytes());
@@ -60,6 +84,7 @@ impl HeaderWriter {
         self.bytes.push(b',');
         self.number(stop);
         self.bytes.extend_from_slice(b"]}");
+        Ok(())
     }
 
     /// Hands out what has been written since the last time, for headers that are too large to be kept whole.
@@ -75,35 +100,43 @@ impl HeaderWriter {
     }
 
     /// Writes which file a name is in, on a line of an [index](super::ShardIndex) behind others.
-    pub fn push_line(&mut self, name: &str, file: &str) {
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`].
+    pub fn push_line(&mut self, name: &str, file: &str) -> Result<()> {
+        self.room_for(6 * (name.len() + file.len()) + 16)?;
         self.bytes.extend_from_slice(b",\n    ");
         self.string(name);
         self.bytes.extend_from_slice(b": ");
         self.string(file);
+        Ok(())
     }
 
     /// Ends the header: its size in front, and spaces up to a multiple of `alignment` behind it.
     ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`].
+    ///
     /// # Panics
     ///
     /// If `alignment` is 0.
-    #[must_use]
-    pub fn finish(mut self, alignment: usize) -> Vec<u8> {
+    pub fn finish(mut self, alignment: usize) -> Result<Vec<u8>> {
+        memory::reserve(&mut self.bytes, alignment.saturating_add(1))?;
         self.bytes.push(b'}');
         self.bytes.resize(self.bytes.len().next_multiple_of(alignment), b' ');
         let size = (self.bytes.len() - 8) as u64;
         self.bytes[..8].copy_from_slice(&size.to_le_bytes());
-        self.bytes
+        Ok(self.bytes)
     }
 
     /// The bytes that [`push`](Self::push) writes.
     #[must_use]
     pub fn bytes_of(name: &str, like: &str, start: u64, stop: u64) -> usize {
-        let special = name.bytes().filter(|byte| is_special(*byte));
-        let added: usize = special.map(|byte| if byte < 0x20 { 5 } else { 1 }).sum();
         let digits = |number: u64| number.checked_ilog10().unwrap_or(0) as usize + 1;
-        // A comma in front, quotes around the name, a comma between the numbers, brackets behind.
-        name.len() + added + like.len() + digits(start) + digits(stop) + 6
+        // A comma in front, one between the numbers, brackets behind.
+        quoted(name) + like.len() + digits(start) + digits(stop) + 4
     }
 
     fn separate(&mut self) {
@@ -142,6 +175,12 @@ impl HeaderWriter {
         }
         self.bytes.extend_from_slice(&self.last.text[self.last.first..]);
     }
+}
+
+/// The bytes of a string with its quotes.
+fn quoted(text: &str) -> usize {
+    let special = text.bytes().filter(|byte| is_special(*byte));
+    text.len() + 2 + special.map(|byte| if byte < 0x20 { 5 } else { 1 }).sum::<usize>()
 }
 
 /// A number in decimal.

@@ -123,14 +123,14 @@ pub(crate) fn check(header: &[u8], data: u64) {
 /// Panics unless what was read can be written and read again.
 fn rewritten(found: &Header, expected: &[Tensor], data: u64) {
     let metadata: Vec<_> = found.metadata().iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
-    let mut writer = HeaderWriter::new(&metadata);
-    let mut size = HeaderWriter::new(&metadata).finish(1).len();
+    let mut writer = HeaderWriter::new(&metadata).unwrap();
+    let mut size = HeaderWriter::new(&metadata).unwrap().finish(1).unwrap().len();
     for (name, dtype, shape, start, stop) in expected {
         let like = HeaderWriter::like(*dtype, shape);
-        writer.push(name, &like, *start, *stop);
+        writer.push(name, &like, *start, *stop).unwrap();
         size += HeaderWriter::bytes_of(name, &like, *start, *stop);
     }
-    let bytes = writer.finish(64);
+    let bytes = writer.finish(64).unwrap();
     let used = bytes.trim_ascii_end().len();
     // A first comma is counted where nothing stands in front of it.
     assert_eq!(size, used + usize::from(metadata.is_empty() && !expected.is_empty()));
