@@ -2,14 +2,18 @@
 
 The bugs that this hunts: a change that is not noticed, because an optimizer made it in place, or the row moved, or the
 table grew; a delta that writes nearly everything; a chain that is read though one of its files is another one by now; a
-file that is replaced though others need it.
+file that is replaced though others need it; a chain that can be saved and not opened.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
+import resource
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,11 @@ import torch
 from torch import nn
 
 import pdrs
+from pdrs._checkpoint import archive as archive_module
+from pdrs._checkpoint.archive import Archive
+from pdrs._checkpoint.command_line import main
+from pdrs._checkpoint.tensor_file import TensorFile
+from pdrs.checkpoint import verify
 
 COUNT = 5000
 
@@ -275,3 +284,86 @@ def test_chains_are_saved_and_opened_through_symbolic_links(tmp_path: Path) -> N
     _assert_opens_as(tmp_path / "b", stacked)
     (links / "second").symlink_to(tmp_path / "b")
     _assert_opens_as(links / "second", stacked)
+
+
+# -- long chains -------------------------------------------------------------------------------------------------------
+
+
+def _long_chain(folder: Path, count: int) -> pdrs.StackedParameterDict:
+    """Save a dictionary, and so many deltas, in which one row and the names change in turn."""
+    sd = pdrs.StackedParameterDict.from_rows([f"n{n}" for n in range(40)], torch.zeros(40, 3))
+    pdrs.save(sd, folder / "0", sync=False)
+    for number in range(1, count):
+        if number % 2:
+            sd["n0"] = torch.full((3,), float(number))
+        else:
+            sd.pop(f"n{number}", None)
+        pdrs.save(sd, folder / str(number), since=folder / str(number - 1), sync=False)
+    return sd
+
+
+@contextmanager
+def _limited(frames: int, files: int) -> Iterator[None]:
+    """Let Python go only so much deeper, and open only so many files more."""
+    depth = len(inspect.stack())
+    recursion, descriptors = sys.getrecursionlimit(), resource.getrlimit(resource.RLIMIT_NOFILE)
+    sys.setrecursionlimit(depth + frames)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + files, descriptors[1]))
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(recursion)
+        resource.setrlimit(resource.RLIMIT_NOFILE, descriptors)
+
+
+def test_a_chain_that_was_saved_opens_however_deep_and_however_few_files_may_be_open(tmp_path: Path) -> None:
+    expected = _long_chain(tmp_path, 60)
+    with _limited(frames=90, files=40):
+        opened = pdrs.open(tmp_path / "59")
+        read = pdrs.open(tmp_path / "59", device="cpu", verify=True)
+        verify(tmp_path / "59")
+        module = pdrs.ParameterDict()
+        pdrs.load(tmp_path / "59", module)
+        pdrs.save(expected, tmp_path / "60", since=tmp_path / "59", sync=False)
+    assert main(["inspect", str(tmp_path / "59")]) == 0
+    for found in (opened, read, module):
+        assert list(found) == list(expected)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_file_of_a_long_chain_that_is_replaced_while_it_is_read_is_found_out(tmp_path: Path) -> None:
+    _long_chain(tmp_path, 30)
+    with Archive(TensorFile(tmp_path / "29")) as archive:
+        first = tmp_path / "0"
+        data = first.read_bytes()
+        first.unlink()
+        first.write_bytes(data)
+        with pytest.raises(pdrs.CheckpointError, match="0: the file has been replaced while it was read"):
+            archive.tensor("float32_3")
+
+
+@pytest.mark.parametrize("damage", ["gone", "a folder", "a cycle"])
+def test_what_is_wrong_deep_in_a_long_chain_is_told_of_the_file_where_it_is(damage: str, tmp_path: Path) -> None:
+    _long_chain(tmp_path, 30)
+    (tmp_path / "4").unlink()
+    message = "5: it continues .*4, which is not there"
+    if damage == "a folder":
+        (tmp_path / "4").mkdir()
+    if damage == "a cycle":
+        (tmp_path / "4").symlink_to("20")
+        message = "5: the archives that continue each other have no beginning"
+    with pytest.raises(pdrs.CheckpointError, match=message):
+        pdrs.open(tmp_path / "29")
+
+
+def test_a_chain_that_could_not_be_read_is_not_made_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archive_module, "_LONGEST_CHAIN", 6)
+    sd = _long_chain(tmp_path, 6)
+    assert len(pdrs.open(tmp_path / "5")) == len(sd)
+    with pytest.raises(ValueError, match="continues 5 archives, which is the most: save without since"):
+        pdrs.save(sd, tmp_path / "6", since=tmp_path / "5")
+    assert not (tmp_path / "6").exists()
+    pdrs.save(sd, tmp_path / "6")
+    monkeypatch.setattr(archive_module, "_LONGEST_CHAIN", 5)
+    with pytest.raises(pdrs.CheckpointError, match="5: it continues 5 archives or more: save without since"):
+        pdrs.open(tmp_path / "5")

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules.module import _IncompatibleKeys
 
-from pdrs._checkpoint.archive import Archive, packed_before, same_file, write_archive
+from pdrs._checkpoint.archive import Archive, packed_before, refuse_long_chain, same_file, write_archive
 from pdrs._checkpoint.archive_sources import EXTRA_STATE, collect
 from pdrs._checkpoint.hooks import NamedSource, changes_what_is_loaded, giving, prefixes_where
 from pdrs._checkpoint.into_modules import add_tied, with_memory
@@ -39,7 +39,7 @@ from pdrs._checkpoint.tensor_file import CheckpointError, TensorFile, as_texts, 
 from pdrs._core import IndexMap
 from pdrs._names import Names
 from pdrs._stacked.named_rows import table_of
-from pdrs._stacked.packed_names import is_packed
+from pdrs._stacked.packed_names import is_packed, refuse_unpaid
 from pdrs.parameter_dict import ParameterDict
 from pdrs.stacked import StackedParameterDict
 
@@ -96,8 +96,9 @@ def save(
         If the state dict has something else than dense tensors with memory, or of a dtype that safetensors lacks, or
         ``metadata`` something else than texts.
     ValueError
-        If ``since`` lies in another folder, is no archive, or would be replaced by ``path``; if ``max_shard_size``
-        is no positive number; or if ``metadata`` have a key that begins with ``"pdrs."``, or more than 50 MB.
+        If ``since`` lies in another folder, is no archive, would be replaced by ``path``, or is the thousandth archive
+        of a chain; if ``max_shard_size`` is no positive number; or if ``metadata`` have a key that begins with
+        ``"pdrs."``, or more than 50 MB.
     CheckpointError
         If ``since`` is damaged.
     OSError
@@ -135,6 +136,10 @@ def save(
     if layout != "archive":
         raise ValueError(f"expected layout 'archive' or 'named', got {layout!r}")
     remove_interrupted(Path(path))
+    for module in obj.modules() if isinstance(obj, Module) else ():
+        if isinstance(module, StackedParameterDict):
+            for table in module._tables:
+                refuse_unpaid(table.attribute, module._parameter(table).detach(), len(module))
     if since is None:
         return write_archive(path, collect(obj), metadata=texts, sync=sync)
     since = os.fsdecode(since)
@@ -149,6 +154,7 @@ def save(
             raise ValueError(f"{path} is needed to read {since}, and cannot be replaced by it")
         if metadata is None and not texts:
             texts = texts_of(before.file.metadata)
+        refuse_long_chain(before)
         return write_archive(path, collect(obj, packed_before(before)), before, metadata=texts, sync=sync)
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -21,11 +22,13 @@ from torch import Tensor
 from pdrs._checkpoint.archive_sources import EXTRA_STATE, SPARE, Collected, Source
 from pdrs._checkpoint.tensor_file import (
     CODES,
+    NO_FILE,
     STEP,
     CheckpointError,
     NewTensor,
     TensorFile,
     counting,
+    has_surrogate,
     is_padding,
     texts_of,
     write_tensors,
@@ -34,7 +37,7 @@ from pdrs._core import IndexMap, apply_names, changed_rows, crc32, diff_names
 from pdrs._memory import full
 from pdrs._stacked.packed_names import bytes_of, is_packed
 
-__all__ = ["Archive", "write_archive"]
+__all__ = ["Archive", "packed_before", "refuse_long_chain", "same_file", "write_archive"]
 
 _VERSION = 1
 # The metadata that hold the checksum of the others.
@@ -46,8 +49,12 @@ _ROWS, _VALUES, _CHANGES = ".__rows__", ".__values__", ".__names__"
 # A table may grow to so many times the bytes of all files without being written whole: tables grow by doubling, and new
 # rows are zero. More is not believed.
 _GROWTH = 4
-# A chain longer than this is not read: it would be slow, and is most likely an attack.
+# A chain of more archives is neither read nor written: it would be slow, and is most likely an attack.
 _LONGEST_CHAIN = 1000
+# Of a longer chain, files are open only while they are read: there may not be as many descriptors.
+_OPEN_AT_ONCE = 16
+# What helps.
+_END_CHAIN = "save without since, which writes an archive that stands alone"
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -70,16 +77,32 @@ class Archive:
         If one that it continues cannot be opened.
     """
 
-    def __init__(self, file: TensorFile, _later: tuple[str, ...] = ()) -> None:
+    def __init__(self, file: TensorFile) -> None:
         self.file = file
-        try:
-            self._read(_later)
-        except BaseException:
-            self.file.close()
-            raise
-
-    def _read(self, later: tuple[str, ...]) -> None:
         self.previous: Archive | None = None
+        self._bytes = file.size
+        chain = [self]
+        try:
+            since = self._read()
+            seen = {os.path.realpath(file.path)}
+            while since is not None:
+                chain[-1].previous = before = chain[-1]._open_before(*since, seen)
+                chain.append(before)
+                if len(chain) > _LONGEST_CHAIN:
+                    raise self.error(f"it continues {_LONGEST_CHAIN} archives or more: {_END_CHAIN}")
+                since = before._since
+                if len(chain) > _OPEN_AT_ONCE:
+                    before.file.rest()
+        except BaseException:
+            self.close()
+            raise
+        self._rests = len(chain) > _OPEN_AT_ONCE
+        for later, one in zip(reversed(chain[:-1]), reversed(chain), strict=False):
+            later._bytes += one._bytes
+            one._rests = self._rests
+
+    def _read(self) -> tuple[str, str] | None:
+        """Read the metadata; return the name and the id of the archive that this one continues, if it does."""
         self.sums: dict[str, str] = {}
         self.dictionaries: dict[str, str] = {}
         self.capacities: dict[str, int] = {}
@@ -87,11 +110,13 @@ class Archive:
         self._sum_of_texts: Any = None
         self._how: dict[str, tuple[str, tuple[int, ...], str]] = {}
         self._verified: dict[str, Tensor] = {}
+        self._since: tuple[str, str] | None = None
+        self._rests = False
         text = self.file.metadata.get("pdrs")
         if text is None:
             if _CHECK in self.file.metadata:
                 raise self.error("the metadata 'pdrs' are missing")
-            return
+            return None
         if self.file.metadata.get(_CHECK) != _sum_of_text(text):
             raise self.error("the metadata 'pdrs' are damaged: the checksum differs")
         try:
@@ -106,31 +131,51 @@ class Archive:
             self.capacities = {str(name): int(rows) for name, rows in fields.get("capacities", {}).items()}
             since = fields.get("since")
             if since is not None:
-                name, wanted = str(since["file"]), str(since["id"])
+                self._since = str(since["file"]), str(since["id"])
                 self._how = {
                     str(name): (str(how), tuple(map(int, shape)), str(total))
                     for name, (how, shape, total) in fields["tensors"].items()
                 }
         except CheckpointError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise self.error("the metadata 'pdrs' cannot be read") from error
-        if since is None:
-            return
-        if name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name:
+        return self._since
+
+    def _open_before(self, name: str, wanted: str, seen: set[str]) -> Archive:
+        """Open the archive that this one continues, without those before that; ``seen`` are the files of the chain."""
+        if name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name or has_surrogate(name):
             raise self.error(f"it continues {name!r}, which is no name of a file in the same folder")
-        real = os.path.realpath(self.file.path)
-        if real in later or len(later) >= _LONGEST_CHAIN:
+        path = os.path.join(os.path.dirname(self.file.path), name)
+        if not os.path.exists(path) and os.path.islink(self.file.path):
+            path = os.path.join(os.path.dirname(os.path.realpath(self.file.path)), name)
+        real = os.path.realpath(path)
+        if real in seen:
             raise self.error("the archives that continue each other have no beginning")
-        before = os.path.join(os.path.dirname(self.file.path), name)
-        if not os.path.exists(before) and os.path.islink(self.file.path):
-            before = os.path.join(os.path.dirname(real), name)
+        seen.add(real)
+        before = Archive.__new__(Archive)
         try:
-            self.previous = Archive(TensorFile(before), (*later, real))
-        except FileNotFoundError as error:
-            raise self.error(f"it continues {before}, which is not there") from error
-        if self.previous.id != wanted:
-            raise self.error(f"it continues {before}, which has been replaced by another archive since")
+            before.file = TensorFile(path)
+        except OSError as error:
+            if error.errno not in NO_FILE:
+                raise
+            raise self.error(f"it continues {path}, which is not there") from error
+        before.previous, before._bytes = None, before.file.size
+        try:
+            before._read()
+            if before.id != wanted:
+                raise self.error(f"it continues {path}, which has been replaced by another archive since")
+        except BaseException:
+            before.file.close()
+            raise
+        return before
+
+    def _chain(self) -> Iterator[Archive]:
+        """Yield this archive, the one that it continues, and so on."""
+        one: Archive | None = self
+        while one is not None:
+            yield one
+            one = one.previous
 
     def error(self, what: str) -> CheckpointError:
         """Return an error about the file, to be raised."""
@@ -138,10 +183,9 @@ class Archive:
 
     def close(self) -> None:
         """Close the files; tensors that were taken from them stay valid."""
-        self._verified.clear()
-        self.file.close()
-        if self.previous is not None:
-            self.previous.close()
+        for one in self._chain():
+            one._verified.clear()
+            one.file.close()
 
     def __enter__(self) -> Archive:
         return self
@@ -163,11 +207,11 @@ class Archive:
 
     def files(self) -> list[str]:
         """Return the paths of the file and of those that it continues."""
-        return [self.file.path, *(self.previous.files() if self.previous is not None else [])]
+        return [one.file.path for one in self._chain()]
 
     def chain_bytes(self) -> int:
         """Return the size of the file and of those that it continues, together."""
-        return self.file.size + (self.previous.chain_bytes() if self.previous is not None else 0)
+        return self._bytes
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor."""
@@ -175,18 +219,24 @@ class Archive:
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype of a tensor."""
-        if not self._how or self._how[name][0] == _WHOLE:
-            dtype: torch.dtype = self._in_file(name, self.file.dtype)
-            return dtype
-        return self._before(name).dtype(name)
+        first = self._history(name)[-1]
+        dtype: torch.dtype = first._in_file(name, first.file.dtype)
+        return dtype
+
+    def _history(self, name: str) -> list[Archive]:
+        """Return the archives from which a tensor follows: this one, and so on, back to the one that has it whole."""
+        history = [self]
+        while history[-1]._how and history[-1]._how[name][0] != _WHOLE:
+            history.append(history[-1]._before(name))
+        return history
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor of its own: nobody sees what is written to it. What has not changed is a map of its file."""
-        return self._tensor(name, self.file.tensor, Archive.tensor)
+        return self._tensor(name, TensorFile.tensor)
 
     def load(self, name: str) -> Tensor:
         """Return a tensor of its own that lies in memory."""
-        return self._tensor(name, self.file.load, Archive.load)
+        return self._tensor(name, TensorFile.load)
 
     def table(self, name: str, *, loads: bool) -> Tensor:
         """Return a tensor as :meth:`tensor` or :meth:`load` do, with the rows of zeros that are not in the file."""
@@ -204,23 +254,31 @@ class Archive:
         made[: len(stored)] = stored
         return made
 
-    def _tensor(
-        self, name: str, in_file: Callable[[str], Tensor], in_archive: Callable[[Archive, str], Tensor]
-    ) -> Tensor:
+    def _tensor(self, name: str, take: Callable[[TensorFile, str], Tensor]) -> Tensor:
+        made: Tensor | None = None
+        for one in reversed(self._history(name)):
+            made = one._follow(name, made, take)
+            if one._rests:
+                one.file.rest()
+        assert made is not None
+        return made
+
+    def _follow(self, name: str, old: Tensor | None, take: Callable[[TensorFile, str], Tensor]) -> Tensor:
+        """Return a tensor as it is in this archive, given what it was in the one before, unless it is here whole."""
         if name in self._verified:
             return self._verified.pop(name)
         if not self._how:
-            return in_file(name)
+            return take(self.file, name)
         how, shape, total = self._how[name]
         made: Tensor
-        if how == _WHOLE:
-            made = self._in_file(name, in_file)
+        if old is None:
+            made = self._in_file(name, partial(take, self.file))
         elif how == _SAME:
-            made = in_archive(self._before(name), name)
+            made = old
         elif how == _SOME:
-            made = self._with_rows(name, shape, in_archive(self._before(name), name))
+            made = self._with_rows(name, shape, old)
         elif how == _NAMES:
-            old, delta = self._before(name).tensor(name), self._in_file(name + _CHANGES, self.file.tensor)
+            delta = self._in_file(name + _CHANGES, self.file.tensor)
             try:
                 made = torch.from_numpy(apply_names(bytes_of(old), bytes_of(delta)))
             except ValueError as error:
@@ -258,8 +316,9 @@ class Archive:
         fits = rows.dtype in (torch.int32, torch.int64) and rows.dim() == 1 and values.dtype == old.dtype
         if not fits or old.dim() == 0 or not shape or values.shape != (len(rows), *shape[1:]):
             raise self.error(f"the tensors {name + _ROWS!r} and {name + _VALUES!r} do not fit to {name!r}")
-        too_large = prod(shape) * old.element_size() > _GROWTH * self.chain_bytes()
-        if old.shape[1:] != shape[1:] or shape[0] < 0 or too_large:
+        # Rows without elements take no bytes: those that a file claims must be few, too.
+        too_large = shape[0] * max(1, prod(shape[1:]) * old.element_size()) > _GROWTH * self.chain_bytes()
+        if old.shape[1:] != shape[1:] or shape[0] < 0 or (too_large and shape[0] > len(old)):
             raise self.error(f"{name!r} cannot become of the shape {list(shape)}: it has {list(old.shape)}")
         numbers = rows.long()
         if len(rows) and (
@@ -286,10 +345,12 @@ class Archive:
         return behind_dot and self.dtype(name) == torch.uint8 and is_packed(self._beginning(name))
 
     def _beginning(self, name: str) -> Tensor:
-        if not self._how or self._how[name][0] == _WHOLE:
-            start, stop = self._in_file(name, self.file.offsets)
-            return self.file.view(start, min(stop, start + 16))
-        return self._before(name)._beginning(name)
+        first = self._history(name)[-1]
+        start, stop = first._in_file(name, first.file.offsets)
+        beginning = first.file.view(start, min(stop, start + 16))
+        if first._rests:
+            first.file.rest()
+        return beginning
 
     def verify(self, *, keeps: Callable[[str], bool] = lambda name: False) -> None:
         """Read all data, and compare their checksums with those in the metadata, where there are some.
@@ -304,8 +365,12 @@ class Archive:
         CheckpointError
             If one differs; it names the file and the tensor.
         """
-        if self.previous is not None:
-            self.previous.verify()
+        for one in reversed(list(self._chain())):
+            one._verify(keeps if one is self else lambda name: False)
+            if one._rests:
+                one.file.rest()
+
+    def _verify(self, keeps: Callable[[str], bool]) -> None:
         if self.id is None:
             return
         # Those that an earlier version wrote have none.
@@ -523,6 +588,12 @@ def _names_since(source: Source, old: NDArray[np.uint8], sums: dict[str, str]) -
         written = torch.from_numpy(delta)
         return _NAMES, total, [_new(source.name + _CHANGES, torch.uint8, tuple(written.shape), iter([written]), sums)]
     return _WHOLE, total, [_new(source.name, source.dtype, source.shape, source.blocks(), sums)]
+
+
+def refuse_long_chain(since: Archive) -> None:
+    """Refuse to continue an archive that continues so many that the new one could not be read: ValueError."""
+    if len(since.files()) >= _LONGEST_CHAIN:
+        raise ValueError(f"{since.file.path} continues {_LONGEST_CHAIN - 1} archives, which is the most: {_END_CHAIN}")
 
 
 def packed_before(since: Archive) -> Callable[[str], Tensor | None]:

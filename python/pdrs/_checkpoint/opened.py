@@ -24,7 +24,7 @@ from pdrs._core import IndexMap, TableRows, group_tensors, insert_ids, names_beh
 from pdrs._memory import empty
 from pdrs._names import Names, as_list
 from pdrs._stacked.named_rows import id_of, partition, row_of, table_of
-from pdrs._stacked.packed_names import Header, TableHeader, table_in_slab, unpack
+from pdrs._stacked.packed_names import Header, TableHeader, refuse_unpaid, table_in_slab, unpack
 from pdrs._stacked.row_blocks import scatter, write_rows
 from pdrs._stacked.tables import Kind
 from pdrs._staging import upload
@@ -99,9 +99,7 @@ class SavedDictionary:
             raise
         except ValueError as error:
             raise checkpoint.error(f"the tensor {name!r}: {error}") from error
-        attributes = [table.attribute for table in self.header.tables]
-        if len(set(attributes)) < len(attributes):
-            raise checkpoint.error(f"the tensor {name!r} names a table twice")
+        self._names = len(self.index)
 
     def members(self) -> set[str]:
         """Return the names of the tensors that make up the dictionary."""
@@ -132,6 +130,12 @@ class SavedDictionary:
             found = take(name)
         if found.dim() == 0 or len(found) < table.used:
             raise self._error(table, f"{table.used} rows are in use, and its shape is {list(found.shape)}")
+        if found.is_meta:
+            raise self._error(table, "it lies on the meta device, and so has no values")
+        try:
+            refuse_unpaid(table.attribute, found, self._names)
+        except ValueError as error:
+            raise self._error(table, str(error)) from error
         if table.trainable and not (found.is_floating_point() or found.is_complex()):
             raise self._error(table, f"it cannot be trained, for it is of the dtype {found.dtype}")
         return found

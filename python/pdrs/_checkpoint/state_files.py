@@ -5,13 +5,16 @@ What kind of file it is, its first bytes say, not its name.
 
 from __future__ import annotations
 
+import errno
 import json
+import mmap
 import os
 import pickle
 import re
+import stat
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pdrs._checkpoint.shards import index_of
-from pdrs._checkpoint.tensor_file import STEP, CheckpointError, TensorFile, counting
+from pdrs._checkpoint.tensor_file import NO_FILE, STEP, CheckpointError, TensorFile, counting
 from pdrs._checkpoint.which_file import file_in, is_of_torch, what_it_is
 from pdrs._core import IndexMap, ShardIndex, sort_tensors
 from pdrs._memory import empty
@@ -46,6 +49,12 @@ _DEPTH, _LISTED = 4, 5
 
 # What the index of shards counts, which is another number in the next.
 _COUNTS = ("total_size", "total_parameters")
+
+
+# What the system says for reasons of its own, whatever is in a file.
+_OF_THE_SYSTEM = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.EINTR)
+# The tensors of a file may share memory, and be views that repeat it: but only so often, and by so many bytes.
+_SHARED, _UNPAID = 16, 256 << 20
 
 
 class StateFile(Protocol):
@@ -187,10 +196,16 @@ def _read_index(path: str) -> ShardIndex:
 
 
 def _path_of(index: str, shard: str) -> str:
-    path = Path(index).with_name(shard)
-    if not path.exists():
+    path = os.path.join(os.path.dirname(index), shard)
+    try:
+        is_file = stat.S_ISREG(os.stat(path).st_mode)
+    except OSError as error:
+        if error.errno not in NO_FILE:
+            raise
+        is_file = False
+    if not is_file:
         raise CheckpointError(index, f"the shard {shard!r} is not there")
-    return os.fspath(path)
+    return path
 
 
 def _metadata_of(path: str, index: ShardIndex, shards: Iterable[StateFile]) -> dict[str, str]:
@@ -354,16 +369,14 @@ class TorchFile:
 
     def __init__(self, path: str | os.PathLike[str], keys: tuple[str, ...] = ()) -> None:
         self.path = os.fspath(path)
-        try:
-            state = self._load()
-        except (OSError, MemoryError):
-            raise
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(self.path, f"torch.load(weights_only=True) refuses it: {_reason(error)}") from error
-        except Exception as error:
-            # Whatever damaged bytes make torch's readers do: also AssertionError, struct.error and BadZipFile.
-            raise CheckpointError(self.path, _what_torch_says(self.path, error)) from error
+        with self._reading():
+            try:
+                state = self._load()
+            except pickle.UnpicklingError as error:
+                what = f"torch.load(weights_only=True) refuses it: {_reason(error)}"
+                raise CheckpointError(self.path, what) from error
         found = self._under(state, keys)
+        self._refuse_unpaid(found)
         self._state: dict[str, Tensor] = {name: _as_it_lies(value) for name, value in found.items()}
         texts = getattr(found, METADATA, None)
         texts = texts.items() if isinstance(texts, dict) else ()
@@ -394,6 +407,37 @@ class TorchFile:
                     f"{_hint(state)}",
                 )
         return found
+
+    @contextmanager
+    def _reading(self, what: str | None = None) -> Iterator[None]:
+        """Take whatever damaged bytes make torch's readers do for damage: AssertionError, struct.error and so on.
+
+        What the system refuses, and what a sound file would meet, too, for want of memory, goes through.
+        """
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM:
+                raise
+            is_memory = isinstance(error, MemoryError) or "allocate memory" in str(error)
+            if is_memory and not _can_have(2 * os.path.getsize(self.path)):
+                raise MemoryError(f"out of memory while {self.path} was read") from error
+            said = _what_torch_says(self.path, error) if what is None else f"{what}: {error or type(error).__name__}"
+            raise CheckpointError(self.path, said) from error
+
+    def _refuse_unpaid(self, state: Mapping[str, Tensor]) -> None:
+        """Refuse tensors that share so much memory that copies of them would be much larger than the file."""
+        claimed, most = 0, _UNPAID + _SHARED * os.path.getsize(self.path)
+        for name, value in state.items():
+            claimed += value.nbytes if value.layout == torch.strided and not value.is_meta else 0
+            if claimed > most:
+                raise CheckpointError(
+                    self.path,
+                    f"the tensors up to {name!r} would have {claimed} bytes, and the file has "
+                    f"{os.path.getsize(self.path)}: call contiguous() before they are saved",
+                )
 
     def _load(self) -> Any:
         if self.path.endswith(".safetensors"):
@@ -472,7 +516,7 @@ class TorchFile:
         CheckpointError
             If one differs; it names the record of the file.
         """
-        try:
+        with self._reading("its records cannot be read"):
             if not zipfile.is_zipfile(self.path):
                 return False
             with zipfile.ZipFile(self.path) as records:
@@ -481,10 +525,6 @@ class TorchFile:
                 found = records.infolist()
                 with counting(sum(record.file_size for record in found), self.path) as count:
                     damaged = next((record.filename for record in found if not _is_whole(records, record, count)), None)
-        except (OSError, MemoryError):
-            raise
-        except Exception as error:
-            raise CheckpointError(self.path, f"its records cannot be read: {error}") from error
         if damaged is not None:
             raise CheckpointError(self.path, f"the record {damaged!r} is damaged: its checksum differs")
         return True
@@ -583,6 +623,15 @@ def _shown(keys: tuple[str, ...]) -> str:
 
 def _article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiouAEIOU' else 'a'} {noun}"
+
+
+def _can_have(size: int) -> bool:
+    """Whether there is so much memory; nothing is written to it."""
+    try:
+        mmap.mmap(-1, max(size, mmap.PAGESIZE)).close()
+    except (OSError, MemoryError):
+        return False
+    return True
 
 
 def _reason(error: pickle.UnpicklingError) -> str:

@@ -30,6 +30,7 @@ __all__ = [
     "CODES",
     "DTYPES",
     "MAX_HEADER",
+    "NO_FILE",
     "PAGE",
     "STEP",
     "CheckpointError",
@@ -61,6 +62,9 @@ MAX_HEADER = 100_000_000
 _MAX_TEXTS = MAX_HEADER // 2
 
 _PADDING = "__padding__."
+
+# How the system says that there is no file of a name, whatever the name is.
+NO_FILE = (errno.ENOENT, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EINVAL)
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -202,9 +206,10 @@ class TensorFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._descriptor = -1
+        # What tells the file from others, while it rests.
+        self._resting: tuple[int, ...] | None = None
         self.path = os.fspath(path)
-        # Read-only, and not inherited by other programs.
-        self._descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self._descriptor = _open(self.path)
         try:
             self.size = os.fstat(self._descriptor).st_size
             self._read_header()
@@ -229,8 +234,15 @@ class TensorFile:
 
     def close(self) -> None:
         """Close the file; tensors that were taken from it stay valid."""
-        descriptor, self._descriptor = self._descriptor, -1
+        descriptor, self._descriptor, self._resting = self._descriptor, -1, None
         if descriptor >= 0:
+            os.close(descriptor)
+
+    def rest(self) -> None:
+        """Close the file until something is read again: then it must be the same file still."""
+        if self._descriptor >= 0:
+            self._resting = _identity(self._descriptor)
+            descriptor, self._descriptor = self._descriptor, -1
             os.close(descriptor)
 
     def __enter__(self) -> TensorFile:
@@ -485,6 +497,12 @@ class TensorFile:
             raise self.error(f"the file ends at byte {start}")
 
     def _open(self) -> int:
+        if self._resting is not None:
+            descriptor = _open(self.path)
+            if _identity(descriptor) != self._resting:
+                os.close(descriptor)
+                raise self.error("the file has been replaced while it was read")
+            self._descriptor, self._resting = descriptor, None
         if self._descriptor < 0:
             raise ValueError(f"{self.path}: the file has been closed")
         return self._descriptor
@@ -493,6 +511,16 @@ class TensorFile:
         size = os.fstat(self._open()).st_size
         if size < self.size:
             raise self.error(f"the file has been cut off: it had {self.size} bytes and has {size}")
+
+
+def _open(path: str | os.PathLike[str]) -> int:
+    # Read-only, and not inherited by other programs.
+    return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+
+
+def _identity(descriptor: int) -> tuple[int, ...]:
+    found = os.fstat(descriptor)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------

@@ -362,15 +362,14 @@ class NamedRows(Tables):
         ['a', 'c']
 
         """
-        masked = is_mask(names)
-        names = names if masked else as_list(names)
-        with self._lock.change():
-            names = self._index.select(names) if masked else names
-            ids = self._index.lookup(names, -1)
-            changes = Changes()
-            changes.call(remove_names, self._index, names)  # which refuses what cannot be removed
-            self._free(changes, np.unique(ids[ids >= 0]) if ids.min(initial=0) < 0 else ids)
-            changes.make()
+        with self._lock:
+            gone = self._index.select(names) if is_mask(names) else as_list(names)
+            with self._lock.change():
+                ids = self._index.lookup(gone, -1)
+                changes = Changes()
+                changes.call(remove_names, self._index, gone)  # which refuses what cannot be removed
+                self._free(changes, np.unique(ids[ids >= 0]) if ids.min(initial=0) < 0 else ids)
+                changes.make()
 
     @untraced
     def _free(self, changes: Changes, ids: Rows) -> None:
