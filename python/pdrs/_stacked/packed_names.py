@@ -5,7 +5,9 @@ The layout is described, written and checked in ``rust/core/src/archive.rs``.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import Any, NamedTuple
 
@@ -13,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import Parameter
 
 from pdrs._core import IndexMap, has_packed, pack_names, unpack_names
 
@@ -24,6 +27,7 @@ __all__ = [
     "is_packed",
     "is_packed_from",
     "pack",
+    "refuse_unpaid",
     "same_bytes",
     "table_in_slab",
     "unpack",
@@ -32,6 +36,13 @@ __all__ = [
 
 _MAGIC = b"pdrs\x00\x00\x00"
 _VERSION = 1
+_EXTRA_STATE = "_extra_state"
+# Rows without elements take no bytes of a file: a table may have so many, and so many more for each name.
+_EMPTY_ROWS, _EMPTY_ROWS_PER_NAME = 1 << 16, 64
+# A table may be a view that repeats its memory, if it is small.
+_UNPAID_BYTES = 64 << 20
+# Groups are as many as patterns, which take bytes; a larger number is no number of a group.
+_MOST_GROUPS = 1 << 31
 
 
 class Slab(NamedTuple):
@@ -94,7 +105,9 @@ class Header:
 
 def is_packed(value: Any) -> bool:
     """Whether a value of a state dict is a tensor of packed names."""
-    if not isinstance(value, Tensor) or value.dtype != torch.uint8 or value.dim() != 1 or len(value) < 16:
+    if not isinstance(value, Tensor) or value.dtype != torch.uint8 or value.layout != torch.strided:
+        return False
+    if value.dim() != 1 or len(value) < 16:
         return False
     return value.device.type == "meta" or bytes(value[:7].tolist()) == _MAGIC
 
@@ -152,6 +165,8 @@ def unpack(packed: Tensor, prefix: str | None = None) -> tuple[IndexMap, NDArray
     ValueError
         If the bytes are damaged, or of a version that is not known.
     """
+    if packed.device.type == "meta":
+        raise ValueError("the packed names lie on the meta device, and so have no values")
     data = bytes_of(packed)
     version = int(data[7]) if len(data) > 7 else 0
     if version > _VERSION:
@@ -160,7 +175,58 @@ def unpack(packed: Tensor, prefix: str | None = None) -> tuple[IndexMap, NDArray
         )
     index, ids, tables, patterns = unpack_names(data, prefix)
     headers = (TableHeader(*table[:4], None if table[4] is None else Slab(*table[4])) for table in tables)
-    return index, ids, Header(tuple(headers), tuple(patterns))
+    header = Header(tuple(headers), tuple(patterns))
+    _check(header)
+    return index, ids, header
+
+
+def _check(header: Header) -> None:
+    """Refuse what no dictionary has: ValueError."""
+    attributes = [table.attribute for table in header.tables]
+    slabs = [table.slab.tensor for table in header.tables if table.slab is not None]
+    for name in (*attributes, *slabs):
+        if not name.isidentifier() or name == _EXTRA_STATE:
+            raise ValueError(f"the packed names are damaged: a table cannot be called {name!r}")
+    if len(set(attributes)) < len(attributes) or not set(slabs).isdisjoint(attributes):
+        raise ValueError("the packed names are damaged: they name a table twice")
+    places = sorted(
+        (table.slab.tensor, table.slab.offset, table.slab.offset + table.used * prod(table.slab.shape))
+        for table in header.tables
+        if table.slab is not None
+    )
+    for (slab, start, stop), (other, begin, end) in pairwise(place for place in places if place[1] < place[2]):
+        if slab == other and begin < stop:
+            raise ValueError(
+                f"the packed names are damaged: two tables overlap in {slab!r}, {start} to {stop} and {begin} to {end}"
+            )
+    if any(table.group > _MOST_GROUPS for table in header.tables):
+        raise ValueError("the packed names are damaged: a table is in a group that cannot be")
+    for pattern in header.patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError, RecursionError, RuntimeError, ValueError) as error:
+            raise ValueError(f"the packed names are damaged: {pattern!r} is no regular expression: {error}") from error
+
+
+def refuse_unpaid(attribute: str, table: Tensor, names: int) -> None:
+    """Refuse a table that claims more memory than its bytes: ValueError. ``names`` are those of its dictionary.
+
+    What grows with the number of rows would take as much memory as a file says, however short the file is.
+    """
+    if type(table) not in (Tensor, Parameter) or table.is_meta:
+        return
+    if table.layout != torch.strided:
+        raise ValueError(f"the table '{attribute}' is of layout {table.layout}, and not dense")
+    if table[:1].numel() == 0 and len(table) > _EMPTY_ROWS + _EMPTY_ROWS_PER_NAME * names:
+        raise ValueError(
+            f"the table '{attribute}' has {len(table)} rows without elements, for {names} names: call compact() before "
+            "the dictionary is saved"
+        )
+    if table.nbytes > table.untyped_storage().nbytes() + _UNPAID_BYTES:
+        raise ValueError(
+            f"the table '{attribute}' should have {table.nbytes} bytes, and there are "
+            f"{table.untyped_storage().nbytes()}: call contiguous() before it is saved"
+        )
 
 
 def table_in_slab(table: TableHeader, slab: Any) -> Tensor:

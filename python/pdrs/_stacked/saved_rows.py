@@ -26,6 +26,7 @@ from pdrs._stacked.packed_names import (
     is_packed,
     is_packed_from,
     pack,
+    refuse_unpaid,
     same_bytes,
     table_in_slab,
     unpack,
@@ -281,6 +282,8 @@ class SavedRows(TrainedRows):
             tensor = saved.get(attribute)
             if isinstance(tensor, Tensor) and tensor.dim() and used > len(tensor):
                 raise ValueError(f"the table '{attribute}' has {len(tensor)} rows, and {used} are in use")
+            if isinstance(tensor, Tensor) and tensor.dim():
+                refuse_unpaid(attribute, tensor, len(index))
             of_table = TableRows.of_live(used, rows[there])
             if tensor is None and attribute in old:
                 tensor = self._parameter(old[attribute][1])
@@ -349,6 +352,7 @@ class SavedRows(TrainedRows):
         for table in self._tables:
             tensor = saved.get(table.attribute)
             if isinstance(tensor, Tensor) and tensor.dim() and table.rows.used <= len(tensor):
+                refuse_unpaid(table.attribute, tensor, len(self._index))
                 self._resize(table, len(tensor))
 
     def _new_table(self, attribute: str, group: int, trainable: bool, tensor: Any, capacity: int) -> Table:

@@ -106,10 +106,11 @@ impl Stretches {
             && !stretch.is_empty()
         {
             last.end = stretch.end;
-        } else if stretch.is_empty() || self.runs.len() == self.most {
-            *self = Self::new(0);
-        } else if memory::push(&mut self.runs, stretch).is_err() {
-            *self = Self::new(0);
+        } else {
+            let is_told = !stretch.is_empty() && self.runs.len() < self.most;
+            if !is_told || memory::push(&mut self.runs, stretch).is_err() {
+                *self = Self::new(0);
+            }
         }
     }
 

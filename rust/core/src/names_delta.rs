@@ -88,10 +88,10 @@ pub fn apply(old: &[u8], delta: &[u8]) -> Result<Vec<u8>> {
         Ok((start, &delta[start..end]))
     };
     let mut counts = numbers(take(2, 8)?.1);
-    let (removals, moves) = (counts.next().unwrap_or(0), counts.next().unwrap_or(0));
-    let removed = Places::new(take(removals, 4)?, before.len())?;
-    let moved = Places::new(take(moves, 4)?, before.len())?;
-    let ids = take(moves, 8)?.1;
+    let (of_removed, of_moved) = (counts.next().unwrap_or(0), counts.next().unwrap_or(0));
+    let removed = Places::new(take(of_removed, 4)?, before.len())?;
+    let moved = Places::new(take(of_moved, 4)?, before.len())?;
+    let ids = take(of_moved, 8)?.1;
     let (header, added) = archive::decode(&delta[at..]).map_err(|error| match error {
         Error::Damaged { at: inside, what } => wrong(at + inside as usize, what),
         other => other,

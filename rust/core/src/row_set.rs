@@ -91,12 +91,17 @@ impl RowSet {
         Some(row)
     }
 
+    /// Whether a row is in the set. **O(1)**.
+    pub(crate) fn contains(&self, row: u64) -> bool {
+        self.levels[0].get((row / 64) as usize).is_some_and(|word| word & 1 << (row % 64) != 0)
+    }
+
     /// Takes a row out; whether it was there. **O(1)**.
     pub(crate) fn remove(&mut self, row: u64) -> bool {
-        let mut place = row as usize;
-        if self.levels[0].get(place / 64).is_none_or(|word| word & 1 << (place % 64) == 0) {
+        if !self.contains(row) {
             return false;
         }
+        let mut place = row as usize;
         for words in &mut self.levels {
             let word = place / 64;
             words[word] &= !(1 << (place % 64));

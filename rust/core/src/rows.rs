@@ -89,6 +89,12 @@ impl Rows {
         self.used
     }
 
+    /// Whether a row came back, and has not been given since. **O(1)**.
+    #[must_use]
+    pub fn is_free(&self, row: u64) -> bool {
+        self.free.contains(row)
+    }
+
     /// The rows that came back, ascending. **O(1)** a row.
     pub fn free(&self) -> impl Iterator<Item = u64> + '_ {
         self.free.iter()

@@ -157,7 +157,7 @@ fn apply<const SPREAD: u32>(map: &mut IndexMap<Key<SPREAD>, u16>, model: &mut Mo
             map.clear();
             model.0.clear();
         }
-        Operation::Clone => *map = map.map_entries(|key, value| (key.clone(), *value)).unwrap(),
+        Operation::Clone => *map = map.map_entries(|key, value| (*key, *value)).unwrap(),
     }
 }
 

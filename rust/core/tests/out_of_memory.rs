@@ -72,6 +72,7 @@ fn at_every_limit<T, E>(mut work: impl FnMut() -> Result<T, E>, mut failed: impl
     unreachable!("it succeeds with memory enough");
 }
 
+#[allow(clippy::needless_pass_by_value, reason = "as a function that is given an error")]
 fn is_memory(error: Error) {
     assert_eq!(error, Error::Memory);
 }
@@ -205,7 +206,9 @@ fn packed(count: u32) -> Vec<u8> {
     let header = Header { tables: vec![table; 50], patterns: vec![b"a".to_vec(); 300] };
     let ids = (0..count).rev().map(u64::from);
     let mut encoder = Encoder::new(&header, count as usize, Some(ids), 0).unwrap();
-    names(count as usize).iter().for_each(|name| encoder.push(name.as_bytes()).unwrap());
+    for name in names(count as usize) {
+        encoder.push(name.as_bytes()).unwrap();
+    }
     encoder.finish()
 }
 

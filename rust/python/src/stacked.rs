@@ -225,7 +225,7 @@ fn insert_row(
                 return Ok(false);
             }
             index.set(py, Name::new(name.clone()), ((number as u64) << ROW_BITS | row).cast_signed())?;
-            rows.get().take(py, 1);
+            rows.get().take(py, 1)?;
             Ok(true)
         });
     }

@@ -32,8 +32,19 @@ fn give_back(rows: &mut Rows, row: u64) -> PyResult<()> {
     if row >= rows.used() {
         return Err(PyValueError::new_err(format!("row {} was never given", row.cast_signed())));
     }
+    if rows.is_free(row) {
+        return Err(PyValueError::new_err(format!("row {row} is free already")));
+    }
     rows.give_back(row);
     Ok(())
+}
+
+/// Refuses more rows than can be counted.
+fn check_left(rows: &Rows, count: u64) -> PyResult<()> {
+    match rows.used().checked_add(count) {
+        Some(_) => Ok(()),
+        None => Err(PyOverflowError::new_err(format!("a table cannot have {count} rows more than it has"))),
+    }
 }
 
 fn to_array(py: Python<'_>, rows: impl Iterator<Item = u64>) -> PyResult<Bound<'_, PyArray1<i64>>> {
@@ -74,15 +85,20 @@ impl TableRows {
     }
 
     fn next<'py>(&self, py: Python<'py>, count: u64) -> PyResult<Bound<'py, PyArray1<i64>>> {
-        to_array(py, self.lock(py).next(count))
+        let rows = self.lock(py);
+        check_left(&rows, count)?;
+        to_array(py, rows.next(count))
     }
 
     fn reused(&self, py: Python<'_>, count: u64) -> u64 {
         self.lock(py).reused(count)
     }
 
-    pub(crate) fn take(&self, py: Python<'_>, count: u64) {
-        self.lock(py).take(count);
+    pub(crate) fn take(&self, py: Python<'_>, count: u64) -> PyResult<()> {
+        let mut rows = self.lock(py);
+        check_left(&rows, count)?;
+        rows.take(count);
+        Ok(())
     }
 
     /// Makes sure that no memory is needed to give rows back.

@@ -1,0 +1,158 @@
+"""What happens where memory ends: a MemoryError, and everything as it was.
+
+The bugs that this hunts: a native list, table or text that grows with the number of names and ends the process where it
+cannot be had; a panic in the place of an error; names that are gone, or there, although the call failed.
+
+Each work is done in a child process with room for a little more than it has, then for more, until it succeeds.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+CHILD = """
+import copy, gc, pickle, resource, sys
+import numpy as np, torch, pdrs
+
+N, folder = 10_000, sys.argv[1]
+names, others = [f"name.{n}" for n in range(N)], [f"other.{n}" for n in range(N)]
+new = dict.fromkeys(others, 1)
+SD = pdrs.StackedParameterDict
+
+def index():
+    return pdrs.IndexMap.from_names(names)
+
+def stacked():
+    return SD.from_rows(names, torch.zeros(N, 2))
+
+def entries():
+    return pdrs.ParameterDict({name: torch.zeros(1) for name in names[:4000]})
+
+def none():
+    return None
+
+def seen(made):
+    if isinstance(made, SD):
+        return len(made), made._tables[0].rows.used if made._tables else 0, len(made._index)
+    return len(made) if made is not None else 0
+
+def one_by_one(made):
+    for name in others:
+        made[name] = 1
+
+def pops(made):
+    for name in names[1::3]:
+        made.pop(name)
+
+def moves(made):
+    for name in names[1::3]:
+        made.move_to_end(name)
+
+dropped = stacked()
+dropped.drop(names[::7])
+full, delta, named = (folder + "/" + name for name in ("full", "delta", "named"))
+pdrs.save(stacked(), full, sync=False)
+pdrs.save(dropped, delta, since=full, sync=False)
+pdrs.save(stacked(), named, layout="named", sync=False)
+state = stacked().state_dict()
+pickled = pickle.dumps(index())
+rows = torch.zeros(N, 2)
+
+WORKS = {
+    "maps": [
+        (none, lambda _: pdrs.IndexMap.from_names(names)),
+        (none, lambda _: pdrs.IndexMap.from_names(iter(names))),
+        (none, lambda _: pdrs.IndexMap.from_names(names + names)),
+        (none, lambda _: pdrs.IndexMap.from_names(names, np.arange(N))),
+        (none, lambda _: pickle.loads(pickled)),
+        (index, lambda made: made.extend(others)),
+        (index, lambda made: made.update(new)),
+        (index, lambda made: made.lookup(names)),
+        (index, lambda made: made.lookup(others, -1)),
+        (index, lambda made: made.copy()),
+        (index, lambda made: made.rows()),
+        (index, lambda made: list(made.items())),
+        (index, lambda made: made == made.copy()),
+        (index, pickle.dumps),
+    ],
+    "parts": [(pdrs.IndexMap, one_by_one), (index, pops), (index, moves)],
+    "tables": [
+        (none, lambda _: SD.from_rows(names, rows)),
+        (stacked, lambda made: made.gather(names)),
+        (stacked, lambda made: made.drop(names[::2])),
+        (stacked, lambda made: made.update(dict.fromkeys(others[:999], rows[0]))),
+        (stacked, copy.deepcopy),
+        (stacked, lambda made: made.state_dict()),
+        (SD, lambda made: made.load_state_dict(state)),
+        (entries, lambda made: made.stack()),
+        (entries, lambda made: made.state_dict()),
+        (entries, copy.deepcopy),
+        (entries, lambda made: made.double()),
+        (lambda: copy.deepcopy(dropped), lambda made: made.compact()),
+    ],
+    "files": [
+        (stacked, lambda made: pdrs.save(made, folder + "/new", sync=False)),
+        (stacked, lambda made: pdrs.save(made, folder + "/named_new", layout="named", sync=False)),
+        (none, lambda _: pdrs.open(full)),
+        (none, lambda _: pdrs.open(delta)),
+        (none, lambda _: pdrs.open(named)),
+        (none, lambda _: pdrs.open(full, names=names[::2])),
+        (stacked, lambda made: pdrs.load(named, made)),
+    ],
+}
+
+def attempt(work, made, room):
+    gc.collect()
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + room, limit))
+    try:
+        work(made)
+    except MemoryError:
+        return False
+    except RuntimeError as error:
+        # What torch raises where it has no memory.
+        if "allocate memory" not in str(error) and "bad_alloc" not in str(error):
+            raise
+        return False
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    return True
+
+gc.collect()
+gc.freeze()  # what is there by now need not be looked at again
+limit = resource.getrlimit(resource.RLIMIT_AS)[1]
+for kind, works in WORKS.items():
+    failed = 0
+    for number, (make, work) in enumerate(works):
+        for room in (0, 1 << 19, 2 << 20, 1 << 29):
+            made = make()
+            before = seen(made)
+            print(kind, number, "with", room, "bytes", flush=True)
+            if attempt(work, made, room):
+                break
+            failed += 1
+            assert kind == "parts" or seen(made) == before, (kind, number, before, seen(made))
+            if made is not None and kind == "maps":
+                assert list(made) == names and made[names[7]] == 7
+        else:
+            raise AssertionError(f"{kind} {number} fails with memory enough")
+    print(kind, "failed", failed)
+"""
+
+
+def test_out_of_memory_is_an_error_and_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    if sys.platform != "linux":
+        return
+    # So that what is large comes from the system, and goes back there. OpenMP ends a process that has no memory for its
+    # threads.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, "-c", CHILD, str(tmp_path)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, env=environment, timeout=600)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, (lines[-1:], done.returncode, done.stderr[-2000:])
+    failed = {line.split()[0]: int(line.split()[2]) for line in lines if " failed " in line}
+    for kind, least in (("maps", 20), ("parts", 2), ("tables", 10), ("files", 5)):
+        assert failed[kind] >= least, failed
