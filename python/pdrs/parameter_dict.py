@@ -46,6 +46,8 @@ __all__ = ["ParameterDict"]
 # A repr longer than this shows its two ends only.
 _REPR_WHOLE = 100
 _REPR_END = 10
+# What `use_native_slots` makes native.
+_NATIVE = ("__getitem__", "__setitem__", "__delitem__", "__contains__", "__len__")
 
 
 class _Kind(NamedTuple):
@@ -121,6 +123,8 @@ class ParameterDict(torch.nn.ParameterDict):
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
         cls._is_read_directly = _torch_own.is_read_directly(cls)
+        if all(getattr(cls, name) is getattr(ParameterDict, name) for name in _NATIVE):
+            use_native_slots(cls, Parameter)
 
     def __init__(self, parameters: Any = None) -> None:
         super().__init__()

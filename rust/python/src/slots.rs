@@ -3,8 +3,9 @@
 //! `pd["x"]`, `"x" in pd`, `len(pd)` and their like reach `CPython` through slots of the type, which normally call the
 //! Python functions `__getitem__` and so on. torch.compile can only trace Python functions, so the class must have them;
 //! but calling one costs more than what it does. [`use_native_slots`] fills the slots with native functions that do what
-//! is usual, and leave the rest to the Python functions, by way of `CPython`'s own slots. Subclasses have those, which
-//! call the functions that they see, so an override is always respected; so does assigning to the attribute of the class.
+//! is usual, and leave the rest to the Python functions, by way of `CPython`'s own slots. Subclasses that
+//! override one of these functions keep `CPython`'s slots, which call what they see; and assigning to an attribute of a
+//! class puts them back.
 //!
 //! When the interpreter ends, it unwinds the stack of any other thread that runs Python code. So the functions here may
 //! be unwound, and have nothing to drop when they call `CPython`'s slots.
@@ -58,6 +59,7 @@ pub(crate) fn use_native_slots(class: &Bound<'_, PyType>, parameter: &Bound<'_, 
             return Err(expected());
         }
         let (sequence, mapping) = (&mut *(*class).tp_as_sequence, &mut *(*class).tp_as_mapping);
+        // The same for all such classes, so it is kept once.
         let usual = Usual {
             subscript: transmute::<ffi::binaryfunc, Subscript>(mapping.mp_subscript.ok_or_else(expected)?),
             assign: transmute::<ffi::objobjargproc, Assign>(mapping.mp_ass_subscript.ok_or_else(expected)?),
@@ -65,9 +67,7 @@ pub(crate) fn use_native_slots(class: &Bound<'_, PyType>, parameter: &Bound<'_, 
             length: transmute::<ffi::lenfunc, Length>(mapping.mp_length.ok_or_else(expected)?),
             parameter: parameter.clone().unbind(),
         };
-        if USUAL.set(py, usual).is_err() {
-            return Err(PyTypeError::new_err("a class has native slots already"));
-        }
+        let _ = USUAL.set(py, usual);
         mapping.mp_subscript = Some(transmute::<Subscript, ffi::binaryfunc>(subscript));
         mapping.mp_ass_subscript = Some(transmute::<Assign, ffi::objobjargproc>(assign));
         sequence.sq_contains = Some(transmute::<Contains, ffi::objobjproc>(contains));
