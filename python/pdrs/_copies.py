@@ -289,7 +289,7 @@ def _blocks(parameters: dict[str, Any]) -> dict[int, tuple[_Block, int]]:
     strides: dict[torch.Size, tuple[int, ...]] = {}
     chosen = []
     for value in distinct.values():
-        if value.layout is torch.strided and not value.__dict__:
+        if value.layout is torch.strided and not value.is_nested and not value.__dict__:
             shape = value.shape
             if shape not in strides:
                 strides[shape] = torch.empty(shape, device="meta").stride()

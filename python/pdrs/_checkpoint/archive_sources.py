@@ -20,7 +20,7 @@ from torch.nn import Module, Parameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pdrs._checkpoint.hooks import collecting
-from pdrs._checkpoint.tensor_file import BLOCK, CODES
+from pdrs._checkpoint.tensor_file import BLOCK, CODES, MOST_EXPANDED, refuse_expanded
 from pdrs._core import IndexMap, group_tensors, in_step, sort_tensors
 from pdrs._stacked.named_rows import id_of
 from pdrs._stacked.packed_names import Header, Slab, TableHeader, is_packed, pack, unpack, used_rows
@@ -242,6 +242,11 @@ def _check_plain(name: str, value: Tensor) -> None:
         what = f"of layout {value.layout}" if value.layout != torch.strided else f"a {type(value).__name__}"
         where = " on the meta device" if value.device.type == "meta" else ""
         raise TypeError(f"'{name}' is {what}{where}, and an archive holds dense tensors with memory")
+    if value.is_nested:
+        raise TypeError(
+            f"'{name}' is a nested tensor, and an archive holds dense tensors: save the module with torch.save"
+        )
+    refuse_expanded(name, value)
 
 
 def _of_parameter_dict(
@@ -268,6 +273,10 @@ def _of_parameter_dict(
             turn += 1
             attribute = f"{kind.attribute()}_{turn}"
         taken.add(attribute)
+        if prod(kind.shape) * kind.dtype.itemsize > MOST_EXPANDED:
+            names = list(parameters)
+            for at in there.tolist():
+                refuse_expanded(prefix + names[at], values[at])
         rows = np.arange(len(there))
         if known is not None and attribute in attributes:
             rows = _keep_rows(held[there], attributes[attribute], header.tables[attributes[attribute]].used)

@@ -20,7 +20,16 @@ from torch.nn import Module
 
 from pdrs._checkpoint.safe_write import replacing
 from pdrs._checkpoint.shards import PIECE, remove_interrupted, replacing_file, replacing_shards
-from pdrs._checkpoint.tensor_file import BLOCK, CODES, MAX_HEADER, PAGE, has_surrogate, pieces_of
+from pdrs._checkpoint.tensor_file import (
+    BLOCK,
+    CODES,
+    MAX_HEADER,
+    MOST_EXPANDED,
+    PAGE,
+    has_surrogate,
+    pieces_of,
+    refuse_expanded,
+)
 from pdrs._core import IndexMap, safetensors_entries, safetensors_header, safetensors_shards, sort_tensors
 from pdrs._stacked.named_rows import partition, row_of, table_of
 from pdrs._stacked.row_blocks import stack
@@ -265,6 +274,9 @@ def _of_tensors(names: list[str], values: list[Any]) -> list[_Rows]:
     parts = []
     for _, there in partition([classes]):
         places = there.tolist()
+        if values[places[0]].nbytes > MOST_EXPANDED:
+            for at in places:
+                refuse_expanded(names[at], values[at])
         first = values[places[0]]
         chosen = [values[at] for at in places]
         parts.append(_Rows([names[at] for at in places], first.dtype, first.shape, _ListBlocks(chosen), None))

@@ -30,6 +30,7 @@ __all__ = [
     "CODES",
     "DTYPES",
     "MAX_HEADER",
+    "MOST_EXPANDED",
     "NO_FILE",
     "PAGE",
     "STEP",
@@ -41,6 +42,7 @@ __all__ = [
     "has_surrogate",
     "is_padding",
     "pieces_of",
+    "refuse_expanded",
     "texts_of",
     "write_tensors",
 ]
@@ -50,6 +52,9 @@ PAGE = 4096
 # What `write_tensors` copies at once, at most, of a tensor that does not lie in one piece. Up to so much is read
 # without a progress bar.
 BLOCK = 64 << 20
+
+# A tensor whose elements share memory is written in full up to so many bytes.
+MOST_EXPANDED = 1 << 30
 
 # Tensors below this size are read; larger ones are mapped.
 _MAPPED = 1 << 20
@@ -663,6 +668,15 @@ def counting(total: int, path: str) -> Iterator[Callable[[int], None]]:
         yield progress.add
     finally:
         progress.close()
+
+
+def refuse_expanded(name: str, tensor: Tensor) -> None:
+    """Raise a ValueError for a tensor that would take far more bytes in a file than it does in memory."""
+    if tensor.nbytes > MOST_EXPANDED and tensor.nbytes > tensor.untyped_storage().nbytes():
+        raise ValueError(
+            f"'{name}' is expanded from {tensor.untyped_storage().nbytes():,} to {tensor.nbytes:,} bytes, and the file "
+            "would hold them all: save what it was expanded from, or the module with torch.save"
+        )
 
 
 def pieces_of(tensor: Tensor) -> Iterator[Any]:
