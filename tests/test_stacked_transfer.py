@@ -78,6 +78,7 @@ def test_tables_move_at_once_and_stay_the_same_parameters(move: Any, monkeypatch
     assert sd.gather(handle).tolist() == [[15, 16, 17, 18, 19], [5, 6, 7, 8, 9]]
 
 
+@pytest.mark.filterwarnings("ignore::pdrs.AbsentNamesWarning")
 def test_frozen_rows_stay_frozen_and_state_follows_behind_a_move() -> None:
     sd = trained()
     optimizer = torch.optim.Adam(sd.parameters(), lr=0.5)

@@ -40,8 +40,8 @@ class Accumulation:
 
     def keep_node(self, parameter: Tensor) -> None:
         """Remember the node of a parameter that is about to change its size."""
-        if parameter.requires_grad and parameter.is_leaf:
-            with torch.inference_mode(False):  # where nothing has a node
+        if parameter.requires_grad and parameter.is_leaf and not parameter.is_inference():
+            with torch.inference_mode(False):
                 node = get_gradient_edge(parameter).node
             if node not in self._nodes:
                 self._nodes.append(node)
