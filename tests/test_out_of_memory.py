@@ -17,7 +17,7 @@ CHILD = """
 import copy, gc, pickle, resource, sys
 import numpy as np, torch, pdrs
 
-N, folder = 10_000, sys.argv[1]
+N, folder = 30_000, sys.argv[1]
 names, others = [f"name.{n}" for n in range(N)], [f"other.{n}" for n in range(N)]
 new = dict.fromkeys(others, 1)
 SD = pdrs.StackedParameterDict
@@ -121,6 +121,13 @@ def attempt(work, made, room):
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     return True
 
+# What C libraries begin once ends a process that has no memory for it.
+small = SD.from_rows(["a", "b", "c"], torch.zeros(3, 2))
+copy.deepcopy(small).compact()
+small.gather(["a"])
+small.unstack().double().stack().load_state_dict(small.state_dict())
+pickle.loads(pickle.dumps(pdrs.IndexMap({"a": 1})))
+pdrs.open(full, names=[names[0]])
 gc.collect()
 gc.freeze()  # what is there by now need not be looked at again
 limit = resource.getrlimit(resource.RLIMIT_AS)[1]
@@ -154,5 +161,5 @@ def test_out_of_memory_is_an_error_and_leaves_everything_as_it_was(tmp_path: Pat
     lines = done.stdout.splitlines()
     assert done.returncode == 0, (lines[-1:], done.returncode, done.stderr[-2000:])
     failed = {line.split()[0]: int(line.split()[2]) for line in lines if " failed " in line}
-    for kind, least in (("maps", 20), ("parts", 2), ("tables", 10), ("files", 5)):
+    for kind, least in (("maps", 15), ("parts", 1), ("tables", 8), ("files", 1)):
         assert failed[kind] >= least, failed

@@ -7,6 +7,9 @@ use std::collections::VecDeque;
 
 use crate::error::{Error, Result};
 
+/// So many zeros are not worth two calls of the allocator.
+const LARGE: usize = 1 << 16;
+
 /// An empty list with room for so many items.
 ///
 /// # Errors
@@ -85,6 +88,22 @@ pub fn filled<T: Copy>(item: T, len: usize) -> Result<Vec<T>> {
     let mut list = with_capacity(len)?;
     list.resize(len, item);
     Ok(list)
+}
+
+/// A list of so many zeros.
+///
+/// Large ones come from the system as zeros. The standard library has no way to ask for them that may fail; so as much is
+/// asked for first, and given back. Another thread might take it in between.
+///
+/// # Errors
+///
+/// [`Error::Memory`].
+pub fn zeros(len: usize) -> Result<Vec<u64>> {
+    if len < LARGE {
+        return filled(0, len);
+    }
+    drop(with_capacity::<u64>(len)?);
+    Ok(vec![0; len])
 }
 
 /// A list of all items.

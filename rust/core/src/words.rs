@@ -48,7 +48,7 @@ impl Words {
 
     /// The words of entries with these hashes, whose ids count from 0; `None` if `are_same` says so of two ids.
     pub(crate) fn of_distinct(hashes: &[u32], are_same: impl Fn(u32, u32) -> bool) -> Result<Option<Self>> {
-        let mut made = Self { words: memory::filled(0, words_for(hashes.len()))? };
+        let mut made = Self { words: memory::zeros(words_for(hashes.len()))? };
         for word in made.by_region(hashes)? {
             let (hash, id) = (hash_of(word), id_of(word));
             match made.search(hash, |found| are_same(found, id)) {
@@ -75,7 +75,7 @@ impl Words {
         for at in 1..MOST_REGIONS {
             next[at] = next[at - 1] + counts[at - 1];
         }
-        let mut sorted = memory::filled(0, hashes.len())?;
+        let mut sorted = memory::zeros(hashes.len())?;
         for (id, &hash) in hashes.iter().enumerate() {
             let place = &mut next[region(hash)];
             sorted[*place] = word(hash, id as u32);
@@ -202,7 +202,7 @@ impl Words {
     }
 
     fn resize(&mut self, len: usize) -> Result<()> {
-        let old = std::mem::replace(&mut self.words, memory::filled(0, len)?);
+        let old = std::mem::replace(&mut self.words, memory::zeros(len)?);
         for moved in old.into_iter().filter(|word| *word != 0) {
             let Err(empty) = self.search(hash_of(moved), |_| false) else { continue };
             self.words[empty] = moved;

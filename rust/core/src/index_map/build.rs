@@ -1,9 +1,16 @@
 //! Maps that are made of many entries at once.
 
 use super::{IndexMap, MAX_ENTRIES, Words, stored_hash};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::key::Matches;
 use crate::memory;
+
+/// Where more come than were expected.
+#[cold]
+fn make_room<T>(listed: &mut Vec<T>, hashes: &mut Vec<u32>) -> Result<()> {
+    listed.try_reserve(1).map_err(|_| Error::Memory)?;
+    hashes.try_reserve(1).map_err(|_| Error::Memory)
+}
 
 /// Entries that are no map, in their order.
 type Refused<K, V> = Vec<(K, V)>;
@@ -22,8 +29,11 @@ impl<K: Matches<K>, V> IndexMap<K, V> {
         let expected = entries.size_hint().1.unwrap_or(0).min(MAX_ENTRIES);
         let (mut listed, mut hashes) = (memory::with_capacity(expected)?, memory::with_capacity(expected)?);
         for entry in entries {
-            memory::push(&mut hashes, stored_hash(&entry.0))?;
-            memory::push(&mut listed, Some(entry))?;
+            if listed.len() == listed.capacity() || hashes.len() == hashes.capacity() {
+                make_room(&mut listed, &mut hashes)?;
+            }
+            hashes.push(stored_hash(&entry.0));
+            listed.push(Some(entry));
         }
         let key = |id: u32| listed[id as usize].as_ref().map(|(key, _)| key);
         let are_same = |one, other| key(one).zip(key(other)).is_some_and(|(one, other)| one.matches(other));
