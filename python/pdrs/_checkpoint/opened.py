@@ -24,7 +24,7 @@ from pdrs._core import IndexMap, TableRows, group_tensors, insert_ids, names_beh
 from pdrs._memory import empty
 from pdrs._names import Names, as_list
 from pdrs._stacked.named_rows import id_of, partition, row_of, table_of
-from pdrs._stacked.packed_names import Header, TableHeader, refuse_unpaid, table_in_slab, unpack
+from pdrs._stacked.packed_names import Header, TableHeader, check_header, refuse_unpaid, table_in_slab, unpack
 from pdrs._stacked.row_blocks import scatter, write_rows
 from pdrs._stacked.tables import Kind
 from pdrs._staging import upload
@@ -95,6 +95,7 @@ class SavedDictionary:
         self.header: Header
         try:
             self.index, self.ids, self.header = unpack(checkpoint.tensor(name), shown)
+            check_header(self.header)
         except CheckpointError:
             raise
         except ValueError as error:

@@ -24,6 +24,7 @@ __all__ = [
     "Slab",
     "TableHeader",
     "bytes_of",
+    "check_header",
     "is_packed",
     "is_packed_from",
     "pack",
@@ -175,12 +176,10 @@ def unpack(packed: Tensor, prefix: str | None = None) -> tuple[IndexMap, NDArray
         )
     index, ids, tables, patterns = unpack_names(data, prefix)
     headers = (TableHeader(*table[:4], None if table[4] is None else Slab(*table[4])) for table in tables)
-    header = Header(tuple(headers), tuple(patterns))
-    _check(header)
-    return index, ids, header
+    return index, ids, Header(tuple(headers), tuple(patterns))
 
 
-def _check(header: Header) -> None:
+def check_header(header: Header) -> None:
     """Refuse what no dictionary has: ValueError."""
     attributes = [table.attribute for table in header.tables]
     slabs = [table.slab.tensor for table in header.tables if table.slab is not None]

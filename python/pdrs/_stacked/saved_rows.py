@@ -23,6 +23,7 @@ from pdrs._stacked.named_rows import partition, row_of, table_of
 from pdrs._stacked.packed_names import (
     Header,
     TableHeader,
+    check_header,
     is_packed,
     is_packed_from,
     pack,
@@ -269,6 +270,7 @@ class SavedRows(TrainedRows):
             self._fit_capacities(saved)
             return
         index, ids, header = unpack(packed)
+        check_header(header)
         _take_out_of_slabs(header, saved)
         old = {table.attribute: (number, table) for number, table in enumerate(self._tables)}
         for attribute, *_ in header.tables:
