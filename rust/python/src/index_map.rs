@@ -793,13 +793,14 @@ impl IndexMap {
         let names = to_names(names)?;
         let mut rows = memory::with_capacity(names.len())?;
         let (mut first, mut count) = (Vec::with_capacity(LISTED), 0);
-        self.read(py).map.get_many(&names, |at, row| match row.copied().or(default) {
-            Some(row) => rows.push(row),
-            None => {
-                count += 1;
-                if count <= LISTED {
-                    first.push(at);
-                }
+        self.read(py).map.get_many(&names, |at, row| {
+            if let Some(row) = row.copied().or(default) {
+                rows.push(row);
+                return;
+            }
+            count += 1;
+            if count <= LISTED {
+                first.push(at);
             }
         });
         if count == 0 {
