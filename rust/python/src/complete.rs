@@ -7,7 +7,7 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 
-use crate::group::{Paused, Reserve, TensorGroup};
+use crate::group::{Paused, TensorGroup, check_room};
 use crate::tensor::Torch;
 
 /// Makes tensors views of filled slabs, and replaces buffers: all, or, if there is an error, none.
@@ -27,11 +27,11 @@ pub(crate) fn complete_move(
     for (group, slab) in &slabs {
         checked.push((group.get(), group.get().checked_slab(torch, slab, None)?));
     }
-    let mut reserve = Reserve::of(checked.iter().map(|(group, _)| *group))?;
     let _paused = Paused::new(py)?;
+    check_room(checked.iter().map(|(group, _)| *group))?;
     replace(&buffers)?;
     for (group, slab) in &checked {
-        group.set_data(torch, slab, &mut reserve)?;
+        group.set_data(torch, slab)?;
     }
     if let Some(undo) = undo {
         undo.call_method0(intern!(py, "clear"))?;

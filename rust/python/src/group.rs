@@ -406,7 +406,8 @@ impl TensorGroup {
         let torch = Torch::get(slab.py())?;
         let slab = self.checked_slab(torch, slab, door)?;
         let _paused = Paused::new(slab.py())?;
-        self.set_data(torch, &slab, &mut Reserve::of([self])?)
+        check_room([self])?;
+        self.set_data(torch, &slab)
     }
 
     #[pyo3(signature = (slab, *, detached = false, door = None))]
@@ -545,19 +546,15 @@ impl TensorGroup {
         Ok(())
     }
 
-    /// Makes the tensors views of a [checked](Self::checked_slab) slab: nothing can fail then except for want of memory.
-    pub(crate) fn set_data(&self, torch: &Torch, slab: &Slab<'_>, reserve: &mut Reserve) -> PyResult<()> {
+    /// Makes the tensors views of a [checked](Self::checked_slab) slab, for which there is [room](check_room): nothing can
+    /// fail then.
+    pub(crate) fn set_data(&self, torch: &Torch, slab: &Slab<'_>) -> PyResult<()> {
         self.moved.store(true, Ordering::Relaxed);
         let mut forms = Latest::new(&self.forms);
         for (at, entry) in self.entries.iter().enumerate() {
             self.fetch_ahead(slab.py(), at)?;
             let tensor = self.tensor(slab.py(), at)?;
-            let mut make =
-                || slab.with_view(self.regions.first_element(at), forms.of(entry), |view| torch.set_data(tensor, view));
-            if make().is_err() {
-                reserve.give_up();
-                make()?;
-            }
+            slab.with_view(self.regions.first_element(at), forms.of(entry), |view| torch.set_data(tensor, view))?;
         }
         slab.remember();
         Ok(())
@@ -584,30 +581,26 @@ impl TensorGroup {
     }
 }
 
-/// Room for the views that are still to be made, given up when memory runs out on the way.
+/// More than torch, Python and this module allocate for a view.
+const BYTES_PER_VIEW: usize = 1024;
+
+/// And for what C libraries allocate ahead.
+const AHEAD_OF_VIEWS: usize = 1 << 20;
+
+/// Looks whether there is room for the views of groups, before the first is made: torch ends the process where it has no
+/// memory for one.
 ///
-/// To make all views before the first is used would need no reserve. But then the old and the new ones exist side by side,
+/// To make all views before the first is used would show it, too. But then the old and the new ones exist side by side,
 /// and memory is so fragmented by that that each move of small tensors takes longer than the one before: 2 to 4 times as
-/// long after some. Nobody writes to the reserve, so that it takes addresses, but no memory.
-pub(crate) struct Reserve(Vec<u8>);
-
-impl Reserve {
-    /// More than torch, Python and this module allocate for a view.
-    const BYTES_PER_VIEW: usize = 1024;
-
-    pub(crate) fn of<'a>(groups: impl IntoIterator<Item = &'a TensorGroup>) -> PyResult<Self> {
-        let views: usize = groups.into_iter().map(|group| group.entries.len()).sum();
-        let mut reserve = Vec::new();
-        reserve
-            .try_reserve_exact(views.saturating_mul(Self::BYTES_PER_VIEW))
-            .map_err(|_| PyMemoryError::new_err(format!("there is no room for {views} tensors; nothing has moved")))?;
-        // Or the compiler might see that nobody reads it, and leave it out.
-        Ok(Self(black_box(reserve)))
-    }
-
-    fn give_up(&mut self) {
-        self.0 = Vec::new();
-    }
+/// long after some. Nobody writes to the room, so that it takes addresses, but no memory.
+pub(crate) fn check_room<'a>(groups: impl IntoIterator<Item = &'a TensorGroup>) -> PyResult<()> {
+    let views: usize = groups.into_iter().map(|group| group.entries.len()).sum();
+    let mut room = Vec::<u8>::new();
+    room.try_reserve_exact(views.saturating_mul(BYTES_PER_VIEW).saturating_add(AHEAD_OF_VIEWS))
+        .map_err(|_| PyMemoryError::new_err(format!("there is no room for {views} tensors; nothing has moved")))?;
+    // Or the compiler might see that nobody reads it, and leave it out.
+    drop(black_box(room));
+    Ok(())
 }
 
 /// How many threads shall copy, of those that would be useful: no more than torch may use.
