@@ -227,10 +227,10 @@ def _has_more(sd: StackedParameterDict) -> bool:
 
 def _of_stacked(sd: StackedParameterDict, prefix: str) -> list[_Rows]:
     """Describe the rows of a StackedParameterDict, a part for each of its tables."""
-    with sd._lock:
+    with sd._lock.read():
         names = [prefix + name for name in sd] if prefix else list(sd)
         ids = sd._index.rows()
-        tables = [sd._parameter(table).detach() for table in sd._tables]
+        tables = list(map(sd._lent_whole, sd._tables))  # the rows are read later, and stay those of these names
     parts = []
     for (number,), there in partition([table_of(ids)]):
         table, rows = tables[number], row_of(ids[there])
