@@ -388,13 +388,12 @@ fn is_mapping(object: &Bound<'_, PyAny>) -> PyResult<bool> {
 /// Adds what a dict would take as its entries: those of something that has `keys`, or pairs.
 fn add_entries(entries: &Bound<'_, PyAny>, pairs: &mut Vec<(Name, i64)>) -> PyResult<()> {
     let mut add = |name: &Bound<'_, PyAny>, row: &Bound<'_, PyAny>| {
-        pairs.push((Name::new(to_text(name)?), row.extract()?));
-        PyResult::Ok(())
+        memory::push(pairs, (Name::new(to_text(name)?), row.extract()?))
     };
     let keys = intern!(entries.py(), "keys");
     if let Ok(dict) = entries.cast_exact::<PyDict>() {
         // Of lists, because a row of a class of its own may run code that changes the dict.
-        let (names, rows) = (dict.keys(), dict.values());
+        let (names, rows) = (memory::keys_of(dict)?, memory::values_of(dict)?);
         return names.iter().zip(rows.iter()).try_for_each(|(name, row)| add(&name, &row));
     }
     if entries.hasattr(keys)? {

@@ -106,6 +106,12 @@ pub(crate) fn to_tuple<'py>(list: &Bound<'py, PyList>) -> PyResult<Bound<'py, Py
     unsafe { Ok(Bound::from_owned_ptr_or_err(list.py(), ffi::PyList_AsTuple(list.as_ptr()))?.cast_into_unchecked()) }
 }
 
+/// The keys of a dict, in order.
+pub(crate) fn keys_of<'py>(dict: &Bound<'py, PyDict>) -> PyResult<Bound<'py, PyList>> {
+    // SAFETY: `dict` is a live dict; a new reference is given, or an error raised.
+    unsafe { Ok(Bound::from_owned_ptr_or_err(dict.py(), ffi::PyDict_Keys(dict.as_ptr()))?.cast_into_unchecked()) }
+}
+
 /// The values of a dict, in order.
 pub(crate) fn values_of<'py>(dict: &Bound<'py, PyDict>) -> PyResult<Bound<'py, PyList>> {
     // SAFETY: `dict` is a live dict; a new reference is given, or an error raised.
