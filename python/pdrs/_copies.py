@@ -61,13 +61,16 @@ def deep_copy(module: ParameterDict, memo: dict[int, Any]) -> Any:
         reduced, parameters = _unpacked(module.__reduce_ex__(4))
     state = _state_of(reduced)
     is_usual = state is not None and type(parameters) is dict and state.get("_parameters") is parameters
-    if state is not None and is_usual and id(parameters) not in memo:
-        # At one time, whatever another thread does: Python lets no other thread run between the two.
-        keys, parameters = map(operator.methodcaller("copy"), (state["_keys"], parameters))
-        memo[id(keys)] = keys  # which is a copy already
-        memo.setdefault(id(memo), []).append(keys)
-        reduced = (*reduced[:2], {**state, "_keys": keys, "_parameters": parameters}, *reduced[3:])
-    return deep_copy_reduced(module, reduced, memo, parameters)
+    if state is None or not is_usual or id(parameters) in memo:
+        return deep_copy_reduced(module, reduced, memo, parameters)
+    # At one time, whatever another thread does: Python lets no other thread run between the two.
+    keys, copied = map(operator.methodcaller("copy"), (state["_keys"], parameters))
+    memo[id(keys)] = keys  # which is a copy already
+    memo.setdefault(id(memo), []).append(keys)
+    reduced = (*reduced[:2], {**state, "_keys": keys, "_parameters": copied}, *reduced[3:])
+    made = deep_copy_reduced(module, reduced, memo, copied)
+    memo[id(parameters)] = made._parameters
+    return made
 
 
 def deep_copy_reduced(
