@@ -110,12 +110,14 @@ class Table:
         # Whether it has been loaded since optimizers were last looked for, which may have been loaded, too.
         self.loaded = False
 
+    @untraced
     def to_plain(self) -> _PlainTable:
         """Return what is pickled and copied of it: nothing that belongs to this very Parameter."""
         free = self.rows.free().astype("<i8").tobytes()
         frozen = None if self.frozen is None else self.frozen.clone()
         return self.attribute, self.group, self.rows.used, free or None, frozen
 
+    @untraced
     def restore(self, plain: _PlainTable, capacity: int) -> None:
         """Take what :meth:`to_plain` returned; ValueError if a Parameter of this capacity has no such rows."""
         _, _, used, free_bytes, frozen = plain
@@ -615,7 +617,7 @@ class Tables(Module):
                 piece = rows[start : start + _PIECE]
                 if values.index_select(0, torch.from_numpy(piece).to(values.device)).any():
                     note_zeros(changes, parameter, piece)
-            if spare and values[table.rows.used :].any():
+            if spare and table.rows.used < len(values) and values[table.rows.used :].any():
                 changes.call(values[table.rows.used :].zero_)
             changes.make()
             counted = -1 if counted < 0 else parameter._version
