@@ -56,6 +56,7 @@ def test_rows_that_were_never_given_are_not_written_and_come_back(count: int, wa
     assert len(pdrs.open(path)) == count + 2  # the file is as it was
 
 
+@pytest.mark.filterwarnings("ignore::pdrs.AbsentNamesWarning")  # what is trained is dense on purpose
 def test_a_resumed_optimizer_fits(tmp_path: Path) -> None:
     sd = grown(9)
     optimizer = torch.optim.Adam(sd.parameters())

@@ -211,6 +211,7 @@ def trained(sd: SD, make: Callable[[Any], torch.optim.Optimizer], sparse: bool) 
     return sd
 
 
+@pytest.mark.filterwarnings("ignore::pdrs.AbsentNamesWarning")  # what is trained is dense on purpose
 @pytest.mark.parametrize("which", OPTIMIZERS)
 def test_optimizers_step_as_on_the_cpu_while_names_come_and_go(device: torch.device, which: str) -> None:
     sparse = which == "SparseAdam"
@@ -303,6 +304,7 @@ def test_what_is_saved_from_the_device_is_loaded_anywhere(device: torch.device, 
 # -- what is measured --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::pdrs.AbsentNamesWarning")  # what is trained is dense on purpose
 def test_what_is_measured_on_a_gpu_gives_right_results(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     cases = importlib.import_module("cases_gpu")

@@ -68,7 +68,8 @@ HOSTILE = [GivesItself, GivesAnother, GivesText, Mock]
 @pytest.mark.parametrize("make", HOSTILE)
 @pytest.mark.parametrize("call", NAMES_OF)
 def test_what_gives_no_list_is_no_list_of_names(call: str, make: type) -> None:
-    with pytest.raises(TypeError, match=f"got {make.__name__}, whose tolist\\(\\) gives"):
+    whose = "" if make is Mock else r", whose tolist\(\) returned"  # a Mock's class has no such method
+    with pytest.raises(TypeError, match=f"got {make.__name__}{whose}"):
         NAMES_OF[call](make())
 
 
@@ -170,8 +171,6 @@ def test_rows_that_were_never_given_do_not_come_back() -> None:
             rows.give_back(row)
         with pytest.raises(ValueError, match="never given"):
             rows.give_back_many(np.array([row]))
-    with pytest.raises(ValueError, match="never given"):
-        TableRows._restore(3, np.array([1 << 40]))
     with pytest.raises(ValueError, match="never given"):
         rows.give_back_many(np.array([-1]))
     assert rows.free().tolist() == []
