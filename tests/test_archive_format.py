@@ -31,8 +31,12 @@ class Reader:
         metadata = header.pop("__metadata__")
         assert (8 + size) % 4096 == 0
         assert metadata["pdrs.crc32"] == f"{zlib.crc32(metadata['pdrs'].encode()):08x}"
-        self.fields = json.loads(metadata["pdrs"])
+        self.fields = json.loads(metadata.pop("pdrs"))
+        del metadata["pdrs.crc32"]
         assert self.fields["version"] == 1
+        texts = json.dumps(metadata, sort_keys=True, separators=(",", ":"))
+        assert self.fields["texts"] == f"{zlib.crc32(texts.encode()):08x}"
+        self.texts = metadata
         self.own: dict[str, tuple[str, list[int], bytes]] = {}
         for name, one in header.items():
             start, stop = one["data_offsets"]
@@ -77,6 +81,12 @@ class Reader:
         assert f"{zlib.crc32(found[2]):08x}" == total
         return found
 
+    def capacity(self, name: str) -> int:
+        rows = self.tensor(name)[1][0]
+        capacity = self.fields.get("capacities", {}).get(name)
+        assert capacity is None or rows < capacity <= 4 * rows
+        return capacity or rows
+
     def entries(self, prefix: str) -> dict[str, list[float]]:
         tables, patterns, names = _unpack(self.tensor(prefix + "_extra_state")[2])
         assert patterns == []
@@ -84,6 +94,8 @@ class Reader:
         for name, id_ in names:
             table, row = tables[id_ >> 40], id_ & (1 << 40) - 1
             assert row < table["used"]
+            if not table["slab"]:
+                assert table["used"] <= self.tensor(prefix + table["attribute"])[1][0]
             if table["slab"]:
                 dtype, _, data = self.tensor(prefix + table["slab"])
                 size, start = prod(table["shape"]), table["offset"]
@@ -185,3 +197,23 @@ def test_a_reader_from_the_document_finds_every_name(stacked: bool, tmp_path: Pa
     assert list(reader.entries("w.")) == list(held)
     assert array("f", reader.tensor("l.weight")[2]).tolist() == module["l"].weight.reshape(-1).tolist()
     assert "w.float32_slab" in reader.names()
+
+
+def test_a_reader_from_the_document_knows_spare_rows_and_metadata(tmp_path: Path) -> None:
+    sd = pdrs.StackedParameterDict({"a": torch.ones(2), "b": torch.zeros(3)})
+    sd.reserve(40, shape=(2,))
+    pdrs.save(sd, tmp_path / "0", metadata={"ключ": "значение", "a": "1"})
+    full = Reader(tmp_path / "0")
+    sd["c"] = torch.full((2,), 2.0)
+    pdrs.save(sd, tmp_path / "1", since=tmp_path / "0")
+    delta = Reader(tmp_path / "1")
+    capacity = len(sd.table((2,)))
+    assert capacity >= 40
+    for reader in (full, delta):
+        assert reader.texts == {"format": "pt", "ключ": "значение", "a": "1"}
+        assert reader.tensor("float32_2")[1][0] < capacity == reader.capacity("float32_2")
+        assert reader.capacity("float32_3") == len(sd.table((3,)))
+        assert not any(reader.tensor("float32_2")[2][8 * 2 :]), "rows without a name are zero"
+    assert full.entries("") == {"a": [1, 1], "b": [0, 0, 0]}
+    assert delta.entries("") == full.entries("") | {"c": [2, 2]}
+    assert len(pdrs.open(tmp_path / "1").table((2,))) == capacity
