@@ -32,6 +32,9 @@ def frozen(value: float) -> Parameter:
     return Parameter(torch.full((2,), value), requires_grad=False)
 
 
+OTHERS = SD({"o": torch.ones(2)}).state_dict()
+
+# One for each way through the code: tracing what a method calls takes up to seconds.
 CALLS: dict[str, Call] = {
     "sd[k]": lambda sd, names: sd[names[0]] * 2,
     "sd[k] = v": lambda sd, names: sd.__setitem__(names[0], torch.full((2,), 3.0)),
@@ -54,10 +57,8 @@ CALLS: dict[str, Call] = {
     "popitem": lambda sd, _: sd.popitem(),
     "update": lambda sd, names: sd.update({names[0]: torch.ones(2), "new": torch.ones(2)}),
     "clear": lambda sd, _: sd.clear(),
-    "copy": lambda sd, _: sd.copy().named_state_dict(),
     "deepcopy": lambda sd, _: deepcopy(sd).named_state_dict(),
     "|": lambda sd, _: (sd | {"new": torch.ones(2)}).named_state_dict(),
-    "|=": lambda sd, _: sd.__ior__({"new": torch.ones(2)}).named_state_dict(),
     "fromkeys": lambda _, names: SD.fromkeys(names, torch.ones(2)).named_state_dict(),
     "from_rows": lambda _, names: SD.from_rows(names, torch.ones(len(names), 2)).named_state_dict(),
     "from_shapes": lambda _, names: SD.from_shapes({name: (2,) for name in names}).named_state_dict(),
@@ -68,9 +69,7 @@ CALLS: dict[str, Call] = {
     "rows, new": lambda sd, names: sd.rows([*names, "new"], missing="insert"),
     "gather": lambda sd, names: sd.gather(names),
     "gather, zero": lambda sd, names: sd.gather([*names, "none"], missing="zero"),
-    "gather, skip": lambda sd, names: sd.gather([*names, "none"], missing="skip"),
-    "gather, new": lambda sd, names: sd.gather([*names, "new"], missing="insert", init=nn.init.ones_),
-    "gather, grown": lambda sd, names: sd.gather(
+    "gather, new names": lambda sd, names: sd.gather(
         [*names, *(f"new{n}" for n in range(40))], missing="insert", init=nn.init.ones_
     ),
     "scatter_": lambda sd, names: sd.scatter_(names, torch.ones(len(names), 2)),
@@ -93,7 +92,7 @@ CALLS: dict[str, Call] = {
     "named_state_dict": lambda sd, _: sd.named_state_dict(),
     "load_state_dict": lambda sd, _: sd.load_state_dict(sd.state_dict()) and None,
     "load, named": lambda sd, _: sd.load_state_dict({k: v + 1 for k, v in sd.named_state_dict().items()}) and None,
-    "load, others": lambda sd, _: sd.load_state_dict(SD({"o": torch.ones(2)}).state_dict()) and None,
+    "load, others": lambda sd, _: sd.load_state_dict(OTHERS) and None,
     "double": lambda sd, _: sd.double() and None,
     "attach": lambda sd, _: sd.attach(torch.optim.Adam(sd.parameters())),
     "repr": lambda sd, _: repr(sd),
@@ -141,11 +140,7 @@ def test_a_method_does_the_same_in_a_compiled_function(call: str) -> None:
     for compile_ in (False, True):
         sd, optimizer = trained()
         used = torch.compile(use, backend="eager") if compile_ else use
-        try:
-            result: Any = used(sd, ["n1", "n2"])
-        except (RuntimeError, KeyError, ValueError) as error:
-            result = type(error).__name__, str(error)
-        outcomes.append(seen(sd, optimizer, result))
+        outcomes.append(seen(sd, optimizer, used(sd, ["n1", "n2"])))
     assert same(*outcomes)
 
 

@@ -23,6 +23,7 @@ from pdrs._stacked.gathered_rows import Handle
 from pdrs._stacked.named_rows import Initialiser, id_of, initialise, refuse_integers, row_of, table_of
 from pdrs._stacked.saved_rows import SavedRows
 from pdrs._stacked.tables import Kind, Table, mask_device, whole
+from pdrs._stacked.untraced import untraced
 from pdrs._state import is_intercepted
 from pdrs._views import KeysView as NamesView
 from pdrs.parameter_dict import MissingEntryError, ParameterDict
@@ -399,6 +400,7 @@ class StackedParameterDict(SavedRows):
             table.loaded = False  # no optimizer was copied with it
         return made
 
+    @untraced
     def __deepcopy__(self, memo: dict[int, Any]) -> StackedParameterDict:
         """Return what ``copy.deepcopy`` makes of any module, while no other thread changes the tables or the names."""
         with self._lock.read():
@@ -490,6 +492,7 @@ class StackedParameterDict(SavedRows):
                 return "\n".join([*lines, f"  {', '.join(map(repr, last))}"])
             return "\n".join([*lines, f"{len(self)} names: {', '.join(map(repr, names))}".rstrip(": ")])
 
+    @untraced
     def _apply(self, fn: Any, recurse: bool = True) -> StackedParameterDict:
         """Move or convert the tables: where ``fn`` is one of torch's own, all or, if there is an error, none."""
         with self._lock.change():

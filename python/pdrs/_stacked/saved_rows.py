@@ -160,6 +160,7 @@ class SavedRows(TrainedRows):
                 "the dictionary in the dtype that was saved, convert it afterwards, and call reserve if it is empty"
             )
 
+    @untraced
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a state dict as torch does; one of a ParameterDict that fits, much faster, unless there are hooks."""
         own = type(self)._load_from_state_dict is SavedRows._load_from_state_dict
