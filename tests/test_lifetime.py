@@ -24,7 +24,7 @@ from torch.nn import Parameter
 from torch.nn.modules import module as registration
 
 import pdrs
-from pdrs.parameter_dict import _collector_paused
+from pdrs._memory import collector_paused
 
 Kind = type[nn.ParameterDict]
 
@@ -330,7 +330,7 @@ def together(*works: Callable[[], None]) -> None:
 
 
 def test_pauses_of_the_collector_that_overlap_leave_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = _collector_paused()
+    first = collector_paused()
     first.__enter__()
     isenabled = gc.isenabled
 
@@ -341,7 +341,7 @@ def test_pauses_of_the_collector_that_overlap_leave_it_on(monkeypatch: pytest.Mo
 
     with monkeypatch.context() as patched:
         patched.setattr(gc, "isenabled", and_then_the_other_thread_goes_on)
-        second = _collector_paused()
+        second = collector_paused()
         second.__enter__()
     second.__exit__(None, None, None)
     assert gc.isenabled()

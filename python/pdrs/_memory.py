@@ -1,15 +1,33 @@
-"""Memory for large tensors on the CPU."""
+"""Memory for large tensors on the CPU, and Python's collector, which looks for memory to give back."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from pdrs._core import use_huge_pages
 
-__all__ = ["empty", "full", "full_like"]
+__all__ = ["collector_paused", "empty", "full", "full_like"]
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Pause the garbage collector: making objects by the million sets it off again and again, to find nothing.
+
+    A thread that finds it off leaves it alone. If another thread has paused it, only that one starts it again.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def empty(shape: int | Sequence[int], *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:

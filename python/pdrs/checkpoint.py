@@ -5,7 +5,6 @@ docs/checkpoints.md shows how to use them, docs/archive.md describes the file.
 
 from __future__ import annotations
 
-import gc
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -37,6 +36,7 @@ from pdrs._checkpoint.shards import remove_interrupted
 from pdrs._checkpoint.state_files import VERSIONS, Key, StateFile, TorchFile, open_state
 from pdrs._checkpoint.tensor_file import CheckpointError, TensorFile, as_texts, texts_of
 from pdrs._core import IndexMap
+from pdrs._memory import collector_paused
 from pdrs._names import Names
 from pdrs._stacked.named_rows import table_of
 from pdrs._stacked.packed_names import is_packed, refuse_unpaid
@@ -244,15 +244,10 @@ def open(  # noqa: A001  # read as pdrs.open
     with _read(path, key) as checkpoint:
         if verify:
             checkpoint.verify(keeps=lambda name: loads and name.startswith(prefix))
-        collects = gc.isenabled()
-        gc.disable()
-        try:
+        with collector_paused():
             sd = open_dictionary(checkpoint, prefix, names, device, dtype)
             sd.metadata = texts_of(checkpoint.file.metadata)
             return sd
-        finally:
-            if collects:
-                gc.enable()
 
 
 def load(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Container, Iterable, Iterator, KeysView, Mapping
-from contextlib import contextmanager
 from itertools import islice, repeat
 from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
@@ -32,6 +30,7 @@ from pdrs._core import (
     take_over,
     use_native_slots,
 )
+from pdrs._memory import collector_paused
 from pdrs._names import listed
 from pdrs._sources import as_dict, columns, refuse_stacked
 from pdrs._state import load_from_state_dict, load_rest, load_whole
@@ -66,20 +65,6 @@ class MissingEntryError(KeyError, AttributeError):
     """What ``pd["missing"]`` raises: a KeyError, as of a dict, and an AttributeError, as torch's class raises."""
 
     __str__ = KeyError.__str__
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    # Making objects by the million sets the garbage collector off again and again, to find nothing.
-    # A thread that finds it off leaves it alone: if another has paused it, that one alone sets it going again.
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 class ParameterDict(torch.nn.ParameterDict):
@@ -311,7 +296,7 @@ class ParameterDict(torch.nn.ParameterDict):
             refuse_stacked(parameters)
             super().update(parameters)  # type: ignore[arg-type]  # torch's takes pairs, too
             return
-        with _collector_paused():
+        with collector_paused():
             source = as_dict(parameters)
             if source is not None and self._is_usual_for(source):
                 take_over(self._keys, self._parameters, source)
@@ -451,7 +436,7 @@ class ParameterDict(torch.nn.ParameterDict):
         if keep_vars or own_state or self._buffers:
             super()._save_to_state_dict(destination, prefix, keep_vars)
             return
-        with _collector_paused():
+        with collector_paused():
             save_parameters(self._parameters, destination, prefix, Parameter)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -476,7 +461,7 @@ class ParameterDict(torch.nn.ParameterDict):
     ) -> None:
         given = given_to(prefix)
         if given is not None:
-            with _collector_paused():
+            with collector_paused():
                 given.load_into(self, prefix, strict, missing_keys, unexpected_keys, error_msgs)
                 load_rest(
                     self, [], 0, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -491,7 +476,7 @@ class ParameterDict(torch.nn.ParameterDict):
             known = {prefix + name for place in (self._parameters, self._buffers) for name in place if "." in name}
             unexpected_keys.extend(key for key in unexpected if key not in known)
             return
-        with _collector_paused():
+        with collector_paused():
             load_from_state_dict(
                 self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
@@ -501,7 +486,7 @@ class ParameterDict(torch.nn.ParameterDict):
         return _copies.shallow_copy(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        with _collector_paused():
+        with collector_paused():
             return _copies.deep_copy(self, memo)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
