@@ -74,14 +74,14 @@ def save(
         ``"named"`` writes a tensor for each name instead, for other tools: slower, larger, and in shards with an index,
         as the Hugging Face tools read them, where one file would be too large for safetensors.
     since
-        An archive in the same folder. Only what differs from it is written: rows whose bytes are others, and names that
-        came, went or moved. All that it holds is read and compared, so nobody needs to keep track of changes. To open
-        the new file takes both. Saving again without ``since`` makes one that stands alone.
+        An archive in the same folder. Only what differs from it is written: rows whose bytes differ, and names that
+        came, went or moved. Everything in it is read and compared, so changes need not be tracked. Opening the new file
+        takes both. A chain has at most 1000 files: saving without ``since`` makes a file that stands alone.
     max_shard_size
         The bytes of tensors in a file of the named layout, at most.
     metadata
-        Texts by name, for the header of the file, or of each shard. By default those of a StackedParameterDict that
-        :func:`open` gave (``sd.metadata``), or else those of ``since``. If they have no ``"format"``, it is ``"pt"``.
+        Texts by name, for the header of the file, or of each shard. The default is ``sd.metadata`` of a
+        StackedParameterDict that :func:`open` returned, or else those of ``since``. ``"format"`` is ``"pt"`` by default.
     sync
         Whether to wait until the file is on the disk.
 
@@ -106,9 +106,9 @@ def save(
 
     Notes
     -----
-    Beside the names, which are packed in memory, it takes 64 MB at most: entries, and what lies on a device, come in
-    blocks. Other threads may go on with a StackedParameterDict meanwhile: names and rows are those of one time, the
-    values of names that stay are those of the time when each block is written.
+    It takes memory for the packed names, and 64 MB: entries, and what lies on a device, come in blocks. Other threads
+    may use and change a StackedParameterDict meanwhile. The names and rows of the file fit together; values are those
+    at the time when their block is written.
 
     Examples
     --------
@@ -192,12 +192,12 @@ def open(  # noqa: A001  # read as pdrs.open
     names
         Take these only, in this order. Their rows are read.
     prefix
-        Take only what begins with it and goes on, and cut it off: ``"weights."`` opens the dictionary ``weights`` of a
-        module. If it ends within the names of a dictionary, as ``"weights.a."`` may, the rows of those are read.
-        Without one, everything that the file holds is an entry, under its name in the state dict.
+        Take only names that begin with it and are longer, and remove it from them: ``"weights."`` opens the dictionary
+        ``weights`` of a module. ``"weights.a."`` reads those rows of it whose names begin with ``"a."``. Without a
+        prefix, everything in the file is an entry, under its name in the state dict.
     key
-        What the state dict stands under, if ``torch.save`` wrote a dict around it: ``"state_dict"`` or ``"model"``,
-        say, or ``("ema", "model")`` for one in a dict in a dict.
+        The key of the state dict, if ``torch.save`` wrote it in a dict: ``"state_dict"`` or ``"model"``, say, or
+        ``("ema", "model")`` for one in a dict in a dict.
     verify
         Whether to read everything and compare checksums first.
 
@@ -211,7 +211,7 @@ def open(  # noqa: A001  # read as pdrs.open
     CheckpointError
         If the file is damaged, or is no checkpoint, or a folder has none, or several.
     KeyError
-        If one of ``names``, or everything below ``prefix``, or what ``key`` says, is missing.
+        If one of ``names`` is missing, or nothing begins with ``prefix``, or ``key`` is not there.
     OSError
         If the file cannot be opened.
     TypeError
@@ -221,8 +221,8 @@ def open(  # noqa: A001  # read as pdrs.open
 
     Notes
     -----
-    The file may be replaced (by ``pdrs.save``, say) or removed meanwhile: what was opened stays what it is. It must not
-    be cut off or written to: whoever then touches what is gone is killed by the system, as with any mapped file.
+    The file may be replaced (by ``pdrs.save``, say) or removed meanwhile: what was opened stays as it is. It must not
+    be written to. Truncating it kills the process that reads what is gone, with SIGBUS, as with any mapped file.
 
     Examples
     --------
@@ -267,14 +267,14 @@ def load(
         What :func:`open` takes.
     module
         A torch.nn.Module. Its dictionaries may be of another class than those that were saved. An empty one takes over
-        the names. Parameters and buffers on the meta device become new ones with memory; attributes and ties stay, but
-        an optimizer is to be made afterwards.
+        the names. Parameters and buffers on the meta device are replaced by new ones with memory. Attributes and ties
+        stay; make optimizers afterwards.
     strict
-        Whether missing and unexpected names are errors. Of a parameter that the module has under several names, the
-        file may have one.
+        Whether missing and unexpected names are errors. If the module has a parameter under several names, the file
+        needs only one of them.
     device
-        Where what is on the meta device gets memory: by default where the rest of the module lies, or on the CPU. What
-        has memory stays where it is.
+        Where tensors on the meta device get memory. The default is where the rest of the module lies, or else the CPU.
+        Tensors that have memory stay where they are.
     key
         As for :func:`open`.
     verify
@@ -292,7 +292,7 @@ def load(
     CheckpointError
         If the file is damaged, or is no checkpoint, or a folder has none, or several.
     KeyError
-        If what ``key`` says is missing.
+        If ``key`` is not there.
     OSError
         If the file cannot be opened.
     TypeError

@@ -686,23 +686,23 @@ class Tables(Module):
         """Let the state of an optimizer follow the names: grown, cleared and moved with the rows. **O(tables)**.
 
         State that has a row for each row of a table (the moments of Adam, the sums of Adagrad, momentum) belongs to the
-        names from now on. It is grown with the table, set back to what it begins with for a new name, and carried along
-        by :meth:`compact` and ``load_state_dict``; numbers such as the count of steps stay. Tables that are made later
-        join the optimizer: the parameter group that has the tables of their group, or of this dictionary at all. If
-        several are attached, they join the first that has such a group, and others only if these have the same tables.
-        The optimizer is not kept alive. Copies and pickles of the dictionary have no attached optimizers.
+        names from now on. It grows with the table, begins anew for a new name, and moves with :meth:`compact` and
+        ``load_state_dict``. Numbers such as the count of steps stay.
 
-        A wrapper around an optimizer (of accelerate, Lightning, Hugging Face) may be given for the optimizer, and the
-        optimizer for the wrapper.
+        A new table joins the first attached optimizer that has the table's group of options, or else tables of this
+        dictionary. It joins other optimizers only if they have the same tables.
+
+        The optimizer is not kept alive. Copies and pickles of the dictionary have no attached optimizers. An optimizer
+        and its wrapper (of accelerate, Lightning, Hugging Face) are one: either may be given.
 
         Parameters
         ----------
         optimizer
             One that has tables of this dictionary.
         begins
-            What its state begins with for a new name, by the keys of the state: a number, or ``"value"`` for what
-            begins as a copy of the parameter. Of torch's optimizers it is known; others are asked, by stepping on a
-            small parameter of one of their class and options.
+            What its state begins with for a new name, by the keys of the state: a number, or ``"value"`` for a copy of
+            the parameter. Needed only if pdrs cannot tell. It knows torch's optimizers. For others, an optimizer of the
+            same class and options takes a step on a small parameter.
 
         Raises
         ------
@@ -711,8 +711,8 @@ class Tables(Module):
         ValueError
             If the optimizer has none of the tables, and there are some.
         RuntimeError
-            If its state cannot follow the rows: it is neither a number nor has it a row for each of a table. State that
-            comes later raises at the first change. So does state of which cannot be told what it begins with.
+            If its state cannot follow the rows: it must be numbers, and plain tensors with a row for each of a table.
+            State that comes later raises at the first change. So does state whose beginning pdrs cannot tell.
         """
         if not (hasattr(optimizer, "param_groups") and hasattr(optimizer, "state")):
             raise TypeError(f"expected an optimizer, got {type(optimizer).__name__}")
