@@ -81,7 +81,8 @@ def save(
         The bytes of tensors in a file of the named layout, at most.
     metadata
         Texts by name, for the header of the file, or of each shard. The default is ``sd.metadata`` of a
-        StackedParameterDict that :func:`open` returned, or else those of ``since``. ``"format"`` is ``"pt"`` by default.
+        StackedParameterDict that :func:`open` returned, or else those of ``since``. The default of ``"format"`` is
+        ``"pt"``.
     sync
         Whether to wait until the file is on the disk.
 
