@@ -38,8 +38,8 @@ from pdrs._checkpoint.tensor_file import CheckpointError, TensorFile, as_texts, 
 from pdrs._core import IndexMap
 from pdrs._memory import collector_paused
 from pdrs._names import Names
-from pdrs._stacked.named_rows import table_of
 from pdrs._stacked.packed_names import is_packed, refuse_unpaid
+from pdrs._stacked.row_ids import table_of
 from pdrs.parameter_dict import ParameterDict
 from pdrs.stacked import StackedParameterDict
 

@@ -20,7 +20,8 @@ from pdrs._names import Names, as_list
 from pdrs._stacked.averages import note_copy
 from pdrs._stacked.changes import Changes
 from pdrs._stacked.gathered_rows import Handle
-from pdrs._stacked.named_rows import Initialiser, id_of, initialise, refuse_integers, row_of, table_of
+from pdrs._stacked.named_rows import Initialiser, initialise, refuse_integers
+from pdrs._stacked.row_ids import id_of, row_of, table_of
 from pdrs._stacked.saved_rows import SavedRows
 from pdrs._stacked.tables import Kind, Table, mask_device, whole
 from pdrs._stacked.untraced import untraced

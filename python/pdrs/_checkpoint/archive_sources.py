@@ -22,9 +22,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from pdrs._checkpoint.hooks import collecting
 from pdrs._checkpoint.tensor_file import BLOCK, CODES, MOST_EXPANDED, refuse_expanded
 from pdrs._core import IndexMap, group_tensors, in_step, sort_tensors
-from pdrs._stacked.named_rows import id_of
 from pdrs._stacked.packed_names import Header, Slab, TableHeader, is_packed, pack, unpack, used_rows
 from pdrs._stacked.row_blocks import copy_in_pieces
+from pdrs._stacked.row_ids import id_of
 from pdrs._stacked.tables import Kind
 from pdrs._staging import download
 from pdrs.parameter_dict import ParameterDict

@@ -42,8 +42,8 @@ from pdrs._checkpoint.state_files import (
     open_state,
 )
 from pdrs._checkpoint.tensor_file import DTYPES, CheckpointError, TensorFile, texts_of
-from pdrs._stacked.named_rows import table_of
 from pdrs._stacked.packed_names import is_packed
+from pdrs._stacked.row_ids import table_of
 from pdrs.stacked import StackedParameterDict
 
 __all__ = ["main"]

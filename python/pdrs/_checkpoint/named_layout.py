@@ -31,8 +31,9 @@ from pdrs._checkpoint.tensor_file import (
     refuse_expanded,
 )
 from pdrs._core import IndexMap, safetensors_entries, safetensors_header, safetensors_shards, sort_tensors
-from pdrs._stacked.named_rows import partition, row_of, table_of
+from pdrs._stacked.named_rows import partition
 from pdrs._stacked.row_blocks import stack
+from pdrs._stacked.row_ids import row_of, table_of
 from pdrs.stacked import StackedParameterDict
 
 __all__ = ["MAX_SHARD", "write_named"]

@@ -23,9 +23,10 @@ from pdrs._checkpoint.tensor_file import CheckpointError
 from pdrs._core import IndexMap, TableRows, group_tensors, insert_ids, names_behind, slab_views
 from pdrs._memory import empty
 from pdrs._names import Names, as_list
-from pdrs._stacked.named_rows import id_of, partition, row_of, table_of
+from pdrs._stacked.named_rows import partition
 from pdrs._stacked.packed_names import Header, TableHeader, check_header, refuse_unpaid, table_in_slab, unpack
 from pdrs._stacked.row_blocks import scatter, write_rows
+from pdrs._stacked.row_ids import id_of, row_of, table_of
 from pdrs._stacked.tables import Kind
 from pdrs._staging import upload
 from pdrs._state import is_intercepted

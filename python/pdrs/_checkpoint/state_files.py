@@ -28,9 +28,9 @@ from pdrs._checkpoint.tensor_file import NO_FILE, STEP, CheckpointError, TensorF
 from pdrs._checkpoint.which_file import file_in, is_of_torch, what_it_is
 from pdrs._core import IndexMap, ShardIndex, sort_tensors
 from pdrs._memory import empty
-from pdrs._stacked.named_rows import id_of
 from pdrs._stacked.packed_names import bytes_of
 from pdrs._stacked.row_blocks import stack
+from pdrs._stacked.row_ids import id_of
 
 __all__ = ["METADATA", "VERSIONS", "Key", "ShardedFile", "StateFile", "TorchFile", "TorchShards", "open_state"]
 

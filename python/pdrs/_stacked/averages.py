@@ -13,14 +13,14 @@ from weakref import ref
 import numpy as np
 from torch.optim.swa_utils import AveragedModel
 
+from pdrs._stacked.row_ids import row_of, table_of
+
 if TYPE_CHECKING:
     from pdrs._stacked.named_rows import NamedRows
 
 __all__ = ["averages_with", "note_copy", "refuse_mixing"]
 
 _CODE = AveragedModel.__init__.__code__
-# As in `named_rows`, which imports this.
-_ROW_BITS = 40
 
 
 def note_copy(original: NamedRows, made: NamedRows) -> None:
@@ -56,7 +56,7 @@ def refuse_mixing(stacked: NamedRows, names: list[str], ids: Any, tables: int) -
                 "model. Make the average anew when all tables are there: reserve(n, shape=...) makes one"
             )
         theirs = other._index.lookup(names, -1)
-        numbers, rows = ids >> _ROW_BITS, ids & ((1 << _ROW_BITS) - 1)
+        numbers, rows = table_of(ids), row_of(ids)
         for number in np.unique(numbers):
             if number >= len(other._tables):
                 continue

@@ -13,17 +13,10 @@ from pdrs._core import TableRows, find_rows, replace_ids
 from pdrs._names import Names, as_list, listed
 from pdrs._stacked.averages import averages_with
 from pdrs._stacked.changes import Changes
-from pdrs._stacked.named_rows import (
-    Initialiser,
-    NamedRows,
-    as_shape,
-    id_of,
-    refuse_integers,
-    row_of,
-    table_of,
-)
+from pdrs._stacked.named_rows import Initialiser, NamedRows, as_shape, refuse_integers
 from pdrs._stacked.row_blocks import note_rows, share_memory
 from pdrs._stacked.row_gather import gather_rows, gather_tables
+from pdrs._stacked.row_ids import id_of, row_of, table_of
 from pdrs._stacked.tables import Kind, Rows, Table
 from pdrs._stacked.untraced import untraced
 from pdrs.parameter_dict import MissingEntryError
@@ -427,8 +420,8 @@ class GatheredRows(NamedRows):
         """Return the Parameter whose rows are the entries of a shape and dtype. **O(tables)**.
 
         There may be several: of frozen entries, of groups of options, after moves to another dtype, or of a file that
-        has several. Then it is the one that has names, or, if none has, the first that is trained. If more have names,
-        a row of :meth:`rows` would be another name's in the wrong one: that is an error.
+        has several. Then it is the one that has names, or, if none has, the first that is trained. It is an error if
+        several have names, because a row of :meth:`rows` is another name's in the wrong table.
 
         Parameters
         ----------
@@ -442,7 +435,7 @@ class GatheredRows(NamedRows):
         Returns
         -------
         torch.nn.Parameter
-            ``[capacity, *shape]``: also rows that belong to nobody. Which rows belong to names, :meth:`rows` tells.
+            ``[capacity, *shape]``, with rows that have no name. :meth:`rows` returns the rows of names.
 
         Raises
         ------

@@ -20,6 +20,7 @@ from pdrs._names import Mask, Names, as_list, is_mask
 from pdrs._stacked.averages import refuse_mixing
 from pdrs._stacked.changes import Changes
 from pdrs._stacked.row_blocks import note_rows, stack, write_rows
+from pdrs._stacked.row_ids import ROW_BITS, ROW_MASK, id_of, row_of, table_of
 from pdrs._stacked.tables import Kind, Rows, Tables
 from pdrs._stacked.untraced import untraced
 
@@ -27,34 +28,14 @@ __all__ = [
     "Initialiser",
     "NamedRows",
     "as_shape",
-    "id_of",
     "initialise",
     "partition",
     "refuse_integers",
-    "row_of",
-    "table_of",
 ]
 
 Initialiser = Callable[[Tensor], Any]
 
-_ROW_BITS = 40
-_ROW_MASK = (1 << _ROW_BITS) - 1
 _EMPTY = 'parameter name can\'t be empty string ""'
-
-
-def table_of(ids: Any) -> Any:
-    """Return the number of the table of an id, or of each of an array; -1 for the id -1."""
-    return ids >> _ROW_BITS
-
-
-def row_of(ids: Any) -> Any:
-    """Return the row of an id, or of each of an array."""
-    return ids & _ROW_MASK
-
-
-def id_of(number: int, rows: Any) -> Any:
-    """Return the id of a row of a table, or of each of an array of rows."""
-    return rows | number << _ROW_BITS
 
 
 def as_shape(shape: Any) -> tuple[int, ...]:
@@ -108,7 +89,7 @@ class NamedRows(Tables):
         changes.set_attributes(self, _moves=self._moves + 1)
 
     def _row(self, id_: int) -> Tensor:
-        return self._parameter(self._tables[id_ >> _ROW_BITS])[id_ & _ROW_MASK]
+        return self._parameter(self._tables[id_ >> ROW_BITS])[id_ & ROW_MASK]  # no calls: this is for each `sd[name]`
 
     # -- inserting -----------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from pdrs._checkpoint.tensor_file import is_padding
 from pdrs._core import TableRows, sort_tensors
 from pdrs._stacked import optimizer_rows
 from pdrs._stacked.changes import Changes
-from pdrs._stacked.named_rows import partition, row_of, table_of
+from pdrs._stacked.named_rows import partition
 from pdrs._stacked.packed_names import (
     Header,
     TableHeader,
@@ -34,6 +34,7 @@ from pdrs._stacked.packed_names import (
     used_rows,
 )
 from pdrs._stacked.row_blocks import stack, write_rows
+from pdrs._stacked.row_ids import row_of, table_of
 from pdrs._stacked.tables import Table, is_sharded
 from pdrs._stacked.trained_rows import TrainedRows
 from pdrs._stacked.untraced import untraced

@@ -2,7 +2,7 @@
 
 A table stays the same Parameter when it grows (its ``.data`` is replaced), so optimizers keep their reference. What
 belongs to its rows goes along: the gradient, the mask of frozen rows, and the state of attached optimizers. Rows that
-belong to nobody are zero when they have never been given, and are written before they are given again.
+have no name are zero: removal clears them, and so does the next use, if anything has written to them meanwhile.
 
 This layer knows rows and no names.
 """

@@ -16,8 +16,8 @@ from pdrs._names import Names
 from pdrs._stacked import optimizer_rows
 from pdrs._stacked.changes import Changes
 from pdrs._stacked.gathered_rows import GatheredRows, Handle
-from pdrs._stacked.named_rows import id_of, row_of, table_of
 from pdrs._stacked.row_blocks import write_rows
+from pdrs._stacked.row_ids import id_of, row_of, table_of
 from pdrs._stacked.tables import Kind, Table, mask_device, whole
 from pdrs._stacked.untraced import untraced
 
