@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import Parameter
+from torch.nn.utils import parametrize
 
 import pdrs
 
@@ -182,3 +183,12 @@ def test_a_state_of_attributes_may_be_given_to_a_bare_object(kind: Kind) -> None
     other.__setstate__(copy.copy(pd.__dict__))
     assert next(iter(other.items())) == ("z", pd["z"])
     assert len(other) == len(pd)
+
+
+def test_what_could_not_be_parametrized_is_copied_still(kind: Kind) -> None:
+    pd = kind({"a": torch.ones(2)})
+    pd.__dict__["a"] = torch.zeros(2)
+    with pytest.raises(AssertionError):
+        parametrize.register_parametrization(pd, "a", nn.Identity())
+    assert "parametrizations" in pd._modules
+    assert copy.deepcopy(pd)["a"].tolist() == [0, 0]

@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import Parameter
-from torch.nn.utils.parametrize import is_parametrized
+from torch.nn import ModuleDict, Parameter
 
 from pdrs._core import (
     TensorGroup,
@@ -54,8 +53,9 @@ def shallow_copy(module: ParameterDict) -> Any:
 def deep_copy(module: ParameterDict, memo: dict[int, Any]) -> Any:
     """Do what ``copy.deepcopy`` does with torch's class."""
     parameters: dict[str, Any] | None = module._parameters if type(module._parameters) is dict else None
-    if is_parametrized(module):
-        # torch lets such a module be copied, but not be pickled, and so not be reduced.
+    if isinstance(module._modules.get("parametrizations"), ModuleDict):
+        # torch lets a parametrized module be copied, but not be pickled, and so not be reduced; nor one that would be
+        # parametrized, had that not failed.
         reduced: _Reduced = (object.__new__, (type(module),), module.__dict__)
     else:
         reduced, parameters = _unpacked(module.__reduce_ex__(4))
