@@ -82,6 +82,52 @@ def test_a_tensor_that_hides_a_parameter_is_what_is_read(kind: Kind, hide: str) 
     assert list(pd) == list(pd._parameters) == ["b"]
 
 
+PLAIN: list[Any] = [5, None, "text", nn.ReLU()]
+
+
+@pytest.mark.parametrize("how", [name for name in SETS if name not in ("pd.k =", "load_state_dict")])
+@pytest.mark.parametrize("hide", [name for name in HIDES if name != "beside the Parameter"])
+@pytest.mark.parametrize("new", PLAIN, ids=lambda new: type(new).__name__)
+def test_what_is_no_parameter_is_shown_where_a_tensor_stood(kind: Kind, hide: str, how: str, new: Any) -> None:
+    pd = kind({"a": torch.zeros(2)})
+    HIDES[hide](pd, torch.full((2,), 5.0))
+    SETS[how](pd, new)
+    assert pd["a"] is pd.a is new
+    assert next(value for key, value in pd.items() if key == "a") is new
+    assert pd.pop("a") is new
+    assert not hasattr(pd, "a")
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+@pytest.mark.parametrize("how", [name for name in SETS if name not in ("pd.k =", "load_state_dict")])
+def test_a_module_takes_the_place_of_a_buffer(kind: Kind, how: str, persistent: bool) -> None:
+    pd = kind()
+    pd.register_buffer("a", torch.zeros(2), persistent=persistent)
+    new = nn.Linear(1, 1)
+    SETS[how](pd, new)
+    assert pd["a"] is pd.a is pd.get("a") is new
+    assert list(pd._buffers) == list(pd._non_persistent_buffers_set) == []
+    assert {"a.bias", "a.weight"} <= pd.state_dict().keys()
+    assert "a" not in pd.state_dict()
+
+
+def test_an_entry_that_is_a_buffer_goes_as_a_whole(kind: Kind) -> None:
+    pd = kind({"a": torch.zeros(2)})
+    del pd.a
+    pd.register_buffer("a", torch.ones(2), persistent=False)
+    assert pd["a"].tolist() == [1, 1]
+    del pd["a"]
+    assert list(pd._buffers) == list(pd._non_persistent_buffers_set) == []
+
+
+def test_a_buffer_is_refused_where_a_plain_value_is(kind: Kind) -> None:
+    pd = kind({"a": 5})
+    with pytest.raises(KeyError, match="attribute 'a' already exists"):
+        pd.a = nn.Buffer(torch.ones(2))
+    assert pd["a"] == pd.a == 5
+    assert not pd._buffers
+
+
 @pytest.mark.parametrize("again", range(1, 4))
 def test_a_shared_module_is_hidden_and_shown_as_often_as_fsdp_does(kind: Kind, again: int) -> None:
     def hide(tensor: torch.Tensor) -> None:

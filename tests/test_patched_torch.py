@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import Parameter
+from torch.nn.utils import parametrize
 
 import pdrs
 from pdrs import _torch_own
@@ -352,6 +353,26 @@ def test_a_patch_that_raises_leaves_no_trace(kind: Kind) -> None:
     assert pd.training is True
 
 
+def test_a_patch_is_asked_for_plain_values_that_are_set_as_attributes(kind: Kind) -> None:
+    original = nn.Module.__setattr__
+
+    def one_more(self: nn.Module, name: str, value: Any) -> None:
+        if value == 0:
+            raise ZeroDivisionError
+        original(self, name, value + 1 if type(value) is int else value)
+
+    pd = kind([("a", 1), ("m", nn.ReLU())])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Module, "__setattr__", one_more)
+        pd.a = 5
+        with pytest.raises(ZeroDivisionError):
+            pd.a = 0
+    assert pd["a"] == pd.a == 6
+    pd["a"] = 7
+    assert pd["a"] == pd.a == pd.pop("a") == 7
+    assert not hasattr(pd, "a")
+
+
 class Gathering(OrderedDict):
     """Do what DeepSpeed's dict of Parameters does: note, or fetch, what is asked for."""
 
@@ -406,6 +427,78 @@ def test_a_subclass_may_give_attributes_other_names_than_keys(kind: Kind) -> Non
     assert list(pd) == list(pd._parameters) == []
     with pytest.raises(AttributeError):
         pd["missing"]
+
+
+@pytest.mark.parametrize("value", [7, None, nn.ReLU(), torch.ones(1), Parameter(torch.ones(1))], ids=lambda v: type(v))
+@pytest.mark.parametrize("before", [5, None, nn.ReLU(), torch.zeros(1)], ids=lambda before: type(before))
+@pytest.mark.parametrize("how", ["pd[k] =", "update", "pd.k ="])
+def test_values_of_any_kind_follow_each_other_under_other_attribute_names(
+    kind: Kind, before: Any, value: Any, how: str
+) -> None:
+    if isinstance(before, torch.Tensor) and not (value is None or isinstance(value, torch.Tensor)):
+        return  # refused
+    if isinstance(before, nn.ReLU) and value == 7:
+        return  # refused
+    if how == "pd.k =" and type(value) is torch.Tensor:
+        return  # refused, or a plain value
+
+    class Prefixed(kind):
+        def _key_to_attr(self, key: str) -> str:
+            return "p_" + key
+
+    pd = Prefixed([("b", 1), ("a", before)])
+    if how == "pd[k] =":
+        pd["a"] = value
+    elif how == "update":
+        pd.update([("a", value)])
+    else:
+        pd.p_a = value
+    assert list(pd) == ["b", "a"]
+    shown = Parameter(value) if type(value) is torch.Tensor else value
+    assert all(type(found) is type(shown) for found in (pd["a"], pd.p_a, list(pd.values())[1]))
+    assert ("p_a" in dict(pd.named_parameters())) == isinstance(value, torch.Tensor)
+    pd.pop("a")
+    assert not hasattr(pd, "p_a")
+
+
+class Doubled(nn.Module):
+    """A parametrization."""
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        return value * 2
+
+    def right_inverse(self, value: torch.Tensor) -> torch.Tensor:
+        return value / 2
+
+
+@pytest.mark.parametrize("function", [None, *FUNCTIONS[:5], "__getitem__", "__setitem__"])
+def test_what_is_parametrized_stays_so_whatever_is_patched(kind: Kind, function: str | None) -> None:
+    log: list[Any] = []
+    pd = kind([("b", torch.zeros(1)), ("a", torch.ones(1))])
+    parametrize.register_parametrization(pd, "a", Doubled())
+    with pytest.MonkeyPatch.context() as patch:
+        if function:
+            place = nn.Module if hasattr(nn.Module, function) else nn.ParameterDict
+            patch.setattr(place, function, noting(getattr(place, function), function, log))
+        for new in (torch.zeros(1), Parameter(torch.zeros(1))):
+            with pytest.raises(KeyError, match="attribute 'a' already exists"):
+                pd["a"] = new
+            with pytest.raises(KeyError, match="attribute 'a' already exists"):
+                pd.update([("b", torch.ones(1)), ("a", new)])
+        for plain in (5, None, "text"):
+            with pytest.raises((TypeError, ValueError)):
+                pd["a"] = plain
+            with pytest.raises((TypeError, ValueError)):
+                pd.update([("a", plain)])
+        log.clear()
+        assert pd["a"].tolist() == [1]
+        if function == "__getitem__":
+            assert log == [("__getitem__", "a")]
+        pd.a = torch.full((1,), 6.0)
+        if function == "__setattr__":
+            assert log[-1] == ("__setattr__", "a")
+    assert [value.item() for value in pd.values()][1] == 6
+    assert sorted(pd.state_dict()) == ["b", "parametrizations.a.original"]
 
 
 def test_attributes_of_entries_can_be_made_up_by_a_patch(kind: Kind) -> None:

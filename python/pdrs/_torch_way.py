@@ -6,13 +6,14 @@ otherwise: keys with dots, and keys that are attributes of a Module.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.fx import Proxy
-from torch.nn import Module, Parameter
+from torch.nn import Module, ModuleDict, Parameter
 
 if TYPE_CHECKING:
     from pdrs.parameter_dict import ParameterDict
@@ -70,25 +71,33 @@ def write(module: ParameterDict, key: str, value: Any) -> None:
     is_known = key in module._keys
     try:
         with _unchanged_on_failure(module, name):
+            if module._is_stood_for(name) and is_attribute(module, name):
+                del vars(module)[name]
             module._keys[key] = 0
             if isinstance(value, Parameter):
                 setattr(module, name, value)
             elif is_attribute(module, name):
                 module._place(name, module._accepted(name, value, module._kind_of(name)))
             else:
-                setattr(module, name, value)
-                # Where all such entries lie, so that they never hide an attribute.
-                if not isinstance(value, Module) and name in vars(module):
-                    module._values[name] = vars(module).pop(name)
+                set_plain(module, name, value, functools.partial(setattr, module))
     except BaseException:
         if not is_known:
             module._keys.pop(key, None)
         raise
 
 
+def set_plain(module: ParameterDict, name: str, value: Any, set_attribute: Callable[[str, Any], None]) -> None:
+    """Set what is no Parameter by ``set_attribute``, and keep it where all such entries lie: there it hides nothing."""
+    set_attribute(name, value)
+    if not isinstance(value, Module) and name in vars(module):
+        module._values[name] = vars(module).pop(name)
+
+
 def register(module: ParameterDict, name: str, value: Parameter, set_attribute: Callable[[str, Any], None]) -> None:
     """Do what ``torch.nn.Module.__setattr__``, which is ``set_attribute``, does with the Parameter of an entry."""
     parameters = module._parameters
+    if name not in parameters:
+        refuse_parametrized(module, name)
     is_taken = is_attribute(module, name)
     # torch refuses both names if nothing is registered under them.
     holds_place = ("." in name or is_taken) and name not in parameters
@@ -105,6 +114,18 @@ def register(module: ParameterDict, name: str, value: Parameter, set_attribute: 
             set_attribute(spelled, value)
         if holds_place and parameters.get(name) is None:
             del parameters[name]
+
+
+def parametrized(module: Module) -> ModuleDict | tuple[()]:
+    """Give the names of what is parametrized; nobody is asked for an attribute, as ``is_parametrized`` asks."""
+    found = module._modules.get("parametrizations")
+    return found if isinstance(found, ModuleDict) else ()
+
+
+def refuse_parametrized(module: Module, name: str) -> None:
+    """Refuse a name that belongs to a parametrization, as torch does for Parameters."""
+    if name in parametrized(module):
+        raise KeyError(f"attribute '{name}' already exists")
 
 
 def _places(module: ParameterDict) -> tuple[dict[str, Any], ...]:

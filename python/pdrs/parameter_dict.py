@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling as _tracing
-from torch.nn import Module, Parameter
+from torch.nn import Buffer, Module, Parameter
 from torch.nn.modules import module as _torch_module
 from torch.nn.modules.module import _IncompatibleKeys
-from torch.nn.utils.parametrize import is_parametrized
 
 from pdrs import _copies, _torch_own, _torch_way, transfer
 from pdrs._checkpoint.hooks import given_to, takes_down
@@ -56,9 +55,10 @@ class _Kind(NamedTuple):
     expected: str
 
 
-_PARAMETER = _Kind("parameter", "torch.nn.Parameter")
-_MODULE = _Kind("child module", "torch.nn.Module")
-_BUFFER = _Kind("buffer", "torch.nn.Buffer, torch.Tensor")
+_PARAMETER = _Kind("parameter", "torch.nn.Parameter or None")
+_MODULE = _Kind("child module", "torch.nn.Module or None")
+_PARAMETRIZED = _Kind("parametrized tensor", "torch.Tensor")
+_BUFFER = _Kind("buffer", "torch.nn.Buffer, torch.Tensor or None")
 
 
 class MissingEntryError(KeyError, AttributeError):
@@ -365,23 +365,29 @@ class ParameterDict(torch.nn.ParameterDict):
         A Parameter of the name of an entry becomes the value of the entry, whatever else has that name.
         """
         state = self.__dict__
-        if name in state.get("_keys", ()):
-            if isinstance(value, Parameter):
-                # Here, and not in torch's method, which refuses dots: `load_state_dict(assign=True)` sets attributes.
-                value = _to_leaf_parameter(name, value)
-                if _tracing() or is_own(self, _torch_own.SETATTR):
-                    self._place(name, self._accepted(name, value, self._kind_of(name)))
-                else:
-                    _torch_way.register(self, name, value, super().__setattr__)
-                return
-            if _torch_way.is_attribute(self, name):
-                object.__setattr__(self, name, value)
-                return
-            if name in self._values:
-                if not isinstance(value, Module):
+        is_key = name in state.get("_keys", ())
+        if is_key and isinstance(value, Parameter):
+            # Here, and not in torch's method, which refuses dots: `load_state_dict(assign=True)` sets attributes.
+            value = _to_leaf_parameter(name, value)
+            if _tracing() or is_own(self, _torch_own.SETATTR):
+                self._place(name, self._accepted(name, value, self._kind_of(name)))
+            else:
+                _torch_way.register(self, name, value, super().__setattr__)
+            return
+        # A subclass may give an entry another attribute name than its key.
+        is_plain = name in state.get("_values", ())
+        if (is_key or is_plain) and _torch_way.is_attribute(self, name) and name not in _torch_way.parametrized(self):
+            object.__setattr__(self, name, value)
+            return
+        # A Buffer torch refuses there.
+        if is_plain and not isinstance(value, Buffer):
+            if not isinstance(value, (Parameter, Module)):
+                if _tracing() or are_functions_own(self, _torch_own.SETATTR):
                     self._values[name] = value
-                    return
-                del self._values[name]
+                else:
+                    _torch_way.set_plain(self, name, value, super().__setattr__)
+                return
+            del self._values[name]
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
@@ -508,7 +514,9 @@ class ParameterDict(torch.nn.ParameterDict):
         """Find the value of a key of which ``get_entry`` has found none."""
         if not is_own(self, _torch_own.GETITEM):
             try:
-                if follows_torch(self, "__getitem__") or _torch_way.is_attribute(self, key):
+                if follows_torch(self, "__getitem__") or (
+                    _torch_way.is_attribute(self, key) and key not in _torch_way.parametrized(self)
+                ):
                     return _torch_way.read(self, key)
                 return super().__getitem__(key)
             except AttributeError as error:
@@ -552,6 +560,7 @@ class ParameterDict(torch.nn.ParameterDict):
         key = self._key_to_attr(key)
         for place in (self._parameters, self._values, self._modules, self._buffers):
             if key in place:
+                self._non_persistent_buffers_set.discard(key)
                 del place[key]
                 return
         if key not in _torch_way.STATE:
@@ -569,16 +578,16 @@ class ParameterDict(torch.nn.ParameterDict):
         """Give what is to be placed, or refuse it where something of the kind ``held`` is; nothing has changed yet."""
         hooks: Iterable[Callable[..., Any]] = ()
         if isinstance(value, Parameter):
-            if held is not _PARAMETER and is_parametrized(self, key):
-                raise KeyError(f"attribute '{key}' already exists")
+            if held is not _PARAMETER:
+                _torch_way.refuse_parametrized(self, key)
             hooks = _torch_module._global_parameter_registration_hooks.values()
         else:
             if isinstance(value, Module):
                 hooks = _torch_module._global_module_registration_hooks.values()
-            if held and value is not None and not (held is _MODULE and isinstance(value, Module)):
-                raise TypeError(
-                    f"cannot assign '{torch.typename(value)}' as {held.name} '{key}' ({held.expected} or None expected)"
-                )
+            elif key in _torch_way.parametrized(self):
+                raise _refusal(key, value, _PARAMETRIZED)
+            if held and value is not None and not (held is not _PARAMETER and isinstance(value, Module)):
+                raise _refusal(key, value, held)
         for hook in hooks:
             output = hook(self, key, value)
             if output is not None:
@@ -599,6 +608,8 @@ class ParameterDict(torch.nn.ParameterDict):
         else:
             registered: tuple[dict[str, Any], ...] = (self._parameters, self._modules, self._buffers)
             place = next((place for place in registered if key in place), self._values)
+            if place is self._values and self._is_stood_for(key):
+                before.append(self.__dict__.pop(key))
         self._keys[key] = 0
         before.append(place.get(key))
         place[key] = value
@@ -606,22 +617,26 @@ class ParameterDict(torch.nn.ParameterDict):
     def _forget_elsewhere(self, key: str, but: Mapping[str, Any] | None = None) -> list[Any]:
         """Take what stands for ``key`` out of everything but the Parameters and one place, and give it."""
         places = [place for place in (self._values, self._modules, self._buffers) if place is not but]
-        # As torch does; but attributes of the module stay, unless there is nothing else that the entry could be.
-        hidden_by = self.__dict__.get(key)
-        if isinstance(hidden_by, Tensor) or (
-            hidden_by is not None
-            and key not in _torch_way.STATE
-            and key in self._keys
-            and not any(key in place for place in (self._parameters, self._values, self._modules, self._buffers))
-        ):
+        # As torch does; but attributes of the module stay.
+        if self._is_stood_for(key):
             places.append(self.__dict__)
         forgotten = [place.pop(key, None) for place in places]
         self._non_persistent_buffers_set.discard(key)
         return forgotten
 
+    def _is_stood_for(self, key: str) -> bool:
+        """Whether an attribute stands for an entry: a tensor does, and what is all that the entry could be."""
+        attribute = self.__dict__.get(key)
+        return isinstance(attribute, Tensor) or (
+            attribute is not None
+            and key not in _torch_way.STATE
+            and key in self._keys
+            and not any(key in place for place in (self._parameters, self._values, self._modules, self._buffers))
+        )
+
     def _is_usual_for(self, names: Iterable[str]) -> bool:
         """Whether Parameters of these names may go into ``_parameters`` with no regard to what is elsewhere."""
-        if _torch_module._global_parameter_registration_hooks or is_parametrized(self):
+        if _torch_module._global_parameter_registration_hooks or _torch_way.parametrized(self):
             return False
         hiding = self.__dict__.keys() - _torch_way.STATE
         elsewhere = (self._values, self._modules, self._buffers)
@@ -681,6 +696,10 @@ class _Shown:
 
     def items(self) -> list[tuple[str, Any]]:
         return self._entries
+
+
+def _refusal(key: str, value: Any, held: _Kind) -> TypeError:
+    return TypeError(f"cannot assign '{torch.typename(value)}' as {held.name} '{key}' ({held.expected} expected)")
 
 
 def _to_leaf_parameter(key: str, value: Tensor) -> Parameter:
