@@ -373,6 +373,20 @@ def test_a_patch_is_asked_for_plain_values_that_are_set_as_attributes(kind: Kind
     assert not hasattr(pd, "a")
 
 
+@pytest.mark.parametrize("function", ["__setitem__", "__getattr__", "__setattr__", "register_parameter"])
+def test_values_of_any_kind_follow_each_other_whatever_is_patched(kind: Kind, function: str) -> None:
+    place = nn.Module if hasattr(nn.Module, function) else nn.ParameterDict
+    for before in (5, None, nn.ReLU()):
+        for after in (nn.Linear(1, 1), Parameter(ZERO), None):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(place, function, noting(getattr(place, function), function, []))
+                pd = kind([("a", before)])
+                pd["a"] = after
+                assert pd["a"] is pd.a is after
+            assert pd["a"] is pd.a is after
+            assert len(list(pd.parameters())) == (0 if after is None else 2 if isinstance(after, nn.Linear) else 1)
+
+
 class Gathering(OrderedDict):
     """Do what DeepSpeed's dict of Parameters does: note, or fetch, what is asked for."""
 

@@ -376,18 +376,23 @@ class ParameterDict(torch.nn.ParameterDict):
             return
         # A subclass may give an entry another attribute name than its key.
         is_plain = name in state.get("_values", ())
-        if (is_key or is_plain) and _torch_way.is_attribute(self, name) and name not in _torch_way.parametrized(self):
-            object.__setattr__(self, name, value)
-            return
-        # A Buffer torch refuses there.
+        if is_key or is_plain:
+            if _torch_way.is_attribute(self, name) and name not in _torch_way.parametrized(self):
+                object.__setattr__(self, name, value)
+                return
+            # Tensors stay where FSDP and others put them, and look for them; a Buffer torch refuses.
+            is_plain = is_plain or not (isinstance(value, Tensor) or self._kind_of(name))
         if is_plain and not isinstance(value, Buffer):
             if not isinstance(value, (Parameter, Module)):
+                if name in _torch_way.parametrized(self):
+                    raise _refusal(name, value, _PARAMETRIZED)
                 if _tracing() or are_functions_own(self, _torch_own.SETATTR):
                     self._values[name] = value
+                    state.pop(name, None)
                 else:
                     _torch_way.set_plain(self, name, value, super().__setattr__)
                 return
-            del self._values[name]
+            self._values.pop(name, None)
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
@@ -626,9 +631,9 @@ class ParameterDict(torch.nn.ParameterDict):
 
     def _is_stood_for(self, key: str) -> bool:
         """Whether an attribute stands for an entry: a tensor does, and what is all that the entry could be."""
-        attribute = self.__dict__.get(key)
-        return isinstance(attribute, Tensor) or (
-            attribute is not None
+        attributes = self.__dict__
+        return isinstance(attributes.get(key), Tensor) or (
+            key in attributes
             and key not in _torch_way.STATE
             and key in self._keys
             and not any(key in place for place in (self._parameters, self._values, self._modules, self._buffers))
