@@ -387,6 +387,16 @@ def test_values_of_any_kind_follow_each_other_whatever_is_patched(kind: Kind, fu
             assert len(list(pd.parameters())) == (0 if after is None else 2 if isinstance(after, nn.Linear) else 1)
 
 
+def test_a_tensor_that_hides_what_has_become_none_stays(kind: Kind) -> None:
+    pd = kind({"a": ZERO})
+    pd.__dict__["a"] = torch.ones(2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Module, "register_parameter", noting(nn.Module.register_parameter, "register_parameter", []))
+        pd["a"] = None
+    assert pd["a"] is pd.a is pd.__dict__["a"] is next(iter(pd.values()))
+    assert pd._parameters == {"a": None}
+
+
 class Gathering(OrderedDict):
     """Do what DeepSpeed's dict of Parameters does: note, or fetch, what is asked for."""
 

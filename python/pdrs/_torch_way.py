@@ -89,7 +89,8 @@ def write(module: ParameterDict, key: str, value: Any) -> None:
 def set_plain(module: ParameterDict, name: str, value: Any, set_attribute: Callable[[str, Any], None]) -> None:
     """Set what is no Parameter by ``set_attribute``, and keep it where all such entries lie: there it hides nothing."""
     set_attribute(name, value)
-    if not isinstance(value, Module) and name in vars(module):
+    # What lies there may be a tensor that hides a Parameter, which has become None.
+    if not isinstance(value, Module) and name in vars(module) and not module._kind_of(name):
         module._values[name] = vars(module).pop(name)
 
 
