@@ -10,6 +10,8 @@ from __future__ import annotations
 import gc
 import random
 import re
+import subprocess
+import sys
 from collections import ChainMap, OrderedDict, UserDict, defaultdict
 from pathlib import Path
 from types import MappingProxyType
@@ -666,3 +668,37 @@ def test_what_is_copied_does_not_depend_on_an_unusual_entry_before():
         target.load_state_dict(state)
     assert str(caught.value).count("size mismatch") == 2
     assert not target["c"].any()
+
+
+CHANGES_MEANWHILE = """
+import sys, torch
+count, pending = torch._C._increment_version, []
+
+def meanwhile(tensors):
+    if pending:
+        pending.pop()()
+    return count(tensors)
+
+torch._C._increment_version = meanwhile
+import pdrs
+
+for change in ("grows", "shrinks", "is emptied"):
+    pd = pdrs.ParameterDict((f"n{at}", torch.zeros(1)) for at in range(2000))
+    state = {name: torch.ones(1) for name in pd}
+    pending.append({
+        "grows": lambda: state.update((f"new{at}", torch.ones(1)) for at in range(5000)),
+        "shrinks": lambda: [state.pop("n0"), state.pop("n1999")],
+        "is emptied": state.clear,
+    }[change])
+    missing, unexpected = pd.load_state_dict(state, strict=False)
+    assert not pending
+    assert all(pd[name].item() == (name not in missing) for name in pd)
+    assert len(missing) == {"grows": 0, "shrinks": 2, "is emptied": 2000}[change], missing
+    assert not unexpected
+"""
+
+
+def test_a_state_dict_that_changes_its_size_while_it_is_loaded_ends_the_load_with_what_is_there():
+    # As another thread may do, wherever torch counts what was written in Python.
+    done = subprocess.run([sys.executable, "-c", CHANGES_MEANWHILE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

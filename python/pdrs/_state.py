@@ -77,7 +77,7 @@ def load_whole(module: ParameterDict, state_dict: Any) -> bool:
         # The key of extra state would be; torch says so even if an entry has it.
         and _EXTRA_STATE_KEY_SUFFIX not in state_dict
         and not is_intercepted()
-        and load_matching(module._parameters, state_dict, "", LARGEST, True)[1] == len(state_dict)
+        and load_matching(module._parameters, state_dict, "", LARGEST, True)[1] == len(module._parameters)
     )
 
 

@@ -18,7 +18,6 @@ use pdrs_core::strides::{extent, is_dense, order_of};
 use pyo3::ffi;
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::dict::BoundDictIterator;
 use pyo3::types::{PyDict, PyIterator, PyList, PyString};
 
 use crate::group::Paused;
@@ -337,19 +336,38 @@ unsafe fn copy(pairs: &[Pair]) {
 ///
 /// They nearly always come in the order of the names. So the next key is compared first, and then the one after it,
 /// without joining prefix and name; only when both are others, the key is made and looked up.
+///
+/// Another thread may change the state dict whenever torch is called, which `PyO3`'s iterator takes for a reason to
+/// panic. Here that makes keys other than those expected, which are looked up.
 struct Keys<'a, 'py> {
     state: &'a Bound<'py, PyDict>,
     prefix: &'a Bound<'py, PyString>,
-    rest: BoundDictIterator<'py>,
+    /// How far the interpreter has gone through the state dict.
+    position: ffi::Py_ssize_t,
     next: Option<(Bound<'py, PyAny>, Bound<'py, PyAny>)>,
     after: Option<(Bound<'py, PyAny>, Bound<'py, PyAny>)>,
 }
 
 impl<'a, 'py> Keys<'a, 'py> {
     fn new(state: &'a Bound<'py, PyDict>, prefix: &'a Bound<'py, PyString>) -> Self {
-        let mut rest = state.iter();
-        let (next, after) = (rest.next(), rest.next());
-        Self { state, prefix, rest, next, after }
+        let mut keys = Self { state, prefix, position: 0, next: None, after: None };
+        keys.next = keys.read();
+        keys.after = keys.read();
+        keys
+    }
+
+    /// The next item of the state dict.
+    fn read(&mut self) -> Option<(Bound<'py, PyAny>, Bound<'py, PyAny>)> {
+        let (mut key, mut value) = (ptr::null_mut(), ptr::null_mut());
+        // SAFETY: `state` is a live dict, and CPython checks the position against what the dict is now. What it gives is
+        // borrowed from the dict, which nobody changes before there is a reference to both.
+        unsafe {
+            if ffi::PyDict_Next(self.state.as_ptr(), &raw mut self.position, &raw mut key, &raw mut value) == 0 {
+                return None;
+            }
+            let py = self.state.py();
+            Some((Bound::from_borrowed_ptr(py, key), Bound::from_borrowed_ptr(py, value)))
+        }
     }
 
     fn value_of(&mut self, name: &Bound<'py, PyAny>) -> PyResult<Option<Bound<'py, PyAny>>> {
@@ -370,7 +388,9 @@ impl<'a, 'py> Keys<'a, 'py> {
     }
 
     fn step(&mut self) -> Option<(Bound<'py, PyAny>, Bound<'py, PyAny>)> {
-        std::mem::replace(&mut self.next, std::mem::replace(&mut self.after, self.rest.next()))
+        let read = self.read();
+        let after = std::mem::replace(&mut self.after, read);
+        std::mem::replace(&mut self.next, after)
     }
 
     /// Whether a key is the prefix and then the name.
