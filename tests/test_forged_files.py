@@ -340,6 +340,22 @@ def test_whatever_is_changed_in_a_file_it_is_refused_as_one_or_opens_and_works(t
     assert seen["opened"] > 10, seen
 
 
+@pytest.mark.parametrize("within", [False, True])
+def test_of_a_file_whose_last_table_is_wrong_nothing_is_loaded(tmp_path: Path, within: bool) -> None:
+    entries = {"a": torch.ones(3), "b": torch.ones(2), "c": torch.ones(2)}
+    kept = pdrs.ParameterDict({name: torch.zeros_like(one) for name, one in entries.items()})
+    of_what = {False: pdrs.ParameterDict(entries), True: torch.nn.ModuleDict({"in": pdrs.ParameterDict(entries)})}
+    into = {False: kept, True: torch.nn.ModuleDict({"in": kept})}
+    pdrs.save(of_what[within], tmp_path / "full.st", sync=False)
+    parts = Parts((tmp_path / "full.st").read_bytes())
+    (name,) = (name for name in parts.tensors if name.endswith("float32_2"))
+    parts.header[name]["shape"], parts.tensors[name] = [1, 2], parts.tensors[name][:8]
+    (tmp_path / "bad.st").write_bytes(parts.put_together(parts.metadata()))
+    with pytest.raises(pdrs.CheckpointError, match="2 rows are in use"):
+        pdrs.load(tmp_path / "bad.st", into[within])
+    assert all((one == 0).all() for one in kept.values())
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     first = int(sys.argv[2]) if sys.argv[2:] else 0

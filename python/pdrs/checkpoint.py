@@ -379,6 +379,9 @@ def _state_for(module: Module, checkpoint: Checkpoint) -> tuple[dict[str, Tensor
         members |= saved.members()
         sees_names = any(map(prefix.startswith, asked))
         if isinstance(target, ParameterDict) and not (sees_names and len(target)):
+            # Its entries are filled table by table: all must be right before anything is changed.
+            for table in saved.header.tables:
+                saved.table(table)
             given[prefix] = saved
         elif isinstance(target, StackedParameterDict) and not _needs_names(target, saved, sees_names):
             # Names and tables must agree before anything is changed.
