@@ -310,6 +310,7 @@ def test_the_smallest_are_pruned_by_their_norms() -> None:
         (torch.tensor([0.5, 0.1]), TypeError, "a mask of bool, got Tensor of float32"),
         (BooleanSeries([True, None]), TypeError, "a mask of bool, got BooleanSeries of object"),
         ([True, "a"], TypeError, "a mask of bool, got list of"),
+        (np.ma.masked_array([True, True, False], mask=[False, True, False]), TypeError, "a mask of bool, got"),
     ],
 )
 def test_a_mask_that_does_not_fit_is_refused_and_nothing_is_dropped(mask: Any, error: Any, message: str) -> None:

@@ -109,6 +109,8 @@ def as_mask(given: Any, count: int) -> NDArray[np.bool_]:
     ValueError
         If it is of another length.
     """
+    if isinstance(given, np.ma.MaskedArray) and np.ma.is_masked(given):
+        given = given.astype(object).filled(None)  # what is below a mask is missing, and not what was there
     array = given.detach().cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
     if array.dtype == object and set(map(type, array.reshape(-1).tolist())) <= {bool, np.bool_}:
         array = array.astype(bool)  # of a column where values could be missing
