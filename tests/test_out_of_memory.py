@@ -31,12 +31,18 @@ def stacked():
 def entries():
     return pdrs.ParameterDict({name: torch.zeros(1) for name in names[:4000]})
 
+def many():
+    return pdrs.ParameterDict(dict.fromkeys(names[:20000], torch.nn.Parameter(torch.zeros(1))))
+
 def none():
     return None
 
 def seen(made):
     if isinstance(made, SD):
         return len(made), made._tables[0].rows.used if made._tables else 0, len(made._index)
+    if isinstance(made, pdrs.ParameterDict):
+        assert list(made) == list(made._parameters)
+        return len(made), made[names[2500]]._cdata, next(made.parameters()).dtype
     return len(made) if made is not None else 0
 
 def one_by_one(made):
@@ -46,6 +52,16 @@ def one_by_one(made):
 def pops(made):
     for name in names[1::3]:
         made.pop(name)
+
+def takes(made):
+    kept, at = [None] * N, 0
+    try:
+        while at < N:
+            kept[at] = made.popitem(at % 2 == 0)
+            at += 1
+    except MemoryError:
+        assert at + len(made) == N
+        raise
 
 def moves(made):
     for name in names[1::3]:
@@ -60,6 +76,7 @@ pdrs.save(stacked(), named, layout="named", sync=False)
 state = stacked().state_dict()
 pickled = pickle.dumps(index())
 rows = torch.zeros(N, 2)
+additions = [dict.fromkeys(others[:more], torch.nn.Parameter(torch.zeros(1))) for more in (2000, 9000, 20000)]
 
 WORKS = {
     "maps": [
@@ -78,15 +95,18 @@ WORKS = {
         (index, lambda made: made == made.copy()),
         (index, pickle.dumps),
     ],
-    "parts": [(pdrs.IndexMap, one_by_one), (index, pops), (index, moves)],
+    "parts": [(pdrs.IndexMap, one_by_one), (index, pops), (index, takes), (index, moves)],
     "tables": [
         (none, lambda _: SD.from_rows(names, rows)),
         (stacked, lambda made: made.gather(names)),
         (stacked, lambda made: made.drop(names[::2])),
         (stacked, lambda made: made.update(dict.fromkeys(others[:999], rows[0]))),
+        (stacked, lambda made: made.unstack()),
         (stacked, copy.deepcopy),
         (stacked, lambda made: made.state_dict()),
         (SD, lambda made: made.load_state_dict(state)),
+        *((many, lambda made, new=new: made.update(new)) for new in additions),
+        *((many, lambda made, new=new: made.update(new.items())) for new in additions),
         (entries, lambda made: made.stack()),
         (entries, lambda made: made.state_dict()),
         (entries, copy.deepcopy),

@@ -122,8 +122,11 @@ pub(crate) fn set_entry(
         return Ok(false);
     };
     index.get().put(py, Name::new(name.clone()))?;
-    parameters.set_item(name, value)?;
-    Ok(true)
+    let done = parameters.set_item(name, value);
+    if done.is_err() && !parameters.contains(name)? {
+        index.get().discard(name);
+    }
+    done.map(|()| true)
 }
 
 /// The index of a `ParameterDict`, from its attributes.
@@ -159,52 +162,63 @@ pub(crate) fn can_take_over(source: &Bound<'_, PyDict>, parameter: &Bound<'_, Py
 ///
 /// Into an empty dict Python copies another as a whole, which is several times faster than an insertion an entry.
 #[pyfunction]
-pub(crate) fn take_over(
-    index: &Bound<'_, IndexMap>,
-    parameters: &Bound<'_, PyDict>,
-    source: &Bound<'_, PyDict>,
+pub(crate) fn take_over<'py>(
+    index: &Bound<'py, IndexMap>,
+    parameters: &Bound<'py, PyDict>,
+    source: &Bound<'py, PyDict>,
 ) -> PyResult<()> {
     let mut names = memory::with_capacity(source.len())?;
-    // What is replaced goes when all is done: its finalizers may change the dictionary.
-    let mut replaced = Vec::new();
     for (name, _) in source {
-        let name = name.cast_into_exact::<PyString>()?;
-        if !parameters.is_empty()
-            && let Some(before) = parameters.get_item(&name)?
-        {
-            memory::push(&mut replaced, before)?;
-        }
-        memory::push(&mut names, Name::new(name))?;
+        memory::push(&mut names, name.cast_into_exact::<PyString>()?)?;
     }
-    index.get().append(index.py(), names)?;
-    parameters.update(source.as_mapping())
+    put_all(index, parameters, names, || parameters.update(source.as_mapping()))
+}
+
+/// Puts values behind names, and the names that are new at the end of `index`: all or none.
+///
+/// Memory may run out in both. The index takes all or none by itself; so it comes last, and the dict is put right.
+fn put_all<'py>(
+    index: &Bound<'py, IndexMap>,
+    parameters: &Bound<'py, PyDict>,
+    names: Vec<Bound<'py, PyString>>,
+    put: impl FnOnce() -> PyResult<()>,
+) -> PyResult<()> {
+    // What is replaced goes when all is done: its finalizers may change the dictionary.
+    let mut before = Vec::new();
+    let was_empty = parameters.is_empty();
+    if !was_empty {
+        before = memory::try_collect(names.iter().map(|name| parameters.get_item(name)))?;
+    }
+    let added = memory::collect(names.iter().map(|name| Name::new(name.clone())))?;
+    let done = put().and_then(|()| index.get().append(index.py(), added).map(drop));
+    if done.is_err() {
+        if was_empty {
+            parameters.clear();
+        }
+        // Neither takes memory: to remove a key, and to replace what stands behind one that is there.
+        for (name, before) in names.iter().zip(&before) {
+            match before {
+                Some(before) => parameters.set_item(name, before)?,
+                None if parameters.contains(name)? => parameters.del_item(name)?,
+                None => {}
+            }
+        }
+    }
+    done
 }
 
 /// Puts prepared names and values in: into `parameters`, and the names that are new at the end of `index`.
 #[pyfunction]
-pub(crate) fn insert_all(
-    index: &Bound<'_, IndexMap>,
-    parameters: &Bound<'_, PyDict>,
-    names: &Bound<'_, PyList>,
+pub(crate) fn insert_all<'py>(
+    index: &Bound<'py, IndexMap>,
+    parameters: &Bound<'py, PyDict>,
+    names: &Bound<'py, PyList>,
     values: &Bound<'_, PyList>,
 ) -> PyResult<()> {
-    let mut added = memory::with_capacity(names.len())?;
-    // What is replaced goes when all is done: its finalizers may change the dictionary.
-    let mut replaced = Vec::new();
-    for name in names {
-        let name = name.cast_into_exact::<PyString>()?;
-        if !parameters.is_empty()
-            && let Some(before) = parameters.get_item(&name)?
-        {
-            memory::push(&mut replaced, before)?;
-        }
-        memory::push(&mut added, Name::new(name))?;
-    }
-    index.get().append(index.py(), added)?;
-    for (name, value) in names.iter().zip(values.iter()) {
-        parameters.set_item(name, value)?;
-    }
-    Ok(())
+    let texts = memory::try_collect(names.iter().map(|name| Ok(name.cast_into_exact::<PyString>()?)))?;
+    put_all(index, parameters, texts, || {
+        names.iter().zip(values.iter()).try_for_each(|(name, value)| parameters.set_item(name, value))
+    })
 }
 
 /// The first and the second elements of pairs, or `None` if one of them is not a tuple or list of two.

@@ -4,7 +4,7 @@ use std::hint::black_box;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use numpy::{PyArray1, PyArrayLike1};
+use numpy::{PyArray1, PyReadonlyArray1};
 use pdrs_core::lines::Lines;
 use pdrs_core::staging;
 use pdrs_core::strides::{is_dense, make_dense, order_of};
@@ -275,14 +275,17 @@ impl TensorGroup {
 #[pyo3(signature = (slab, offsets, shapes, *, requires_grad = None, door = None))]
 pub(crate) fn slab_views<'py>(
     slab: &Bound<'py, PyAny>,
-    offsets: PyArrayLike1<'py, i64>,
+    offsets: &Bound<'py, PyAny>,
     shapes: &Bound<'py, PyList>,
     requires_grad: Option<bool>,
     door: Option<&str>,
 ) -> PyResult<Bound<'py, PyList>> {
     let py = slab.py();
     let torch = Torch::get(py)?;
-    let offsets = offsets.as_array();
+    let offsets = match offsets.extract::<PyReadonlyArray1<'_, i64>>() {
+        Ok(array) => memory::collect(array.as_array().iter().copied())?,
+        Err(_) => memory::try_collect(offsets.cast::<PyList>()?.iter().map(|offset| offset.extract()))?,
+    };
     if offsets.len() != shapes.len() {
         return Err(PyValueError::new_err(format!(
             "expected as many offsets as shapes, got {} and {}",
@@ -297,8 +300,8 @@ pub(crate) fn slab_views<'py>(
     let _paused = Paused::new(py)?;
     let mut made = memory::with_capacity(shapes.len())?;
     let mut strides = Vec::new();
-    for (offset, shape) in offsets.iter().zip(shapes) {
-        let offset = u64::try_from(*offset)
+    for (offset, shape) in offsets.into_iter().zip(shapes) {
+        let offset = u64::try_from(offset)
             .map_err(|_| PyValueError::new_err(format!("expected offsets of 0 or more, got {offset}")))?;
         let shape: Vec<i64> = shape.extract()?;
         strides.clear();

@@ -522,7 +522,7 @@ impl IndexMap {
         let py = slf.py();
         let name = to_text(name)?;
         if let Some(row) = slf.get().find(&name) {
-            return Ok(row.into_pyobject(py)?.into_any());
+            return Ok(new_number(py, row)?.into_any());
         }
         Self::not_found(slf, name)
     }
@@ -647,25 +647,34 @@ impl IndexMap {
             return Err(PyTypeError::new_err(format!("pop expected at most 2 arguments, got {}", 1 + default.len())));
         }
         let name = to_text(name)?;
-        let removed = self.write(py).state.map.remove(&Query::from(&name));
-        match removed {
-            Some((_, row)) => Ok(new_number(py, row)?.into_any()),
-            None if default.is_empty() => Err(Self::missing(name)),
-            None => default.get_item(0),
+        if let Some(row) = self.find(&name) {
+            // What is given is made first: where there is no memory for it, the name stays.
+            let given = new_number(py, row)?.into_any();
+            match self.write(py).state.map.remove(&Query::from(&name)) {
+                Some((_, removed)) if removed == row => return Ok(given),
+                // Another thread has set it meanwhile.
+                Some((_, removed)) => return Ok(new_number(py, removed)?.into_any()),
+                None => {}
+            }
         }
+        if default.is_empty() { Err(Self::missing(name)) } else { default.get_item(0) }
     }
 
     /// Remove the last (or the first) name and return it and its row. **O(1)** at either end.
     ///
     /// Raises KeyError if the map is empty.
     #[pyo3(signature = (last=true))]
-    fn popitem<'py>(&self, py: Python<'py>, last: bool) -> PyResult<(Bound<'py, PyString>, i64)> {
-        let popped = {
-            let map = &mut self.write(py).state.map;
-            if last { map.pop_last() } else { map.pop_first() }
-        };
-        let (name, row) = popped.ok_or_else(|| PyKeyError::new_err("popitem(): dictionary is empty"))?;
-        Ok((name.into_text(py), row))
+    fn popitem<'py>(&self, py: Python<'py>, last: bool) -> PyResult<Bound<'py, PyTuple>> {
+        let gone = || PyKeyError::new_err("popitem(): dictionary is empty");
+        loop {
+            // What is given is made first: where there is no memory for it, the name stays.
+            let (name, row) = self.end_entry(py, last).ok_or_else(gone)?;
+            let name = name.into_text(py);
+            let pair = new_pair(py, name.clone(), new_number(py, row)?)?;
+            if self.discard_end(py, &name, last) {
+                return Ok(pair);
+            }
+        }
     }
 
     /// Move ``name`` behind (or in front of) all others. **O(1)**. Raises KeyError if it is not there.

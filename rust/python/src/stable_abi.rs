@@ -135,6 +135,11 @@ impl StableAbi {
 
     /// What [`lend`](Self::lend) has to know of a tensor, to make others like it.
     pub(crate) fn kind(&self, tensor: &Handle) -> PyResult<Kind> {
+        // glibc ends the process where a thread asks for its place for messages only when memory has run out.
+        // SAFETY: torch gives the address of a text that nobody reads here.
+        unsafe {
+            (self.last_error)();
+        }
         let ask = |ask: Ask| {
             let mut answer = 0;
             // SAFETY: `tensor` is a live handle, and the answer is a number of 32 bits.
