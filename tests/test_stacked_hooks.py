@@ -105,3 +105,23 @@ def test_an_old_graph_alone_and_a_pass_that_failed_leave_nothing_behind() -> Non
     assert dict((name, row.tolist()) for name, row in sd.named_grads()) == {"a": [1, 1], "b": [1, 1], "c": [0, 0]}
     (gradient,) = torch.autograd.grad(sd.gather(["c"]).sum(), [sd.table((2,))])
     assert gradient[2].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_hook_that_makes_the_table_grow_leaves_a_gradient_of_its_size(fused: bool, sparse: bool) -> None:
+    sd = pdrs.StackedParameterDict.from_rows(["a", "b"], torch.ones(2, 3))
+    optimizer = torch.optim.SGD(sd.parameters(), lr=0.5, fused=fused and not sparse)
+    sd.attach(optimizer)
+    table = sd.table((3,))
+
+    def grow(_: Tensor) -> None:
+        sd.update({f"new{number}": torch.ones(3) for number in range(20)})
+
+    table.register_hook(grow)
+    sd.gather(["a"], sparse=sparse).sum().backward()
+    assert table.grad is not None
+    assert table.grad.shape == table.shape
+    optimizer.step()
+    assert sd["a"].tolist() == [0.5] * 3
+    assert sd["b"].tolist() == sd["new3"].tolist() == [1.0] * 3

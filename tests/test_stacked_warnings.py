@@ -105,12 +105,51 @@ def test_nothing_is_said_where_absent_names_stay(kind: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch's own Adagrad leaves them open
-@pytest.mark.parametrize("kind", [SparseAdam, Adagrad, lambda p: SGD(p, lr=0.1, momentum=0.9)])
+@pytest.mark.parametrize("kind", [SparseAdam, Adagrad, lambda p: SGD(p, lr=0.1)])
 def test_nothing_is_said_of_sparse_gradients(kind: Make) -> None:
     sd = made()
     optimizer = kind(sd.parameters())
     for names in ("abcd", "ab", "cd", "a", "b"):
         step(sd, optimizer, list(names), sparse=True)
+
+
+def test_it_is_said_of_momentum_that_sparse_gradients_have_too() -> None:
+    sd = made()
+    optimizer = SGD(sd.parameters(), lr=0.1, momentum=0.9)
+    step(sd, optimizer, list("abcd"), sparse=True)
+    with pytest.warns(pdrs.AbsentNamesWarning, match="without momentum") as caught:
+        step(sd, optimizer, list("ab"), sparse=True, times=5)
+    assert len(caught) == 1
+
+
+def test_a_row_of_nan_that_stays_has_not_moved() -> None:
+    sd, head = made(), nn.Linear(3, 1)
+    sd["c"] = torch.full((3,), torch.nan)
+    optimizer = SGD(sd.parameters(), lr=0.1)
+    step(sd, optimizer, list("ab"), times=3)
+    lost = SD.from_rows(["c"], torch.full((1, 3), torch.nan))
+    others = SGD(head.parameters(), lr=0.1)
+
+    def train() -> None:
+        for _ in range(4):
+            head(lost.gather(["c"])).sum().backward()
+            others.step()
+
+    with pytest.warns(pdrs.UntrainedTableWarning):
+        train()
+
+
+def test_it_is_said_where_tables_take_the_place_of_as_many_parameters() -> None:
+    sd, other = made(), nn.Parameter(torch.ones(1))
+    optimizer = Adam([other])
+    other.sum().backward()
+    optimizer.step()
+    optimizer.param_groups[0]["params"] = list(sd.parameters())
+    step(sd, optimizer, list("abcd"))
+    with pytest.warns(pdrs.AbsentNamesWarning):
+        step(sd, optimizer, list("ab"), times=2)
+    with pytest.raises(RuntimeError, match=r"attach\(optimizer\)"):
+        sd.reserve(100, shape=(3,))
 
 
 @pytest.mark.parametrize("kind", MOVING)

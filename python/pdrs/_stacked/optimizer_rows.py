@@ -75,7 +75,7 @@ _IN_STEP = {"params", "param_names"}
 # The optimizers that have stepped on each table, by its `id`, beside the table that this is the id of: a few weak
 # references, which are looked through faster than a WeakSet, and found faster than in a WeakTensorKeyDictionary.
 _stepped: dict[int, tuple[ref[Tensor], list[ref[Optimizer]]]] = {}
-# How many parameters each optimizer had when it was last looked through for tables.
+# A hash of the parameters that each optimizer had when it was last looked through for tables.
 _looked_through: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
 # All that these have by row begins with zeros, and all that has the shape of a table is by row.
 _ZEROS = {Adadelta, Adam, AdamW, Adamax, NAdam, RAdam, RMSprop, SGD, SparseAdam}
@@ -136,12 +136,13 @@ def _alive(steppers: list[ref[Optimizer]]) -> list[Optimizer]:
 
 
 def _note_step(optimizer: Optimizer, _arguments: Any, _keywords: Any) -> None:
-    # Behind every step of every optimizer of the process: all that is done each time is to count.
-    count = sum(len(group["params"]) for group in optimizer.param_groups)
-    if _looked_through.get(optimizer) != count:
+    # Behind every step of every optimizer of the process: all that is done each time is to hash ids, because
+    # parameters may be exchanged for as many others.
+    which = hash(tuple([hash(tuple(map(id, group["params"]))) for group in optimizer.param_groups]))
+    if _looked_through.get(optimizer) != which:
         _note(optimizer)
         step_warnings.hold(optimizer)
-        _looked_through[optimizer] = count
+        _looked_through[optimizer] = which
     step_warnings.after_step(optimizer)
 
 

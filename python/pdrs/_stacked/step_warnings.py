@@ -1,7 +1,8 @@
 """Two things that training does to tables without a word, and that are said once.
 
 A dense gradient is one for all rows of a table. An optimizer with momentum or weight decay so moves names that were not
-in the batch, where Parameters of their own would stay. And a table that no optimizer has is not trained at all.
+in the batch, where Parameters of their own would stay; SGD with momentum does so with sparse gradients, too. And a
+table that no optimizer has is not trained at all.
 
 Both are seen by looking, in some steps and at some rows: whether a row without a gradient has moved, and whether one
 with a gradient has not. What each step costs is a look into a dict.
@@ -35,7 +36,7 @@ _HERE = str(Path(__file__).parent.parent)
 
 
 class AbsentNamesWarning(UserWarning):
-    """An optimizer has moved names that were not in the batch, because the gradient of their table is dense."""
+    """An optimizer has moved names that were not in the batch, where Parameters of their own would have stayed."""
 
 
 class UntrainedTableWarning(UserWarning):
@@ -139,7 +140,7 @@ def after_step(optimizer: Any) -> None:
     for one, index, before in looked:
         found = one.find()
         gradient = found[2].grad if found is not None else None
-        if found is None or gradient is None or gradient.layout != torch.strided:
+        if found is None or gradient is None or gradient.layout not in (torch.strided, torch.sparse_coo):
             continue
         owner, _, parameter = found
         if (
@@ -148,16 +149,20 @@ def after_step(optimizer: Any) -> None:
             or before[0].shape != parameter[0].shape
         ):
             continue
-        absent = ~gradient.index_select(0, index).reshape(len(index), -1).any(1)
-        moved = (parameter.detach().index_select(0, index) != before).reshape(len(index), -1).any(1)
+        if gradient.is_sparse:
+            absent = ~torch.isin(index, gradient._indices()[0])
+        else:
+            absent = ~gradient.index_select(0, index).reshape(len(index), -1).any(1)
+        moved = _differs(parameter.detach().index_select(0, index), before).reshape(len(index), -1).any(1)
         # Where no row has a gradient, the batch has not asked for a name that could have one.
-        if bool((absent & moved).any()) and bool(gradient.any()) and not owner.__dict__.get("_warned_of_absent"):
+        some = gradient._values() if gradient.is_sparse else gradient
+        if bool((absent & moved).any()) and bool(some.any()) and not owner.__dict__.get("_warned_of_absent"):
             owner.__dict__["_warned_of_absent"] = True
             _warn(
-                f"{type(optimizer).__name__} has moved names that had no gradient, and so were not in the batch: the "
-                "gradient of a table is dense, so momentum and weight decay are for all of its rows. Parameters of "
-                "their own would have stayed. To train the names of the batch alone, gather(names, sparse=True) and "
-                "take SparseAdam, Adagrad or SGD without momentum and weight decay",
+                f"{type(optimizer).__name__} has moved names that had no gradient, and so were not in the batch: "
+                "momentum and weight decay are for all rows of a table. Parameters of their own would have stayed. "
+                "To train the names of the batch alone, gather(names, sparse=True) and take SparseAdam, Adagrad or SGD without "
+                "momentum and weight decay",
                 AbsentNamesWarning,
             )
 
@@ -177,7 +182,7 @@ def _look_at_untrained(key: int) -> None:
     gradient._pdrs_seen = gradient._version  # type: ignore[attr-defined]
     if one.row is not None and one.row[0] < len(parameter):
         at, before = one.row
-        if before.shape != parameter[at].shape or not torch.equal(parameter.detach()[at], before):
+        if before.shape != parameter[at].shape or bool(_differs(parameter.detach()[at], before).any()):
             del _untrained[key]  # somebody trains it, without an optimizer
             return
     with_gradient = (
@@ -197,6 +202,11 @@ def _look_at_untrained(key: int) -> None:
             "attach(optimizer) the optimizer before names come, or reserve(n, shape=...) before the optimizer is made",
             UntrainedTableWarning,
         )
+
+
+def _differs(now: Tensor, before: Tensor) -> Tensor:
+    # What was NaN, and is, has not moved.
+    return (now != before) & ((now == now) | (before == before))
 
 
 def _is_held(parameter: Tensor) -> bool:

@@ -228,6 +228,9 @@ def _after_accumulation(which: tuple[weakref.ref[Table], int], parameter: Tensor
     if table is None or not table.accumulation.after(parameter):
         return
     gradient = parameter.grad
+    if gradient is not None and gradient.shape != parameter.shape:  # a hook has made the table grow
+        parameter.grad = None  # torch looks at the size of what it replaces
+        gradient = parameter.grad = resized_gradient(gradient, len(parameter))
     if table.frozen is not None and gradient is not None and not gradient.is_meta:
         clear_gradient(gradient, table.frozen)
 
