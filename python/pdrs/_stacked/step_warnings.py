@@ -161,8 +161,8 @@ def after_step(optimizer: Any) -> None:
             _warn(
                 f"{type(optimizer).__name__} has moved names that had no gradient, and so were not in the batch: "
                 "momentum and weight decay are for all rows of a table. Parameters of their own would have stayed. "
-                "To train the names of the batch alone, gather(names, sparse=True) and take SparseAdam, Adagrad or SGD without "
-                "momentum and weight decay",
+                "To train the names of the batch alone, gather(names, sparse=True) and take SparseAdam, Adagrad or SGD "
+                "without momentum and weight decay",
                 AbsentNamesWarning,
             )
 
