@@ -9,6 +9,8 @@ from __future__ import annotations
 import _thread
 import os
 import signal
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -186,3 +188,29 @@ def test_optimizers_are_watched_in_a_child_that_was_forked_while_another_thread_
     finally:
         done.set()
         thread.join()
+
+
+def test_a_fork_whose_hooks_run_python_code_comes_through_while_threads_give_the_lock_back() -> None:
+    program = """
+import os, sys, threading, time
+import torch
+os.register_at_fork(after_in_parent=lambda: time.sleep(0.01))  # before our own, which is registered later
+import pdrs
+sys.setswitchinterval(1e-5)
+sd = pdrs.StackedParameterDict.from_rows([f"n{n}" for n in range(100)], torch.ones(100, 2))
+going = True
+def use():
+    while going:
+        sd["n1"] = torch.zeros(2)
+        sd.norms()
+threads = [threading.Thread(target=use, daemon=True) for _ in range(3)]
+for one in threads:
+    one.start()
+for _ in range(20):
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+going = False
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=20)

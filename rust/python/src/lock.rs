@@ -119,7 +119,11 @@ impl Lock {
         self.holder.store(0, SeqCst);
         // Only then, because it is a system call.
         if self.waiting.load(SeqCst) > 0 {
-            drop(wait_lock());
+            // A thread that forks the process has this one, and Python code runs before it gives it back: to wait for it
+            // with the interpreter would be for ever.
+            if WAITING.try_lock().is_err() {
+                Python::attach(|py| py.detach(|| drop(wait_lock())));
+            }
             FREED.notify_all();
         }
         drop(kept);
