@@ -10,6 +10,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn, TypeGuard
 
 import numpy as np
+
+# At once: NumPy imports it late, for `unique`, and a process that is forked while it does so could import nothing more.
+from numpy import ma
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -109,8 +112,9 @@ def as_mask(given: Any, count: int) -> NDArray[np.bool_]:
     ValueError
         If it is of another length.
     """
-    if isinstance(given, np.ma.MaskedArray) and np.ma.is_masked(given):
-        given = given.astype(object).filled(None)  # what is below a mask is missing, and not what was there
+    if isinstance(given, ma.MaskedArray) and ma.is_masked(given):
+        masked: Any = given.astype(object)
+        given = masked.filled(None)  # what is below a mask is missing, and not what was there
     array = given.detach().cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
     if array.dtype == object and set(map(type, array.reshape(-1).tolist())) <= {bool, np.bool_}:
         array = array.astype(bool)  # of a column where values could be missing
