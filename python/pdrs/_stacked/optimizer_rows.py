@@ -75,8 +75,8 @@ _IN_STEP = {"params", "param_names"}
 # The optimizers that have stepped on each table, by its `id`, beside the table that this is the id of: a few weak
 # references, which are looked through faster than a WeakSet, and found faster than in a WeakTensorKeyDictionary.
 _stepped: dict[int, tuple[ref[Tensor], list[ref[Optimizer]]]] = {}
-# A hash of the parameters that each optimizer had when it was last looked through for tables.
-_looked_through: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+# How many parameters, and which at the ends, the groups of each optimizer had when it was last looked through.
+_looked_through: WeakKeyDictionary[Optimizer, list[tuple[int, ...]]] = WeakKeyDictionary()
 # All that these have by row begins with zeros, and all that has the shape of a table is by row.
 _ZEROS = {Adadelta, Adam, AdamW, Adamax, NAdam, RAdam, RMSprop, SGD, SparseAdam}
 _NUMBERS = (int, float, complex, str, bytes, Enum, np.generic, torch.dtype, torch.device, torch.Size)
@@ -136,9 +136,10 @@ def _alive(steppers: list[ref[Optimizer]]) -> list[Optimizer]:
 
 
 def _note_step(optimizer: Optimizer, _arguments: Any, _keywords: Any) -> None:
-    # Behind every step of every optimizer of the process: all that is done each time is to hash ids, because
-    # parameters may be exchanged for as many others.
-    which = hash(tuple([hash(tuple(map(id, group["params"]))) for group in optimizer.param_groups]))
+    # Behind every step of every optimizer of the process: all that is done each time is to count, and to look at the
+    # ends, because parameters may be exchanged for as many others.
+    groups = [group["params"] for group in optimizer.param_groups]
+    which = [(len(each), *map(id, each[:1]), *map(id, each[-1:])) for each in groups]
     if _looked_through.get(optimizer) != which:
         _note(optimizer)
         step_warnings.hold(optimizer)

@@ -20,15 +20,14 @@ from weakref import WeakKeyDictionary, ref
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Adagrad, Optimizer, SparseAdam
 
 if TYPE_CHECKING:
     from pdrs._stacked.tables import Table, Tables
 
 __all__ = ["AbsentNamesWarning", "UntrainedTableWarning", "after_step", "before_step", "hold", "watch"]
 
-# It looks in each of the first steps of an optimizer, then more and more seldom; at no more rows than these.
-_EACH_STEP = 32
+# It looks more and more seldom, and at no more rows than these.
 _ROWS = 1024
 # So many steps with new gradients make a table one that nothing trains.
 _UNTRAINED = 3
@@ -108,8 +107,10 @@ def before_step(optimizer: Any, _arguments: Any = None, _keywords: Any = None) -
     plan.steps += 1
     if plan.steps < plan.next or torch.compiler.is_compiling():
         return
-    plan.next = plan.steps + 1 if plan.steps < _EACH_STEP else plan.steps * 3 // 2
+    plan.next = plan.steps + 1 + plan.steps // 8
     plan.before = []
+    if _trains_the_batch_alone(optimizer):
+        return
     for one in plan.watches:
         found = one.find()
         if found is None or found[0].__dict__.get("_warned_of_absent"):
@@ -126,6 +127,13 @@ def before_step(optimizer: Any, _arguments: Any = None, _keywords: Any = None) -
             index = index[~table.frozen[index]]
         if len(index):
             plan.before.append((one, index, parameter.detach().index_select(0, index)))
+
+
+def _trains_the_batch_alone(optimizer: Any) -> bool:
+    """Whether it is known of an optimizer that rows without a gradient stay."""
+    if type(optimizer) not in (SGD, Adagrad):
+        return type(optimizer) is SparseAdam
+    return not any(group["weight_decay"] or group.get("momentum") for group in optimizer.param_groups)
 
 
 def after_step(optimizer: Any) -> None:
