@@ -253,7 +253,8 @@ def of_rows(optimizer: Optimizer, parameter: Tensor) -> Iterator[tuple[dict[str,
             elif not _is_by_column(value, parameter):
                 raise RuntimeError(
                     f"the state '{key}' of {name} has the shape {list(value.shape)}, and the table "
-                    f"{list(parameter.shape)}: it cannot follow the rows. If it was loaded, load the dictionary first"
+                    f"{list(parameter.shape)}: it cannot follow the rows. If it was loaded, load the dictionary "
+                    "first; else give this dictionary an optimizer with a row of state for each row, such as Adam"
                 )
         elif _has_rows(value, parameter):
             raise RuntimeError(

@@ -167,7 +167,7 @@ def after_step(optimizer: Any) -> None:
         if bool((absent & moved).any()) and bool(some.any()) and not owner.__dict__.get("_warned_of_absent"):
             owner.__dict__["_warned_of_absent"] = True
             _warn(
-                f"{type(optimizer).__name__} has moved names that had no gradient, and so were not in the batch: "
+                f"{type(optimizer).__name__} has moved names whose gradient is zero, as of names outside the batch: "
                 "momentum and weight decay are for all rows of a table. Parameters of their own would have stayed. "
                 "To train the names of the batch alone, gather(names, sparse=True) and take SparseAdam, Adagrad or SGD "
                 "without momentum and weight decay",
