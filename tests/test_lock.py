@@ -158,3 +158,16 @@ def test_the_collector_is_left_alone():
             assert gc.isenabled() == (switch is not gc.enable), "what was switched meanwhile is lost"
     finally:
         (gc.enable if collects else gc.disable)()
+
+
+def test_a_lock_goes_with_its_dictionary_though_changes_were_made_in_it() -> None:
+    lock = Lock()
+    held = sys.getrefcount(lock)
+    for context in (lock, lock.change(), lock.read()):
+        for _ in range(3):
+            with context:
+                pass
+    with lock.read(), pytest.raises(RuntimeError), lock.change():
+        pass
+    del context
+    assert sys.getrefcount(lock) == held

@@ -245,12 +245,15 @@ pub(crate) struct Stay {
 #[pymethods]
 impl Stay {
     fn __enter__(&self, py: Python<'_>) -> PyResult<()> {
-        let holding = Lock::hold(self.lock.bind(py).clone())?;
-        if self.is_change {
-            holding.lock().refuse_change()?;
+        let lock = self.lock.bind(py);
+        Lock::acquire(lock)?;
+        if self.is_change
+            && let Err(error) = lock.get().refuse_change()
+        {
+            lock.get().release()?;
+            return Err(error);
         }
-        holding.lock().stays.fetch_add(1, SeqCst);
-        std::mem::forget(holding);
+        lock.get().stays.fetch_add(1, SeqCst);
         Ok(())
     }
 
