@@ -9,6 +9,7 @@ made again and again, and stopped at one place after another.
 from __future__ import annotations
 
 import ast
+import gc
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -302,6 +303,9 @@ class OutOfMemory(AtCalls):
 def make(change: Callable[[Scene], None], stop: Stop, sparse: bool) -> Scene:
     """Return what has been left by a change that was stopped."""
     scene = Scene(sparse)
+    # Not where the collector has called a finalizer, in which what is raised goes nowhere: CPython 3.11 then frees the
+    # profile function that raised, and calls it.
+    gc.disable()
     try:
         with stop:
             change(scene)
@@ -310,6 +314,7 @@ def make(change: Callable[[Scene], None], stop: Stop, sparse: bool) -> Scene:
         if len(stop.places) <= stop.at or stop.at < 0:
             raise
     finally:
+        gc.enable()
         torch.set_grad_enabled(True)  # which torch does not put back if it is stopped in `no_grad` itself
     return scene
 
