@@ -164,6 +164,7 @@ def test_the_sparse_momentum_of_an_old_name_is_not_that_of_a_new_one(many: bool)
     assert optimizer.state[sd.table((2,))]["momentum_buffer"].to_dense().tolist() == [[1.0, 1.0], [0.0, 0.0]]
 
 
+@pytest.mark.filterwarnings("ignore::pdrs.AbsentNamesWarning")  # momentum moves absent names, as it does in torch
 def test_sparse_momentum_follows_the_rows() -> None:
     sd = SD.from_rows(["a", "b", "c"], torch.ones(3, 2))
     optimizer = torch.optim.SGD(sd.parameters(), lr=0.1, momentum=0.9)
