@@ -135,6 +135,23 @@ def test_damage_in_a_chain_is_found_where_it_is(tmp_path: Path) -> None:
     verify(path)
 
 
+def test_another_file_that_says_it_is_the_one_before_is_found_by_verify(tmp_path: Path) -> None:
+    path, base = _delta(tmp_path), tmp_path / "base"
+    pdrs.save(pdrs.open(path), tmp_path / "last", since=path)
+    verify(tmp_path / "last")
+    with TensorFile(base) as file:
+        known = json.loads(file.metadata["pdrs"])["id"]
+    pdrs.save(pdrs.StackedParameterDict.from_rows([f"n{n}" for n in range(300)], torch.zeros(300, 4)), base)
+    with TensorFile(base) as file:
+        fields = json.loads(file.metadata["pdrs"]) | {"id": known}
+        tensors = {name: file.tensor(name).clone() for name in file.names}
+    _forged(base, tensors, fields)
+    verify(base)  # by itself it is whole
+    for one in (path, tmp_path / "last"):
+        with pytest.raises(pdrs.CheckpointError, match="is not what it was: the checksum differs"):
+            pdrs.open(one, verify=True)
+
+
 def test_checksums_are_those_that_the_documentation_says(tmp_path: Path) -> None:
     pdrs.save(_saved(), tmp_path / "a")
     with TensorFile(tmp_path / "a") as file:

@@ -595,9 +595,9 @@ def _items(sd: StackedParameterDict, backwards: bool) -> Iterator[tuple[str, Ten
         try:
             found = row(id_)
         except IndexError:
-            if state["_moves"] is moves:
+            if state["_moves"] == moves:
                 raise
-        if state["_moves"] is not moves:
+        if state["_moves"] != moves:
             moves = state["_moves"]
             if state["_index"] is not index or name not in index:
                 raise RuntimeError("the dictionary was changed during iteration")

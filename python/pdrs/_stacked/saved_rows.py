@@ -84,9 +84,8 @@ class SavedRows(TrainedRows):
             return (*reduced[:2], state, *reduced[3:])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore what was pickled or copied, by an earlier version too, which remembered less."""
-        state = {key: value for key, value in state.items() if key != "_lent"}
-        super().__setstate__({"_packed": None, "_same": None, "_taken": None, "metadata": {}} | state)
+        """Restore what was pickled or copied."""
+        super().__setstate__({key: value for key, value in state.items() if key != "_lent"})
 
     # -- saving --------------------------------------------------------------------------------------------------------
 
@@ -156,9 +155,10 @@ class SavedRows(TrainedRows):
         lacking = [] if packed.is_meta else [name for name in used_rows(packed) if name not in own]
         if lacking:
             raise ValueError(
-                f"the table '{lacking[0]}' is missing: whoever loads names without it needs a dictionary that has it, "
-                f"and this has {sorted(own) or 'no tables'}. Load the whole with load_state_dict or pdrs.load; or make "
-                "the dictionary in the dtype that was saved, convert it afterwards, and call reserve if it is empty"
+                f"the table '{lacking[0]}' is missing: expected a dictionary that has it, because the names are loaded "
+                f"without their tables, got {sorted(own) or 'no tables'}. Load all at once with load_state_dict or "
+                "pdrs.load. Or make the dictionary in the dtype that was saved, reserve rows if it is empty, and "
+                "convert it afterwards"
             )
 
     @untraced
