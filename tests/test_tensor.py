@@ -389,6 +389,22 @@ def test_views_keep_the_slab_alive_and_the_last_one_frees_it(door: Any, elsewher
     assert alive() is None
 
 
+@pytest.mark.parametrize("door", DOORS)
+def test_a_view_without_elements_keeps_no_slab_alive(door: Any) -> None:
+    memory = np.zeros(64, dtype=np.float32)
+    alive = weakref.ref(memory)
+    shapes = [(16,), (0, 3), (48,), (2, 0, 1, 5), (0,)]
+    views = slab_views(torch.from_numpy(memory), [0, 16, 16, 64, 64], shapes, requires_grad=True, door=door)
+    del memory
+    assert [tuple(view.shape) for view in views] == shapes
+    nothing = [view for view in views if not view.numel()]
+    del views
+    gc.collect()
+    assert alive() is None
+    assert [view.untyped_storage().data_ptr() for view in nothing] == [0, 0, 0]
+    assert [(view + 1).sum().item() for view in nothing] == [0, 0, 0]
+
+
 def test_a_group_does_not_keep_tensors_alive_in_a_cycle() -> None:
     tensor = torch.ones(2)
     tensor.group = group_of([tensor])

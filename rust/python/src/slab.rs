@@ -99,7 +99,8 @@ struct Lent {
     /// Shape and strides of up to two dimensions, as most tensors have; others are in `more`.
     few: [i64; 4],
     more: Option<Box<[i64]>>,
-    memory: Arc<Memory>,
+    /// None for a view without elements: torch never gives back what lies nowhere, so this struct, which is small, leaks.
+    _memory: Option<Arc<Memory>>,
 }
 
 unsafe extern "C" fn give_back(managed: *mut ManagedTensor) {
@@ -267,6 +268,7 @@ impl Memory {
         strides: &[i64],
     ) -> PyResult<Bound<'py, PyAny>> {
         let ndim = shape.len();
+        let is_empty = shape.contains(&0);
         let mut lent = Box::new(Lent {
             managed: ManagedTensor {
                 version: Version { major: MAJOR, minor: MINOR },
@@ -274,7 +276,7 @@ impl Memory {
                 deleter: Some(give_back),
                 flags: 0,
                 tensor: DlTensor {
-                    data: if shape.contains(&0) { 0 } else { self.pointer + offset as usize } as *mut c_void,
+                    data: if is_empty { 0 } else { self.pointer + offset as usize } as *mut c_void,
                     device: self.device,
                     ndim: i32::try_from(ndim)?,
                     dtype: self.dtype,
@@ -285,7 +287,7 @@ impl Memory {
             },
             few: [0; 4],
             more: (ndim > 2).then(|| [shape, strides].concat().into_boxed_slice()),
-            memory: Arc::clone(self),
+            _memory: (!is_empty).then(|| Arc::clone(self)),
         });
         if ndim <= 2 {
             lent.few[..ndim].copy_from_slice(shape);

@@ -36,9 +36,10 @@ type FromBlob = unsafe extern "C" fn(
     i32,
     *const u8,
     i64,
-    Option<unsafe extern "C" fn(*mut c_void, *mut c_void)>,
+    Option<GiveBack>,
     *mut c_void,
 ) -> i32;
+type GiveBack = unsafe extern "C" fn(*mut c_void, *mut c_void);
 type Ask = unsafe extern "C" fn(TensorHandle, *mut i32) -> i32;
 type Delete = unsafe extern "C" fn(TensorHandle) -> i32;
 type LastError = unsafe extern "C" fn() -> *const c_char;
@@ -170,7 +171,12 @@ impl StableAbi {
             drop(unsafe { Arc::from_raw(owner.cast_const().cast::<T>()) });
         }
         let ndim = shape.len().min(strides.len()) as u32;
-        let owner = Arc::into_raw(owner).cast_mut().cast();
+        // What lies nowhere needs no owner, and torch would never let it go.
+        let (give_back, owner): (Option<GiveBack>, *mut c_void) = if address == 0 {
+            (None, ptr::null_mut())
+        } else {
+            (Some(give_back::<T>), Arc::into_raw(owner).cast_mut().cast())
+        };
         let mut handle = ptr::null_mut();
         // SAFETY: the caller answers for the memory; shape and strides are `ndim` numbers each, which torch copies; the
         // owner is sent to `give_back`. If torch refuses, whether it has let go of the owner cannot be told: it leaks.
@@ -188,7 +194,7 @@ impl StableAbi {
                 kind.layout,
                 ptr::null(),
                 0,
-                Some(give_back::<T>),
+                give_back,
                 owner,
             )
         };
