@@ -51,7 +51,7 @@ def fake_cuda() -> control.Control:
 
 @pytest.fixture(autouse=True)
 def _as_new() -> Iterator[None]:
-    """Fail a test whose streams raced, and leave nothing of it to the next one: no work, failures, counts, memory."""
+    """Fail a test whose streams raced or that left memory behind, and leave nothing of it to the next one."""
     if not control.inside():
         yield
         return
@@ -59,14 +59,21 @@ def _as_new() -> Iterator[None]:
 
     runtime = control.Control()
     runtime.reset()
+    initialized = torch.cuda.is_initialized()
+    before = {at: torch.cuda.memory_allocated(at) for at in range(torch.cuda.device_count()) if initialized}
     yield
     races = runtime.take_races()
     gc.collect()
     runtime.reset()
+    left = {}
     if torch.cuda.is_initialized():
         for device in range(torch.cuda.device_count()):
             torch.cuda.synchronize(device)
+            left[device] = torch.cuda.memory_allocated(device)
         torch.cuda.empty_cache()
+    more = {device: size for device, size in left.items() if size > before.get(device, 0)}
+    if more:
+        pytest.fail(f"bytes that this test has left on devices: {more}", pytrace=False)
     if races:
         pytest.fail("\n".join(["streams raced in this test:", *races]), pytrace=False)
 
