@@ -27,7 +27,7 @@ import pdrs
 from measure import LARGE_FROM_ENTRIES, Case, Suite, Target, Task, timed
 from memory import all_bytes_per_entry, names_of, peak_beyond
 from page_cache import can_drop, drop
-from pdrs._checkpoint.tensor_file import TensorFile
+from pdrs._files.safetensors_file import TensorFile
 
 FLOATS = 16
 NAME_BYTES = 14

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import pdrs
-from pdrs._checkpoint import archive_sources
+from pdrs._files import collect
 
 SIZES = {"F32": ("f", 4), "I64": ("q", 8), "I32": ("i", 4), "U8": ("B", 1)}
 
@@ -171,7 +171,7 @@ def _apply(old: bytes, delta: bytes) -> bytes:
 @pytest.fixture
 def few_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let tables go to slabs when there are more than three."""
-    monkeypatch.setattr(archive_sources, "_TABLES", 3)
+    monkeypatch.setattr(collect, "_TABLES", 3)
 
 
 @pytest.mark.usefixtures("few_tables")

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import pdrs
-from pdrs._checkpoint.archive import _sum_of_text
+from pdrs._files.archive import _sum_of_text
 
 SD = pdrs.StackedParameterDict
 MANY = 30_001  # rows of 64 bytes: a table that is mapped
@@ -103,7 +103,7 @@ def test_a_delta_keeps_the_room(tmp_path: Path) -> None:
 
 
 def test_a_converted_file_keeps_the_room(tmp_path: Path) -> None:
-    from pdrs._checkpoint.command_line import main
+    from pdrs._files.cli import main
 
     pdrs.save(grown(5), tmp_path / "file")
     main(["convert", str(tmp_path / "file"), str(tmp_path / "again")])

@@ -30,8 +30,8 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pdrs
-from pdrs import _copies
 from pdrs._core import group_tensors
+from pdrs._entries import copies
 
 Kind = type[nn.ParameterDict]
 KINDS: tuple[Kind, Kind] = (nn.ParameterDict, pdrs.ParameterDict)
@@ -480,9 +480,9 @@ def test_a_default_device_has_no_part_in_it(kind: Kind, way: Callable[[Any], Any
 def test_a_pickle_written_entry_by_entry_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     pd = filled(pdrs.ParameterDict)
     with monkeypatch.context() as patched:
-        patched.setattr(_copies, "reduce", lambda reduced, parameters: reduced)
+        patched.setattr(copies, "reduce", lambda reduced, parameters: reduced)
         written = pickle.dumps(pd)
-    assert b"_copies" not in written
+    assert b"copies" not in written
     assert described(pickle.loads(written)) == described(pd)
 
 
@@ -639,11 +639,11 @@ BAD: dict[str, dict[str, Any]] = {
 
 
 def test_a_block_is_unpacked() -> None:
-    one, other = _copies.unpack(**GOOD)
+    one, other = copies.unpack(**GOOD)
     assert one.tolist() == [[0, 1], [2, 3]]
     assert other.tolist() == [4, 5, 6, 7, 8, 9]
     assert (one.requires_grad, other.requires_grad) == (True, False)
-    assert _copies.unpack(torch.empty(0), b"", b"", [], b"") == []
+    assert copies.unpack(torch.empty(0), b"", b"", [], b"") == []
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -659,11 +659,11 @@ def test_a_pickle_cannot_reach_beyond_its_block(bad: str, device: str) -> None:
 
     class Hostile:
         def __reduce__(self) -> Any:
-            return _copies.unpack, tuple(arguments.values())
+            return copies.unpack, tuple(arguments.values())
 
     written = pickle.dumps(Hostile()) if device == "cpu" and bad != "values with gaps" else None
     with pytest.raises(pickle.UnpicklingError):
-        _copies.unpack(**arguments)
+        copies.unpack(**arguments)
     if written:
         with pytest.raises(pickle.UnpicklingError):
             pickle.loads(written)

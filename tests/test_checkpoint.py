@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor, nn
 
 import pdrs
-from pdrs._checkpoint import archive_sources
-from pdrs._checkpoint.tensor_file import TensorFile, is_padding
+from pdrs._files import collect
+from pdrs._files.safetensors_file import TensorFile, is_padding
 
 NAMES = ["a", "layer.0.weight", "type", "é\ud800", "日本", "b"]
 
@@ -397,7 +397,7 @@ def test_many_shapes_share_tensors_and_the_header_stays_short(tmp_path: Path) ->
     for saved, name in ((pd, "pd"), (pd.stack(), "sd")):
         pdrs.save(saved, tmp_path / name)
         with TensorFile(tmp_path / name) as file:
-            assert len(file) < 2 * archive_sources._TABLES + 10
+            assert len(file) < 2 * collect._TABLES + 10
             assert file.data_start < 100_000
         opened = pdrs.open(tmp_path / name, verify=True)
         _assert_same(opened, pd)

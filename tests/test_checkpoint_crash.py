@@ -23,7 +23,7 @@ import pytest
 import torch
 
 import pdrs
-from pdrs._checkpoint.safe_write import replacing
+from pdrs._files.atomic import replacing
 
 # Children are forked: to import torch anew would take seconds a child. They do nothing but save, on one thread.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")

@@ -85,7 +85,7 @@ def test_what_is_on_the_meta_device_gets_its_memory_where_it_is_asked_for(
     def zeros(value: torch.Tensor, device: torch.device) -> torch.Tensor:
         return torch.zeros_like(value, device="cpu").to(device)  # the runtime has no kernel that fills memory
 
-    monkeypatch.setattr("pdrs._checkpoint.into_modules._zeros_like", zeros)
+    monkeypatch.setattr("pdrs._files.into_modules._zeros_like", zeros)
     names = [f"n{n}" for n in range(50)]
     pdrs.save(pdrs.StackedParameterDict.from_rows(names, _rows()[:50]), tmp_path / "f", layout=layout)
     with torch.device("meta"):

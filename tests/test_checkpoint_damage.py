@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import pdrs
-from pdrs._checkpoint.tensor_file import TensorFile
 from pdrs._core import diff_names
-from pdrs._stacked.packed_names import Header, Slab, TableHeader, bytes_of, pack
+from pdrs._files.safetensors_file import TensorFile
+from pdrs._rows.names_codec import Header, Slab, TableHeader, bytes_of, pack
 from pdrs.checkpoint import verify
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import pdrs
-from pdrs._checkpoint.command_line import main
+from pdrs._files.cli import main
 
 
 def write(path: Path, value: float = 1.0, name: str = "w") -> None:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import pdrs
-from pdrs._checkpoint import tensor_file
-from pdrs._checkpoint.tensor_file import PAGE, TensorFile
+from pdrs._files import safetensors_file
+from pdrs._files.safetensors_file import PAGE, TensorFile
 
 # Tables of this many rows are mapped by default.
 ROWS = 70_000
@@ -125,14 +125,14 @@ class _Reads:
             self.sizes.append(sum(memoryview(buffer).nbytes for buffer in buffers))
             return really(descriptor, buffers, offset)
 
-        monkeypatch.setattr(tensor_file.os, "preadv", preadv)
+        monkeypatch.setattr(safetensors_file.os, "preadv", preadv)
 
 
 def test_a_table_is_read_once_also_when_it_is_verified_and_in_steps(
     sd: pdrs.StackedParameterDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = _archive(sd, tmp_path)
-    monkeypatch.setattr(tensor_file, "STEP", 1 << 20)
+    monkeypatch.setattr(safetensors_file, "STEP", 1 << 20)
     reads = _Reads(monkeypatch)
     for verify in (False, True):
         reads.sizes.clear()
@@ -166,7 +166,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(
     sd: pdrs.StackedParameterDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = _archive(sd, tmp_path)
-    monkeypatch.setattr(tensor_file, "STEP", 1 << 16)
+    monkeypatch.setattr(safetensors_file, "STEP", 1 << 16)
     with TensorFile(path) as file:
         with pytest.raises(pdrs.CheckpointError, match="has been cut off"):
             file.load("float32_8", lambda _: os.truncate(path, PAGE + (1 << 17)))
@@ -179,10 +179,10 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(
 
 
 def test_tensors_of_any_size_are_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensor_file, "STEP", 8)
+    monkeypatch.setattr(safetensors_file, "STEP", 8)
     shapes: list[tuple[int, ...]] = [(0, 3), (), (1,), (2,), (3, 3)]
     tensors = {f"{n}": torch.randn(shape).double() for n, shape in enumerate(shapes)}
-    tensor_file.write_tensors(tmp_path / "f", {}, [(*_described(item),) for item in tensors.items()])
+    safetensors_file.write_tensors(tmp_path / "f", {}, [(*_described(item),) for item in tensors.items()])
     with TensorFile(tmp_path / "f") as file:
         for name, tensor in tensors.items():
             seen: list[bytes] = []

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import pdrs
-from pdrs._checkpoint.command_line import main
+from pdrs._files.cli import main
 
 TEXTS = {
     "format": "mlx",
@@ -86,7 +86,7 @@ def test_a_conversion_keeps_all_texts(
     source: Path, target: str, options: list[str], many: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if many:
-        monkeypatch.setattr("pdrs._checkpoint.command_line._MANY", 0)
+        monkeypatch.setattr("pdrs._files.cli._MANY", 0)
     path = source.parent / target
     assert main(["convert", str(source), str(path), *options]) == 0
     assert texts_in(path if path.exists() else source.parent / f"{target}.index.json") == TEXTS

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import pdrs
-from pdrs._checkpoint.command_line import main
+from pdrs._files.cli import main
 
 LAYOUTS: list[Literal["archive", "named"]] = ["archive", "named"]
 

@@ -17,12 +17,12 @@ import torch
 from torch import nn
 
 import pdrs
-from pdrs._checkpoint import tensor_file
-from pdrs._checkpoint.command_line import main
+from pdrs._files import safetensors_file
+from pdrs._files.cli import main
 
 
 class Seen:
-    """Stands for :class:`pdrs._checkpoint.safe_write.Progress`, and keeps what it was told."""
+    """Stands for :class:`pdrs._files.atomic.Progress`, and keeps what it was told."""
 
     all: list[Seen]
 
@@ -41,8 +41,8 @@ class Seen:
 @pytest.fixture
 def bars(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
     monkeypatch.setattr(Seen, "all", [], raising=False)
-    monkeypatch.setattr(tensor_file, "Progress", Seen)
-    monkeypatch.setattr(tensor_file, "BLOCK", 1 << 15)
+    monkeypatch.setattr(safetensors_file, "Progress", Seen)
+    monkeypatch.setattr(safetensors_file, "BLOCK", 1 << 15)
     return Seen.all
 
 
@@ -133,7 +133,7 @@ def test_the_bar_goes_when_damage_is_found(bars: list[Seen], tmp_path: Path) -> 
 def test_little_is_verified_without_a_bar(bars: list[Seen], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(tmp_path)
     torch.save(model().state_dict(), tmp_path / "model.pt")
-    monkeypatch.setattr(tensor_file, "BLOCK", 1 << 20)
+    monkeypatch.setattr(safetensors_file, "BLOCK", 1 << 20)
     pdrs.open(path, verify=True)
     pdrs.open(tmp_path / "model.pt", verify=True)
     assert not bars
@@ -141,10 +141,11 @@ def test_little_is_verified_without_a_bar(bars: list[Seen], tmp_path: Path, monk
 
 _VERIFIES = """
 import sys
-from pdrs._checkpoint import safe_write, tensor_file
-from pdrs._checkpoint.command_line import main
-safe_write._PATIENCE = 0
-tensor_file.BLOCK = 1 << 15
+from pdrs._files import atomic
+from pdrs._files import safetensors_file
+from pdrs._files.cli import main
+atomic._PATIENCE = 0
+safetensors_file.BLOCK = 1 << 15
 sys.exit(main(["verify", sys.argv[1]]))
 """
 

@@ -21,10 +21,10 @@ import torch
 from torch import nn
 
 import pdrs
-from pdrs._checkpoint import archive as archive_module
-from pdrs._checkpoint.archive import Archive
-from pdrs._checkpoint.command_line import main
-from pdrs._checkpoint.tensor_file import TensorFile
+from pdrs._files import archive as archive_module
+from pdrs._files.archive import Archive
+from pdrs._files.cli import main
+from pdrs._files.safetensors_file import TensorFile
 from pdrs.checkpoint import verify
 
 COUNT = 5000

@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 import pdrs
-from pdrs._checkpoint import command_line
-from pdrs._checkpoint.command_line import main
-from pdrs._checkpoint.state_files import open_state
+from pdrs._files import cli
+from pdrs._files.cli import main
+from pdrs._files.state_file import open_state
 
 
 def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -165,7 +165,7 @@ def test_every_format_becomes_every_other(
     many: bool,
 ) -> None:
     if many:
-        monkeypatch.setattr(command_line, "_MANY", 10)
+        monkeypatch.setattr(cli, "_MANY", 10)
     sources = {"archive": archive}
     for kind, name, options in (
         ("torch", "t.pt", []),
@@ -332,7 +332,7 @@ def test_what_has_no_checksums_is_read_through(capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize("text", ["5", "5MB", "5mb", "1.5 GB", "2K"])
 def test_sizes_are_understood(text: str) -> None:
     expected = {"5": 5, "5MB": 5 * 10**6, "5mb": 5 * 10**6, "1.5 GB": 1_500_000_000, "2K": 2000}
-    assert command_line._size(text) == expected[text]
+    assert cli._size(text) == expected[text]
 
 
 @pytest.mark.parametrize("arguments", [[], ["frob"], ["inspect"], ["convert", "a", "b", "--max-shard-size", "0"]])
@@ -376,7 +376,7 @@ def test_an_interrupt_ends_each_command_without_a_traceback_and_writes_nothing(
     def interrupted(*_: object) -> bool:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command_line, "_compare", interrupted)
+    monkeypatch.setattr(cli, "_compare", interrupted)
     assert main([command, str(archive), *([str(archive.parent / "out")] if command == "convert" else [])]) == 130
     found = capsys.readouterr()
     assert (found.out, found.err) == ("", "pdrs: interrupted\n")

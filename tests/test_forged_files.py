@@ -30,7 +30,7 @@ import pytest
 import torch
 
 import pdrs
-from pdrs._checkpoint.command_line import main
+from pdrs._files.cli import main
 from pdrs.checkpoint import verify
 
 Change = Callable[[bytes, random.Random], bytes]

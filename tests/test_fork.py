@@ -171,12 +171,12 @@ def test_a_fork_comes_through_while_threads_wait() -> None:
 
 
 def test_optimizers_are_watched_in_a_child_that_was_forked_while_another_thread_began_to() -> None:
-    from pdrs._stacked import optimizer_rows
+    from pdrs._rows import optimizer_state
 
     held, done = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with optimizer_rows._hook_lock:
+        with optimizer_state._hook_lock:
             held.set()
             done.wait(60)
 

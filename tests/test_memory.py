@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pdrs
-from pdrs import _memory
+from pdrs._torch import huge_pages
 
 _SMAPS = Path("/proc/self/smaps")
 
@@ -40,7 +40,7 @@ needs_huge_pages = pytest.mark.skipif(
 
 @needs_huge_pages
 def test_large_memory_asks_for_huge_pages():
-    large = _memory.empty((1 << 20, 16), dtype=torch.float32)
+    large = huge_pages.empty((1 << 20, 16), dtype=torch.float32)
     assert large.shape == (1 << 20, 16)
     assert _is_advised(large.data_ptr() + large.nbytes // 2)
     plain = torch.empty((1 << 20, 16), dtype=torch.float32)
@@ -105,11 +105,11 @@ def test_the_state_of_an_attached_optimizer_asks_for_huge_pages_when_it_grows():
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("shape", [0, 5, (0, 3), (2, 3, 4)])
 def test_memory_has_the_shape_dtype_and_device_that_were_wanted(shape, device):
-    tensor = _memory.empty(shape, dtype=torch.float16, device=device)
+    tensor = huge_pages.empty(shape, dtype=torch.float16, device=device)
     expected = torch.empty(shape, dtype=torch.float16, device=device)
     assert (tensor.shape, tensor.dtype, tensor.device) == (expected.shape, expected.dtype, expected.device)
 
 
 def test_fake_tensors_are_left_alone():
     with FakeTensorMode():
-        assert _memory.empty((1 << 20, 16), dtype=torch.float32).shape == (1 << 20, 16)
+        assert huge_pages.empty((1 << 20, 16), dtype=torch.float32).shape == (1 << 20, 16)

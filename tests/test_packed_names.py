@@ -15,7 +15,7 @@ import torch
 
 import pdrs
 from pdrs._core import IndexMap, apply_names, changed_rows, crc32, diff_names
-from pdrs._stacked.packed_names import Header, Slab, TableHeader, bytes_of, is_packed, pack, unpack
+from pdrs._rows.names_codec import Header, Slab, TableHeader, bytes_of, is_packed, pack, unpack
 
 NAMES = ["b\ud800é😀", "a", "d", "\ud83d\ude00", "日本"]
 

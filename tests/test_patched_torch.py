@@ -22,7 +22,7 @@ from torch.nn import Parameter
 from torch.nn.utils import parametrize
 
 import pdrs
-from pdrs import _torch_own
+from pdrs._torch import own_functions
 
 Kind = type[nn.ParameterDict]
 ZERO = torch.zeros(1)
@@ -186,20 +186,20 @@ def compare(patched: Callable[[Kind, list[Any]], Any]) -> None:
 
 
 def test_every_function_of_the_table_is_patched_here() -> None:
-    named = {name for method, called in _torch_own.CALLED.items() for name in (method, *called)}
+    named = {name for method, called in own_functions.CALLED.items() for name in (method, *called)}
     assert named - {"source", "__getattribute__"} <= set(FUNCTIONS)
 
 
 def test_nothing_is_asked_where_nothing_is_patched() -> None:
     for kind in (pdrs.ParameterDict, type("Sub", (pdrs.ParameterDict,), {"forward": lambda self: None})):
         pd = kind({"a": ZERO})
-        assert all(_torch_own.is_own(pd, number) for number in range(len(_torch_own.CALLED)))
+        assert all(own_functions.is_own(pd, number) for number in range(len(own_functions.CALLED)))
         for place in (nn.Module, nn.ParameterDict):
             for function in ("__getattr__", "register_parameter"):
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr(place, function, noting(getattr(place, function), function, []))
-                    assert not _torch_own.is_own(pd, _torch_own.SETITEM)
-                assert _torch_own.is_own(pd, _torch_own.SETITEM), "slow for ever"
+                    assert not own_functions.is_own(pd, own_functions.SETITEM)
+                assert own_functions.is_own(pd, own_functions.SETITEM), "slow for ever"
 
 
 def test_a_patch_in_the_midst_of_an_iteration_is_asked_from_then_on(kind: Kind) -> None:

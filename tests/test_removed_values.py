@@ -1,4 +1,4 @@
-"""What was removed from a StackedParameterDict is gone: from its tables, from files, pickles and optimizers.
+"""What was removed from a StackedParameterDict is gone: from its store, from files, pickles and optimizers.
 
 The bugs that this hunts: the values of a name that was removed, in whatever way, which stay in a free row, in the state
 that an optimizer has for it, in its gradient, or in a file; a name that is gone though its removal raised; a removal
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import pdrs
-from pdrs._stacked import tables
+from pdrs._rows import store
 
 SD = pdrs.StackedParameterDict
 SECRET = 1234.5678
@@ -243,7 +243,7 @@ def test_a_removal_that_fails_removes_nothing(way: str, monkeypatch: pytest.Monk
         raise NotImplementedError("no kernel for this dtype")
 
     with monkeypatch.context() as patched:
-        patched.setattr(tables, "_rows_of", fail)
+        patched.setattr(store, "_rows_of", fail)
         with pytest.raises(NotImplementedError):
             WAYS[way](sd)
     assert {name: row.tolist() for name, row in sd.items()} == before

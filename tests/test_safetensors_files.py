@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import pdrs
-from pdrs._checkpoint import named_layout, safe_write, shards, tensor_file
-from pdrs._checkpoint.named_layout import write_named
-from pdrs._checkpoint.shards import index_of
-from pdrs._checkpoint.state_files import ShardedFile, StateFile, TorchFile, open_state
-from pdrs._checkpoint.tensor_file import PAGE, CheckpointError, TensorFile
+from pdrs._files import atomic, safetensors_file, shards
+from pdrs._files.named_layout import write_named
+from pdrs._files.safetensors_file import PAGE, CheckpointError, TensorFile
+from pdrs._files.shards import index_of
+from pdrs._files.state_file import ShardedFile, StateFile, TorchFile, open_state
 
 SD = pdrs.StackedParameterDict
 
@@ -111,7 +111,7 @@ def test_shards_have_the_hugging_face_layout(tmp_path: Path, sd: pdrs.StackedPar
 def test_shards_are_cut_before_the_header_is_too_large(
     tmp_path: Path, sd: pdrs.StackedParameterDict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(named_layout, "MAX_HEADER", 8192)
+    monkeypatch.setattr(write_named, "MAX_HEADER", 8192)
     names = ['"' * (n % 7) + f"\u20ac{n}" for n in range(500)]
     files = write_named(tmp_path / "m.safetensors", SD.from_rows(names, rows(500, 2)))
     assert len(files) > 5
@@ -128,16 +128,16 @@ def test_headers_and_the_index_are_written_in_pieces(
     names = [f'{n}\u20ac"' for n in range(300)]
     sd = SD.from_rows(names, rows(300, 2))
     sizes: list[int] = []
-    write = safe_write.WholeFile.write
+    write = atomic.WholeFile.write
 
-    def noting(self: safe_write.WholeFile, data: Any) -> int:
+    def noting(self: atomic.WholeFile, data: Any) -> int:
         sizes.append(write(self, data))
         return sizes[-1]
 
-    monkeypatch.setattr(safe_write.WholeFile, "write", noting)
+    monkeypatch.setattr(atomic.WholeFile, "write", noting)
     written = []
     for piece in (1 << 16, 7):
-        monkeypatch.setattr(named_layout, "PIECE", piece)
+        monkeypatch.setattr(write_named, "PIECE", piece)
         monkeypatch.setattr(shards, "PIECE", piece)
         sizes.clear()
         folder = tmp_path / str(piece)
@@ -212,8 +212,8 @@ def test_a_name_that_is_no_unicode_is_said_and_nothing_is_written(tmp_path: Path
 def test_blocks_are_cut_where_tables_are_large(
     tmp_path: Path, sd: pdrs.StackedParameterDict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(named_layout, "BLOCK", 50)
-    monkeypatch.setattr(tensor_file, "BLOCK", 16)
+    monkeypatch.setattr(write_named, "BLOCK", 50)
+    monkeypatch.setattr(safetensors_file, "BLOCK", 16)
     write_named(tmp_path / "m.safetensors", sd, max_shard_size=200)
     same(theirs(tmp_path / "m.safetensors"), sd.named_state_dict())
     same(as_stacked(open_state(tmp_path / "m.safetensors")).named_state_dict(), sd.named_state_dict())
@@ -253,7 +253,7 @@ def test_a_failure_at_any_file_leaves_the_old_ones(
             raise OSError(28, "No space left on device")
         really(*paths)
 
-    monkeypatch.setattr(safe_write.os, "replace", replace)
+    monkeypatch.setattr(atomic.os, "replace", replace)
     new = {name: tensor + 1 for name, tensor in old.items()}
     if fails_at >= 5:  # four shards and the index
         write_named(path, new, max_shard_size=40)
@@ -313,14 +313,14 @@ def test_a_stacked_file_can_be_trained_and_grown_and_stays_what_it_is(tmp_path: 
 
 
 def test_rows_that_do_not_lie_together_are_copied_into_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensor_file, "BLOCK", 1000)
+    monkeypatch.setattr(safetensors_file, "BLOCK", 1000)
     tensors: dict[str, torch.Tensor] = {}
     for n in range(300):
         tensors[f"layer.{n}.weight"] = torch.full((3, 2), float(n))
         tensors[f"layer.{n}.bias"] = torch.full((3,), float(-n))
     shuffled = list(tensors.items())
     random.Random(0).shuffle(shuffled)
-    tensor_file.write_tensors(tmp_path / "m", {}, [tensor_file.NewTensor.of(*one) for one in shuffled])
+    safetensors_file.write_tensors(tmp_path / "m", {}, [safetensors_file.NewTensor.of(*one) for one in shuffled])
     with open_state(tmp_path / "m") as file:
         made = as_stacked(file)
         assert list(made) == [name for name, _ in shuffled]

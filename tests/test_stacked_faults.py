@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import pdrs
-from pdrs._stacked import tables
+from pdrs._rows import store
 
 SD = pdrs.StackedParameterDict
 ENTRIES = [("a", (2,)), ("b", (2,)), ("c", (3,)), ("d", (3,)), ("e", (4,))]
@@ -44,7 +44,7 @@ def trained() -> tuple[pdrs.StackedParameterDict, torch.optim.Optimizer]:
 
 
 def seen(sd: pdrs.StackedParameterDict, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return all that there is to see of every name, and of the tables."""
+    """Return all that there is to see of every name, and of the store."""
     found: dict[str, Any] = {"tables": [(name, id(table), len(table)) for name, table in sd.named_parameters()]}
     found["held"] = [[id(table) for table in group["params"]] for group in optimizer.param_groups]
     found["groups"] = [table.group for table in sd._tables], sd._patterns
@@ -84,7 +84,7 @@ def test_a_state_dict_with_a_table_that_does_not_fit_changes_nothing(table: str,
 
 def test_loading_without_memory_for_one_of_the_tables_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     state = numbered(OTHERS, 50).state_dict()
-    arrange, zeros = tables._Arranged.__call__, torch.zeros
+    arrange, zeros = store._Arranged.__call__, torch.zeros
     allowed = 0
     while True:
         sd, optimizer = trained()
@@ -101,7 +101,7 @@ def test_loading_without_memory_for_one_of_the_tables_changes_nothing(monkeypatc
 
             return counted
 
-        monkeypatch.setattr(tables._Arranged, "__call__", limited(arrange, allowed))
+        monkeypatch.setattr(store._Arranged, "__call__", limited(arrange, allowed))
         monkeypatch.setattr(torch, "zeros", limited(zeros, allowed))
         try:
             sd.load_state_dict(state)
@@ -113,7 +113,7 @@ def test_loading_without_memory_for_one_of_the_tables_changes_nothing(monkeypatc
         assert "no memory" in message
         assert seen(sd, optimizer) == before, allowed
         allowed += 1
-    assert allowed > 6, "data, gradients, moments and masks of two tables, and a new table"
+    assert allowed > 6, "data, gradients, moments and masks of two store, and a new table"
     assert {name: row.tolist() for name, row in sd.items()} == {
         name: [float(at)] * shape[0] for at, (name, shape) in enumerate(OTHERS, 50)
     }

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pdrs
-from pdrs._stacked.gradient_rows import GradientRows
+from pdrs._rows.sparse_gradient import GradientRows
 
 SD = pdrs.StackedParameterDict
 

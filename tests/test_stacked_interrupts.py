@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import pdrs
-from pdrs._stacked.packed_names import unpack
+from pdrs._rows.names_codec import unpack
 
 # What is raised while a generator is closed goes no further, as anywhere in Python.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import pdrs
-from pdrs._stacked import saved_rows
+from pdrs._rows import state_dict as saved_rows
 
 SD = pdrs.StackedParameterDict
 NAMES = [f"n{at}" for at in range(40)]

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 import pdrs
-from pdrs._stacked import named_rows, tables
+from pdrs._rows import insert as named_rows
+from pdrs._rows import store
 
 SD = pdrs.StackedParameterDict
 
@@ -196,7 +197,7 @@ def test_a_finalizer_that_pops_while_names_are_read_is_heard(collecting: list[An
 def test_a_row_that_moves_while_it_is_looked_up_is_looked_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
     sd, once = numbered(8), []
     sd.drop(["k0", "k1"])
-    parameter = tables.Tables._parameter
+    parameter = store.Tables._parameter
 
     def compacting(self: SD, table: Any) -> Tensor:
         if not once:
@@ -204,7 +205,7 @@ def test_a_row_that_moves_while_it_is_looked_up_is_looked_up_again(monkeypatch: 
             sd.compact()
         return parameter(self, table)
 
-    monkeypatch.setattr(tables.Tables, "_parameter", compacting)
+    monkeypatch.setattr(store.Tables, "_parameter", compacting)
     assert sd["k7"].tolist() == [14.0, 15.0]
     once.clear()
     assert sd.gather(["k7", "k2"]).tolist() == [[14.0, 15.0], [4.0, 5.0]]

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pdrs
 from pdrs import stacked
-from pdrs._stacked import optimizer_rows
+from pdrs._rows import optimizer_state
 
 SD = pdrs.StackedParameterDict
 
@@ -238,17 +238,17 @@ def test_a_tensor_at_the_address_of_a_table_that_is_gone_is_not_taken_for_it() -
     table = sd.table((2,))
     key = id(table)
     other = nn.Parameter(torch.zeros(1, 2))
-    watched = optimizer_rows._stepped[key]
-    assert optimizer_rows._steppers(table)
-    optimizer_rows._stepped[id(other)] = watched  # as if it had the old address
-    assert optimizer_rows._steppers(other) is None
-    optimizer_rows.watch(other)
-    assert optimizer_rows._steppers(other) == []
+    watched = optimizer_state._stepped[key]
+    assert optimizer_state._steppers(table)
+    optimizer_state._stepped[id(other)] = watched  # as if it had the old address
+    assert optimizer_state._steppers(other) is None
+    optimizer_state.watch(other)
+    assert optimizer_state._steppers(other) == []
     del sd, table, optimizer, watched
     gc.collect()
-    assert key not in optimizer_rows._stepped
-    assert optimizer_rows._steppers(other) == []
-    optimizer_rows.unwatch(other)
+    assert key not in optimizer_state._stepped
+    assert optimizer_state._steppers(other) == []
+    optimizer_state.unwatch(other)
 
 
 @pytest.mark.parametrize("key", ["a", "new"])

@@ -22,8 +22,8 @@ from torch import Tensor
 
 import pdrs
 from pdrs._core import IndexMap
-from pdrs._stacked import tables
-from pdrs._stacked.packed_names import unpack
+from pdrs._rows import store
+from pdrs._rows.names_codec import unpack
 
 SD = pdrs.StackedParameterDict
 NAMES = [f"n{at}" for at in range(20)]
@@ -128,7 +128,7 @@ def stopped_at_each_step(
     read: Callable[[SD], Mapping[str, Tensor]], change: Callable[[SD], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Read a dictionary again and again, each time with a change by another thread at another look at a table."""
-    parameter, stop = tables.Tables._parameter, 0
+    parameter, stop = store.Tables._parameter, 0
     looks, threads = 0, list[threading.Thread]()
 
     def look(self: SD, table: Any) -> Tensor:
@@ -143,7 +143,7 @@ def stopped_at_each_step(
         sd, looks = numbered(), 0
         threads.clear()
         with monkeypatch.context() as patched:
-            patched.setattr(tables.Tables, "_parameter", look)
+            patched.setattr(store.Tables, "_parameter", look)
             found = read(sd)
         for thread in threads:
             thread.join()
@@ -225,7 +225,7 @@ def test_a_pickle_may_have_the_optimizer_and_handles_of_a_dictionary_too() -> No
 
 
 def test_rows_that_move_while_they_are_iterated_over_are_looked_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    parameter = tables.Tables._parameter
+    parameter = store.Tables._parameter
 
     def look(self: SD, table: Any) -> Tensor:
         monkeypatch.undo()
@@ -237,7 +237,7 @@ def test_rows_that_move_while_they_are_iterated_over_are_looked_up_again(monkeyp
     for view in (SD.items, SD.values):
         sd, seen = numbered(), []
         sd.drop(["n0", "n1"])
-        monkeypatch.setattr(tables.Tables, "_parameter", look)
+        monkeypatch.setattr(store.Tables, "_parameter", look)
         for one in view(sd):
             seen.append(one[1].tolist() if isinstance(one, tuple) else one.tolist())
         assert sorted(seen) == [[float(at)] * 3 for at in range(2, 20)]

@@ -18,7 +18,7 @@ import torch
 
 import pdrs
 from fake_cuda.control import Control
-from pdrs import _staging
+from pdrs._moves import staging
 from test_storages import MOVES, PD, assert_apart, entries, kept_by_storage, loaded, model, opened, tensors_of, tied
 
 pytestmark = pytest.mark.cuda(devices=2)
@@ -61,7 +61,7 @@ def test_saving_one_entry_writes_its_bytes() -> None:
 
 
 def test_all_streams_of_a_device_are_known_and_each_once() -> None:
-    streams = _staging._streams_of(torch.device("cuda:1"))
+    streams = staging._streams_of(torch.device("cuda:1"))
     assert len({stream.stream_id for stream in streams}) == len(streams)
     ids = {stream.stream_id for stream in streams}
     for priority in (0, -1, -2, -3):
@@ -72,7 +72,7 @@ def test_all_streams_of_a_device_are_known_and_each_once() -> None:
 def test_the_next_stream_is_the_same_as_without_asking_for_all() -> None:
     device = torch.device("cuda:0")
     one, two = torch.cuda.Stream(device), torch.cuda.Stream(device)
-    list(_staging._pool(device))
+    list(staging._pool(device))
     three = torch.cuda.Stream(device)
     assert len({one.stream_id, two.stream_id, three.stream_id}) == 3
     rest = [torch.cuda.Stream(device).stream_id for _ in range(30)]

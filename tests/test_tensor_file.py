@@ -19,8 +19,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from pdrs._checkpoint import safe_write, tensor_file
-from pdrs._checkpoint.tensor_file import DTYPES, PAGE, CheckpointError, NewTensor, TensorFile, is_padding, write_tensors
+from pdrs._files import atomic, safetensors_file
+from pdrs._files.safetensors_file import DTYPES, PAGE, CheckpointError, NewTensor, TensorFile, is_padding, write_tensors
 
 
 def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -111,9 +111,9 @@ def test_parts_are_made_one_after_another_and_may_be_any_buffer(tmp_path: Path) 
 
 
 def test_what_does_not_lie_in_one_piece_is_copied_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensor_file, "BLOCK", 256)
+    monkeypatch.setattr(safetensors_file, "BLOCK", 256)
     tensors = {"a": numbers(40, 7).t(), "b": numbers(1, 30, 9).transpose(1, 2), "c": numbers(100)[::2]}
-    sizes = [memoryview(piece).nbytes for tensor in tensors.values() for piece in tensor_file.pieces_of(tensor)]
+    sizes = [memoryview(piece).nbytes for tensor in tensors.values() for piece in safetensors_file.pieces_of(tensor)]
     assert max(sizes) <= 256
     write(tmp_path / "f", tensors)
     same(TensorFile(tmp_path / "f").tensors(), tensors)
@@ -213,7 +213,7 @@ def test_an_error_of_the_system_leaves_no_trace_and_names_the_file(
     def fail(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(safe_write.os, function, fail)
+    monkeypatch.setattr(atomic.os, function, fail)
     with pytest.raises(OSError, match="No space left") as caught:
         write(saved, {"x": numbers(3)})
     monkeypatch.undo()
@@ -233,7 +233,7 @@ def test_a_system_that_writes_less_than_it_was_asked_to_is_asked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     really = os.write
-    monkeypatch.setattr(safe_write.os, "write", lambda descriptor, data: really(descriptor, data[:1000]))
+    monkeypatch.setattr(atomic.os, "write", lambda descriptor, data: really(descriptor, data[:1000]))
     write(tmp_path / "f", {"x": numbers(5000)})
     monkeypatch.undo()
     same(TensorFile(tmp_path / "f").tensors(), {"x": numbers(5000)})
@@ -293,8 +293,8 @@ def test_the_file_and_then_its_folder_are_brought_to_the_disk(tmp_path: Path, mo
         seen.append("rename")
         replace(*paths)
 
-    monkeypatch.setattr(safe_write.os, "fsync", note_fsync)
-    monkeypatch.setattr(safe_write.os, "replace", note_replace)
+    monkeypatch.setattr(atomic.os, "fsync", note_fsync)
+    monkeypatch.setattr(atomic.os, "replace", note_replace)
     write(tmp_path / "f", {"x": numbers(1)})
     assert seen == ["file", "rename", "folder"]
     write(tmp_path / "f", {"x": numbers(1)}, sync=False)

@@ -1011,18 +1011,18 @@ def test_threads_move_dictionaries_at_once() -> None:
     ],
 )
 def test_set_staging_refuses_what_cannot_work(arguments: dict[str, int], message: str) -> None:
-    before = pdrs._staging._staging
+    before = pdrs._moves.staging._staging
     with pytest.raises(ValueError, match=message):
         pdrs.set_staging(**arguments)
-    assert pdrs._staging._staging is before
+    assert pdrs._moves.staging._staging is before
 
 
 @pytest.mark.parametrize("arguments", [{"block_bytes": 8e6}, {"blocks": 2.0}, {"blocks": None}])
 def test_set_staging_refuses_what_is_no_int(arguments: dict[str, Any]) -> None:
-    before = pdrs._staging._staging
+    before = pdrs._moves.staging._staging
     with pytest.raises(TypeError, match=f"expected {next(iter(arguments))} to be an int, got "):
         pdrs.set_staging(**arguments)
-    assert pdrs._staging._staging is before
+    assert pdrs._moves.staging._staging is before
 
 
 def test_pdrs_to_says_what_is_no_module() -> None:

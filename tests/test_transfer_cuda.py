@@ -22,7 +22,7 @@ from torch.nn import Parameter
 
 import pdrs
 from fake_cuda.control import Control
-from pdrs import _staging
+from pdrs._moves import staging
 
 pytestmark = pytest.mark.cuda(devices=2)
 
@@ -411,7 +411,7 @@ def test_threads_move_dictionaries_to_several_devices_at_once(late: Control) -> 
     assert not errors
     for at, pd in enumerate(dictionaries):
         assert torch.equal(torch.stack(list(pd.values())).flatten(), torch.arange((300.0 + at) * 5))
-    assert len(_staging._staging._idle) <= 2
+    assert len(staging._staging._idle) <= 2
 
 
 def test_a_device_that_is_not_the_current_one_takes_its_own_streams(late: Control) -> None:

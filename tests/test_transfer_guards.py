@@ -21,7 +21,8 @@ from torch import Tensor
 
 import pdrs
 from fake_cuda.control import Control
-from pdrs import _staging, parameter_dict, transfer
+from pdrs import parameter_dict
+from pdrs._moves import run, staging
 
 pytestmark = pytest.mark.cuda(devices=2)
 
@@ -166,7 +167,7 @@ def downloaded_memory_that_dies_under_a_copy(set_staging: Staging) -> bool:
     copies = [each.detach().to("cuda", non_blocking=True) for each in (first, *others)]
     del pd, others
     gc.collect()
-    _staging._side_streams[torch.device("cuda:0")].synchronize()  # Not the one that has the copies.
+    staging._side_streams[torch.device("cuda:0")].synchronize()  # Not the one that has the copies.
     again = [torch.zeros(size, dtype=torch.uint8, pin_memory=True) for size in (32_000, 64_000) for _ in range(2)]
     right = is_right(copies)
     del again
@@ -183,26 +184,26 @@ class Guard:
 
 
 GUARDS = [
-    Guard("_staging", "    side.wait_stream(current)", memory_with_work_on_it),
-    Guard("_staging", "        current.wait_stream(side)", work_right_after),
-    Guard("_staging", "            last.wait()", few_small_blocks),
-    Guard("_staging", "            last.wait()", two_uploads_through_one_block),
-    Guard("_staging", "                last.mark()", few_small_blocks),
-    Guard("_staging", "        last.wait()", another_stream_after_a_blocking_upload),
-    Guard("_staging", "        side.synchronize()", a_change_after_a_direct_upload),
-    Guard("_staging", "    block.wait()", a_download),
-    Guard("_staging", "                block.mark()", a_download),
-    Guard("_staging", "            block.wait()", a_download_through_a_block_that_another_device_reads),
-    Guard("_staging", "        source.record_stream(side)", a_download_that_does_not_wait_under_another_stream),
+    Guard("_moves.staging", "    side.wait_stream(current)", memory_with_work_on_it),
+    Guard("_moves.staging", "        current.wait_stream(side)", work_right_after),
+    Guard("_moves.staging", "            last.wait()", few_small_blocks),
+    Guard("_moves.staging", "            last.wait()", two_uploads_through_one_block),
+    Guard("_moves.staging", "                last.mark()", few_small_blocks),
+    Guard("_moves.staging", "        last.wait()", another_stream_after_a_blocking_upload),
+    Guard("_moves.staging", "        side.synchronize()", a_change_after_a_direct_upload),
+    Guard("_moves.staging", "    block.wait()", a_download),
+    Guard("_moves.staging", "                block.mark()", a_download),
+    Guard("_moves.staging", "            block.wait()", a_download_through_a_block_that_another_device_reads),
+    Guard("_moves.staging", "        source.record_stream(side)", a_download_that_does_not_wait_under_another_stream),
     Guard(
-        "transfer",
+        "_moves.run",
         "            source.record_stream(torch.cuda.current_stream(source.device))",
         between_devices_under_another_stream,
     ),
-    Guard("_staging", "        slab.record_stream(stream)", entries_that_die_under_another_stream),
-    Guard("_staging", "        slab.record_stream(stream)", entries_that_die_under_a_stream_of_high_priority),
-    Guard("_pinned", "                torch.cuda.synchronize(device)", pinned_memory_that_dies_under_a_copy),
-    Guard("_pinned", "                torch.cuda.synchronize(device)", downloaded_memory_that_dies_under_a_copy),
+    Guard("_moves.staging", "        slab.record_stream(stream)", entries_that_die_under_another_stream),
+    Guard("_moves.staging", "        slab.record_stream(stream)", entries_that_die_under_a_stream_of_high_priority),
+    Guard("_moves.pinned", "                torch.cuda.synchronize(device)", pinned_memory_that_dies_under_a_copy),
+    Guard("_moves.pinned", "                torch.cuda.synchronize(device)", downloaded_memory_that_dies_under_a_copy),
 ]
 
 
@@ -222,13 +223,13 @@ def without(guard: Guard) -> ModuleType:
 
 def use(mutant: Any, guard: Guard, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let ParameterDicts move by a module that has lost a guard."""
-    if guard.module == "transfer":
-        monkeypatch.setattr(parameter_dict, "transfer", mutant)
-    elif guard.module == "_pinned":
-        monkeypatch.setattr(transfer, "pinned_empty", mutant.pinned_empty)
+    if guard.module == "_moves.run":
+        monkeypatch.setattr(parameter_dict, "run", mutant)
+    elif guard.module == "_moves.pinned":
+        monkeypatch.setattr(run, "pinned_empty", mutant.pinned_empty)
     else:
-        monkeypatch.setattr(transfer, "_staging", mutant)
-        monkeypatch.setitem(sys.modules, "pdrs._staging", mutant)  # Which is asked natively, too.
+        monkeypatch.setattr(run, "staging", mutant)
+        monkeypatch.setitem(sys.modules, "pdrs._moves.staging", mutant)  # Which is asked natively, too.
 
 
 def goes_well(scenario: Callable[[Staging], bool], set_staging: Staging, runtime: Control) -> bool:

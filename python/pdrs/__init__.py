@@ -3,7 +3,7 @@
 from importlib.metadata import version
 
 from pdrs._core import IndexMap, group_tensors
-from pdrs._stacked.step_warnings import AbsentNamesWarning, UntrainedTableWarning
+from pdrs._rows.step_warnings import AbsentNamesWarning, UntrainedTableWarning
 from pdrs.checkpoint import CheckpointError, load, open, save  # noqa: A004  # read as pdrs.open
 from pdrs.parameter_dict import ParameterDict
 from pdrs.stacked import StackedParameterDict

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from pdrs._core import slab_views
-from pdrs._state import is_intercepted
+from pdrs._torch.modes import is_intercepted
 
 __all__ = ["entry", "new_dict", "unpack"]
 

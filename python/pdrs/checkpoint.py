@@ -17,12 +17,14 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules.module import _IncompatibleKeys
 
-from pdrs._checkpoint.archive import Archive, packed_before, refuse_long_chain, same_file, write_archive
-from pdrs._checkpoint.archive_sources import EXTRA_STATE, collect
-from pdrs._checkpoint.hooks import NamedSource, changes_what_is_loaded, giving, prefixes_where
-from pdrs._checkpoint.into_modules import add_tied, with_memory
-from pdrs._checkpoint.named_layout import MAX_SHARD, write_named
-from pdrs._checkpoint.opened import (
+from pdrs._core import IndexMap
+from pdrs._entries.checkpointing import NamedSource, changes_what_is_loaded, giving, prefixes_where
+from pdrs._files.archive import Archive, packed_before, refuse_long_chain, same_file, write_archive
+from pdrs._files.atomic import refuse_folder
+from pdrs._files.collect import EXTRA_STATE, collect
+from pdrs._files.into_modules import add_tied, with_memory
+from pdrs._files.named_layout import MAX_SHARD, write_named
+from pdrs._files.open import (
     Checkpoint,
     NamedTensors,
     SavedDictionary,
@@ -31,15 +33,13 @@ from pdrs._checkpoint.opened import (
     load_named,
     open_dictionary,
 )
-from pdrs._checkpoint.safe_write import refuse_folder
-from pdrs._checkpoint.shards import remove_interrupted
-from pdrs._checkpoint.state_files import VERSIONS, Key, StateFile, TorchFile, open_state
-from pdrs._checkpoint.tensor_file import CheckpointError, TensorFile, as_texts, texts_of
-from pdrs._core import IndexMap
-from pdrs._memory import collector_paused
-from pdrs._names import Names
-from pdrs._stacked.packed_names import is_packed, refuse_unpaid
-from pdrs._stacked.row_ids import table_of
+from pdrs._files.safetensors_file import CheckpointError, TensorFile, as_texts, texts_of
+from pdrs._files.shards import remove_interrupted
+from pdrs._files.state_file import VERSIONS, Key, StateFile, TorchFile, open_state
+from pdrs._rows.names_codec import is_packed, refuse_unpaid
+from pdrs._rows.row_ids import table_of
+from pdrs._torch.gc_pause import collector_paused
+from pdrs._torch.names import Names
 from pdrs.parameter_dict import ParameterDict
 from pdrs.stacked import StackedParameterDict
 

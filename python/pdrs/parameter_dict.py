@@ -13,8 +13,6 @@ from torch.nn import Buffer, Module, Parameter
 from torch.nn.modules import module as _torch_module
 from torch.nn.modules.module import _IncompatibleKeys
 
-from pdrs import _copies, _torch_own, _torch_way, transfer
-from pdrs._checkpoint.hooks import given_to, takes_down
 from pdrs._core import (
     IndexMap,
     clear_entries,
@@ -29,12 +27,18 @@ from pdrs._core import (
     take_over,
     use_native_slots,
 )
-from pdrs._memory import collector_paused
-from pdrs._names import listed
-from pdrs._sources import as_dict, columns, refuse_stacked
-from pdrs._state import load_from_state_dict, load_rest, load_whole
-from pdrs._torch_own import are_functions_own, follows_torch, is_own
-from pdrs._views import EntryItemsView, EntryValuesView
+from pdrs._entries import copies, redirected
+from pdrs._entries.checkpointing import given_to, takes_down
+from pdrs._entries.load_state import load_from_state_dict, load_rest, load_whole
+from pdrs._entries.sources import as_dict, columns, refuse_stacked
+from pdrs._entries.views import EntryItemsView, EntryValuesView
+from pdrs._moves import run
+from pdrs._moves.recognise import usual_applies
+from pdrs._torch import own_functions
+from pdrs._torch.errors import MissingEntryError
+from pdrs._torch.gc_pause import collector_paused
+from pdrs._torch.names import listed
+from pdrs._torch.own_functions import are_functions_own, follows_torch, is_own
 
 if TYPE_CHECKING:
     from pdrs.stacked import StackedParameterDict
@@ -59,12 +63,6 @@ _PARAMETER = _Kind("parameter", "torch.nn.Parameter or None")
 _MODULE = _Kind("child module", "torch.nn.Module or None")
 _PARAMETRIZED = _Kind("parametrized tensor", "torch.Tensor")
 _BUFFER = _Kind("buffer", "torch.nn.Buffer, torch.Tensor or None")
-
-
-class MissingEntryError(KeyError, AttributeError):
-    """What ``pd["missing"]`` raises: a KeyError, as of a dict, and an AttributeError, as torch's class raises."""
-
-    __str__ = KeyError.__str__
 
 
 class ParameterDict(torch.nn.ParameterDict):
@@ -107,7 +105,7 @@ class ParameterDict(torch.nn.ParameterDict):
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
-        cls._is_read_directly = _torch_own.is_read_directly(cls)
+        cls._is_read_directly = own_functions.is_read_directly(cls)
         if all(getattr(cls, name) is getattr(ParameterDict, name) for name in _NATIVE):
             use_native_slots(cls, Parameter)
 
@@ -156,7 +154,7 @@ class ParameterDict(torch.nn.ParameterDict):
         if not _tracing() and set_entry(self, key, value, Parameter):
             return
         # What asks for a closer look is what torch lets others do to Modules: hooks, parametrizations, other kinds.
-        if _tracing() or is_own(self, _torch_own.SETITEM):
+        if _tracing() or is_own(self, own_functions.SETITEM):
             key = self._key_to_attr(key)
             if isinstance(value, Tensor):
                 value = _to_leaf_parameter(key, value)
@@ -164,7 +162,7 @@ class ParameterDict(torch.nn.ParameterDict):
         elif follows_torch(self, "__setitem__"):
             if isinstance(value, Tensor):
                 value = _to_leaf_parameter(key, value)
-            _torch_way.write(self, key, value)
+            redirected.write(self, key, value)
         else:
             self._keys._take_none()
             super().__setitem__(key, value)
@@ -173,7 +171,7 @@ class ParameterDict(torch.nn.ParameterDict):
         """Remove ``key``; the order of the others stays. Raises KeyError if it is not there. **O(1)**."""
         if not _tracing() and delete_entry(self, key):
             return
-        if not (_tracing() or is_own(self, _torch_own.DELITEM)):
+        if not (_tracing() or is_own(self, own_functions.DELITEM)):
             super().__delitem__(key)
             return
         del self._keys[key]
@@ -257,7 +255,7 @@ class ParameterDict(torch.nn.ParameterDict):
         """
         if _tracing():
             return [self[key] for key in self._traced_keys()]  # type: ignore[return-value]  # seen by the tracer alone
-        if is_own(self, _torch_own.VALUES) or follows_torch(self, "values"):
+        if is_own(self, own_functions.VALUES) or follows_torch(self, "values"):
             return EntryValuesView(self)
         return super().values()  # type: ignore[return-value]  # whatever somebody else gives
 
@@ -268,7 +266,7 @@ class ParameterDict(torch.nn.ParameterDict):
         """
         if _tracing():
             return [(key, self[key]) for key in self._traced_keys()]  # type: ignore[return-value]  # as in values()
-        if is_own(self, _torch_own.ITEMS) or follows_torch(self, "items"):
+        if is_own(self, own_functions.ITEMS) or follows_torch(self, "items"):
             return EntryItemsView(self)
         return super().items()  # type: ignore[return-value]  # whatever somebody else gives
 
@@ -292,7 +290,7 @@ class ParameterDict(torch.nn.ParameterDict):
                 "ParametersDict.update should be called with an iterable of key/value pairs, but got "
                 f"{type(parameters).__name__}"
             )
-        if not (_tracing() or is_own(self, _torch_own.UPDATE)):
+        if not (_tracing() or is_own(self, own_functions.UPDATE)):
             refuse_stacked(parameters)
             super().update(parameters)  # type: ignore[arg-type]  # torch's takes pairs, too
             return
@@ -305,7 +303,7 @@ class ParameterDict(torch.nn.ParameterDict):
 
     def clear(self) -> None:
         """Remove all entries. **O(n)**."""
-        if not (_tracing() or is_own(self, _torch_own.CLEAR)):
+        if not (_tracing() or is_own(self, own_functions.CLEAR)):
             super().clear()
             return
         for key in clear_entries(self._keys, self._parameters):
@@ -313,7 +311,7 @@ class ParameterDict(torch.nn.ParameterDict):
 
     def copy(self) -> ParameterDict:
         """Return a new ParameterDict of the same keys and the very same values. **O(n)**."""
-        if _tracing() or (is_own(self, _torch_own.COPY) and is_own(self, _torch_own.SOURCE)):
+        if _tracing() or (is_own(self, own_functions.COPY) and is_own(self, own_functions.SOURCE)):
             return ParameterDict(self)
         if follows_torch(self, "copy"):
             return ParameterDict([(key, self[key]) for key in self._keys])
@@ -324,7 +322,7 @@ class ParameterDict(torch.nn.ParameterDict):
 
         A Parameter is shared by all; of another tensor each gets a Parameter of its own over the same data.
         """
-        if _tracing() or are_functions_own(self, _torch_own.FROMKEYS):
+        if _tracing() or are_functions_own(self, own_functions.FROMKEYS):
             return ParameterDict(zip(keys if isinstance(keys, str) else listed(keys), repeat(default)))
         return super().fromkeys(keys, default)  # type: ignore[return-value]  # whatever somebody else gives
 
@@ -343,7 +341,7 @@ class ParameterDict(torch.nn.ParameterDict):
     def extra_repr(self) -> str:
         """Return a line an entry, or, of more than 100, of the first and the last ten."""
         hidden = len(self._keys) - 2 * _REPR_END
-        if len(self._keys) <= _REPR_WHOLE or not is_own(self, _torch_own.EXTRA_REPR):
+        if len(self._keys) <= _REPR_WHOLE or not is_own(self, own_functions.EXTRA_REPR):
             return super().extra_repr()
         items = self.items()
         ends = (islice(items, _REPR_END), reversed(list(islice(reversed(items), _REPR_END))))
@@ -369,39 +367,39 @@ class ParameterDict(torch.nn.ParameterDict):
         if is_key and isinstance(value, Parameter):
             # Here, and not in torch's method, which refuses dots: `load_state_dict(assign=True)` sets attributes.
             value = _to_leaf_parameter(name, value)
-            if _tracing() or is_own(self, _torch_own.SETATTR):
+            if _tracing() or is_own(self, own_functions.SETATTR):
                 self._place(name, self._accepted(name, value, self._kind_of(name)))
             else:
-                _torch_way.register(self, name, value, super().__setattr__)
+                redirected.register(self, name, value, super().__setattr__)
             return
         # A subclass may give an entry another attribute name than its key.
         is_plain = name in state.get("_values", ())
         if is_key or is_plain:
-            if _torch_way.is_attribute(self, name) and name not in _torch_way.parametrized(self):
+            if redirected.is_attribute(self, name) and name not in redirected.parametrized(self):
                 object.__setattr__(self, name, value)
                 return
             # Tensors stay where FSDP and others put them, and look for them; a Buffer torch refuses.
             is_plain = is_plain or not (isinstance(value, Tensor) or self._kind_of(name))
         if is_plain and not isinstance(value, Buffer):
             if not isinstance(value, (Parameter, Module)):
-                if name in _torch_way.parametrized(self):
+                if name in redirected.parametrized(self):
                     raise _refusal(name, value, _PARAMETRIZED)
-                if _tracing() or are_functions_own(self, _torch_own.SETATTR):
+                if _tracing() or are_functions_own(self, own_functions.SETATTR):
                     self._values[name] = value
                     state.pop(name, None)
                 else:
-                    _torch_way.set_plain(self, name, value, super().__setattr__)
+                    redirected.set_plain(self, name, value, super().__setattr__)
                 return
             self._values.pop(name, None)
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
         """Delete an attribute as torch does: of an entry the key stays, until it is deleted as an entry."""
-        if name in self._keys and _torch_way.is_attribute(self, name):
+        if name in self._keys and redirected.is_attribute(self, name):
             object.__delattr__(self, name)
             return
         if name in self._values:
-            if _tracing() or are_functions_own(self, _torch_own.DELATTR) or _torch_way.is_attribute(self, name):
+            if _tracing() or are_functions_own(self, own_functions.DELATTR) or redirected.is_attribute(self, name):
                 del self._values[name]
                 return
             # Where torch's method looks for it.
@@ -413,11 +411,11 @@ class ParameterDict(torch.nn.ParameterDict):
         """Register a Parameter as torch does; under the key of an entry also if that has dots."""
         # `distribute_module` registers anew what is there.
         is_entry = type(name) is str and name in self.__dict__.get("_parameters", ()) and name in self._keys
-        super().register_parameter(_torch_way.without_dots(name) if is_entry else name, param)
+        super().register_parameter(redirected.without_dots(name) if is_entry else name, param)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ParameterDict:
         """Move or convert everything: at once where ``fn`` is one of torch's own, which ``to`` and the like pass."""
-        if not (is_own(self, _torch_own.APPLY) and transfer.apply(self, fn, recurse)):
+        if not (is_own(self, own_functions.APPLY) and run.apply(self, fn, recurse)):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -431,11 +429,11 @@ class ParameterDict(torch.nn.ParameterDict):
         RuntimeError
             If there is no CUDA device, or it cannot lock so much; then nothing has changed.
         """
-        transfer.pin_memory(self)
+        run.pin_memory(self)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if not is_own(self, _torch_own.SAVE):
+        if not is_own(self, own_functions.SAVE):
             super()._save_to_state_dict(destination, prefix, keep_vars)
             return
         own_state = type(self).get_extra_state is not Module.get_extra_state
@@ -454,7 +452,7 @@ class ParameterDict(torch.nn.ParameterDict):
         """Load a state dict as torch does, several times faster if it fits and nobody has hooks on it."""
         if (
             not (assign or _tracing() or torch.__future__.get_swap_module_params_on_conversion())
-            and is_own(self, _torch_own.LOAD)
+            and is_own(self, own_functions.LOAD)
             and load_whole(self, state_dict)
         ):
             return _IncompatibleKeys([], [])
@@ -478,7 +476,7 @@ class ParameterDict(torch.nn.ParameterDict):
                     self, [], 0, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
                 )
             return
-        if _tracing() or not is_own(self, _torch_own.LOAD_FROM):
+        if _tracing() or not is_own(self, own_functions.LOAD_FROM):
             unexpected: list[str] = []
             super()._load_from_state_dict(
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected, error_msgs
@@ -494,14 +492,14 @@ class ParameterDict(torch.nn.ParameterDict):
 
     def __copy__(self) -> Any:
         """Return another module that shares everything with this one, the dict of Parameters included."""
-        return _copies.shallow_copy(self)
+        return copies.shallow_copy(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         with collector_paused():
-            return _copies.deep_copy(self, memo)
+            return copies.deep_copy(self, memo)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-        return _copies.reduce(super().__reduce_ex__(protocol), self._parameters)
+        return copies.reduce(super().__reduce_ex__(protocol), self._parameters)
 
     # -- where an entry lies -------------------------------------------------------------------------------------------
 
@@ -517,12 +515,12 @@ class ParameterDict(torch.nn.ParameterDict):
 
     def _value_of(self, key: str) -> Any:
         """Find the value of a key of which ``get_entry`` has found none."""
-        if not is_own(self, _torch_own.GETITEM):
+        if not is_own(self, own_functions.GETITEM):
             try:
                 if follows_torch(self, "__getitem__") or (
-                    _torch_way.is_attribute(self, key) and key not in _torch_way.parametrized(self)
+                    redirected.is_attribute(self, key) and key not in redirected.parametrized(self)
                 ):
-                    return _torch_way.read(self, key)
+                    return redirected.read(self, key)
                 return super().__getitem__(key)
             except AttributeError as error:
                 raise MissingEntryError(key) from error
@@ -568,7 +566,7 @@ class ParameterDict(torch.nn.ParameterDict):
                 self._non_persistent_buffers_set.discard(key)
                 del place[key]
                 return
-        if key not in _torch_way.STATE:
+        if key not in redirected.STATE:
             self.__dict__.pop(key, None)
 
     def _kind_of(self, key: str) -> _Kind | None:
@@ -584,12 +582,12 @@ class ParameterDict(torch.nn.ParameterDict):
         hooks: Iterable[Callable[..., Any]] = ()
         if isinstance(value, Parameter):
             if held is not _PARAMETER:
-                _torch_way.refuse_parametrized(self, key)
+                redirected.refuse_parametrized(self, key)
             hooks = _torch_module._global_parameter_registration_hooks.values()
         else:
             if isinstance(value, Module):
                 hooks = _torch_module._global_module_registration_hooks.values()
-            elif key in _torch_way.parametrized(self):
+            elif key in redirected.parametrized(self):
                 raise _refusal(key, value, _PARAMETRIZED)
             if held and value is not None and not (held is not _PARAMETER and isinstance(value, Module)):
                 raise _refusal(key, value, held)
@@ -634,16 +632,16 @@ class ParameterDict(torch.nn.ParameterDict):
         attributes = self.__dict__
         return isinstance(attributes.get(key), Tensor) or (
             key in attributes
-            and key not in _torch_way.STATE
+            and key not in redirected.STATE
             and key in self._keys
             and not any(key in place for place in (self._parameters, self._values, self._modules, self._buffers))
         )
 
     def _is_usual_for(self, names: Iterable[str]) -> bool:
         """Whether Parameters of these names may go into ``_parameters`` with no regard to what is elsewhere."""
-        if _torch_module._global_parameter_registration_hooks or _torch_way.parametrized(self):
+        if _torch_module._global_parameter_registration_hooks or redirected.parametrized(self):
             return False
-        hiding = self.__dict__.keys() - _torch_way.STATE
+        hiding = self.__dict__.keys() - redirected.STATE
         elsewhere = (self._values, self._modules, self._buffers)
         return (not hiding or hiding.isdisjoint(names)) and all(
             not place or place.keys().isdisjoint(names) for place in elsewhere
@@ -651,7 +649,7 @@ class ParameterDict(torch.nn.ParameterDict):
 
     def _insert(self, names: list[str], values: list[Any]) -> None:
         """Insert all, or, if one cannot be taken, none."""
-        if not (_tracing() or is_own(self, _torch_own.UPDATE)):
+        if not (_tracing() or is_own(self, own_functions.UPDATE)):
             for name, value in zip(names, values, strict=True):
                 self[name] = value
             return
@@ -718,4 +716,5 @@ def _to_leaf_parameter(key: str, value: Tensor) -> Parameter:
 
 
 use_native_slots(ParameterDict, Parameter)
-_torch_own.watch(ParameterDict)
+own_functions.watch(ParameterDict)
+usual_applies.append(ParameterDict._apply)

@@ -14,20 +14,24 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils.parametrize import is_parametrized
 
-from pdrs import _copies, _memory, _sources, transfer
 from pdrs._core import IndexMap, TableRows, pop_end_row, pop_row, set_row, slab_views
-from pdrs._names import Names, as_list
-from pdrs._stacked.averages import note_copy
-from pdrs._stacked.changes import Changes
-from pdrs._stacked.gathered_rows import Handle
-from pdrs._stacked.named_rows import Initialiser, initialise, refuse_integers
-from pdrs._stacked.row_ids import id_of, row_of, table_of
-from pdrs._stacked.saved_rows import SavedRows
-from pdrs._stacked.tables import Kind, Table, mask_device, whole
-from pdrs._stacked.untraced import untraced
-from pdrs._state import is_intercepted
-from pdrs._views import KeysView as NamesView
-from pdrs.parameter_dict import MissingEntryError, ParameterDict
+from pdrs._entries import copies, sources
+from pdrs._entries.views import KeysView as NamesView
+from pdrs._moves import run
+from pdrs._moves.recognise import recognise
+from pdrs._rows.averages import note_copy
+from pdrs._rows.gather import Handle
+from pdrs._rows.insert import Initialiser, initialise, refuse_integers
+from pdrs._rows.row_ids import id_of, row_of, table_of
+from pdrs._rows.state_dict import SavedRows
+from pdrs._rows.store import Kind, Table, mask_device, whole
+from pdrs._torch import huge_pages
+from pdrs._torch.errors import MissingEntryError
+from pdrs._torch.modes import is_intercepted
+from pdrs._torch.names import Names, as_list
+from pdrs._torch.transaction import Changes
+from pdrs._torch.untraced import untraced
+from pdrs.parameter_dict import ParameterDict
 
 __all__ = ["Handle", "StackedParameterDict"]
 
@@ -196,7 +200,7 @@ class StackedParameterDict(SavedRows):
         ids: dict[str, int] = {}
         for shape, names in by_shape.items():
             with torch.inference_mode(False), torch.no_grad():
-                data = _memory.full((len(names), *shape), 0, dtype=dtype, device=device)
+                data = huge_pages.full((len(names), *shape), 0, dtype=dtype, device=device)
                 if init is not None:
                     initialise(data, init)
             number = made._add_table(Kind(shape, dtype).attribute(), Parameter(data), 0)
@@ -382,7 +386,7 @@ class StackedParameterDict(SavedRows):
         if isinstance(parameters, StackedParameterDict):
             names, values = parameters._detached()
         else:
-            names, values = _sources.columns(parameters)
+            names, values = sources.columns(parameters)
         with self._lock.change():
             self._insert(names, values, distinct=isinstance(parameters, Mapping | StackedParameterDict))
 
@@ -413,7 +417,7 @@ class StackedParameterDict(SavedRows):
                 if index is not self._index:
                     memo[id(index)] = index  # which is a copy already
                     memo.setdefault(id(memo), []).append(index)  # as `copy` keeps things alive
-            made: StackedParameterDict = _copies.deep_copy_reduced(self, reduced, memo)
+            made: StackedParameterDict = copies.deep_copy_reduced(self, reduced, memo)
             note_copy(self, made)
             return made
 
@@ -498,7 +502,7 @@ class StackedParameterDict(SavedRows):
         """Move or convert the tables: where ``fn`` is one of torch's own, all or, if there is an error, none."""
         with self._lock.change():
             masks = self._moved_masks(fn)
-            if not transfer.apply(self, fn, recurse):
+            if not run.apply(self, fn, recurse):
                 with self._swappable():
                     super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             for table, mask in masks:
@@ -518,13 +522,13 @@ class StackedParameterDict(SavedRows):
             If there is no CUDA device, or it cannot lock so much; then nothing has changed.
         """
         with self._lock.change():
-            transfer.pin_memory(self)
+            run.pin_memory(self)
         return self
 
     def _moved_masks(self, fn: Any) -> list[tuple[Table, Tensor]]:
         """Return the masks of frozen rows where their tables will be, made before anything moves."""
         masks: list[tuple[Table, Tensor]] = []
-        move = transfer.recognise(fn)
+        move = recognise(fn)
         if move is None:
             return masks
         for table in self._tables:

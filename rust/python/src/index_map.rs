@@ -377,7 +377,7 @@ fn number_distinct(names: &Bound<'_, PyAny>) -> PyResult<Option<Map<Name, i64>>>
 }
 
 fn copies(py: Python<'_>) -> PyResult<Bound<'_, PyModule>> {
-    PyModule::import(py, "pdrs._copies")
+    PyModule::import(py, "pdrs._entries.copies")
 }
 
 fn is_mapping(object: &Bound<'_, PyAny>) -> PyResult<bool> {
@@ -422,7 +422,7 @@ fn add_entries(entries: &Bound<'_, PyAny>, pairs: &mut Vec<(Name, i64)>) -> PyRe
 
 fn view<'py>(py: Python<'py>, class: &str, index: &Bound<'py, IndexMap>) -> PyResult<Bound<'py, PyAny>> {
     static VIEWS: PyOnceLock<Py<PyModule>> = PyOnceLock::new();
-    let views = VIEWS.get_or_try_init(py, || PyModule::import(py, "pdrs._views").map(Bound::unbind))?;
+    let views = VIEWS.get_or_try_init(py, || PyModule::import(py, "pdrs._entries.views").map(Bound::unbind))?;
     views.bind(py).getattr(class)?.call1((index,))
 }
 
@@ -851,7 +851,7 @@ impl IndexMap {
     /// ['a', 'c']
     fn select<'py>(&self, py: Python<'py>, mask: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyList>> {
         static AS_MASK: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-        let mask = AS_MASK.import(py, "pdrs._names", "as_mask")?.call1((mask, self.len(py)))?;
+        let mask = AS_MASK.import(py, "pdrs._torch.names", "as_mask")?.call1((mask, self.len(py)))?;
         let mask = mask.extract::<PyReadonlyArray1<'_, bool>>()?;
         let mask = mask.as_array();
         let chosen = {

@@ -17,7 +17,7 @@ pub(crate) fn listed<'py>(names: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAn
     if names.is_exact_instance_of::<PyList>() || names.is_exact_instance_of::<PyTuple>() {
         return Ok(names.clone());
     }
-    LISTED.import(names.py(), "pdrs._names", "listed")?.call1((names,))
+    LISTED.import(names.py(), "pdrs._torch.names", "listed")?.call1((names,))
 }
 
 /// The names as exact `str`; a `TypeError` that says what came instead, and where, otherwise.
@@ -43,6 +43,6 @@ pub(crate) fn to_names(names: &Bound<'_, PyAny>) -> PyResult<Vec<Name>> {
 }
 
 fn refused(name: &Bound<'_, PyAny>, at: usize) -> PyErr {
-    let refuse = || name.py().import("pdrs._names")?.call_method1("refuse", (name, at));
+    let refuse = || name.py().import("pdrs._torch.names")?.call_method1("refuse", (name, at));
     refuse().expect_err("it raises")
 }

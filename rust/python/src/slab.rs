@@ -148,7 +148,7 @@ impl<'py> Slab<'py> {
         };
         let memory = Memory::of(torch, tensor, &found)?;
         if found.device.is_cuda() {
-            py.import("pdrs._staging")?.call_method1(intern!(py, "make_known_to_streams"), (tensor,))?;
+            py.import("pdrs._moves.staging")?.call_method1(intern!(py, "make_known_to_streams"), (tensor,))?;
         } else if !found.device.is_cpu() {
             return Err(PyValueError::new_err("expected a slab on the CPU or on a CUDA device"));
         }

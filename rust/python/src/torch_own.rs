@@ -1,6 +1,6 @@
 //! Whether torch's own functions stand where a native method of `ParameterDict` goes around them.
 //!
-//! `pdrs/_torch_own.py` says which functions those are, for each method, and looks at a class. What it finds is kept
+//! `pdrs/_torch/own_functions.py` says which functions those are, for each method, and looks at a class. What it finds is kept
 //! under the version tag of the class: `CPython` gives a class a new one whenever an attribute of it, or of one of its
 //! bases, is set or deleted. So a patch is seen at once, and the usual answer costs one comparison.
 #![allow(unsafe_code)] // Reads the version tag of a type object.
@@ -16,7 +16,7 @@ use pyo3::types::{PyDict, PyString};
 
 use crate::instance::attributes;
 
-/// A method of `ParameterDict`: its place in the table in `pdrs/_torch_own.py`, which begins with those named here.
+/// A method of `ParameterDict`: its place in the table in `pdrs/_torch/own_functions.py`, which begins with those named here.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Method(u32);
 

@@ -1,0 +1,1 @@
+"""The parts of a move between devices and dtypes."""
