@@ -26,7 +26,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pdrs
-from pdrs import transfer
+from pdrs._moves import run
 
 Kind = type[nn.ParameterDict]
 Build = Callable[[Kind], nn.Module]
@@ -407,7 +407,7 @@ def test_a_move_to_what_is_there_touches_nothing(monkeypatch: pytest.MonkeyPatch
     pd["integer"] = Parameter(torch.arange(3), requires_grad=False)
     pd["n"] = with_grad(Parameter(torch.randn(3, dtype=torch.float64)))
     pointers = [tensor.data_ptr() for _, tensor in tensors_of(pd) if tensor is not None]
-    monkeypatch.setattr(transfer, "complete_move", lambda slabs, **_: slabs and pytest.fail("something moved"))
+    monkeypatch.setattr(run, "complete_move", lambda slabs, **_: slabs and pytest.fail("something moved"))
     pd.to(torch.float64).to("cpu").double().cpu()
     pdrs.to(pd, "cpu", torch.float64)
     assert [tensor.data_ptr() for _, tensor in tensors_of(pd) if tensor is not None] == pointers
@@ -433,7 +433,7 @@ def test_the_work_of_torch_does_not_grow_with_the_number_of_entries() -> None:
 
 
 def test_large_and_small_entries_convert_alike_across_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer, "_PIECE", 16)
+    monkeypatch.setattr(run, "_PIECE", 16)
     assert_same(not_contiguous, lambda module: module.double())
     assert_same(mixed_dtypes, lambda module: module.half())
     assert_same(
@@ -604,7 +604,7 @@ def test_a_move_in_inference_mode_does_what_torch_does() -> None:
 
 
 def test_a_move_under_a_fake_mode_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer, "_move", lambda *_: pytest.fail("it was not"))
+    monkeypatch.setattr(run, "_move", lambda *_: pytest.fail("it was not"))
     with FakeTensorMode():
         pd = with_gradients(pdrs.ParameterDict)
         with suppress(RuntimeError):  # torch cannot swap the first fake tensors of a process.
@@ -612,7 +612,7 @@ def test_a_move_under_a_fake_mode_is_left_to_torch(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_move_inside_a_function_transform_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer, "_move", lambda *_: pytest.fail("it was not"))
+    monkeypatch.setattr(run, "_move", lambda *_: pytest.fail("it was not"))
     pd = pdrs.ParameterDict({"a": torch.full((2,), 3.0)})
     torch.func.vmap(lambda x: x * pd.double()["a"])(torch.ones(4, 2))
     assert pd["a"].dtype == torch.float64

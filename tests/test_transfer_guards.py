@@ -253,6 +253,6 @@ def test_a_scenario_goes_well_with_its_guard_and_not_without(
     torch.cuda.empty_cache()
     mutant = without(guard)
     use(mutant, guard, monkeypatch)
-    set_staging = mutant.set_staging if guard.module == "_staging" else pdrs.set_staging
+    set_staging = mutant.set_staging if guard.module == "_moves.staging" else pdrs.set_staging
     assert not goes_well(guard.scenario, set_staging, fake_cuda), "the guard is not needed, or the scenario is too kind"
     pdrs.set_staging()

@@ -2,8 +2,8 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use pdrs_core::archive::{Encoder, decode};
-use pdrs_core::names_delta::{apply, diff};
+use pdrs_core::names::codec::{Encoder, decode};
+use pdrs_core::names::delta::{apply, diff};
 
 fuzz_target!(|data: &[u8]| {
     if let Ok((header, names)) = decode(data) {

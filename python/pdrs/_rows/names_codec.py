@@ -1,6 +1,6 @@
 """The names of a StackedParameterDict as one tensor of bytes, as it stands in a state dict and in an archive.
 
-The layout is described, written and checked in ``rust/core/src/archive.rs``.
+The layout is described, written and checked in ``rust/core/src/names/codec.rs``.
 """
 
 from __future__ import annotations

@@ -6,19 +6,15 @@
 //! binding keys by shared `str` objects and their cached hash, other users by Rust strings.
 #![forbid(unsafe_code)]
 
-pub mod archive;
 mod error;
+mod hash_table;
 mod index_map;
 mod key;
-pub mod lines;
 pub mod memory;
-pub mod names_delta;
-mod row_set;
+pub mod names;
 mod rows;
 pub mod safetensors;
-pub mod staging;
-pub mod strides;
-mod words;
+pub mod slab;
 
 pub use error::{Damage, Error, Result};
 pub use index_map::{IndexMap, Iter, MAX_ENTRIES};

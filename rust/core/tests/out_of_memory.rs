@@ -8,10 +8,12 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::ptr;
 
-use pdrs_core::archive::{self, Comparison, Encoder, Header, Table};
-use pdrs_core::lines::{Lines, Stretches};
+use pdrs_core::names::codec::{self, Comparison, Encoder, Header, Table};
+use pdrs_core::names::delta;
 use pdrs_core::safetensors::{self, Dtype, Fault, HeaderWriter, IndexError, ShardIndex, Stack};
-use pdrs_core::{Error, IndexMap, Rows, names_delta, staging};
+use pdrs_core::slab::disjoint::{Lines, Stretches};
+use pdrs_core::slab::layout;
+use pdrs_core::{Error, IndexMap, Rows};
 
 /// Refuses blocks of some size to a thread, from a number of them on.
 struct Limited;
@@ -215,7 +217,7 @@ fn packed(count: u32) -> Vec<u8> {
 #[test]
 fn packed_names_are_written_and_read_whole_or_not_at_all() {
     let bytes = packed(1_000);
-    let (header, read) = archive::decode(&bytes).unwrap();
+    let (header, read) = codec::decode(&bytes).unwrap();
     let (again, failed) = at_every_limit(
         || {
             let mut encoder = Encoder::new(&header, 1_000, Some((0..1_000_u32).rev().map(u64::from)), 0)?;
@@ -225,7 +227,7 @@ fn packed_names_are_written_and_read_whole_or_not_at_all() {
         is_memory,
     );
     assert!(failed > 2 && again == bytes);
-    let ((), failed) = at_every_limit(|| archive::decode(&bytes).map(drop), is_memory);
+    let ((), failed) = at_every_limit(|| codec::decode(&bytes).map(drop), is_memory);
     assert!(failed > 1);
     let (same, failed) = at_every_limit(
         || Comparison::new(&bytes, &header, 1_000, Some((0..1_000_u32).rev().map(u64::from))),
@@ -233,9 +235,9 @@ fn packed_names_are_written_and_read_whole_or_not_at_all() {
     );
     assert!(failed == 1 && same.is_some());
     let other = packed(1_500);
-    let (delta, failed) = at_every_limit(|| names_delta::diff(&bytes, &other), is_memory);
+    let (delta, failed) = at_every_limit(|| delta::diff(&bytes, &other), is_memory);
     assert!(failed > 3);
-    let (applied, failed) = at_every_limit(|| names_delta::apply(&bytes, &delta), is_memory);
+    let (applied, failed) = at_every_limit(|| delta::apply(&bytes, &delta), is_memory);
     assert!(failed > 3 && applied == other);
 }
 
@@ -299,6 +301,6 @@ fn what_cannot_be_told_without_memory_is_not_told() {
     assert!(!stretches.are_apart());
     LEFT.set(usize::MAX);
     let regions = || (0..1_000).map(|number| number * 100..number * 100 + 100);
-    let (blocks, failed) = at_every_limit(|| staging::cut(regions(), 64, 10_000), is_memory);
+    let (blocks, failed) = at_every_limit(|| layout::cut(regions(), 64, 10_000), is_memory);
     assert!(failed > 2 && blocks.len() == 1_563);
 }

@@ -3,7 +3,7 @@
 //! The bugs that this hunts: a row that begins or ends in the wrong place when a region is cut, dimensions that are made
 //! one though they are not, memory that is shared and not noticed.
 
-use pdrs_core::strides::{extent, for_each_row, is_contiguous, is_dense, loops, make_dense, may_fold, order_of};
+use pdrs_core::slab::strides::{extent, for_each_row, is_contiguous, is_dense, loops, make_dense, may_fold, order_of};
 use proptest::prelude::*;
 
 /// A shape, strides, and an order of the dimensions.

@@ -2,36 +2,13 @@
 
 #![allow(clippy::needless_pass_by_value, reason = "PyO3 asks for owned arguments")]
 
-mod archive;
-mod bulk;
-mod complete;
-mod copy;
-mod dlpack;
-mod entries;
-mod group;
-mod huge_pages;
+mod files;
 mod index_map;
-mod instance;
-mod interpreter;
-mod lazy_bits;
-mod lock;
-mod mapped;
-mod memory;
-mod modules;
-mod name;
-mod names;
-mod one_step;
-mod row;
-mod safetensors;
-mod shards;
-mod slab;
-mod slots;
-mod stable_abi;
+mod moves;
+mod parameter_dict;
+mod python;
 mod stacked;
-mod state;
-mod table_rows;
-mod tensor;
-mod torch_own;
+mod torch;
 
 use pyo3::prelude::*;
 
@@ -40,54 +17,54 @@ mod _core {
     use pyo3::prelude::*;
 
     #[pymodule_export]
-    use super::archive::{apply_names, changed_rows, crc32, diff_names, has_packed, pack_names, unpack_names};
+    use super::files::mapped::map_over;
     #[pymodule_export]
-    use super::bulk::{
+    use super::files::names::{apply_names, changed_rows, crc32, diff_names, has_packed, pack_names, unpack_names};
+    #[pymodule_export]
+    use super::files::safetensors::{
+        SafetensorsHeader, SafetensorsStack, safetensors_entries, safetensors_header, safetensors_shards,
+    };
+    #[pymodule_export]
+    use super::files::shard_index::{ShardIndex, shard_lines};
+    #[pymodule_export]
+    use super::index_map::{IndexMap, NameIterator};
+    #[pymodule_export]
+    use super::moves::commit::complete_move;
+    #[pymodule_export]
+    use super::moves::huge_pages::use_huge_pages;
+    #[pymodule_export]
+    use super::moves::tensor_group::{TensorGroup, group_tensors, slab_views};
+    #[pymodule_export]
+    use super::moves::walk::{all_kept, collect_parameters, walk_modules};
+    #[pymodule_export]
+    use super::parameter_dict::entries::{
         can_take_over, clear_entries, delete_entry, get_entry, in_step, insert_all, pop_end, pop_entry, prepare,
         save_parameters, set_entry, take_over, unzip,
     };
     #[pymodule_export]
-    use super::complete::complete_move;
+    use super::parameter_dict::iterate::EntryIterator;
     #[pymodule_export]
-    use super::entries::EntryIterator;
+    use super::parameter_dict::load::{load_matching, not_copied_yet, place_copies, unexpected_keys};
     #[pymodule_export]
-    use super::group::{TensorGroup, group_tensors, slab_views};
+    use super::python::lock::{Lock, Stay};
     #[pymodule_export]
-    use super::huge_pages::use_huge_pages;
+    use super::python::one_step::in_one_step;
     #[pymodule_export]
-    use super::index_map::{IndexMap, NameIterator};
+    use super::python::type_slots::use_native_slots;
     #[pymodule_export]
-    use super::lock::{Lock, Stay};
+    use super::stacked::row::{sort_tensors, zero_row, zero_row_of_state, zero_rows};
     #[pymodule_export]
-    use super::mapped::map_over;
-    #[pymodule_export]
-    use super::modules::{all_kept, collect_parameters, walk_modules};
-    #[pymodule_export]
-    use super::one_step::in_one_step;
-    #[pymodule_export]
-    use super::row::{sort_tensors, zero_row, zero_row_of_state, zero_rows};
-    #[pymodule_export]
-    use super::safetensors::{
-        SafetensorsHeader, SafetensorsStack, safetensors_entries, safetensors_header, safetensors_shards,
-    };
-    #[pymodule_export]
-    use super::shards::{ShardIndex, shard_lines};
-    #[pymodule_export]
-    use super::slots::use_native_slots;
-    #[pymodule_export]
-    use super::stacked::{
+    use super::stacked::row_index::{
         find_rows, insert_ids, missing_names, names_behind, pop_end_row, pop_row, remove_names, replace_ids, set_row,
     };
     #[pymodule_export]
-    use super::state::{load_matching, not_copied_yet, place_copies, unexpected_keys};
+    use super::stacked::table_rows::TableRows;
     #[pymodule_export]
-    use super::table_rows::TableRows;
-    #[pymodule_export]
-    use super::torch_own::{are_functions_own, is_own, watch_functions};
+    use super::torch::own_functions::{are_functions_own, is_own, watch_functions};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
-        super::huge_pages::keep_reserve();
-        super::interpreter::require_main(module.py())
+        super::moves::huge_pages::keep_reserve();
+        super::python::interpreter::require_main(module.py())
     }
 }

@@ -26,10 +26,10 @@ pub use stack::{Stack, Table};
 pub use write::HeaderWriter;
 
 use crate::error::Error;
+use crate::hash_table::Words;
 use crate::index_map::MAX_ENTRIES;
 use crate::key::Hashed;
 use crate::memory;
-use crate::words::Words;
 use error::Where;
 use scanner::Scanner;
 

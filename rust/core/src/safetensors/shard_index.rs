@@ -10,9 +10,9 @@ use super::error::Where;
 use super::scanner::Scanner;
 use super::{Fault, Header, stored_hash, words_of};
 use crate::error::Error;
+use crate::hash_table::Words;
 use crate::index_map::MAX_ENTRIES;
 use crate::memory;
-use crate::words::Words;
 
 /// Why an index is refused.
 #[derive(Debug, Clone, PartialEq, Eq)]

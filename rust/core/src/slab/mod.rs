@@ -1,0 +1,5 @@
+//! Where tensors lie in one block of memory: arithmetic on shapes, strides and regions.
+
+pub mod disjoint;
+pub mod layout;
+pub mod strides;

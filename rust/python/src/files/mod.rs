@@ -1,0 +1,6 @@
+//! What checkpoints ask for natively.
+
+pub(crate) mod mapped;
+pub(crate) mod names;
+pub(crate) mod safetensors;
+pub(crate) mod shard_index;

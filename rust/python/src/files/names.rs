@@ -1,0 +1,229 @@
+//! What checkpoints ask for natively: packed names, their deltas, checksums, and which rows of two tables differ.
+
+use numpy::{PyArray1, PyReadonlyArray1};
+use pdrs_core::names::codec::{self, Comparison, Encoder, Header, Names, Slab, Table};
+use pdrs_core::names::delta;
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::PyString;
+
+use crate::index_map::IndexMap;
+use crate::python::memory::{self, OrRaise};
+use crate::python::name::Name;
+
+/// A slab as Python has it: its name, the element at which a table begins, and the shape of a row.
+type SlabTuple<'py> = (Bound<'py, PyString>, u64, Vec<u64>);
+
+/// A table as Python has it: attribute, group, trainability, rows that were given, and where it lies in a slab.
+type TableTuple<'py> = (Bound<'py, PyString>, u64, bool, u64, Option<SlabTuple<'py>>);
+
+fn to_utf8(text: &Bound<'_, PyString>) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    Name::new(text.clone()).with_utf8(text.py(), &mut Vec::new(), |utf8| bytes.extend_from_slice(utf8));
+    bytes
+}
+
+fn from_utf8<'py>(py: Python<'py>, bytes: &[u8]) -> PyResult<Bound<'py, PyString>> {
+    Ok(Name::from_utf8(py, bytes)?.into_text(py))
+}
+
+fn to_header(tables: Vec<TableTuple<'_>>, patterns: &[Bound<'_, PyString>]) -> Header {
+    let to_slab = |(tensor, offset, shape): SlabTuple<'_>| Slab { tensor: to_utf8(&tensor), offset, shape };
+    let to_table = |(attribute, group, trainable, used, slab): TableTuple<'_>| Table {
+        attribute: to_utf8(&attribute),
+        group,
+        trainable,
+        used,
+        slab: slab.map(to_slab),
+    };
+    Header { tables: tables.into_iter().map(to_table).collect(), patterns: patterns.iter().map(to_utf8).collect() }
+}
+
+/// The number of names, and their rows, unless the n-th name has row n.
+fn listed_rows(py: Python<'_>, index: &IndexMap) -> PyResult<(usize, Option<Vec<u64>>)> {
+    let (mut count, mut plain) = (0, true);
+    index.for_each_row(py, |row| {
+        plain &= row == count;
+        count += 1;
+    });
+    let count = count.unsigned_abs() as usize;
+    if plain {
+        return Ok((count, None));
+    }
+    let mut listed = memory::with_capacity(count)?;
+    // No more than there were, should another thread add some.
+    index.for_each_row(py, |row| {
+        if listed.len() < count {
+            listed.push(row.cast_unsigned());
+        }
+    });
+    Ok((count, Some(listed)))
+}
+
+/// The names of an index, with its rows or others as ids, behind a header.
+#[pyfunction]
+#[pyo3(signature = (index, tables, patterns, ids = None))]
+pub(crate) fn pack_names<'py>(
+    index: &Bound<'py, IndexMap>,
+    tables: Vec<TableTuple<'py>>,
+    patterns: Vec<Bound<'py, PyString>>,
+    ids: Option<PyReadonlyArray1<'py, i64>>,
+) -> PyResult<Bound<'py, PyArray1<u8>>> {
+    let py = index.py();
+    let header = to_header(tables, &patterns);
+    let (count, listed) = match ids {
+        None => listed_rows(py, index.get())?,
+        Some(ids) => {
+            let listed: Vec<_> = memory::collect(ids.as_array().iter().map(|id| id.cast_unsigned()))?;
+            let plain = listed.iter().enumerate().all(|(at, id)| at as u64 == *id);
+            (listed.len(), (!plain).then_some(listed))
+        }
+    };
+    let mut encoder = Encoder::new(&header, count, listed.map(Vec::into_iter), 16 * count).or_raise()?;
+    let (mut buffer, mut pushed, mut refused) = (Vec::new(), 0, None);
+    index.get().for_each(py, |name, _| {
+        pushed += 1;
+        if refused.is_none()
+            && let Err(error) = name.with_utf8(py, &mut buffer, |text| encoder.push(text))
+        {
+            refused = Some(error);
+        }
+    });
+    if pushed != count {
+        return Err(PyValueError::new_err(format!("got {pushed} names and {count} ids")));
+    }
+    if let Some(error) = refused {
+        return Err(memory::refused(error));
+    }
+    Ok(PyArray1::from_vec(py, encoder.finish()))
+}
+
+/// Whether [`pack_names`] would give these bytes.
+#[pyfunction]
+pub(crate) fn has_packed<'py>(
+    packed: PyReadonlyArray1<'py, u8>,
+    index: &Bound<'py, IndexMap>,
+    tables: Vec<TableTuple<'py>>,
+    patterns: Vec<Bound<'py, PyString>>,
+) -> PyResult<bool> {
+    let py = index.py();
+    let (count, listed) = listed_rows(py, index.get())?;
+    let data = packed.as_slice()?;
+    let header = to_header(tables, &patterns);
+    let Some(mut left) = Comparison::new(data, &header, count, listed.map(Vec::into_iter)).or_raise()? else {
+        return Ok(false);
+    };
+    let (mut buffer, mut same) = (Vec::new(), true);
+    index.get().for_each(py, |name, _| {
+        same = same && name.with_utf8(py, &mut buffer, |text| left.matches(text));
+    });
+    Ok(same && left.is_finished())
+}
+
+/// The index of packed names, each behind a prefix, and what the header tells of tables and patterns.
+#[pyfunction]
+#[pyo3(signature = (packed, prefix = None))]
+#[allow(clippy::type_complexity)]
+pub(crate) fn unpack_names<'py>(
+    py: Python<'py>,
+    packed: PyReadonlyArray1<'py, u8>,
+    prefix: Option<&Bound<'py, PyString>>,
+) -> PyResult<(IndexMap, Bound<'py, PyArray1<i64>>, Vec<TableTuple<'py>>, Vec<Bound<'py, PyString>>)> {
+    let packed = packed.as_slice()?;
+    let (header, names) = py.detach(|| codec::decode(packed)).or_raise()?;
+    let (index, ids) = to_index(py, &names, prefix)?;
+    let from_slab =
+        |slab: Slab| -> PyResult<SlabTuple<'py>> { Ok((from_utf8(py, &slab.tensor)?, slab.offset, slab.shape)) };
+    let mut tables = memory::with_capacity(header.tables.len())?;
+    for table in header.tables {
+        let slab = table.slab.map(from_slab).transpose()?;
+        tables.push((from_utf8(py, &table.attribute)?, table.group, table.trainable, table.used, slab));
+    }
+    let patterns = memory::try_collect(header.patterns.iter().map(|pattern| from_utf8(py, pattern)))?;
+    Ok((index, ids, tables, patterns))
+}
+
+fn to_index<'py>(
+    py: Python<'py>,
+    names: &Names<'_>,
+    prefix: Option<&Bound<'py, PyString>>,
+) -> PyResult<(IndexMap, Bound<'py, PyArray1<i64>>)> {
+    let mut ids = memory::with_capacity(names.len())?;
+    let mut joined = prefix.map(to_utf8).unwrap_or_default();
+    let behind = joined.len();
+    let entries = names.iter().map(|(name, id)| {
+        let id = id.cast_signed();
+        ids.push(id);
+        if behind == 0 {
+            return Ok((Name::from_utf8(py, name)?, id));
+        }
+        joined.truncate(behind);
+        joined.extend_from_slice(name);
+        Ok((Name::from_utf8(py, &joined)?, id))
+    });
+    let index = IndexMap::collect(names.len(), entries)?;
+    if index.len(py) != names.len() {
+        let twice = names.repeated().and_then(|at| names.iter().nth(at));
+        let name = twice.map(|(name, _)| String::from_utf8_lossy(name).into_owned()).unwrap_or_default();
+        return Err(PyValueError::new_err(format!("the packed names are damaged: {name:?} is listed twice")));
+    }
+    Ok((index, PyArray1::from_vec(py, ids)))
+}
+
+/// What changed from some packed names to others, in few bytes if it is little.
+#[pyfunction]
+pub(crate) fn diff_names<'py>(
+    py: Python<'py>,
+    old: PyReadonlyArray1<'py, u8>,
+    new: PyReadonlyArray1<'py, u8>,
+) -> PyResult<Bound<'py, PyArray1<u8>>> {
+    let (old, new) = (old.as_slice()?, new.as_slice()?);
+    let delta = py.detach(|| delta::diff(old, new)).or_raise()?;
+    Ok(PyArray1::from_vec(py, delta))
+}
+
+/// The names that [`diff_names`] was given as the new ones.
+#[pyfunction]
+pub(crate) fn apply_names<'py>(
+    py: Python<'py>,
+    old: PyReadonlyArray1<'py, u8>,
+    delta: PyReadonlyArray1<'py, u8>,
+) -> PyResult<Bound<'py, PyArray1<u8>>> {
+    let (old, delta) = (old.as_slice()?, delta.as_slice()?);
+    let new = py.detach(|| delta::apply(old, delta)).or_raise()?;
+    Ok(PyArray1::from_vec(py, new))
+}
+
+/// The CRC-32 of bytes, as zlib computes it; `start` is that of what came before.
+#[pyfunction]
+#[pyo3(signature = (data, start = 0))]
+pub(crate) fn crc32(py: Python<'_>, data: PyReadonlyArray1<'_, u8>, start: u32) -> PyResult<u32> {
+    let data = data.as_slice()?;
+    Ok(py.detach(|| {
+        let mut hasher = crc32fast::Hasher::new_with_initial(start);
+        hasher.update(data);
+        hasher.finalize()
+    }))
+}
+
+/// The rows in which two tables of as many bytes differ, ascending.
+#[pyfunction]
+pub(crate) fn changed_rows<'py>(
+    py: Python<'py>,
+    old: PyReadonlyArray1<'py, u8>,
+    new: PyReadonlyArray1<'py, u8>,
+    row_bytes: usize,
+) -> PyResult<Bound<'py, PyArray1<i64>>> {
+    let (old, new) = (old.as_slice()?, new.as_slice()?);
+    if row_bytes == 0 || old.len() != new.len() || !old.len().is_multiple_of(row_bytes) {
+        let (old, new) = (old.len(), new.len());
+        return Err(PyValueError::new_err(format!(
+            "expected two tables of rows of {row_bytes} bytes, got {old} and {new}"
+        )));
+    }
+    let rows = py.detach(|| {
+        let pairs = old.chunks_exact(row_bytes).zip(new.chunks_exact(row_bytes)).enumerate();
+        memory::collect(pairs.filter(|(_, (old, new))| old != new).map(|(row, _)| (row as u64).cast_signed()))
+    })?;
+    Ok(PyArray1::from_vec(py, rows))
+}

@@ -1,0 +1,151 @@
+//! Walks the entries of a `ParameterDict`: names from its index, values from its dictionary of Parameters.
+#![allow(unsafe_code)] // `PyDict_Next`: a walk through a dict that may change between two steps.
+
+use std::sync::{Mutex, PoisonError};
+
+use pyo3::exceptions::PyValueError;
+use pyo3::ffi;
+use pyo3::gc::{PyTraverseError, PyVisit};
+use pyo3::prelude::*;
+use pyo3::sync::MutexExt;
+use pyo3::sync::critical_section::with_critical_section;
+use pyo3::types::{PyDict, PyString};
+
+use crate::index_map::{Cursor, IndexMap};
+use crate::python::memory::new_pair;
+use crate::torch::own_functions::{Method, is_class_known_as_own};
+
+/// The place in a dict that a walk has reached.
+///
+/// The names of a `ParameterDict` nearly always lie in `_parameters` in the order of the index. So the walk keeps a
+/// place in the dict, too, and takes the value from there if the very same key object stands there; the
+/// module is asked only where the two differ.
+struct Place(isize);
+
+impl Place {
+    /// The value of `name`, by a step from this place, if it lies there.
+    fn step_to<'py>(&mut self, dict: &Bound<'py, PyDict>, name: &Bound<'py, PyString>) -> Option<Bound<'py, PyAny>> {
+        let mut position = self.0;
+        // One entry of the dict may be none of the index (a Parameter registered beside the entries): step over it.
+        for _ in 0..2 {
+            let (mut key, mut value) = (std::ptr::null_mut(), std::ptr::null_mut());
+            // SAFETY: `dict` is a live dict, and is not changed by another thread meanwhile (the GIL, or the critical
+            // section). `PyDict_Next` checks `position` against the dict as it is now, so a place kept from before a
+            // change may give another entry, but none that is not there. What it lends is owned before anything
+            // else can run.
+            let value = unsafe {
+                if ffi::PyDict_Next(dict.as_ptr(), &raw mut position, &raw mut key, &raw mut value) == 0 {
+                    return None;
+                }
+                if key != name.as_ptr() {
+                    continue;
+                }
+                Bound::from_borrowed_ptr(dict.py(), value)
+            };
+            self.0 = position;
+            return Some(value);
+        }
+        None
+    }
+}
+
+/// Yields the values or the items of a `ParameterDict` in order, or in reverse.
+///
+/// What is not in `parameters`, and everything as soon as torch would ask somebody else, is asked of the module.
+#[pyclass(frozen, module = "pdrs._core")]
+pub(crate) struct EntryIterator {
+    /// Until the end is reached: an iterator that is kept to no purpose shall not keep a million Parameters.
+    walk: Mutex<Option<Walk>>,
+    method: Method,
+}
+
+struct Walk {
+    cursor: Cursor,
+    place: Place,
+    module: Py<PyAny>,
+    parameters: Py<PyDict>,
+    reversed: bool,
+}
+
+/// A name, and its value, or else the module that is to be asked for it.
+type Step<'py> = (Bound<'py, PyString>, Result<Bound<'py, PyAny>, Bound<'py, PyAny>>);
+
+impl Walk {
+    /// Runs no Python code, so that the lock may be held meanwhile.
+    fn step<'py>(&mut self, py: Python<'py>) -> PyResult<Option<Step<'py>>> {
+        let Some((name, _)) = self.cursor.next(py)? else {
+            return Ok(None);
+        };
+        let name = name.into_text(py);
+        let parameters = self.parameters.bind(py);
+        let found = if self.reversed {
+            None
+        } else {
+            with_critical_section(parameters, || self.place.step_to(parameters, &name))
+        };
+        let found = found.ok_or_else(|| self.module.bind(py).clone());
+        Ok(Some((name, found)))
+    }
+}
+
+#[pymethods]
+impl EntryIterator {
+    #[new]
+    fn new(
+        module: Bound<'_, PyAny>,
+        index: &Bound<'_, IndexMap>,
+        parameters: Bound<'_, PyDict>,
+        yields: &str,
+        reversed: bool,
+    ) -> PyResult<Self> {
+        let method = match yields {
+            "values" => Method::VALUES,
+            "items" => Method::ITEMS,
+            _ => {
+                return Err(PyValueError::new_err(format!("expected 'values' or 'items', got {yields:?}")));
+            }
+        };
+        let cursor = Cursor::new(index, reversed);
+        let (module, parameters) = (module.unbind(), parameters.unbind());
+        Ok(Self { walk: Mutex::new(Some(Walk { cursor, place: Place(0), module, parameters, reversed })), method })
+    }
+
+    fn __iter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
+        slf
+    }
+
+    fn __next__<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let mut walk = self.walk.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner);
+        let Some(at) = walk.as_mut() else {
+            return Ok(None);
+        };
+        let Some((name, mut found)) = at.step(py)? else {
+            let ended = walk.take();
+            drop(walk);
+            // Python code may run when the module goes.
+            drop(ended);
+            return Ok(None);
+        };
+        let module = at.module.bind(py);
+        if found.is_ok() && !is_class_known_as_own(module, self.method) {
+            found = Err(module.clone());
+        }
+        drop(walk);
+        let value = match found {
+            Ok(value) => value,
+            Err(module) => module.get_item(&name)?,
+        };
+        Ok(Some(if self.method == Method::ITEMS { new_pair(py, name, value)?.into_any() } else { value }))
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        // Nobody waits here: the collector may run in the midst of anything. Who holds the lock has the objects, too.
+        if let Ok(walk) = self.walk.try_lock()
+            && let Some(walk) = walk.as_ref()
+        {
+            visit.call(&walk.module)?;
+            visit.call(&walk.parameters)?;
+        }
+        Ok(())
+    }
+}

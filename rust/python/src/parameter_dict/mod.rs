@@ -1,0 +1,5 @@
+//! What a `ParameterDict` asks for natively.
+
+pub(crate) mod entries;
+pub(crate) mod iterate;
+pub(crate) mod load;

@@ -1,0 +1,48 @@
+//! Many names that are given in one call, in whatever holds them.
+
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{PyList, PyTuple};
+
+use crate::index_map::AHEAD;
+use crate::python::memory;
+use crate::python::name::{Name, exact_text, prefetch_listed};
+
+/// The names as an exact list or tuple: themselves, if they are one, and otherwise what Python makes of them.
+///
+/// What lies in it has not been looked at.
+pub(crate) fn listed<'py>(names: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+    static LISTED: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    // Of a subclass, what it is to be asked for may not be what lies in it.
+    if names.is_exact_instance_of::<PyList>() || names.is_exact_instance_of::<PyTuple>() {
+        return Ok(names.clone());
+    }
+    LISTED.import(names.py(), "pdrs._torch.names", "listed")?.call1((names,))
+}
+
+/// The names as exact `str`; a `TypeError` that says what came instead, and where, otherwise.
+pub(crate) fn to_names(names: &Bound<'_, PyAny>) -> PyResult<Vec<Name>> {
+    let names = listed(names)?;
+    let mut converted = memory::with_capacity(names.len()?)?;
+    let mut take = |name: &Bound<'_, PyAny>| {
+        match exact_text(name)? {
+            Some(text) => memory::push(&mut converted, Name::new(text))?,
+            None => return Err(refused(name, converted.len())),
+        }
+        Ok(())
+    };
+    if let Ok(list) = names.cast_exact::<PyList>() {
+        for (at, name) in list.iter().enumerate() {
+            prefetch_listed(list, at + AHEAD);
+            take(&name)?;
+        }
+    } else {
+        names.cast::<PyTuple>()?.iter().try_for_each(|name| take(&name))?;
+    }
+    Ok(converted)
+}
+
+fn refused(name: &Bound<'_, PyAny>, at: usize) -> PyErr {
+    let refuse = || name.py().import("pdrs._torch.names")?.call_method1("refuse", (name, at));
+    refuse().expect_err("it raises")
+}
