@@ -79,7 +79,7 @@ class Data:
     @cached_property
     def stacked(self) -> pdrs.StackedParameterDict:
         """What pdrs saves."""
-        return pdrs.StackedParameterDict.from_rows(self.names, self.rows)
+        return pdrs.StackedParameterDict.from_tensor(self.names, self.rows)
 
     @cached_property
     def changed(self) -> pdrs.StackedParameterDict:

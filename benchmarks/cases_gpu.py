@@ -87,7 +87,7 @@ class Data:
     def table(self, subject: str) -> Any:
         """Return what names are gathered from on the device."""
         if subject == PDRS:
-            return pdrs.StackedParameterDict.from_rows(self.names, self.there.clone())
+            return pdrs.StackedParameterDict.from_tensor(self.names, self.there.clone())
         if subject == PLAIN:
             return Parameter(self.there.clone())
         return self.on_device(TORCH)
@@ -184,7 +184,7 @@ def _step(sparse: bool) -> Callable[[str, Data], Task]:
             torch.optim.SparseAdam(parameters) if sparse else torch.optim.Adam(parameters, fused=DEVICE == "cuda")
         )
         if subject == PDRS:
-            container.attach(optimizer)
+            container.attach_optimizer(optimizer)
 
         def step(number: int) -> None:
             optimizer.zero_grad()

@@ -82,7 +82,7 @@ def look_up(container: Any, batches: list[list[str]]) -> torch.Tensor:
     """Turn names into rows, a call a batch."""
     ids = torch.empty(0)
     for names in batches:
-        ids = torch.from_numpy(container.lookup(names))
+        ids = torch.from_numpy(container.indices(names))
     return ids
 
 
@@ -206,7 +206,7 @@ CASES: tuple[Case[Data], ...] = (
         f"{BATCH} random names to row ids",
         timed(_look_up),
         targets=(Target("ratio", "dict", 5), Target("ratio", "OrderedDict", 1)),
-        note="Per name. `torch.from_numpy(m.lookup(names))`; `torch.tensor([d[name] for name in names])`.",
+        note="Per name. `torch.from_numpy(m.indices(names))`; `torch.tensor([d[name] for name in names])`.",
     ),
     Case("`keys()`", timed(_keys)),
     Case(

@@ -78,7 +78,7 @@ BUILD: dict[str, Callable[[list[str], Tensor], Any]] = {
     BY_HAND: ByHand,
     TENSORDICT: _tensordict,
     TORCH: lambda names, rows: torch.nn.ParameterDict(zip(names, rows, strict=True)),
-    PDRS: pdrs.StackedParameterDict.from_rows,
+    PDRS: pdrs.StackedParameterDict.from_tensor,
 }
 
 
@@ -119,10 +119,10 @@ class Data:
         return [fresh([self.names[at] for at in batch]) for batch in self.ids.tolist()]
 
     @cached_property
-    def handles(self) -> list[pdrs.stacked.Handle]:
+    def handles(self) -> list[pdrs.stacked.Lookup]:
         """The same, looked up in ours; not in front of each run, which would begin with a cache full of names."""
         container = self.shared(PDRS)
-        return [container.handle(batch) for batch in self.batches]
+        return [container.lookup(batch) for batch in self.batches]
 
     @cached_property
     def popped(self) -> list[str]:
@@ -387,7 +387,7 @@ def _insert_at_size(subject: str, data: Data) -> Task:
 
     def run() -> Any:
         for names, rows in batches:
-            stacked.scatter_(names, rows, missing="insert")
+            stacked.scatter(names, rows, missing="insert")
         return stacked
 
     return data.task(run, data.is_whole)
@@ -396,7 +396,7 @@ def _insert_at_size(subject: str, data: Data) -> Task:
 def _pop_at_size(subject: str, data: Data) -> Task:
     stacked, names = data.shared(PDRS), data.popped[:BATCH]
     # What was popped before comes back.
-    stacked.scatter_(names, data.rows[[int(name[7:]) for name in names]], missing="insert")
+    stacked.scatter(names, data.rows[[int(name[7:]) for name in names]], missing="insert")
     run = own(pop_each, stacked, names)
     return data.task(run, lambda left: len(left) == data.entries - len(names), len(names))
 
@@ -407,7 +407,7 @@ def _gather_at_size(subject: str, data: Data) -> Task:
         return _reading_task(container.gather, data.batches, data)
     # What was popped before comes back.
     names = data.popped[:BATCH]
-    container.scatter_(names, data.rows[[int(name[7:]) for name in names]], missing="insert")
+    container.scatter(names, data.rows[[int(name[7:]) for name in names]], missing="insert")
     return _reading_task(lambda names: container.gather(names, sparse=True), data.batches, data)
 
 
@@ -468,7 +468,7 @@ ALL = (BY_HAND, TENSORDICT, TORCH, PDRS)
 
 CASES: tuple[Case[Data], ...] = (
     _case(
-        "`from_rows`",
+        "`from_tensor`",
         _from_rows,
         at_least=200,
         subjects=ALL,
@@ -566,7 +566,7 @@ CASES: tuple[Case[Data], ...] = (
     _growing_case(
         INSERTED,
         _insert_at_size,
-        f"All names into an empty dictionary, by `scatter_` of {BATCH:,} at a time: growth is part of it.",
+        f"All names into an empty dictionary, by `scatter` of {BATCH:,} at a time: growth is part of it.",
         most_runs=5,
     ),
     _growing_case(POPPED, _pop_at_size, f"{BATCH:,} random names, one by one.", SHORT_RUNS),

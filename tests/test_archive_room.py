@@ -24,7 +24,7 @@ MANY = 30_001  # rows of 64 bytes: a table that is mapped
 
 
 def grown(count: int) -> SD:
-    sd = SD.from_rows([f"u{at}" for at in range(count)], torch.randn(count, 16))
+    sd = SD.from_tensor([f"u{at}" for at in range(count)], torch.randn(count, 16))
     sd["one more"] = torch.ones(16)
     sd["other"] = torch.ones(400_000)  # behind it in the file
     return sd
@@ -87,7 +87,7 @@ def test_much_room_is_kept_too(used: int, room: int, tmp_path: Path) -> None:
 
 
 def test_a_delta_keeps_the_room(tmp_path: Path) -> None:
-    sd = SD.from_rows([f"u{at}" for at in range(100)], torch.ones(100, 16))
+    sd = SD.from_tensor([f"u{at}" for at in range(100)], torch.ones(100, 16))
     pdrs.save(sd, tmp_path / "0")
     sd["one more"] = torch.ones(16)
     assert pdrs.save(sd, tmp_path / "1", since=tmp_path / "0") < 6000
@@ -113,7 +113,7 @@ def test_a_converted_file_keeps_the_room(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rows", [0, 6, 25, 1 << 40, -1, "many", None])
 def test_a_number_of_rows_that_is_wrong_is_not_believed(rows: Any, tmp_path: Path) -> None:
     path = tmp_path / "file"
-    sd = SD.from_rows([f"u{at}" for at in range(5)], torch.ones(5, 16))
+    sd = SD.from_tensor([f"u{at}" for at in range(5)], torch.ones(5, 16))
     sd["one more"] = torch.ones(16)
     pdrs.save(sd, path)
     data = path.read_bytes()

@@ -259,7 +259,7 @@ def test_a_prefix_may_end_within_the_names_of_a_dictionary(cls: type[nn.Module],
 
 def test_popped_rows_patterns_and_groups_survive(tmp_path: Path) -> None:
     sd = pdrs.StackedParameterDict({f"{n}.bias": torch.full((2,), float(n)) for n in range(6)})
-    sd.optimizer_groups(by={r"^[0-2]": {"weight_decay": 0.0}})
+    sd.param_groups(by={r"^[0-2]": {"weight_decay": 0.0}})
     sd.pop("1.bias")
     sd.popitem()
     pdrs.save(sd, tmp_path / "a")
@@ -279,11 +279,11 @@ def test_training_an_opened_dictionary_leaves_the_file_alone(tmp_path: Path) -> 
     path = tmp_path / "a"
     rows = torch.randn(20_000, 16)
     names = [f"n{n}" for n in range(20_000)]
-    pdrs.save(pdrs.StackedParameterDict.from_rows(names, rows), path)
+    pdrs.save(pdrs.StackedParameterDict.from_tensor(names, rows), path)
     before = path.read_bytes()
     opened = pdrs.open(path)
     optimizer = torch.optim.Adam(opened.parameters())
-    opened.attach(optimizer)
+    opened.attach_optimizer(optimizer)
     opened.gather(["n3", "n19999"]).sum().backward()
     optimizer.step()
     opened["new"] = torch.ones(16)
@@ -299,7 +299,7 @@ def test_training_an_opened_dictionary_leaves_the_file_alone(tmp_path: Path) -> 
 def test_an_opened_dictionary_outlives_its_file(how: str, tmp_path: Path) -> None:
     path = tmp_path / "a"
     rows = torch.randn(20_000, 16)
-    pdrs.save(pdrs.StackedParameterDict.from_rows([f"n{n}" for n in range(20_000)], rows), path)
+    pdrs.save(pdrs.StackedParameterDict.from_tensor([f"n{n}" for n in range(20_000)], rows), path)
     opened = pdrs.open(path)
     if how == "removed":
         path.unlink()
@@ -310,7 +310,7 @@ def test_an_opened_dictionary_outlives_its_file(how: str, tmp_path: Path) -> Non
 
 def test_an_opened_dictionary_is_copied_and_pickled_by_value(tmp_path: Path) -> None:
     rows = torch.randn(20_000, 16)
-    sd = pdrs.StackedParameterDict.from_rows([f"n{n}" for n in range(20_000)], rows)
+    sd = pdrs.StackedParameterDict.from_tensor([f"n{n}" for n in range(20_000)], rows)
     sd["x"] = torch.ones(3)
     pdrs.save(sd, tmp_path / "a")
     opened = pdrs.open(tmp_path / "a")
@@ -326,7 +326,7 @@ def test_an_opened_dictionary_is_copied_and_pickled_by_value(tmp_path: Path) -> 
 
 def test_a_save_over_the_file_that_is_open_is_right(tmp_path: Path) -> None:
     pdrs.save(
-        pdrs.StackedParameterDict.from_rows([f"n{n}" for n in range(20_000)], torch.randn(20_000, 16)), tmp_path / "a"
+        pdrs.StackedParameterDict.from_tensor([f"n{n}" for n in range(20_000)], torch.randn(20_000, 16)), tmp_path / "a"
     )
     opened = pdrs.open(tmp_path / "a")
     with torch.no_grad():
@@ -417,7 +417,7 @@ def test_many_shapes_share_tensors_and_the_header_stays_short(tmp_path: Path) ->
 
 def test_large_tables_begin_on_a_page_and_names_cost_few_bytes(tmp_path: Path) -> None:
     count = 20_000
-    sd = pdrs.StackedParameterDict.from_rows([f"n{n}" for n in range(count)], torch.randn(count, 15))
+    sd = pdrs.StackedParameterDict.from_tensor([f"n{n}" for n in range(count)], torch.randn(count, 15))
     sd.update({f"m{n}": torch.randn(7) for n in range(count)})
     pdrs.save(sd, tmp_path / "a")
     with TensorFile(tmp_path / "a") as file:

@@ -38,7 +38,7 @@ PATIENCE = 60
 def version(number: int) -> pdrs.StackedParameterDict:
     """Return a dictionary all of which says which version it is."""
     names = [f"v{number}.{at}" for at in range(ENTRIES)]
-    return pdrs.StackedParameterDict.from_rows(names, torch.full((ENTRIES, FLOATS), float(number)))
+    return pdrs.StackedParameterDict.from_tensor(names, torch.full((ENTRIES, FLOATS), float(number)))
 
 
 def save(saved: pdrs.StackedParameterDict, path: Path) -> None:

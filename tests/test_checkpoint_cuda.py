@@ -35,11 +35,11 @@ def _rows() -> torch.Tensor:
 
 
 def _stacked() -> pdrs.StackedParameterDict:
-    return pdrs.StackedParameterDict.from_rows([f"n{n}" for n in range(COUNT)], _rows())
+    return pdrs.StackedParameterDict.from_tensor([f"n{n}" for n in range(COUNT)], _rows())
 
 
 def test_what_lies_on_a_device_is_saved(late: Control, tmp_path: Path) -> None:
-    small = pdrs.StackedParameterDict.from_rows([f"n{n}" for n in range(3000)], _rows()[:3000])
+    small = pdrs.StackedParameterDict.from_tensor([f"n{n}" for n in range(3000)], _rows()[:3000])
     pdrs.save(small.unstack().to("cuda"), tmp_path / "a")
     assert torch.equal(pdrs.open(tmp_path / "a", verify=True).table((WIDTH,)), _rows()[:3000])
     pdrs.save(_stacked().to("cuda"), tmp_path / "b")
@@ -87,7 +87,7 @@ def test_what_is_on_the_meta_device_gets_its_memory_where_it_is_asked_for(
 
     monkeypatch.setattr("pdrs._files.into_modules._zeros_like", zeros)
     names = [f"n{n}" for n in range(50)]
-    pdrs.save(pdrs.StackedParameterDict.from_rows(names, _rows()[:50]), tmp_path / "f", layout=layout)
+    pdrs.save(pdrs.StackedParameterDict.from_tensor(names, _rows()[:50]), tmp_path / "f", layout=layout)
     with torch.device("meta"):
         asked, beside = (
             torch.nn.ModuleDict({"x": class_((name, torch.empty(WIDTH)) for name in names)}) for _ in range(2)

@@ -44,7 +44,7 @@ def _saved() -> pdrs.StackedParameterDict:
 
 
 def _delta(folder: Path) -> Path:
-    sd = pdrs.StackedParameterDict.from_rows([f"n{n}" for n in range(300)], torch.randn(300, 4))
+    sd = pdrs.StackedParameterDict.from_tensor([f"n{n}" for n in range(300)], torch.randn(300, 4))
     pdrs.save(sd, folder / "base")
     sd["n7"] = torch.ones(4)
     sd.pop("n9")
@@ -141,7 +141,7 @@ def test_another_file_that_says_it_is_the_one_before_is_found_by_verify(tmp_path
     verify(tmp_path / "last")
     with TensorFile(base) as file:
         known = json.loads(file.metadata["pdrs"])["id"]
-    pdrs.save(pdrs.StackedParameterDict.from_rows([f"n{n}" for n in range(300)], torch.zeros(300, 4)), base)
+    pdrs.save(pdrs.StackedParameterDict.from_tensor([f"n{n}" for n in range(300)], torch.zeros(300, 4)), base)
     with TensorFile(base) as file:
         fields = json.loads(file.metadata["pdrs"]) | {"id": known}
         tensors = {name: file.tensor(name).clone() for name in file.names}
@@ -346,7 +346,7 @@ def test_foreign_files_are_refused(content: bytes, tmp_path: Path) -> None:
 
 def test_a_file_that_shrinks_before_it_is_mapped_is_refused(tmp_path: Path) -> None:
     pdrs.save(
-        pdrs.StackedParameterDict.from_rows([f"{n}" for n in range(70_000)], torch.ones(70_000, 8)), tmp_path / "a"
+        pdrs.StackedParameterDict.from_tensor([f"{n}" for n in range(70_000)], torch.ones(70_000, 8)), tmp_path / "a"
     )
     with TensorFile(tmp_path / "a") as file:
         with (tmp_path / "a").open("r+b") as writer:

@@ -26,7 +26,7 @@ ROWS = 70_000
 @pytest.fixture(scope="module")
 def sd() -> pdrs.StackedParameterDict:
     rows = torch.arange(ROWS * 8.0).reshape(ROWS, 8)
-    sd = pdrs.StackedParameterDict.from_rows([f"n{n}" for n in range(ROWS)], rows)
+    sd = pdrs.StackedParameterDict.from_tensor([f"n{n}" for n in range(ROWS)], rows)
     sd["other"] = torch.ones(3)
     return sd
 
@@ -207,7 +207,7 @@ def test_a_dictionary_of_the_same_names_is_filled_without_a_tensor_for_each(
     names = list(sd)
     # Other rows, another order, and another dtype.
     mine = pdrs.StackedParameterDict({name: torch.zeros_like(sd[name]).half() for name in (*names[-2:], *names[9::-1])})
-    part = pdrs.StackedParameterDict.from_rows(names[10:-2], torch.zeros(len(names) - 12, 8))
+    part = pdrs.StackedParameterDict.from_tensor(names[10:-2], torch.zeros(len(names) - 12, 8))
     mine.update(part)
     tables = list(mine.parameters())
     versions = [table._version for table in tables]

@@ -49,7 +49,7 @@ def bars(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
 def model() -> nn.Module:
     layers = nn.ModuleList([nn.Linear(30, 30) for _ in range(20)])
     return nn.ModuleDict(
-        {"layers": layers, "table": pdrs.StackedParameterDict.from_rows(["a", "b"], torch.ones(2, 999))}
+        {"layers": layers, "table": pdrs.StackedParameterDict.from_tensor(["a", "b"], torch.ones(2, 999))}
     )
 
 

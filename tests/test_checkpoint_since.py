@@ -36,7 +36,7 @@ def _names(count: int = COUNT) -> list[str]:
 
 def _stacked() -> pdrs.StackedParameterDict:
     torch.manual_seed(0)
-    return pdrs.StackedParameterDict.from_rows(_names(), torch.randn(COUNT, 16))
+    return pdrs.StackedParameterDict.from_tensor(_names(), torch.randn(COUNT, 16))
 
 
 def _entries() -> pdrs.ParameterDict:
@@ -291,7 +291,7 @@ def test_chains_are_saved_and_opened_through_symbolic_links(tmp_path: Path) -> N
 
 def _long_chain(folder: Path, count: int) -> pdrs.StackedParameterDict:
     """Save a dictionary, and so many deltas, in which one row and the names change in turn."""
-    sd = pdrs.StackedParameterDict.from_rows([f"n{n}" for n in range(40)], torch.zeros(40, 3))
+    sd = pdrs.StackedParameterDict.from_tensor([f"n{n}" for n in range(40)], torch.zeros(40, 3))
     pdrs.save(sd, folder / "0", sync=False)
     for number in range(1, count):
         if number % 2:

@@ -34,7 +34,7 @@ OVERHEAD = 4096
 
 
 def stacked(entries: int, prefix: str = "n.") -> pdrs.StackedParameterDict:
-    return SD.from_rows([f"{prefix}{at:06d}" for at in range(entries)], torch.randn(entries, FLOATS))
+    return SD.from_tensor([f"{prefix}{at:06d}" for at in range(entries)], torch.randn(entries, FLOATS))
 
 
 class Model(nn.Module):
@@ -254,8 +254,8 @@ def test_a_distributed_checkpoint_is_saved_and_loaded(kind: str, tmp_path: Path)
 @ignoring_warnings
 def test_names_come_with_a_distributed_checkpoint_that_was_loaded_into_tensors_of_others(tmp_path: Path) -> None:
     # As many names of the same lengths, so that the sizes fit; some are the same, in other rows.
-    saved = SD.from_rows(["a", "b", "c", "d"], torch.arange(8.0).view(4, 2))
-    loaded = SD.from_rows(["d", "x", "a", "y"], torch.zeros(4, 2))
+    saved = SD.from_tensor(["a", "b", "c", "d"], torch.arange(8.0).view(4, 2))
+    loaded = SD.from_tensor(["d", "x", "a", "y"], torch.zeros(4, 2))
     checkpoint.save(saved.state_dict(), checkpoint_id=tmp_path / "saved")
     state = loaded.state_dict()
     checkpoint.load(state, checkpoint_id=tmp_path / "saved")
@@ -328,7 +328,7 @@ from torch.distributed.fsdp import fully_shard
 rank, folder = int(sys.argv[1]), sys.argv[2]
 distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 names = [f"n.{at}" for at in range(101)]
-model = nn.Sequential(pdrs.StackedParameterDict.from_rows(names, torch.arange(303.0).view(101, 3)))
+model = nn.Sequential(pdrs.StackedParameterDict.from_tensor(names, torch.arange(303.0).view(101, 3)))
 fully_shard(model, mesh=distributed.device_mesh.init_device_mesh("cpu", (2,)))
 checkpoint.save(model.state_dict(), checkpoint_id=f"{folder}/saved")
 state = model.state_dict()

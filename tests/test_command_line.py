@@ -34,7 +34,7 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> N
 @pytest.fixture
 def model() -> nn.Module:
     names = [f"word.{n}" for n in range(200)]
-    words = pdrs.StackedParameterDict.from_rows(names, torch.arange(800.0).view(200, 4))
+    words = pdrs.StackedParameterDict.from_tensor(names, torch.arange(800.0).view(200, 4))
     return nn.ModuleDict({"words": words, "head": nn.Linear(4, 2, dtype=torch.bfloat16)})
 
 
@@ -347,7 +347,7 @@ def test_commands_that_are_not_understood_have_exit_code_2(
 
 def test_the_module_can_be_run_and_a_reader_may_stop_reading(tmp_path: Path) -> None:
     names = [f"name.{n}" for n in range(100_000)]
-    pdrs.save(pdrs.StackedParameterDict.from_rows(names, torch.zeros(100_000, 1)), tmp_path / "f")
+    pdrs.save(pdrs.StackedParameterDict.from_tensor(names, torch.zeros(100_000, 1)), tmp_path / "f")
     command = [sys.executable, "-m", "pdrs", "inspect", "--all", str(tmp_path / "f")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None

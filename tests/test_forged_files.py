@@ -220,7 +220,7 @@ def change_torch(data: bytes, chance: random.Random) -> bytes:
 
 def use(sd: pdrs.StackedParameterDict) -> None:
     """Do with a dictionary that has been opened what may find out that it is none."""
-    assert len(sd) == len(list(sd)) == len(sd._index.rows())
+    assert len(sd) == len(list(sd)) == len(sd._index.indices())
     assert all(sd[name].shape is not None for name in list(sd)[:5])
     sd["a name that is new"] = torch.zeros(7)
     sd.pop("a name that is new")
@@ -283,7 +283,7 @@ def with_slabs() -> pdrs.ParameterDict:
 def seeds(folder: Path) -> list[tuple[Path, Change]]:
     """Write files of all kinds; return each, and what changes it."""
     patterned = saved()
-    patterned.optimizer_groups({r"name\.[12]": {"lr": 0.1}})
+    patterned.param_groups({r"name\.[12]": {"lr": 0.1}})
     pdrs.save(patterned, folder / "full.st", sync=False)
     changed = copy.deepcopy(patterned)
     changed["name.1"] = torch.full((3,), 50.0)

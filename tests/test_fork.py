@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system can
 
 
 def numbered() -> SD:
-    return SD.from_rows(["a", "b", "c"], torch.arange(6.0).reshape(3, 2))
+    return SD.from_tensor(["a", "b", "c"], torch.arange(6.0).reshape(3, 2))
 
 
 def in_child(check: Callable[[], object]) -> bool:
@@ -197,7 +197,7 @@ import torch
 os.register_at_fork(after_in_parent=lambda: time.sleep(0.01))  # before our own, which is registered later
 import pdrs
 sys.setswitchinterval(1e-5)
-sd = pdrs.StackedParameterDict.from_rows([f"n{n}" for n in range(100)], torch.ones(100, 2))
+sd = pdrs.StackedParameterDict.from_tensor([f"n{n}" for n in range(100)], torch.ones(100, 2))
 going = True
 def use():
     while going:

@@ -53,7 +53,7 @@ def names(count: int, of: int, seed: int = 0) -> list[str]:
 
 
 def stacked(device: torch.device, count: int = 500, width: int = 8) -> SD:
-    return SD.from_rows([f"n{at}" for at in range(count)], random(count, width).to(device))
+    return SD.from_tensor([f"n{at}" for at in range(count)], random(count, width).to(device))
 
 
 def assert_same(found: Any, expected: Any, **tolerance: float) -> None:
@@ -137,7 +137,7 @@ def test_names_are_gathered_with_gradients(device: torch.device, sparse: bool) -
     batch = names(1000, 500)
     ids = torch.tensor([int(name[1:]) for name in batch])
     weight = random(1000, 8, seed=1)
-    for names_or_handle in (batch, sd.handle(batch)):
+    for names_or_handle in (batch, sd.lookup(batch)):
         sd.zero_grad()
         reference.grad = None
         made = sd.gather(names_or_handle, sparse=sparse)
@@ -168,7 +168,7 @@ def test_rows_come_and_go_on_the_device(device: torch.device) -> None:
     assert 0 < len(sd) < 500
     sd.gather(["new", "newer"], missing="insert", init=nn.init.ones_)
     model |= {"new": torch.ones(8), "newer": torch.ones(8)}
-    sd.scatter_(["new", "late"], torch.full((2, 8), 3.0, device=device), missing="insert")
+    sd.scatter(["new", "late"], torch.full((2, 8), 3.0, device=device), missing="insert")
     model |= {"new": torch.full((8,), 3.0), "late": torch.full((8,), 3.0)}
     assert torch.equal(sd.pop("newer").cpu(), model.pop("newer"))
     assert_same(sd, model, rtol=0, atol=0)
@@ -195,7 +195,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 def trained(sd: SD, make: Callable[[Any], torch.optim.Optimizer], sparse: bool) -> SD:
     """Train while names come and go, so that the state of the optimizer has to follow."""
     optimizer = make(list(sd.parameters()))
-    sd.attach(optimizer)
+    sd.attach_optimizer(optimizer)
     device = sd.table((8,)).device
     for step in range(6):
         batch = names(64, 500, seed=step)
@@ -236,7 +236,7 @@ def test_entries_step_as_those_of_torchs_class(device: torch.device, foreach: bo
 def test_a_step_in_lower_precision_scales_its_gradients(device: torch.device) -> None:
     sd = stacked(device)
     optimizer = torch.optim.SGD(sd.parameters(), lr=0.1)
-    sd.attach(optimizer)
+    sd.attach_optimizer(optimizer)
     scaler = torch.amp.GradScaler(device.type, init_scale=64.0)
     layer = nn.Linear(8, 8).to(device)
     before = sd["n1"].detach().clone()
@@ -256,7 +256,7 @@ def test_a_compiled_step_does_what_the_same_does_uncompiled(device: torch.device
     # To compile for the CPU takes a C++ compiler, and much longer than all other tests here.
     backend = "inductor" if device.type == "cuda" else "aot_eager"
     sd, pd = stacked(device), PD(entries(10)).to(device)
-    ids = sd.rows(names(50, 500))
+    ids = sd.indices(names(50, 500))
 
     def loss(ids: Tensor) -> Tensor:
         rows = nn.functional.embedding(ids, sd.table((8,)))

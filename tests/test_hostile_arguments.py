@@ -52,8 +52,8 @@ class Raises:
 
 
 NAMES_OF: dict[str, Callable[[Any], Any]] = {
-    "lookup": lambda names: INDEX().lookup(names),
-    "lookup with default": lambda names: INDEX().lookup(names, -1),
+    "lookup": lambda names: INDEX().indices(names),
+    "lookup with default": lambda names: INDEX().indices(names, missing=-1),
     "extend": lambda names: INDEX().extend(names),
     "from_names": lambda names: INDEX.from_names(names),
     "from_names with rows": lambda names: INDEX.from_names(names, np.arange(3)),
@@ -81,8 +81,8 @@ def test_what_an_array_raises_goes_through(call: str) -> None:
 
 @pytest.mark.parametrize("make", [*HOSTILE, MagicMock])
 def test_a_stacked_dictionary_refuses_them_too_and_stays_as_it_is(make: type) -> None:
-    sd = pdrs.StackedParameterDict.from_rows(["a", "b"], torch.zeros(2, 3))
-    for call in (sd.rows, sd.gather, sd.drop, sd.freeze, lambda names: sd.from_rows(names, torch.zeros(1, 3))):
+    sd = pdrs.StackedParameterDict.from_tensor(["a", "b"], torch.zeros(2, 3))
+    for call in (sd.indices, sd.gather, sd.drop, sd.freeze, lambda names: sd.from_tensor(names, torch.zeros(1, 3))):
         try:
             call(make())
         except (TypeError, ValueError, AttributeError):

@@ -38,7 +38,7 @@ OPERATIONS = st.lists(
         st.tuples(st.just("set"), NAMES, st.integers(0, 2**63 - 2)),
         st.tuples(st.sampled_from(["pop", "pop_default", "move_last", "move_first", "get"]), NAMES),
         st.tuples(st.sampled_from(["popitem_last", "popitem_first", "copy", "pickle"])),
-        st.tuples(st.sampled_from(["update", "lookup"]), st.lists(NAMES)),
+        st.tuples(st.sampled_from(["update", "indices"]), st.lists(NAMES)),
     ),
     max_size=60,
 )
@@ -81,8 +81,8 @@ def apply(index: IndexMap, model: OrderedDict[str, int], operation: tuple[Any, .
         case ("update", names):
             index.update((name, row) for row, name in enumerate(names))
             model.update((name, row) for row, name in enumerate(names))
-        case ("lookup", names):
-            assert index.lookup(names, default=7).tolist() == [model.get(name, 7) for name in names]
+        case ("indices", names):
+            assert index.indices(names, missing=7).tolist() == [model.get(name, 7) for name in names]
     return index
 
 
@@ -95,7 +95,7 @@ def test_any_operations_do_what_an_ordered_dict_does(operations: list[tuple[Any,
         assert len(index) == len(model)
         assert list(index.items()) == list(model.items())
         assert list(index) == list(index.keys()) == list(model)
-        assert list(index.values()) == index.rows().tolist() == list(model.values())
+        assert list(index.values()) == index.indices().tolist() == list(model.values())
         assert list(reversed(index)) == list(reversed(index.keys())) == list(reversed(model))
         assert list(reversed(index.items())) == list(reversed(model.items()))
         assert list(reversed(index.values())) == list(reversed(model.values()))
@@ -125,7 +125,7 @@ def test_bulk_calls_take_any_iterable_of_names(make: Any) -> None:
     names = ["one", "two", "drei", "четыре", "五", "🎲"]
     assert list(IndexMap.from_names(make(names))) == names
     index = IndexMap.from_names(names)
-    rows = index.lookup(make(names[::-1]))
+    rows = index.indices(make(names[::-1]))
     assert rows.dtype == np.int64
     assert rows.tolist() == [5, 4, 3, 2, 1, 0]
     assert torch.from_numpy(rows).tolist() == rows.tolist()
@@ -138,13 +138,13 @@ class Text(str):
 @pytest.mark.parametrize("make", [list, tuple])
 def test_names_of_any_class_are_found_beside_each_other(make: Any) -> None:
     index = IndexMap.from_names(["a", "b", "c", ""])
-    assert index.lookup(make(["c", Text("b"), "a"])).tolist() == [2, 1, 0]
-    assert index.lookup(make([Text("x"), "y", Text("b"), "c"]), default=-7).tolist() == [-7, -7, 1, 2]
+    assert index.indices(make(["c", Text("b"), "a"])).tolist() == [2, 1, 0]
+    assert index.indices(make([Text("x"), "y", Text("b"), "c"]), missing=-7).tolist() == [-7, -7, 1, 2]
     with pytest.raises(KeyError, match="1 of 3 names are not in the IndexMap: 'x'"):
-        index.lookup(make(["a", Text("b"), Text("x")]))
+        index.indices(make(["a", Text("b"), Text("x")]))
     with pytest.raises(TypeError, match="names must be str, got int"):
-        index.lookup(make(["a", "x", 1]), default=0)
-    assert index.lookup(make([])).tolist() == []
+        index.indices(make(["a", "x", 1]), missing=0)
+    assert index.indices(make([])).tolist() == []
 
 
 def test_looking_names_up_leaves_no_reference() -> None:
@@ -153,7 +153,7 @@ def test_looking_names_up_leaves_no_reference() -> None:
     asked = ["".join(name) for name in names]
     before = [sys.getrefcount(name) for name in (*names, *asked)]
     for missing in ([], ["other"], [Text("name 1")]):
-        index.lookup(asked + missing, default=0)
+        index.indices(asked + missing, missing=0)
     assert [sys.getrefcount(name) for name in (*names, *asked)] == before
 
 
@@ -161,7 +161,7 @@ def test_a_million_names_are_looked_up_in_one_call() -> None:
     names = [f"layer.{n}" for n in range(1_000_000)]
     index = IndexMap.from_names(names)
     order = np.random.default_rng(0).permutation(len(names))
-    assert np.array_equal(index.lookup([names[n] for n in order]), order)
+    assert np.array_equal(index.indices([names[n] for n in order]), order)
     assert index.__sizeof__() <= 45 * len(names)
 
 
@@ -190,7 +190,7 @@ def test_a_name_that_is_no_str_is_a_type_error_that_says_what_came(bad: Any) -> 
         lambda: index.__delitem__(bad),
         lambda: index.pop(bad),
         lambda: index.move_to_end(bad),
-        lambda: index.lookup(["a", bad]),
+        lambda: index.indices(["a", bad]),
         lambda: index.extend(["b", bad]),
         lambda: index.update([("b", 1), (bad, 2)]),
     )
@@ -236,7 +236,7 @@ def test_rows_must_be_as_many_as_names() -> None:
 def test_missing_names_are_counted_and_some_are_listed() -> None:
     index = IndexMap.from_names(["a"])
     with pytest.raises(KeyError) as caught:
-        index.lookup(["a", *"bcdefgh"])
+        index.indices(["a", *"bcdefgh"])
     assert caught.value.args == ("7 of 8 names are not in the IndexMap: 'b', 'c', 'd', 'e', 'f', ...",)
 
 
@@ -259,7 +259,7 @@ def test_a_change_during_a_walk_raises_and_a_new_row_does_not(view: str) -> None
     index = IndexMap.from_names(["a", "b"])
     for name in index:
         index[name] = 7
-    assert index.rows().tolist() == [7, 7]
+    assert index.indices().tolist() == [7, 7]
 
 
 def test_an_exhausted_walk_stays_exhausted() -> None:
@@ -324,7 +324,7 @@ def test_threads_lose_no_entry() -> None:
                 index.pop(f"{worker}.{n}")
             if n % 100 == 0:
                 index.extend([f"{worker}.{n}.{m}" for m in range(10)])
-                index.lookup([f"{worker}.{n}.{m}" for m in range(10)])
+                index.indices([f"{worker}.{n}.{m}" for m in range(10)])
 
     workers = [threading.Thread(target=work, args=(worker,)) for worker in range(4)]
     for worker in workers:
@@ -345,5 +345,5 @@ def test_the_docstrings_are_those_of_the_stubs() -> None:
         for node in of_class.body
         if isinstance(node, ast.FunctionDef) and (text := ast.get_docstring(node))
     }
-    assert {"from_names", "lookup", "extend", "popitem", "rows"} <= documented.keys()
+    assert {"from_names", "indices", "extend", "popitem", "select"} <= documented.keys()
     assert {name: inspect.getdoc(getattr(pdrs.IndexMap, name)) for name in documented} == documented

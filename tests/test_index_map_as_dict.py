@@ -195,7 +195,7 @@ def test_a_subclass_has_its_own_constructor_attributes_and_missing() -> None:
     assert repr(counted) == "Counted({'a': 9})"
     assert counted == IndexMap(a=9) == {"a": 9}
     assert weakref.ref(counted)() is counted
-    assert counted.lookup(["a"]).tolist() == [9]
+    assert counted.indices(["a"]).tolist() == [9]
     with pytest.raises(TypeError, match="names must be str"):
         counted[3]
 

@@ -490,7 +490,7 @@ def test_a_forked_child_uses_the_dictionary() -> None:
             try:
                 pd.update((f"n{n}", torch.ones(1)) for n in range(1000))
                 assert len(list(pd.items())) == 2000
-                assert index.lookup(list(index)).tolist() == list(range(1000))
+                assert index.indices(list(index)).tolist() == list(range(1000))
                 pd.load_state_dict(pd.state_dict())
                 pd.double().zero_grad()
                 pd.popitem(last=False)

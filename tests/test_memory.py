@@ -57,7 +57,7 @@ def _grown() -> pdrs.StackedParameterDict:
 
 
 def _compacted() -> pdrs.StackedParameterDict:
-    sd = pdrs.StackedParameterDict.from_rows([f"n{at}" for at in range(ROWS)], torch.ones(ROWS, 16))
+    sd = pdrs.StackedParameterDict.from_tensor([f"n{at}" for at in range(ROWS)], torch.ones(ROWS, 16))
     sd.drop(["n0", "n1"])
     sd.compact()
     return sd
@@ -92,7 +92,7 @@ def test_large_tables_ask_for_huge_pages(make):
 def test_the_state_of_an_attached_optimizer_asks_for_huge_pages_when_it_grows():
     sd = pdrs.StackedParameterDict({"a": torch.ones(16)})
     optimizer = torch.optim.Adam(sd.parameters())
-    sd.attach(optimizer)
+    sd.attach_optimizer(optimizer)
     sd.gather(["a"]).sum().backward()
     optimizer.step()
     sd.reserve(ROWS)

@@ -116,19 +116,19 @@ def test_every_method_takes_names_from_whatever_holds_them(holder: Callable[[lis
     index = IndexMap.from_names(names())
     assert list(index.items()) == list(zip(NAMES, range(6), strict=True))
     assert [type(name) for name in index] == [str] * 6
-    assert index.lookup(names()).tolist() == index.extend(names()).tolist() == list(range(6))
-    assert IndexMap().lookup(names(), default=3).tolist() == [3] * 6
+    assert index.indices(names()).tolist() == index.extend(names()).tolist() == list(range(6))
+    assert IndexMap().indices(names(), missing=3).tolist() == [3] * 6
     assert IndexMap.from_names(names(), np.arange(6)) == index
     assert list(IndexMap.fromkeys(names(), 2).values()) == [2] * 6
 
     rows = torch.arange(12.0).view(6, 2)
-    sd = SD.from_rows(names(), rows.clone())
+    sd = SD.from_tensor(names(), rows.clone())
     assert list(sd) == NAMES
     assert torch.equal(sd.gather(names()), rows)
-    assert sd.rows(names()).tolist() == list(range(6))
-    assert sd.contains(names()).tolist() == [True] * 6
-    assert torch.equal(sd.gather(sd.handle(names())), rows)
-    sd.scatter_(names(), rows + 1)
+    assert sd.indices(names()).tolist() == list(range(6))
+    assert sd.isin(names()).tolist() == [True] * 6
+    assert torch.equal(sd.gather(sd.lookup(names())), rows)
+    sd.scatter(names(), rows + 1)
     assert torch.equal(sd.gather(NAMES), rows + 1)
     sd.freeze(names())
     sd.unfreeze(names())
@@ -141,7 +141,7 @@ def test_every_method_takes_names_from_whatever_holds_them(holder: Callable[[lis
 
 
 def test_a_checkpoint_gives_those_names_that_a_column_holds(tmp_path: Any) -> None:
-    sd = SD.from_rows(NAMES, torch.arange(12.0).view(6, 2))
+    sd = SD.from_tensor(NAMES, torch.arange(12.0).view(6, 2))
     pdrs.save(sd, tmp_path / "sd.safetensors")
     for make in (Series, PyList, np.array):
         opened = pdrs.open(tmp_path / "sd.safetensors", names=make(NAMES[2:4]))
@@ -149,20 +149,20 @@ def test_a_checkpoint_gives_those_names_that_a_column_holds(tmp_path: Any) -> No
 
 
 CALLS: dict[str, Callable[[Any], Any]] = {
-    "lookup": lambda names: IndexMap({"a": 0}).lookup(names),
-    "lookup with a default": lambda names: IndexMap({"a": 0}).lookup(names, 1),
+    "lookup": lambda names: IndexMap({"a": 0}).indices(names),
+    "lookup with a default": lambda names: IndexMap({"a": 0}).indices(names, missing=1),
     "extend": lambda names: IndexMap({"a": 0}).extend(names),
     "from_names": IndexMap.from_names,
     "fromkeys": IndexMap.fromkeys,
     "gather": lambda names: SD({"a": torch.zeros(2)}).gather(names),
     "gather and insert": lambda names: SD({"a": torch.zeros(2)}).gather(names, missing="insert"),
-    "contains": lambda names: SD({"a": torch.zeros(2)}).contains(names),
-    "handle": lambda names: SD({"a": torch.zeros(2)}).handle(names),
+    "contains": lambda names: SD({"a": torch.zeros(2)}).isin(names),
+    "sd.lookup": lambda names: SD({"a": torch.zeros(2)}).lookup(names),
     "drop": lambda names: SD({"a": torch.zeros(2)}).drop(names),
     "freeze": lambda names: SD({"a": torch.zeros(2)}).freeze(names),
-    "from_rows": lambda names: SD.from_rows(names, torch.zeros(2, 2)),
+    "from_tensor": lambda names: SD.from_tensor(names, torch.zeros(2, 2)),
     "fromkeys of tables": lambda names: SD.fromkeys(names, torch.zeros(2)),
-    "scatter_": lambda names: SD({"a": torch.zeros(2)}).scatter_(names, torch.zeros(2, 2)),
+    "scatter_": lambda names: SD({"a": torch.zeros(2)}).scatter(names, torch.zeros(2, 2)),
 }
 
 
@@ -230,8 +230,8 @@ def test_what_holds_no_names_is_refused_by_every_method(call: Callable[[Any], An
 def test_tensors_hold_no_names_and_a_magic_mock_holds_none() -> None:
     for given in (torch.arange(2), torch.ones(2, requires_grad=True)):
         with pytest.raises(TypeError, match="an iterable of str, got a Tensor"):
-            IndexMap().lookup(given)
-    assert IndexMap().lookup(MagicMock()).tolist() == []
+            IndexMap().indices(given)
+    assert IndexMap().indices(MagicMock()).tolist() == []
     # Its entries are attributes, and some of them could be taken for methods.
     pd = pdrs.ParameterDict([("tolist", torch.ones(1)), ("to_list", torch.ones(1))])
     assert IndexMap.from_names(pd) == {"tolist": 0, "to_list": 1}
@@ -247,10 +247,10 @@ def test_names_that_are_refused_leave_everything_as_it_was() -> None:
 
 
 def test_a_list_that_is_given_is_not_changed_and_not_kept() -> None:
-    sd = SD.from_rows(["a", "b"], torch.zeros(2, 2))
+    sd = SD.from_tensor(["a", "b"], torch.zeros(2, 2))
     names = [np.str_("a"), StringLike.ONE]
     sd.gather(names, missing="zero")
-    handle = sd.handle(kept := ["a"])
+    handle = sd.lookup(kept := ["a"])
     kept.append("other")
     assert [type(name) for name in names] == [np.str_, StringLike]
     assert handle.names == ["a"]
@@ -293,7 +293,7 @@ def test_names_are_selected_and_dropped_by_a_mask(make: Any) -> None:
 
 
 def test_the_smallest_are_pruned_by_their_norms() -> None:
-    sd = SD.from_rows([f"n{n}" for n in range(100)], torch.arange(200.0).view(100, 2))
+    sd = SD.from_tensor([f"n{n}" for n in range(100)], torch.arange(200.0).view(100, 2))
     sd.drop(sd.norms() < 100)
     assert list(sd) == [f"n{n}" for n in range(36, 100)]
     assert sd["n36"].tolist() == [72, 73]
@@ -314,7 +314,7 @@ def test_the_smallest_are_pruned_by_their_norms() -> None:
     ],
 )
 def test_a_mask_that_does_not_fit_is_refused_and_nothing_is_dropped(mask: Any, error: Any, message: str) -> None:
-    sd = SD.from_rows(["a", "b"], torch.zeros(2, 2))
+    sd = SD.from_tensor(["a", "b"], torch.zeros(2, 2))
     for call in (sd.drop, sd.select, IndexMap.from_names(["a", "b"]).select):
         with pytest.raises(error, match=message):
             call(mask)

@@ -26,7 +26,7 @@ def index():
     return pdrs.IndexMap.from_names(names)
 
 def stacked():
-    return SD.from_rows(names, torch.zeros(N, 2))
+    return SD.from_tensor(names, torch.zeros(N, 2))
 
 def entries():
     return pdrs.ParameterDict({name: torch.zeros(1) for name in names[:4000]})
@@ -87,17 +87,17 @@ WORKS = {
         (none, lambda _: pickle.loads(pickled)),
         (index, lambda made: made.extend(others)),
         (index, lambda made: made.update(new)),
-        (index, lambda made: made.lookup(names)),
-        (index, lambda made: made.lookup(others, -1)),
+        (index, lambda made: made.indices(names)),
+        (index, lambda made: made.indices(others, missing=-1)),
         (index, lambda made: made.copy()),
-        (index, lambda made: made.rows()),
+        (index, lambda made: made.indices()),
         (index, lambda made: list(made.items())),
         (index, lambda made: made == made.copy()),
         (index, pickle.dumps),
     ],
     "parts": [(pdrs.IndexMap, one_by_one), (index, pops), (index, takes), (index, moves)],
     "tables": [
-        (none, lambda _: SD.from_rows(names, rows)),
+        (none, lambda _: SD.from_tensor(names, rows)),
         (stacked, lambda made: made.gather(names)),
         (stacked, lambda made: made.drop(names[::2])),
         (stacked, lambda made: made.update(dict.fromkeys(others[:999], rows[0]))),
@@ -142,7 +142,7 @@ def attempt(work, made, room):
     return True
 
 # What C libraries begin once ends a process that has no memory for it.
-small = SD.from_rows(["a", "b", "c"], torch.zeros(3, 2))
+small = SD.from_tensor(["a", "b", "c"], torch.zeros(3, 2))
 copy.deepcopy(small).compact()
 small.gather(["a"])
 small.unstack().double().stack().load_state_dict(small.state_dict())

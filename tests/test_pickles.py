@@ -41,9 +41,9 @@ def with_everything(make: Any) -> Any:
 
 
 def frozen_and_attached() -> SD:
-    sd = SD.from_rows([f"n{n}" for n in range(5)], torch.arange(10.0).view(5, 2))
+    sd = SD.from_tensor([f"n{n}" for n in range(5)], torch.arange(10.0).view(5, 2))
     optimizer = torch.optim.Adam(sd.parameters())
-    sd.attach(optimizer)
+    sd.attach_optimizer(optimizer)
     sd.gather(["n1", "n2"]).sum().backward()
     optimizer.step()
     sd.freeze(["n1"])
@@ -90,7 +90,7 @@ def _emptied(made: Any) -> Any:
 
 
 def _with_groups(sd: SD) -> SD:
-    sd.optimizer_groups({"a": {"lr": 0.5}})
+    sd.param_groups({"a": {"lr": 0.5}})
     return sd
 
 

@@ -62,7 +62,7 @@ def grow(sd: SD) -> None:
 
 
 def regroup(sd: SD) -> None:
-    sd.optimizer_groups(by={"secret": {}})
+    sd.param_groups(by={"secret": {}})
     sd.pop("secret")
 
 
@@ -95,7 +95,7 @@ def trained(sd: SD, optimizer: str | None, sparse: bool) -> torch.optim.Optimize
         if optimizer == "SGD":
             options["momentum"] = 0.9
         made = getattr(torch.optim, optimizer)(sd.parameters(), **options)
-        sd.attach(made)
+        sd.attach_optimizer(made)
         for _ in range(2):
             sd.zero_grad()
             (sd.gather(["secret", "a"], sparse=sparse) * SECRET).sum().backward()
@@ -148,7 +148,7 @@ def test_nor_is_its_gradient_or_what_an_optimizer_knows_of_it(
     sd = SD({"a": torch.zeros(4), "b": torch.ones(4), "secret": secret()})
     made = trained(sd, optimizer, sparse)
     assert made is not None
-    row, table = int(sd.rows(["secret"])), sd.table((4,))
+    row, table = int(sd.indices(["secret"])), sd.table((4,))
     WAYS[way](sd)
     assert not table[row].any()
     if table.grad is not None:
@@ -182,7 +182,7 @@ DTYPES = [
 def test_rows_of_every_dtype_are_cleared(way: str, dtype: torch.dtype) -> None:
     trainable = dtype.is_floating_point or dtype.is_complex
     rows = torch.ones(3, 4).to(dtype)
-    sd = SD.from_rows(["a", "b", "secret"], rows, trainable=trainable)
+    sd = SD.from_tensor(["a", "b", "secret"], rows, requires_grad=trainable)
     if trainable:
         sd._parameter(sd._tables[0]).grad = rows.clone()
     if way == "move":
@@ -203,9 +203,9 @@ def test_rows_that_torch_must_clear_are_cleared(way: str, rows: str) -> None:
     if rows == "inference":
         with torch.inference_mode():
             given = given.clone()
-            sd = SD.from_rows(["a", "b", "secret"], given)
+            sd = SD.from_tensor(["a", "b", "secret"], given)
     else:
-        sd = SD.from_rows(["a", "b", "secret"], given)
+        sd = SD.from_tensor(["a", "b", "secret"], given)
     WAYS[way](sd)
     table = sd._parameter(sd._tables[0]).detach()
     assert not table[2].any()
@@ -254,5 +254,5 @@ def test_a_removal_that_fails_removes_nothing(way: str, monkeypatch: pytest.Monk
 
 def test_norms_of_rows_of_eight_bits_are_those_of_their_values() -> None:
     for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-        sd = SD.from_rows(["a", "b"], torch.tensor([[3.0, 4.0], [0.0, 1.0]]).to(dtype))
+        sd = SD.from_tensor(["a", "b"], torch.tensor([[3.0, 4.0], [0.0, 1.0]]).to(dtype))
         assert sd.norms().tolist() == [5.0, 1.0]

@@ -63,7 +63,7 @@ def rows(count: int, *shape: int, start: int = 0) -> torch.Tensor:
 @pytest.fixture
 def sd() -> pdrs.StackedParameterDict:
     """Give one of several tables, with rows that are free, out of order and frozen."""
-    made = SD.from_rows([f"a.{n}" for n in range(40)], rows(40, 3))
+    made = SD.from_tensor([f"a.{n}" for n in range(40)], rows(40, 3))
     made.update([(f"b.{n}", torch.full((2, 2), float(n), dtype=torch.float64)) for n in range(10)])
     made.update([(f"c.{n}", torch.full((5,), float(n), dtype=torch.bfloat16)) for n in range(3)])
     made["frozen"] = nn.Parameter(torch.arange(3), requires_grad=False)
@@ -113,7 +113,7 @@ def test_shards_are_cut_before_the_header_is_too_large(
 ) -> None:
     monkeypatch.setattr(write_named, "MAX_HEADER", 8192)
     names = ['"' * (n % 7) + f"\u20ac{n}" for n in range(500)]
-    files = write_named(tmp_path / "m.safetensors", SD.from_rows(names, rows(500, 2)))
+    files = write_named(tmp_path / "m.safetensors", SD.from_tensor(names, rows(500, 2)))
     assert len(files) > 5
     for file in files:
         with TensorFile(file) as shard:
@@ -126,7 +126,7 @@ def test_headers_and_the_index_are_written_in_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
     names = [f'{n}\u20ac"' for n in range(300)]
-    sd = SD.from_rows(names, rows(300, 2))
+    sd = SD.from_tensor(names, rows(300, 2))
     sizes: list[int] = []
     write = atomic.WholeFile.write
 

@@ -72,10 +72,10 @@ def test_another_shape_moves_a_name_to_another_table_and_keeps_its_place(sd: pdr
     sd["b"] = torch.full((3,), 7.0)
     sd["c"] = nn.Parameter(torch.full((2,), 8.0), requires_grad=False)
     assert firsts(sd) == {"a": 0.0, "b": 7.0, "c": 8.0}
-    assert [name for name, _ in sd.named_parameters()] == ["float32_2", "float32_3", "float32_2_frozen"]
+    assert [name for name, _ in sd.named_parameters()] == ["float32_2", "float32_3", "float32_2_no_grad"]
     sd.update(zip("de", full(3, 4), strict=True))  # into the rows that are free now
     assert firsts(sd) == {"a": 0.0, "b": 7.0, "c": 8.0, "d": 3.0, "e": 4.0}
-    assert len(sd.table((2,), trainable=True)) == 3
+    assert len(sd.table((2,), requires_grad=True)) == 3
 
 
 def test_entries_can_change_places_in_one_update(sd: pdrs.StackedParameterDict) -> None:
@@ -158,7 +158,7 @@ def test_what_is_removed_is_given_as_a_copy(sd: pdrs.StackedParameterDict) -> No
 
 
 def test_a_missing_name_is_a_key_error_and_an_attribute_error(sd: pdrs.StackedParameterDict) -> None:
-    for ask in (lambda: sd["z"], lambda: sd.pop("z"), lambda: sd.gather(["a", "z"]), lambda: sd.handle(["z"])):
+    for ask in (lambda: sd["z"], lambda: sd.pop("z"), lambda: sd.gather(["a", "z"]), lambda: sd.lookup(["z"])):
         with pytest.raises(KeyError):
             ask()
         with pytest.raises(AttributeError):
@@ -231,7 +231,7 @@ def test_a_subclass_is_asked_where_it_is_called_itself() -> None:
 
 def test_repr_is_short() -> None:
     assert repr(SD()) == "StackedParameterDict(0 names)"
-    sd = SD.from_rows([f"n{n}" for n in range(1000)], torch.zeros(1000, 2))
+    sd = SD.from_tensor([f"n{n}" for n in range(1000)], torch.zeros(1000, 2))
     assert len(repr(sd).splitlines()) == 5
     assert "'n4', ... 990 more ...,\n    'n995'" in repr(sd)
 
@@ -241,15 +241,15 @@ def test_repr_is_short() -> None:
 
 def test_from_rows_takes_the_tensor_as_it_is() -> None:
     rows = torch.randn(3, 2)
-    sd = SD.from_rows(list("abc"), rows)
+    sd = SD.from_tensor(list("abc"), rows)
     assert sd.table((2,)).data_ptr() == rows.data_ptr()
     parameter = nn.Parameter(rows, requires_grad=False)
-    assert SD.from_rows(list("abc"), parameter).table((2,), trainable=False) is parameter
+    assert SD.from_tensor(list("abc"), parameter).table((2,), requires_grad=False) is parameter
     for names in (["a", "b"], ["a", "b", "a"], list("abcd")):
         with pytest.raises(ValueError, match="expected a row for each name and no name twice"):
-            SD.from_rows(names, rows)
+            SD.from_tensor(names, rows)
     with pytest.raises(KeyError):
-        SD.from_rows(["a", "", "b"], rows)
+        SD.from_tensor(["a", "", "b"], rows)
 
 
 def test_from_shapes_makes_a_table_a_shape() -> None:
@@ -265,8 +265,8 @@ def test_missing_names_are_skipped_zero_or_inserted(sd: pdrs.StackedParameterDic
     batch = ["c", "new", "a", "new", "other"]
     assert sd.gather(batch, missing="skip")[:, 0].tolist() == [2.0, 0.0]
     assert sd.gather(batch, missing="zero")[:, 0].tolist() == [2.0, 0.0, 0.0, 0.0, 0.0]
-    assert sd.rows(batch, missing="zero").tolist() == [2, -1, 0, -1, -1]
-    assert sd.contains(batch).tolist() == [True, False, True, False, False]
+    assert sd.indices(batch, missing="zero").tolist() == [2, -1, 0, -1, -1]
+    assert sd.isin(batch).tolist() == [True, False, True, False, False]
     with pytest.raises(KeyError, match="3 of 5 names are not in the dictionary: 'new', 'new', 'other'"):
         sd.gather(batch)
     assert list(sd) == ["a", "b", "c"]
@@ -289,9 +289,9 @@ def test_an_initialiser_that_raises_leaves_no_trace(sd: pdrs.StackedParameterDic
 
 @pytest.mark.parametrize("names", [["x", "x", "y"], ["y", "a", "x", "b", "x"], ["a", "x", "a", "y"]])
 def test_scattered_values_reach_names_old_and_new_and_those_that_are_listed_twice(names: list[str]) -> None:
-    sd = SD.from_rows(["a", "b"], torch.zeros(2, 2))
+    sd = SD.from_tensor(["a", "b"], torch.zeros(2, 2))
     values = torch.arange(1.0, 1 + len(names))[:, None].expand(-1, 2)
-    sd.scatter_(names, values, missing="insert")
+    sd.scatter(names, values, missing="insert")
     assert list(sd) == list(dict.fromkeys(["a", "b", *names]))
     for name in set(names):
         assert sd[name].tolist() in [[1.0 + at] * 2 for at, one in enumerate(names) if one == name]
@@ -302,19 +302,19 @@ def test_shapes_cannot_be_mixed_or_guessed(sd: pdrs.StackedParameterDict) -> Non
     with pytest.raises(ValueError, match=r"float32 of shape \[2\] and float32 of shape \[3\]"):
         sd.gather(["a", "long"])
     with pytest.raises(ValueError, match="more than one table"):
-        sd.rows(["a", "long"])
+        sd.indices(["a", "long"])
     with pytest.raises(ValueError, match=r"expected shape=, .* because 2 tables could be meant"):
         sd.gather(["new"], missing="insert")
     with pytest.raises(ValueError, match=r"expected rows of shape \[2\]"):
-        sd.scatter_(["a", "new"], torch.zeros(2, 3), missing="insert")
+        sd.scatter(["a", "new"], torch.zeros(2, 3), missing="insert")
     with pytest.raises(ValueError, match="1 values for 2 names"):
-        sd.scatter_(["a", "b"], torch.zeros(1, 2))
+        sd.scatter(["a", "b"], torch.zeros(1, 2))
     with pytest.raises(ValueError, match="a single number"):
-        sd.scatter_(["a", "b"], torch.tensor(1.0))
+        sd.scatter(["a", "b"], torch.tensor(1.0))
     with pytest.raises(TypeError, match=r"expected values of torch\.float32, as the rows have, got torch\.float64"):
-        sd.scatter_(["a", "new"], torch.zeros(2, 2, dtype=torch.float64), missing="insert")
+        sd.scatter(["a", "new"], torch.zeros(2, 2, dtype=torch.float64), missing="insert")
     with pytest.raises(TypeError, match="a tensor of values, got list"):
-        sd.scatter_(["a"], [[1.0, 2.0]])
+        sd.scatter(["a"], [[1.0, 2.0]])
     with pytest.raises(ValueError, match="0 or more, got -1"):
         sd.reserve(-1)
     with pytest.raises(TypeError, match="expected the shape of 'n' as a sequence of int, got 3"):
@@ -322,7 +322,7 @@ def test_shapes_cannot_be_mixed_or_guessed(sd: pdrs.StackedParameterDict) -> Non
     with pytest.raises(TypeError, match="expected the shape of 'n' as a sequence of int, got '23'"):
         SD.from_shapes({"n": "23"})
     with pytest.raises(TypeError, match="expected an optimizer, got int"):
-        sd.attach(3)
+        sd.attach_optimizer(3)
     with pytest.raises(ValueError, match="there is no table yet"):
         SD().gather(["new"], missing="insert")
     with pytest.raises(ValueError, match="no table is trainable"):
@@ -344,7 +344,7 @@ def test_a_batch_without_a_known_name_has_a_backward_pass_like_any_other(
     names: list[str], missing: Any, sparse: bool, shape: tuple[int, ...]
 ) -> None:
     sd = SD({"a": torch.ones(shape), "b": torch.ones(shape)})
-    sd.optimizer_groups(by={"b": {}})
+    sd.param_groups(by={"b": {}})
     gathered = sd.gather(names, missing=missing, sparse=sparse, shape=shape)
     assert gathered.shape == (len(names) if missing == "zero" else 0, *shape)
     assert not gathered.any()
@@ -357,8 +357,8 @@ def test_a_batch_without_a_known_name_has_a_backward_pass_like_any_other(
 @pytest.mark.parametrize(
     ("rows", "error", "message"),
     [
-        ([[1.0], [2.0]], TypeError, "expected a strided tensor of rows, got list"),
-        (torch.eye(2).to_sparse(), TypeError, "expected a strided tensor of rows, got one of layout torch.sparse_coo"),
+        ([[1.0], [2.0]], TypeError, "expected a strided tensor of values, got list"),
+        (torch.eye(2).to_sparse(), TypeError, "expected a strided tensor of values, got one of layout"),
         (torch.zeros(1, 3).expand(2, 3), ValueError, "got a view in which they overlap"),
         (torch.zeros(2, 1).expand(2, 3), ValueError, "got a view in which they overlap"),
         (torch.zeros(3, 3), ValueError, "got 2 names and 3 rows"),
@@ -366,46 +366,46 @@ def test_a_batch_without_a_known_name_has_a_backward_pass_like_any_other(
 )
 def test_rows_that_can_be_no_table_are_refused(rows: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        SD.from_rows(["a", "b"], rows)
+        SD.from_tensor(["a", "b"], rows)
 
 
 def test_rows_of_one_name_or_of_no_size_may_have_any_strides() -> None:
-    assert SD.from_rows(["a"], torch.zeros(()).expand(1, 1))["a"].tolist() == [0.0]
-    assert SD.from_rows([], torch.zeros(1, 3).expand(0, 3)).gather([]).shape == (0, 3)
+    assert SD.from_tensor(["a"], torch.zeros(()).expand(1, 1))["a"].tolist() == [0.0]
+    assert SD.from_tensor([], torch.zeros(1, 3).expand(0, 3)).gather([]).shape == (0, 3)
 
 
 def test_free_rows_are_used_again_the_lowest_first(sd: pdrs.StackedParameterDict) -> None:
     del sd["a"]
     del sd["c"]
     sd.update(zip("xyz", full(7, 8, 9), strict=True))
-    assert sd.rows(["x", "y", "z"]).tolist() == [0, 2, 3]
+    assert sd.indices(["x", "y", "z"]).tolist() == [0, 2, 3]
     assert firsts(sd) == {"b": 1.0, "x": 7.0, "y": 8.0, "z": 9.0}
 
 
 def test_a_handle_notices_what_happens_to_its_names(sd: pdrs.StackedParameterDict) -> None:
-    handle = sd.handle(["c", "b"])
+    handle = sd.lookup(["c", "b"])
     sd.gather(handle)
     rows = handle._rows
     sd["new"] = torch.zeros(2)
     sd.gather(handle)
     assert handle._rows is rows, "looked up again, though no row has moved"
-    sd.rows(handle).add_(1)
-    assert sd.rows(handle).tolist() == [2, 1], "the rows that a handle knows were given away"
+    sd.indices(handle).add_(1)
+    assert sd.indices(handle).tolist() == [2, 1], "the rows that a handle knows were given away"
     del sd["a"]
     sd.compact()
     assert sd.gather(handle)[:, 0].tolist() == [2.0, 1.0]
-    sd.scatter_(handle, torch.ones(2, 2))
+    sd.scatter(handle, torch.ones(2, 2))
     assert sd["c"].tolist() == [1.0, 1.0]
     assert list(handle) == ["c", "b"]
     del sd["new"]
     sd["a"] = torch.full((2,), 3.0)
     sd.setdefault("last", torch.full((2,), 4.0))
     sd.pop("a")
-    late = sd.handle(["last"])
-    assert sd.rows(late).tolist() == [3]
+    late = sd.lookup(["last"])
+    assert sd.indices(late).tolist() == [3]
     sd.compact()
-    assert sd.rows(late).tolist() == [2], "nothing but compact() moved its row"
-    assert sd.contains(handle).tolist() == [True, True]
+    assert sd.indices(late).tolist() == [2], "nothing but compact() moved its row"
+    assert sd.isin(handle).tolist() == [True, True]
     sd["c"] = torch.zeros(3)
     with pytest.raises(ValueError, match="shape"):
         sd.gather(handle)
@@ -424,7 +424,7 @@ def test_the_default_device_is_that_of_new_tensors_only(sd: pdrs.StackedParamete
         sd.pop("c")
         sd.compact()
         assert sd.gather(["b", "none", "a"], missing="zero").tolist() == [[5.0, 5.0], [0.0, 0.0], [6.0, 6.0]]
-        assert sd.gather(sd.handle(["d"])).tolist() == [[6.0, 6.0]]
+        assert sd.gather(sd.lookup(["d"])).tolist() == [[6.0, 6.0]]
         assert sd.norms().device.type == "cpu"
         assert firsts(copy.deepcopy(sd).unstack().stack()) == {"a": 6.0, "b": 5.0, "d": 6.0}
         sd.load_state_dict(sd.state_dict())
@@ -451,7 +451,7 @@ def test_compacting_puts_rows_in_the_order_of_names(sd: pdrs.StackedParameterDic
     sd.compact()
     assert sd.table((2,)) is table
     assert table.tolist() == [[1.0, 1.0], [2.0, 2.0], [5.0, 5.0]]
-    assert sd.rows(list(sd)).tolist() == [0, 1, 2]
+    assert sd.indices(list(sd)).tolist() == [0, 1, 2]
 
 
 def test_hundreds_of_shapes_are_not_searched_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -475,14 +475,14 @@ def test_hundreds_of_shapes_are_not_searched_for_each(monkeypatch: pytest.Monkey
 def test_a_million_names() -> None:
     count = 1_000_000
     names = [f"name.{n}" for n in range(count)]
-    sd = SD.from_rows(names, torch.arange(float(count)).repeat_interleave(2).view(count, 2))
+    sd = SD.from_tensor(names, torch.arange(float(count)).repeat_interleave(2).view(count, 2))
     generator = np.random.default_rng(0)
     asked = generator.permutation(count)[:100_000]
     batch = [names[n] for n in asked]
     assert np.array_equal(sd.gather(batch).detach()[:, 0].numpy(), asked)
     sd.drop(batch)
     late = [f"late.{n}" for n in range(200_000)]
-    sd.scatter_(late, torch.full((200_000, 2), -1.0), missing="insert")
+    sd.scatter(late, torch.full((200_000, 2), -1.0), missing="insert")
     assert len(sd) == 1_100_000
     assert len(sd.table((2,))) == 2_000_000
     for _ in range(1000):
@@ -490,7 +490,7 @@ def test_a_million_names() -> None:
         sd.popitem()
     sd.compact()
     assert len(sd.table((2,))) == len(sd) == 1_098_000
-    assert sd.rows([late[198_999]]).tolist() == [1_097_999]
+    assert sd.indices([late[198_999]]).tolist() == [1_097_999]
     other = SD()
     other.load_state_dict(sd.state_dict())
     assert list(other) == list(sd)

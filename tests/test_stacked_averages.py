@@ -24,7 +24,7 @@ class Model(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.words = SD.from_rows(["a", "b"], torch.tensor([[1.0, 1.0], [2.0, 2.0]]))
+        self.words = SD.from_tensor(["a", "b"], torch.tensor([[1.0, 1.0], [2.0, 2.0]]))
         self.words.reserve(4, shape=(2,))
         self.norm = nn.BatchNorm1d(2)
 
@@ -43,7 +43,7 @@ GIVEN_AGAIN: dict[str, Callable[[SD], Any]] = {
     "set": lambda sd: sd.__setitem__("new", torch.full((2,), 9.0)),
     "updated": lambda sd: sd.update({"new": torch.full((2,), 9.0), "newer": torch.ones(2)}),
     "gathered": lambda sd: sd.gather(["new"], missing="insert", init=nn.init.ones_),
-    "scattered": lambda sd: sd.scatter_(["new"], torch.ones(1, 2), missing="insert"),
+    "scattered": lambda sd: sd.scatter(["new"], torch.ones(1, 2), missing="insert"),
     "moved": lambda sd: (sd.__setitem__("b", torch.ones(3)), sd.__setitem__("new", torch.ones(2))),
     "compacted": lambda sd: sd.compact(),
     "a new table": lambda sd: sd.__setitem__("long", torch.ones(5)),

@@ -60,20 +60,20 @@ CALLS: dict[str, Call] = {
     "deepcopy": lambda sd, _: deepcopy(sd).named_state_dict(),
     "|": lambda sd, _: (sd | {"new": torch.ones(2)}).named_state_dict(),
     "fromkeys": lambda _, names: SD.fromkeys(names, torch.ones(2)).named_state_dict(),
-    "from_rows": lambda _, names: SD.from_rows(names, torch.ones(len(names), 2)).named_state_dict(),
+    "from_tensor": lambda _, names: SD.from_tensor(names, torch.ones(len(names), 2)).named_state_dict(),
     "from_shapes": lambda _, names: SD.from_shapes({name: (2,) for name in names}).named_state_dict(),
     "unstack": lambda sd, _: sd.unstack().state_dict(),
-    "handle": lambda sd, names: sd.gather(sd.handle(names)),
-    "contains": lambda sd, names: sd.contains([*names, "none"]),
-    "rows": lambda sd, names: sd.rows(names),
-    "rows, new": lambda sd, names: sd.rows([*names, "new"], missing="insert"),
+    "lookup": lambda sd, names: sd.gather(sd.lookup(names)),
+    "contains": lambda sd, names: sd.isin([*names, "none"]),
+    "rows": lambda sd, names: sd.indices(names),
+    "rows, new": lambda sd, names: sd.indices([*names, "new"], missing="insert"),
     "gather": lambda sd, names: sd.gather(names),
     "gather, zero": lambda sd, names: sd.gather([*names, "none"], missing="zero"),
     "gather, new names": lambda sd, names: sd.gather(
         [*names, *(f"new{n}" for n in range(40))], missing="insert", init=nn.init.ones_
     ),
-    "scatter_": lambda sd, names: sd.scatter_(names, torch.ones(len(names), 2)),
-    "scatter_, new": lambda sd, names: sd.scatter_([*names, "new"], torch.ones(len(names) + 1, 2), missing="insert"),
+    "scatter_": lambda sd, names: sd.scatter(names, torch.ones(len(names), 2)),
+    "scatter_, new": lambda sd, names: sd.scatter([*names, "new"], torch.ones(len(names) + 1, 2), missing="insert"),
     "drop": lambda sd, names: sd.drop(names),
     "drop, and new names": lambda sd, names: (
         sd.drop(names),
@@ -87,23 +87,23 @@ CALLS: dict[str, Call] = {
     "freeze": lambda sd, names: sd.freeze(names[:1]),
     "unfreeze": lambda sd, names: (sd.freeze(names), sd.unfreeze(names[:1])),
     "unfreeze all": lambda sd, names: (sd.freeze(names), sd.unfreeze()),
-    "optimizer_groups": lambda sd, _: len(sd.optimizer_groups(by={"1": {"lr": 0.5}})),
+    "param_groups": lambda sd, _: len(sd.param_groups(by={"1": {"lr": 0.5}})),
     "state_dict": lambda sd, _: list(sd.state_dict()),
     "named_state_dict": lambda sd, _: sd.named_state_dict(),
     "load_state_dict": lambda sd, _: sd.load_state_dict(sd.state_dict()) and None,
     "load, named": lambda sd, _: sd.load_state_dict({k: v + 1 for k, v in sd.named_state_dict().items()}) and None,
     "load, others": lambda sd, _: sd.load_state_dict(OTHERS) and None,
     "double": lambda sd, _: sd.double() and None,
-    "attach": lambda sd, _: sd.attach(torch.optim.Adam(sd.parameters())),
+    "attach": lambda sd, _: sd.attach_optimizer(torch.optim.Adam(sd.parameters())),
     "repr": lambda sd, _: repr(sd),
 }
 
 
 def trained() -> tuple[SD, torch.optim.Optimizer]:
     torch.manual_seed(0)
-    sd = SD.from_rows([f"n{n}" for n in range(6)], torch.randn(6, 2))
+    sd = SD.from_tensor([f"n{n}" for n in range(6)], torch.randn(6, 2))
     optimizer = torch.optim.SparseAdam(sd.parameters(), lr=0.1)
-    sd.attach(optimizer)
+    sd.attach_optimizer(optimizer)
     sd.gather(list(sd), sparse=True).pow(2).sum().backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -150,10 +150,10 @@ def test_a_compiled_step_trains_names_that_come_and_go_as_without(attached: bool
     outcomes = []
     for compile_ in (False, True):
         torch.manual_seed(0)
-        sd = SD.from_rows([f"n{n}" for n in range(8)], torch.randn(8, 4))
+        sd = SD.from_tensor([f"n{n}" for n in range(8)], torch.randn(8, 4))
         optimizer = torch.optim.Adagrad(sd.parameters(), lr=0.1) if attached else torch.optim.SGD(sd.parameters(), 0.1)
         if attached:
-            sd.attach(optimizer)
+            sd.attach_optimizer(optimizer)
 
         def loss(names: list[str], sd: SD = sd) -> torch.Tensor:
             sd.drop([names[0]] if names[0] in sd else [])

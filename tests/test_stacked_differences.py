@@ -139,7 +139,7 @@ def test_difference_entries_are_no_attributes() -> None:
 def test_difference_named_parameters_are_tables() -> None:
     sd = make(SD)
     sd["f"] = Parameter(torch.zeros(3, 4), requires_grad=False)
-    assert [name for name, _ in sd.named_parameters()] == ["float32_2", "float32_3x4_frozen"]
+    assert [name for name, _ in sd.named_parameters()] == ["float32_2", "float32_3x4_no_grad"]
     assert [name for name, _ in make(PD).named_parameters()] == ["a", "b"]
 
 
@@ -231,7 +231,7 @@ def test_difference_tied_entries_are_two_rows() -> None:
 def test_difference_the_state_of_optimizers_follows_names() -> None:
     pd, sd = make(PD), make(SD)
     optimizers = [torch.optim.Adam(one.parameters()) for one in (pd, sd)]
-    sd.attach(optimizers[1])
+    sd.attach_optimizer(optimizers[1])
     pd["b"].sum().backward()
     sd.gather(["b"]).sum().backward()
     for optimizer in optimizers:

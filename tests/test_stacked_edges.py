@@ -31,7 +31,7 @@ class Doubled(torch.nn.Module):
 
 
 def two(*shape: int, dtype: torch.dtype = torch.float32) -> StackedParameterDict:
-    return StackedParameterDict.from_rows(["a", "b"], torch.ones(2, *shape, dtype=dtype))
+    return StackedParameterDict.from_tensor(["a", "b"], torch.ones(2, *shape, dtype=dtype))
 
 
 # -- strides -----------------------------------------------------------------------------------------------------------
@@ -39,7 +39,7 @@ def two(*shape: int, dtype: torch.dtype = torch.float32) -> StackedParameterDict
 
 def test_a_table_in_another_order_than_c_can_be_unstacked() -> None:
     rows = torch.arange(6.0).reshape(2, 3).t()
-    sd = StackedParameterDict.from_rows(["a", "b", "c"], rows)
+    sd = StackedParameterDict.from_tensor(["a", "b", "c"], rows)
     assert {name: row.tolist() for name, row in sd.unstack().items()} == {"a": [0, 3], "b": [1, 4], "c": [2, 5]}
 
 
@@ -53,8 +53,8 @@ def test_a_table_in_another_order_than_c_can_be_unstacked() -> None:
     ids=["unfolded", "strided", "expanded"],
 )
 def test_rows_that_overlap_are_refused(rows: Tensor) -> None:
-    with pytest.raises(ValueError, match=r"rows with memory of their own, got a view in which they overlap"):
-        StackedParameterDict.from_rows(["a", "b"], rows)
+    with pytest.raises(ValueError, match=r"values with memory of their own, got a view in which they overlap"):
+        StackedParameterDict.from_tensor(["a", "b"], rows)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_rows_that_overlap_are_refused(rows: Tensor) -> None:
     ids=["sliced", "permuted", "empty", "of one", "interlaced"],
 )
 def test_rows_with_gaps_between_them_are_taken(rows: Tensor) -> None:
-    assert StackedParameterDict.from_rows(["a", "b"], rows).gather(["b"]).shape[1:] == rows.shape[1:]
+    assert StackedParameterDict.from_tensor(["a", "b"], rows).gather(["b"]).shape[1:] == rows.shape[1:]
 
 
 # -- devices and modes -------------------------------------------------------------------------------------------------
@@ -131,14 +131,14 @@ def test_sparse_gradients_stay_on_their_device_whatever_the_default_one_is(chang
 def test_state_of_a_new_complex_row_begins_as_torch_begins_it(make: Callable[..., Any], key: str) -> None:
     sd = two(2, dtype=torch.complex64)
     optimizer = make(sd.parameters())
-    sd.attach(optimizer)
+    sd.attach_optimizer(optimizer)
     sd.gather(["a"]).abs().sum().backward()
     optimizer.step()
     del sd["a"]
     sd.update({"c": torch.ones(2, dtype=torch.complex64), "d": torch.ones(2, dtype=torch.complex64)})
     state = optimizer.state[sd.table((2,), torch.complex64)][key]
     begun = torch.full((2,), complex(0.1, 0.1))
-    assert torch.equal(state[sd.rows(["c", "d"])], torch.stack([begun, begun]))
+    assert torch.equal(state[sd.indices(["c", "d"])], torch.stack([begun, begun]))
 
 
 def test_a_hook_of_the_users_sees_the_gradient_of_the_new_size() -> None:
@@ -188,10 +188,10 @@ WRITES: dict[str, tuple[str, Callable[[StackedParameterDict], object]]] = {
         "insert names",
         lambda sd: sd.__setitem__("new", Parameter(torch.ones(2))),
     ),
-    "scatter": ("write rows", lambda sd: sd.scatter_(["a"], torch.full((1, 2), 7.0))),
+    "scatter": ("write rows", lambda sd: sd.scatter(["a"], torch.full((1, 2), 7.0))),
     "scatter and insert": (
         "write rows",
-        lambda sd: sd.scatter_(["new", "a"], torch.full((2, 2), 7.0), missing="insert"),
+        lambda sd: sd.scatter(["new", "a"], torch.full((2, 2), 7.0), missing="insert"),
     ),
     "freeze": ("freeze names", lambda sd: sd.freeze(["a"])),
     "load by name": (
@@ -204,7 +204,7 @@ WRITES: dict[str, tuple[str, Callable[[StackedParameterDict], object]]] = {
 @pytest.mark.parametrize(("what", "write"), WRITES.values(), ids=WRITES)
 @pytest.mark.parametrize("compute", [parametrized, pruned, replica])
 def test_what_would_be_lost_in_a_computed_table_is_not_written(compute: Any, what: str, write: Any) -> None:
-    sd = StackedParameterDict.from_rows(["a", "b", "gone"], torch.arange(1.0, 7).reshape(3, 2))
+    sd = StackedParameterDict.from_tensor(["a", "b", "gone"], torch.arange(1.0, 7).reshape(3, 2))
     del sd["gone"]
     sd = compute(sd)
     before = [(name, row.tolist()) for name, row in sd.items()]
@@ -225,7 +225,7 @@ def test_what_would_be_written_to_a_stand_in_for_a_table_is_not_written(what: st
         def forward(self) -> None:
             write(self.sd)
 
-    sd = StackedParameterDict.from_rows(["a", "b", "gone"], torch.arange(1.0, 7).reshape(3, 2))
+    sd = StackedParameterDict.from_tensor(["a", "b", "gone"], torch.arange(1.0, 7).reshape(3, 2))
     del sd["gone"]
     before = [(name, row.tolist()) for name, row in sd.items()]
     stand_in = torch.zeros(3, 2, requires_grad=True)
@@ -239,10 +239,10 @@ def test_what_would_be_written_to_a_stand_in_for_a_table_is_not_written(what: st
 @pytest.mark.parametrize("rows", [slice(0, 2), slice(0, 3, 2)], ids=["neighbours", "others"])
 @pytest.mark.parametrize("names", [["c", "a"], ["b", "c"]], ids=["scattered", "in a row"])
 def test_rows_of_a_table_can_be_scattered_into_it(names: list[str], rows: slice) -> None:
-    sd = StackedParameterDict.from_rows(["a", "b", "c", "d"], torch.arange(8.0).reshape(4, 2))
+    sd = StackedParameterDict.from_tensor(["a", "b", "c", "d"], torch.arange(8.0).reshape(4, 2))
     values = sd.table((2,)).detach()[rows]
     wanted = {name: row.tolist() for name, row in sd.items()} | dict(zip(names, values.tolist(), strict=True))
-    sd.scatter_(names, values)
+    sd.scatter(names, values)
     assert {name: row.tolist() for name, row in sd.items()} == wanted
 
 
@@ -253,17 +253,17 @@ def test_values_that_are_not_dense_are_refused(make: Any) -> None:
     with pytest.raises(
         TypeError, match=r"dense tensor of values, got one with the layout torch\._?(sparse_coo|mkldnn)"
     ):
-        sd.scatter_(["b", "a"], make(torch.ones(2, 2)))
+        sd.scatter(["b", "a"], make(torch.ones(2, 2)))
     assert [row.tolist() for row in sd.values()] == before
 
 
 def test_values_without_memory_are_left_to_torch() -> None:
     sd = two(2)
-    sd.scatter_(["b", "a"], torch._efficientzerotensor((2, 2)))
+    sd.scatter(["b", "a"], torch._efficientzerotensor((2, 2)))
     assert [row.tolist() for row in sd.values()] == [[0, 0], [0, 0]]
 
     def scattered(values: Tensor) -> Tensor:
-        sd.scatter_(["b", "a"], values)
+        sd.scatter(["b", "a"], values)
         return values.sum()
 
     with pytest.raises(RuntimeError, match="in-place operation"):
@@ -276,10 +276,10 @@ def test_a_list_that_gives_other_names_than_lie_in_it_is_asked_for_them_everywhe
             return iter(["a"])
 
     sd, names = two(2), Names(["b"])
-    assert sd.handle(names).names == ["a"]
-    assert sd.rows(names).tolist() == [0]
+    assert sd.lookup(names).names == ["a"]
+    assert sd.indices(names).tolist() == [0]
     assert torch.equal(sd.gather(names)[0], sd["a"])
-    sd.scatter_(names, torch.full((1, 2), 7.0))
+    sd.scatter(names, torch.full((1, 2), 7.0))
     assert sd["a"].tolist() == [7, 7]
     sd.drop(names)
     assert list(sd) == ["b"]
@@ -296,7 +296,7 @@ def test_a_mask_from_before_a_parametrization_masks_the_original() -> None:
 def test_compiled_expressions_are_refused_before_anything_moves() -> None:
     sd = two(2)
     with pytest.raises(TypeError, match=r"expected regular expressions as str.*got re\.compile\('b'\)"):
-        sd.optimizer_groups(by={re.compile("b"): {}})
+        sd.param_groups(by={re.compile("b"): {}})
     assert list(sd.state_dict()) == ["float32_2", "_extra_state"]
 
 
@@ -347,17 +347,17 @@ def test_what_is_no_number_of_names_is_not_reserved(count: Any) -> None:
 
 def test_a_name_moves_to_a_group_that_keeps_less_state() -> None:
     sd = StackedParameterDict({name: torch.ones(2) for name in ("w", "x.bias", "y.bias", "z.bias")})
-    optimizer = torch.optim.Adam(sd.optimizer_groups(by={"bias$": {"amsgrad": True}}))
-    sd.attach(optimizer)
+    optimizer = torch.optim.Adam(sd.param_groups(by={"bias$": {"amsgrad": True}}))
+    sd.attach_optimizer(optimizer)
     sd.gather(list(sd)).pow(2).sum().backward()
     optimizer.step()
     (target,), (source,) = (group["params"] for group in optimizer.param_groups)
     assert "max_exp_avg_sq" in optimizer.state[source]
-    moment = optimizer.state[source]["exp_avg"][sd.rows(["z.bias"])]
-    sd.optimizer_groups(by={"[xy].bias$": {"amsgrad": True}})
+    moment = optimizer.state[source]["exp_avg"][sd.indices(["z.bias"])]
+    sd.param_groups(by={"[xy].bias$": {"amsgrad": True}})
     assert sorted(optimizer.state[target]) == ["exp_avg", "exp_avg_sq", "step"]
     assert moment.all()
-    assert torch.equal(optimizer.state[target]["exp_avg"][sd.rows(["z.bias"])], moment)
+    assert torch.equal(optimizer.state[target]["exp_avg"][sd.indices(["z.bias"])], moment)
     sd.zero_grad()
     sd.gather(list(sd)).sum().backward()
     optimizer.step()
@@ -371,7 +371,7 @@ def test_a_name_moves_to_a_group_that_keeps_less_state() -> None:
 def test_names_that_are_damaged_at_the_beginning_are_no_entries(there: list[str], prefix: str) -> None:
     state = {prefix + key: value for key, value in two(2).state_dict().items()}
     state[f"{prefix}_extra_state"] = torch.zeros_like(state[f"{prefix}_extra_state"])
-    sd = StackedParameterDict.from_rows(there, torch.zeros(len(there), 2))
+    sd = StackedParameterDict.from_tensor(there, torch.zeros(len(there), 2))
     module = torch.nn.ModuleDict({"words": sd}) if prefix else sd
     with pytest.raises(RuntimeError, match=r"While loading the names of .*: they are damaged"):
         module.load_state_dict(state)
@@ -476,22 +476,22 @@ def test_all_names_unfrozen_leave_no_mask_of_names_that_have_gone() -> None:
 
 
 def test_sparse_momentum_moves_with_names_to_another_group() -> None:
-    sd = StackedParameterDict.from_rows([f"n{at}" for at in range(4)], torch.zeros(4, 2))
+    sd = StackedParameterDict.from_tensor([f"n{at}" for at in range(4)], torch.zeros(4, 2))
     optimizer = torch.optim.SGD(sd.parameters(), lr=0.1, momentum=0.9)
-    sd.attach(optimizer)
+    sd.attach_optimizer(optimizer)
     values = torch.arange(1.0, 5.0)[:, None].expand(4, 2)
     (sd.gather(list(sd), sparse=True) * values).sum().backward()
     optimizer.step()
-    sd.optimizer_groups(by={"n[12]": {"lr": 0.1}})
+    sd.param_groups(by={"n[12]": {"lr": 0.1}})
     for name, expected in zip(sd, [1.0, 2.0, 3.0, 4.0], strict=True):
-        momentum = optimizer.state[sd[name]._base]["momentum_buffer"].to_dense()[sd.rows([name])]
+        momentum = optimizer.state[sd[name]._base]["momentum_buffer"].to_dense()[sd.indices([name])]
         assert momentum.tolist() == [[expected] * 2]
 
 
 def test_the_state_of_a_complex_table_that_is_loaded_begins_as_that_of_torch() -> None:
     sd = StackedParameterDict({"a": torch.zeros(2, dtype=torch.complex64)})
     optimizer = torch.optim.Adagrad(sd.parameters(), initial_accumulator_value=0.5)
-    sd.attach(optimizer)
+    sd.attach_optimizer(optimizer)
     other = StackedParameterDict(
         {"a": torch.zeros(2, dtype=torch.complex64), "b": torch.zeros(3, dtype=torch.complex64)}
     )
@@ -510,7 +510,7 @@ def test_rows_of_a_dtype_that_torch_cannot_index_in_place_can_be_written_and_mov
     sd = StackedParameterDict([(name, row(at)) for at, name in enumerate("abcd")])
     sd.update([("a", row(9)), ("c", row(8)), ("new", row(4))])
     sd.drop(["b", "new"])
-    sd.scatter_(["a", "d"], torch.full((2, 3), 7).to(dtype))
+    sd.scatter(["a", "d"], torch.full((2, 3), 7).to(dtype))
     sd.update([("e", row(5)), ("f", row(6))])
     sd.drop(["a"])
     sd.compact()
@@ -521,7 +521,7 @@ def test_rows_of_a_dtype_that_torch_cannot_index_in_place_can_be_written_and_mov
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
 def test_a_batch_of_unknown_names_only_has_the_shape_of_a_frozen_table(dtype: torch.dtype) -> None:
-    sd = StackedParameterDict.from_rows(["a"], torch.ones(1, 2, dtype=dtype), trainable=False)
+    sd = StackedParameterDict.from_tensor(["a"], torch.ones(1, 2, dtype=dtype), requires_grad=False)
     zeros = sd.gather(["q"], missing="zero")
     assert (zeros.dtype, zeros.tolist()) == (dtype, [[0, 0]])
     assert sd.gather(["q"], missing="zero", shape=(2,)).dtype == dtype
@@ -544,8 +544,8 @@ def test_the_table_of_a_shape_is_found_whether_it_is_trained_or_not() -> None:
     sd.requires_grad_(False)
     assert sd.table((3,)) is table
     sd["c"] = Parameter(torch.zeros(3))
-    assert sd.table((3,), trainable=True) is not table
-    assert sd.table((3,), trainable=False) is table
+    assert sd.table((3,), requires_grad=True) is not table
+    assert sd.table((3,), requires_grad=False) is table
 
     class Model(torch.nn.Module):
         def __init__(self) -> None:
@@ -573,7 +573,7 @@ def test_an_array_without_a_dimension_is_no_list_of_names(call: str) -> None:
     calls: dict[str, Callable[[], Any]] = {
         "fromkeys": lambda: StackedParameterDict.fromkeys(names, torch.zeros(3)),
         "gather": lambda: sd.gather(names),
-        "scatter_": lambda: sd.scatter_(names, torch.zeros(2, 3)),
+        "scatter_": lambda: sd.scatter(names, torch.zeros(2, 3)),
         "drop": lambda: sd.drop(names),
     }
     with pytest.raises(TypeError, match=r"iterat|iterable"):
@@ -593,12 +593,12 @@ def test_a_name_that_is_to_be_dropped_twice_is_said_to_be_listed_twice() -> None
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: StackedParameterDict.from_rows(["a"], torch.zeros(1, 2, dtype=torch.int64)),
-        lambda: StackedParameterDict.from_rows(["a"], torch.zeros(1, 2, dtype=torch.bool), trainable=True),
+        lambda: StackedParameterDict.from_tensor(["a"], torch.zeros(1, 2, dtype=torch.int64)),
+        lambda: StackedParameterDict.from_tensor(["a"], torch.zeros(1, 2, dtype=torch.bool), requires_grad=True),
         lambda: StackedParameterDict.from_shapes({"a": (2,)}, dtype=torch.int64),
         lambda: StackedParameterDict.fromkeys(["a"], torch.zeros(2, dtype=torch.int64)),
     ],
-    ids=["from_rows", "trainable", "from_shapes", "fromkeys"],
+    ids=["from_tensor", "trainable", "from_shapes", "fromkeys"],
 )
 def test_integers_that_would_be_trained_are_refused_with_a_way_out(make: Callable[[], Any]) -> None:
     with pytest.raises(RuntimeError, match=r"can require gradients, got torch.\w+: .*(trainable|requires_grad)=False"):
@@ -609,7 +609,7 @@ def test_names_of_a_computed_table_are_not_put_into_groups() -> None:
     sd = two(3)
     parametrize.register_parametrization(sd, "float32_3", Doubled())
     with pytest.raises(RuntimeError, match=r"computed from other tensors .*: put names into groups before that"):
-        sd.optimizer_groups(by={"a": {}})
+        sd.param_groups(by={"a": {}})
     with pytest.raises(RuntimeError, match=r"computed from other tensors .*: insert names, reserve rows or compact"):
         sd.reserve(100)
     assert len(list(sd.parameters())) == 1
@@ -618,7 +618,7 @@ def test_names_of_a_computed_table_are_not_put_into_groups() -> None:
 @pytest.mark.parametrize("make", [pdrs.ParameterDict, lambda sd: pdrs.ParameterDict() | sd])
 @pytest.mark.parametrize("names", [["xy", "zw"], ["a", "b"]])
 def test_a_parameter_dict_takes_no_names_of_a_stacked_one_for_pairs(make: Callable[..., Any], names: list[str]) -> None:
-    sd = StackedParameterDict.from_rows(names, torch.ones(2, 3))
+    sd = StackedParameterDict.from_tensor(names, torch.ones(2, 3))
     with pytest.raises(TypeError, match=r"expected a mapping or pairs, got a StackedParameterDict: pass its unstack"):
         make(sd)
     assert list(make(sd.unstack())) == names

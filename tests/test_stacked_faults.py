@@ -35,7 +35,7 @@ def trained() -> tuple[pdrs.StackedParameterDict, torch.optim.Optimizer]:
     """Return a dictionary whose names differ in value, gradient, moments and mask, and its optimizer."""
     sd = numbered(ENTRIES)
     optimizer = torch.optim.Adam(sd.parameters(), lr=0.0)
-    sd.attach(optimizer)
+    sd.attach_optimizer(optimizer)
     for _ in range(2):
         sum((sd[name].sum() * at for at, name in enumerate(sd, 1)), torch.zeros(())).backward()
         optimizer.step()
@@ -50,7 +50,7 @@ def seen(sd: pdrs.StackedParameterDict, optimizer: torch.optim.Optimizer) -> dic
     found["groups"] = [table.group for table in sd._tables], sd._patterns
     for name, gradient in sd.named_grads():
         table = sd[name]._base
-        row = int(sd.rows([name]))
+        row = int(sd.indices([name]))
         moments = [value[row].tolist() for value in optimizer.state[table].values() if value.dim()]
         mask = next(one.frozen for one in sd._tables if sd._parameter(one) is table)
         frozen = mask is not None and bool(mask[row])
@@ -131,7 +131,7 @@ def test_clearing_that_fails_leaves_no_name_with_a_free_row(monkeypatch: pytest.
         sd.clear()
     monkeypatch.undo()
     sd.update([("x", torch.zeros(2)), ("y", torch.ones(2))])
-    rows = sd.rows(list(sd)).tolist()
+    rows = sd.indices(list(sd)).tolist()
     assert len(set(rows)) == len(rows), "two names have one row"
     assert sd["y"].tolist() == [1.0, 1.0]
 
@@ -155,13 +155,13 @@ def test_groups_that_are_none_move_no_name(by: Any) -> None:
     sd, optimizer = trained()
     before = seen(sd, optimizer)
     with pytest.raises((TypeError, re.error), match=r"mapping|unterminated"):
-        sd.optimizer_groups(by=by)
+        sd.param_groups(by=by)
     assert seen(sd, optimizer) == before
 
 
 @pytest.mark.parametrize("pop", [lambda sd: sd.pop("b"), lambda sd: sd.popitem()], ids=["pop", "popitem"])
 def test_a_name_whose_row_cannot_be_copied_stays(pop: Callable[[SD], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    sd = SD.from_rows(["a", "b"], torch.ones(2, 1 << 15))  # so large that torch makes the copy
+    sd = SD.from_tensor(["a", "b"], torch.ones(2, 1 << 15))  # so large that torch makes the copy
 
     def fail(_: SD, __: object, ___: int) -> Tensor:
         raise MemoryError
@@ -177,7 +177,7 @@ def test_a_name_whose_row_cannot_be_copied_stays(pop: Callable[[SD], Any], monke
 
 def test_an_update_that_cannot_write_to_one_table_changes_nothing() -> None:
     with torch.inference_mode():
-        sd = SD.from_rows(["a", "b", "c"], torch.zeros(3, 3))
+        sd = SD.from_tensor(["a", "b", "c"], torch.zeros(3, 3))
     sd["t"] = torch.zeros(5)
     with pytest.raises(
         RuntimeError, match="Inplace update to inference tensor: a table that was made in inference mode"
@@ -185,7 +185,7 @@ def test_an_update_that_cannot_write_to_one_table_changes_nothing() -> None:
         sd.update([("a", torch.ones(3)), ("new", torch.ones(5)), ("c", torch.ones(3))])
     assert list(sd) == ["a", "b", "c", "t"]
     sd["u"] = torch.full((5,), 2.0)
-    assert sd.rows(["t", "u"]).tolist() == [0, 1]
+    assert sd.indices(["t", "u"]).tolist() == [0, 1]
     assert not sd.gather(["a", "c"]).any()
 
 
@@ -208,7 +208,7 @@ class Cycle:
         lambda sd: sd.pop("k1"),
         lambda sd: sd.compact(),
         lambda sd: sd.gather(["k1", "new", "newer"], missing="insert"),
-        lambda sd: sd.optimizer_groups(by={"k[1-3]": {}}),
+        lambda sd: sd.param_groups(by={"k[1-3]": {}}),
     ],
     ids=["set", "update", "drop", "pop", "compact", "insert", "groups"],
 )
@@ -229,8 +229,8 @@ def test_a_finalizer_that_changes_the_dictionary_does_so_before_a_change_or_afte
     try:
         for tracked in range(1, 40):
             gc.disable()
-            sd = SD.from_rows([f"k{n}" for n in range(8)], torch.arange(16.0).reshape(8, 2))
-            sd.attach(torch.optim.Adam(sd.parameters()))
+            sd = SD.from_tensor([f"k{n}" for n in range(8)], torch.arange(16.0).reshape(8, 2))
+            sd.attach_optimizer(torch.optim.Adam(sd.parameters()))
             sd.pop("k3")
             Cycle(partial(last_words, sd))
             gc.set_threshold(tracked, 1000, 1000)
@@ -238,7 +238,7 @@ def test_a_finalizer_that_changes_the_dictionary_does_so_before_a_change_or_afte
             change(sd)
             gc.disable()
             gc.collect()
-            assert len(set(sd._index.rows().tolist())) == len(sd) == sum(len(table.rows) for table in sd._tables)
+            assert len(set(sd._index.indices().tolist())) == len(sd) == sum(len(table.rows) for table in sd._tables)
             for name, row in sd.items():
                 expected = {
                     "late": [7.0, 7.0],
@@ -257,7 +257,7 @@ def test_a_finalizer_that_changes_the_dictionary_does_so_before_a_change_or_afte
 
 def test_no_python_function_begins_between_a_write_and_its_being_told() -> None:
     sd = numbered(ENTRIES)
-    sd.attach(torch.optim.Adam(sd.parameters()))
+    sd.attach_optimizer(torch.optim.Adam(sd.parameters()))
     begun: list[str] = []
     version, value = sd.table((2,))._version, torch.zeros(2)
     sys.setprofile(lambda frame, event, _: begun.append(frame.f_code.co_name) if event == "call" else None)
@@ -286,7 +286,7 @@ class WhenAsked(TorchFunctionMode):
 @pytest.mark.parametrize("time", [1, 2])
 def test_a_row_is_popped_from_where_it_lies_after_a_mode_has_moved_it(time: int) -> None:
     rows = torch.arange(100_000.0).reshape(-1, 2).to(torch.complex64)
-    sd = SD.from_rows([f"k{n}" for n in range(len(rows))], rows.clone())
+    sd = SD.from_tensor([f"k{n}" for n in range(len(rows))], rows.clone())
     with WhenAsked(time, lambda: sd.reserve(10 * len(rows))) as mode:
         popped = sd.pop("k7")
     assert mode.asked >= time
@@ -318,4 +318,4 @@ def test_a_name_is_popped_though_to_ask_for_its_gradient_would_warn() -> None:
 def test_a_number_of_names_that_is_wrong_is_not_believed() -> None:
     for names in (range(1 << 45), range(1 << 60)):
         with pytest.raises(TypeError, match="names must be str, got int"):
-            SD.from_rows(names, torch.zeros(3, 2))
+            SD.from_tensor(names, torch.zeros(3, 2))

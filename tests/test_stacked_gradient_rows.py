@@ -40,7 +40,7 @@ def sparse_gradient(rows: list[int], capacity: int, shape: tuple[int, ...] = (2,
 
 
 def with_gradient(count: int, listed: int, shape: tuple[int, ...] = (2,)) -> SD:
-    sd = SD.from_rows([str(n) for n in range(count)], torch.zeros(count, *shape))
+    sd = SD.from_tensor([str(n) for n in range(count)], torch.zeros(count, *shape))
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(0, count, (listed,), generator=generator).tolist()
     sd.table(shape).grad = sparse_gradient(rows, count, shape)
@@ -115,7 +115,7 @@ def test_what_is_cleared_is_what_the_row_has_in_a_dense_gradient(
     gradient = sparse_gradient(listed, 6, shape)
     gradient = gradient.coalesce() if coalesced else gradient
     expected, is_coalesced = gradient.to_dense(), gradient.is_coalesced()
-    sd = SD.from_rows(list("abcdef"), torch.zeros(6, *shape))
+    sd = SD.from_tensor(list("abcdef"), torch.zeros(6, *shape))
     sd.table(shape).grad = gradient
     for rows in removed:
         names = ["abcdef"[row] for row in rows if "abcdef"[row] in sd]
@@ -131,7 +131,7 @@ def test_what_is_cleared_is_what_the_row_has_in_a_dense_gradient(
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_whoever_holds_a_gradient_sees_that_it_is_cleared_and_torch_knows_of_the_write(sparse: bool) -> None:
-    sd = SD.from_rows(["a", "b"], torch.zeros(2, 2))
+    sd = SD.from_tensor(["a", "b"], torch.zeros(2, 2))
     sd.gather(["a", "b", "b"], sparse=sparse).sum().backward()
     held = sd.table((2,)).grad
     assert held is not None
@@ -188,7 +188,7 @@ def _another_in_the_same_memory(sd: SD) -> None:
     "change", [_accumulate, _zero, _swap_data, _rewrite_indices, _another, _another_in_the_same_memory]
 )
 def test_a_gradient_that_has_changed_is_looked_through_again(change: Callable[[SD], None]) -> None:
-    sd = SD.from_rows(list("abcd"), torch.zeros(4, 2))
+    sd = SD.from_tensor(list("abcd"), torch.zeros(4, 2))
     sd.table((2,)).grad = sparse_gradient([0, 1, 2, 3], 4)
     sd.pop("d")
     change(sd)
@@ -204,7 +204,7 @@ def test_a_gradient_that_has_changed_is_looked_through_again(change: Callable[[S
 
 
 def test_what_another_thread_writes_while_a_row_is_cleared_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    sd = SD.from_rows(list("abcd"), torch.zeros(4, 2))
+    sd = SD.from_tensor(list("abcd"), torch.zeros(4, 2))
     sd.table((2,)).grad = sparse_gradient([0, 1, 2, 3], 4)
     gradient = sd.table((2,)).grad
     assert gradient is not None
@@ -275,7 +275,7 @@ def test_a_table_is_swapped_though_its_gradient_has_been_looked_through() -> Non
 
 
 def test_gradients_from_inference_mode_and_of_double_backward_are_cleared() -> None:
-    sd = SD.from_rows(list("abc"), torch.ones(3, 2))
+    sd = SD.from_tensor(list("abc"), torch.ones(3, 2))
     with torch.inference_mode():
         made = sd.table((2,)).grad = sparse_gradient([0, 2, 2], 3)
         sd.pop("a")
@@ -298,7 +298,7 @@ def test_tables_without_memory_have_no_rows_to_clear() -> None:
 
 
 def test_names_that_count_as_zeros_are_cleared_nowhere() -> None:
-    sd = SD.from_rows(list("abc"), torch.ones(3, 2))
+    sd = SD.from_tensor(list("abc"), torch.ones(3, 2))
     sd.gather(["c", "absent", "a", "gone"], missing="zero", sparse=True).sum().backward()
     sd.pop("c")
     assert {name: row.tolist() for name, row in sd.named_grads() if row.any()} == {"a": [1.0, 1.0]}
@@ -315,19 +315,19 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 def test_a_new_name_in_a_row_that_is_listed_for_an_old_one_gets_no_step_and_no_state(
     make: Callable[[Any], torch.optim.Optimizer],
 ) -> None:
-    sd = SD.from_rows(list("abc"), torch.ones(3, 2))
+    sd = SD.from_tensor(list("abc"), torch.ones(3, 2))
     optimizer = make(sd.parameters())
-    sd.attach(optimizer)
+    sd.attach_optimizer(optimizer)
     for _ in range(2):
         optimizer.zero_grad()
         sd.gather(["a", "b", "b", "c"], sparse=True).pow(2).sum().backward()
         optimizer.step()
     optimizer.zero_grad()
     sd.gather(["a", "b", "b"], sparse=True).pow(2).sum().backward()
-    (row,) = sd.rows(["b"]).tolist()
+    (row,) = sd.indices(["b"]).tolist()
     sd.pop("b")
     sd["new"] = torch.full((2,), 3.0)
-    assert sd.rows(["new"]).tolist() == [row]
+    assert sd.indices(["new"]).tolist() == [row]
     before = sd["a"].tolist()
     optimizer.step()
     assert sd["new"].tolist() == [3.0, 3.0]

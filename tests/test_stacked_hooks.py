@@ -50,12 +50,12 @@ def test_hooks_of_a_table_are_called_once_a_pass_though_it_grows(
 ) -> None:
     outcomes = []
     for reserved in (True, False):
-        sd = pdrs.StackedParameterDict.from_rows(["n0", "n1"], torch.arange(8.0).view(2, 4) / 10)
+        sd = pdrs.StackedParameterDict.from_tensor(["n0", "n1"], torch.arange(8.0).view(2, 4) / 10)
         if reserved:
             sd.reserve(60, shape=(4,))
         table, log = sd.table((4,)), []
         optimizer = torch.optim.SGD([table], lr=0.1)
-        sd.attach(optimizer)
+        sd.attach_optimizer(optimizer)
         sd.freeze(["n1"])
         hook(table, optimizer, log)
         for step in range(2):
@@ -78,7 +78,7 @@ def test_hooks_of_a_table_are_called_once_a_pass_though_it_grows(
 
 
 def test_the_gradient_of_both_sizes_is_added_in_place_of_the_one_that_is_there() -> None:
-    sd = pdrs.StackedParameterDict.from_rows(["a", "b"], torch.zeros(2, 2))
+    sd = pdrs.StackedParameterDict.from_tensor(["a", "b"], torch.zeros(2, 2))
     calls: list[float] = []
     handle = sd.table((2,)).register_post_accumulate_grad_hook(lambda table: calls.append(table.grad.sum().item()))
     sd.gather(["a"]).sum().backward()
@@ -93,7 +93,7 @@ def test_the_gradient_of_both_sizes_is_added_in_place_of_the_one_that_is_there()
 
 
 def test_an_old_graph_alone_and_a_pass_that_failed_leave_nothing_behind() -> None:
-    sd = pdrs.StackedParameterDict.from_rows(["a", "b"], torch.zeros(2, 2))
+    sd = pdrs.StackedParameterDict.from_tensor(["a", "b"], torch.zeros(2, 2))
     old = sd.gather(["a", "b"]).sum()
     bad = sd.gather(["a"])
     bad.register_hook(lambda _: 1 / 0)
@@ -110,9 +110,9 @@ def test_an_old_graph_alone_and_a_pass_that_failed_leave_nothing_behind() -> Non
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_hook_that_makes_the_table_grow_leaves_a_gradient_of_its_size(fused: bool, sparse: bool) -> None:
-    sd = pdrs.StackedParameterDict.from_rows(["a", "b"], torch.ones(2, 3))
+    sd = pdrs.StackedParameterDict.from_tensor(["a", "b"], torch.ones(2, 3))
     optimizer = torch.optim.SGD(sd.parameters(), lr=0.5, fused=fused and not sparse)
-    sd.attach(optimizer)
+    sd.attach_optimizer(optimizer)
     table = sd.table((3,))
 
     def grow(_: Tensor) -> None:

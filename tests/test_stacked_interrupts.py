@@ -38,7 +38,7 @@ class Scene:
         entries = {"a": 2, "b": 2, "gone": 2, "c": 2, "d": 3, "lost": 3, "e": 3, "f": 4}
         self.sd = SD([(name, torch.full((size,), float(at))) for at, (name, size) in enumerate(entries.items(), 1)])
         self.optimizer = torch.optim.Adam(self.sd.parameters(), lr=0.0)
-        self.sd.attach(self.optimizer)
+        self.sd.attach_optimizer(self.optimizer)
         for _ in range(2):
             self.optimizer.zero_grad()
             self.backward()
@@ -48,7 +48,7 @@ class Scene:
             self.backward(sparse=True)
         self.sd.freeze(["b", "d"])
         self.sd.drop(["gone", "lost"])
-        self.handles = {name: self.sd.handle([name]) for name in ("a", "c")}
+        self.handles = {name: self.sd.lookup([name]) for name in ("a", "c")}
         self.sd.state_dict()  # from now on packed names are kept
 
     def backward(self, sparse: bool = False) -> None:
@@ -69,7 +69,7 @@ class Scene:
             "names": list(sd),
         }
         for table, parameter in zip(sd._tables, tables, strict=True):
-            rows = sorted(sd.rows([name]).item() for name in sd if sd[name]._base is parameter)
+            rows = sorted(sd.indices([name]).item() for name in sd if sd[name]._base is parameter)
             free = table.rows.free().tolist()
             assert len({*rows, *free}) == len(rows) + len(free), "two names have one row, or a free one has a name"
             assert max([*rows, *free], default=-1) < table.rows.used <= len(parameter)
@@ -78,7 +78,7 @@ class Scene:
             assert all(value.shape == parameter.shape for value in state.get(parameter, {}).values() if value.dim())
         gradients = dict(sd.named_grads())
         for name, row in sd.items():
-            at, parameter = int(sd.rows([name])), row._base
+            at, parameter = int(sd.indices([name])), row._base
             moments = [value[at].tolist() for value in state.get(parameter, {}).values() if value.dim()]
             mask = next(table.frozen for table in sd._tables if sd._parameter(table) is parameter)
             gradient = gradients[name].tolist() if name in gradients else None
@@ -131,7 +131,7 @@ def move_one(scene: Scene) -> None:
 
 
 def scatter(scene: Scene) -> None:
-    scene.sd.scatter_(["x", "a", "y", "b"], torch.full((4, 2), 9.0), missing="insert")
+    scene.sd.scatter(["x", "a", "y", "b"], torch.full((4, 2), 9.0), missing="insert")
 
 
 def gather(scene: Scene) -> None:
@@ -183,7 +183,7 @@ def compact(scene: Scene) -> None:
 
 
 def regroup(scene: Scene) -> None:
-    scene.sd.optimizer_groups(by={"[ae]": {"lr": 0.0}})
+    scene.sd.param_groups(by={"[ae]": {"lr": 0.0}})
 
 
 def load_own(scene: Scene) -> None:

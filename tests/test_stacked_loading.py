@@ -21,7 +21,7 @@ NAMES = [f"n{at}" for at in range(40)]
 
 
 def dictionary() -> pdrs.StackedParameterDict:
-    return SD.from_rows(NAMES, torch.zeros(40, 3))
+    return SD.from_tensor(NAMES, torch.zeros(40, 3))
 
 
 def saved() -> OrderedDict[str, Tensor]:
@@ -116,7 +116,7 @@ def test_hooks_and_overrides_are_called(ways: list[bool]) -> None:
             called.append("own")
             super()._load_from_state_dict(*arguments)
 
-    own = Own.from_rows(NAMES, torch.zeros(40, 3))
+    own = Own.from_tensor(NAMES, torch.zeros(40, 3))
     own.load_state_dict(saved())
     assert first_numbers(own)["n39"] == 39
     assert called == ["after", "own"]
@@ -162,9 +162,9 @@ def test_packed_names_are_compared_by_all_their_bytes() -> None:
 
 
 def test_packed_names_that_were_the_same_are_looked_at_again_once_either_side_has_changed():
-    saved = pdrs.StackedParameterDict.from_rows(["a", "b"], torch.eye(2)).state_dict()
-    other = pdrs.StackedParameterDict.from_rows(["a", "c"], torch.eye(2)).state_dict()
-    sd = pdrs.StackedParameterDict.from_rows(["a", "b"], torch.zeros(2, 2))
+    saved = pdrs.StackedParameterDict.from_tensor(["a", "b"], torch.eye(2)).state_dict()
+    other = pdrs.StackedParameterDict.from_tensor(["a", "c"], torch.eye(2)).state_dict()
+    sd = pdrs.StackedParameterDict.from_tensor(["a", "b"], torch.zeros(2, 2))
     for _ in range(2):
         sd.load_state_dict(saved)
         assert list(sd) == ["a", "b"]
@@ -185,8 +185,8 @@ def _move_to_end(sd: pdrs.StackedParameterDict) -> None:
 @pytest.mark.parametrize("change", [lambda sd: sd.popitem(), _move_to_end, lambda sd: sd.update({"d": torch.ones(2)})])
 def test_packed_names_are_ours_only_in_the_same_order_and_rows(change):
     names = ["a", "é", "c" * 20]
-    saved = pdrs.StackedParameterDict.from_rows(names, torch.arange(6.0).view(3, 2)).state_dict()
-    sd = pdrs.StackedParameterDict.from_rows(names, torch.zeros(3, 2))
+    saved = pdrs.StackedParameterDict.from_tensor(names, torch.arange(6.0).view(3, 2)).state_dict()
+    sd = pdrs.StackedParameterDict.from_tensor(names, torch.zeros(3, 2))
     change(sd)
     sd.load_state_dict(saved)
     assert [(name, row.tolist()) for name, row in sd.items()] == list(zip(names, [[0, 1], [2, 3], [4, 5]], strict=True))

@@ -45,7 +45,7 @@ def by_state_dict(run: Run, kind: str, path: str) -> Run:
     sd.load_state_dict(state[0])
     optimizer = optimizer_of(sd, kind)
     optimizer.load_state_dict(state[1])
-    sd.attach(optimizer)
+    sd.attach_optimizer(optimizer)
     return sd, optimizer
 
 
@@ -54,14 +54,14 @@ def by_archive(run: Run, kind: str, path: str) -> Run:
     sd = pdrs.open(path)
     optimizer = optimizer_of(sd, kind)
     optimizer.load_state_dict(run[1].state_dict())
-    sd.attach(optimizer)
+    sd.attach_optimizer(optimizer)
     return sd, optimizer
 
 
 def by_pickle(run: Run, kind: str, path: str) -> Run:
     torch.save(run, path)
     sd, optimizer = torch.load(path, weights_only=False)
-    sd.attach(optimizer)
+    sd.attach_optimizer(optimizer)
     return sd, optimizer
 
 
@@ -73,18 +73,18 @@ def test_a_run_that_was_interrupted_goes_on_to_the_bit(
     sd = SD()
     sd.reserve(8, shape=(3,))
     run = sd, optimizer_of(sd, kind)
-    sd.attach(run[1])
+    sd.attach_optimizer(run[1])
     train(run, 0, 20)
     resumed = resume(run, kind, str(tmp_path / "saved"))
     for each in (run, resumed):
         train(each, 20, 60)
     assert list(resumed[0]) == list(sd)
-    assert torch.equal(resumed[0].rows(list(sd)), sd.rows(list(sd)))
+    assert torch.equal(resumed[0].indices(list(sd)), sd.indices(list(sd)))
     assert torch.equal(resumed[0].table((3,)), sd.table((3,)))
 
 
 def new_rows(init: Callable[[Tensor], Any]) -> SD:
-    sd = SD.from_rows(["a"], torch.ones(1, 3))
+    sd = SD.from_tensor(["a"], torch.ones(1, 3))
     sd.gather(["a", "b", "c"], missing="insert", init=init)
     return sd
 
@@ -106,7 +106,7 @@ def test_an_initialiser_that_writes_may_return_anything(init: Callable[[Tensor],
 
 
 def test_an_initialiser_that_is_refused_leaves_no_trace() -> None:
-    sd = SD.from_rows(["a"], torch.ones(1, 3))
+    sd = SD.from_tensor(["a"], torch.ones(1, 3))
     with pytest.raises(ValueError, match="in place"):
         sd.gather(["b"], missing="insert", init=torch.ones_like)
     assert list(sd) == ["a"]
@@ -122,13 +122,13 @@ def test_an_initialiser_that_is_refused_leaves_no_trace() -> None:
 )
 def test_a_number_in_place_of_a_shape_is_refused_with_the_shape_that_is_meant(call: Callable[[SD], Any]) -> None:
     with pytest.raises(TypeError, match=r"expected the shape of an entry, such as \(16,\), got the number 16"):
-        call(SD.from_rows(["a"], torch.ones(1, 16)))
+        call(SD.from_tensor(["a"], torch.ones(1, 16)))
 
 
 @pytest.mark.parametrize(
     "call",
     [
-        lambda sd: sd.scatter_(["a"], torch.tensor([[1, 2]]), missing="insert"),
+        lambda sd: sd.scatter(["a"], torch.tensor([[1, 2]]), missing="insert"),
         lambda sd: sd.gather(["a"], missing="insert", shape=(2,), dtype=torch.int64),
         lambda sd: sd.reserve(4, shape=(2,), dtype=torch.int64),
     ],

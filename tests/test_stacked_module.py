@@ -25,7 +25,7 @@ NAMES = ["a", "b.c", "名前", "\ud800 alone", "keys", "_extra_state.x"]
 
 
 def filled() -> pdrs.StackedParameterDict:
-    sd = SD.from_rows(NAMES, torch.arange(12.0).view(6, 2).clone())
+    sd = SD.from_tensor(NAMES, torch.arange(12.0).view(6, 2).clone())
     sd["matrix"] = torch.full((2, 3), 7.0)
     sd["frozen"] = nn.Parameter(torch.full((2,), 8.0), requires_grad=False)
     del sd["b.c"]
@@ -46,7 +46,7 @@ def same(one: pdrs.StackedParameterDict, other: pdrs.StackedParameterDict) -> bo
 
 def test_a_state_dict_holds_tables_and_one_tensor_of_names() -> None:
     state = filled().state_dict()
-    assert list(state) == ["float32_2", "float32_2x3", "float32_2_frozen", "_extra_state"]
+    assert list(state) == ["float32_2", "float32_2x3", "float32_2_no_grad", "_extra_state"]
     assert all(isinstance(value, Tensor) for value in state.values())
 
 
@@ -57,7 +57,7 @@ def test_a_state_dict_holds_tables_and_one_tensor_of_names() -> None:
         filled,
         lambda: SD({"other": torch.zeros(2), "a": torch.zeros(5)}),
         lambda: SD([("m", torch.zeros(2, 3)), ("a", torch.zeros(2))]),
-        lambda: SD.from_rows([f"n.{n}" for n in range(50)], torch.zeros(50, 2)),
+        lambda: SD.from_tensor([f"n.{n}" for n in range(50)], torch.zeros(50, 2)),
     ],
     ids=["empty", "the same", "other names", "another order", "larger"],
 )
@@ -81,7 +81,7 @@ def test_the_own_layout_loads_into_any_dictionary(target: Any) -> None:
 
 def test_loading_the_same_names_keeps_handles_and_views() -> None:
     sd, other = filled(), filled()
-    handle, row = other.handle(["late", "a"]), other["a"]
+    handle, row = other.lookup(["late", "a"]), other["a"]
     other["a"].data.fill_(5)
     other.load_state_dict(sd.state_dict())
     assert row.tolist() == sd["a"].tolist()
@@ -104,8 +104,8 @@ def test_names_that_came_after_a_save_are_not_in_it() -> None:
 
 def test_a_state_dict_that_is_filled_in_place_brings_its_names() -> None:
     """As distributed checkpoints are loaded."""
-    saved = SD.from_rows(["a", "b"], torch.tensor([[1.0], [2.0]]))
-    other = SD.from_rows(["x", "y"], torch.zeros(2, 1))
+    saved = SD.from_tensor(["a", "b"], torch.tensor([[1.0], [2.0]]))
+    other = SD.from_tensor(["x", "y"], torch.zeros(2, 1))
     with torch.inference_mode():
         state = other.state_dict()
     for key, value in saved.state_dict().items():
@@ -267,13 +267,13 @@ def test_stack_and_unstack_are_inverse() -> None:
 
 def test_dtypes_change_with_the_module_and_tables_keep_their_names() -> None:
     sd = filled()
-    table = sd.table((2,), trainable=True)
-    handle = sd.handle(["late"])
+    table = sd.table((2,), requires_grad=True)
+    handle = sd.lookup(["late"])
     assert sd.double() is sd
-    assert sd.table((2,), torch.float64, trainable=True) is table
+    assert sd.table((2,), torch.float64, requires_grad=True) is table
     assert sd.gather(handle).dtype == torch.float64
     sd["new"] = torch.ones(2, dtype=torch.float64)
-    assert [name for name, _ in sd.named_parameters()] == ["float32_2", "float32_2x3", "float32_2_frozen"]
+    assert [name for name, _ in sd.named_parameters()] == ["float32_2", "float32_2x3", "float32_2_no_grad"]
     with pytest.raises(TypeError, match=r"expected torch\.float64 for 'a'"):
         sd["a"] = torch.zeros(2)
     sd["single"] = torch.ones(2)
@@ -298,13 +298,13 @@ def test_torch_may_swap_tables_when_it_converts_or_loads() -> None:
     sd.freeze(["a"])
     optimizer = torch.optim.Adam(sd.parameters(), lr=1.0)
     for dtype in (torch.float32, torch.float64):
-        assert table is None or table is sd.table((2,), dtype, trainable=True)
+        assert table is None or table is sd.table((2,), dtype, requires_grad=True)
         optimizer.zero_grad()
         sd.gather(["a", "late"]).sum().backward()
         optimizer.step()
         torch.testing.assert_close(sd.gather(["a", "late"]), torch.tensor([[0.0, 1.0], [8.0, 8.0]], dtype=dtype))
         optimizer.zero_grad()
-        table = sd.table((2,), dtype, trainable=True)
+        table = sd.table((2,), dtype, requires_grad=True)
         sd.load_state_dict(filled().state_dict())
         sd.double()
         optimizer.load_state_dict(optimizer.state_dict())
@@ -361,12 +361,12 @@ def test_rows_by_name_are_not_lost_in_a_table_on_the_meta_device(nested: bool) -
 
 
 def test_frozen_names_stay_frozen_on_the_meta_device() -> None:
-    sd = SD.from_rows(["a", "b", "c", "d"], torch.zeros(4, 2)).to("meta")
+    sd = SD.from_tensor(["a", "b", "c", "d"], torch.zeros(4, 2)).to("meta")
     sd.freeze(["a", "b", "d"])
     sd.unfreeze(["b"])
     sd.gather(["a", "c"]).sum().backward()
     sd.update({"e": torch.zeros(2, device="meta")})  # the table grows
-    sd.optimizer_groups(by={"d": {}})
+    sd.param_groups(by={"d": {}})
     sd.pop("b")
     sd.update({"f": torch.zeros(2, device="meta")})  # in an old row
     sd.compact()
@@ -379,9 +379,9 @@ def test_frozen_names_stay_frozen_on_the_meta_device() -> None:
 
 
 def test_a_dictionary_with_frozen_names_is_assigned_from_the_meta_device() -> None:
-    sd = SD.from_rows(["a", "b"], torch.zeros(2, 2))
+    sd = SD.from_tensor(["a", "b"], torch.zeros(2, 2))
     sd.freeze(["a"])
-    sd.to("meta").load_state_dict(SD.from_rows(["a", "b"], torch.ones(2, 2)).state_dict(), assign=True)
+    sd.to("meta").load_state_dict(SD.from_tensor(["a", "b"], torch.ones(2, 2)).state_dict(), assign=True)
     sd.gather(["a", "b"]).sum().backward()
     assert {name: gradient.tolist() for name, gradient in sd.named_grads()} == {"a": [0.0, 0.0], "b": [1.0, 1.0]}
 
@@ -409,7 +409,7 @@ def _write_ones(sd: pdrs.StackedParameterDict) -> None:
 
 
 def test_another_process_sees_shared_tables() -> None:
-    sd = SD.from_rows(["a", "b"], torch.zeros(2, 2)).share_memory()
+    sd = SD.from_tensor(["a", "b"], torch.zeros(2, 2)).share_memory()
     process = get_context("fork").Process(target=_write_ones, args=(sd,))
     process.start()
     process.join()
@@ -422,7 +422,7 @@ def test_another_process_sees_shared_tables() -> None:
 class Words(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.words = SD.from_rows(["a", "b", "c"], torch.arange(12.0).view(3, 4).clone())
+        self.words = SD.from_tensor(["a", "b", "c"], torch.arange(12.0).view(3, 4).clone())
         self.out = nn.Linear(4, 1)
 
     def forward(self, names: list[str]) -> Tensor:
@@ -463,7 +463,7 @@ def test_ddp_and_fsdp2_train_tables_as_they_train_parameters(tmp_path: Path) -> 
 
     checkpoint.save({"model": sharded.state_dict()}, checkpoint_id=tmp_path / "sharded")
     loaded = Words()
-    loaded.words = SD.from_rows(["c", "z", "a"], torch.zeros(3, 4))
+    loaded.words = SD.from_tensor(["c", "z", "a"], torch.zeros(3, 4))
     fully_shard(loaded, mesh=mesh)
     state = {"model": loaded.state_dict()}
     checkpoint.load(state, checkpoint_id=tmp_path / "sharded")
@@ -505,7 +505,7 @@ def test_what_a_sharded_table_can_do_and_what_it_refuses() -> None:
     refused = {
         "insert names": lambda: words.__setitem__("new", torch.zeros(4)),
         "set names": lambda: words.__setitem__("a", torch.zeros(4)),
-        "write rows": lambda: words.scatter_(["a"], torch.zeros(1, 4)),
+        "write rows": lambda: words.scatter(["a"], torch.zeros(1, 4)),
         "freeze names": lambda: words.freeze(["a"]),
         "load the layout": lambda: words.load_state_dict(whole.words.named_state_dict()),
         "insert names, reserve rows or compact before": lambda: words.reserve(100),

@@ -59,10 +59,10 @@ def optimizer(begin: Callable[[Tensor], Any], place: str = "state") -> type[Of]:
 
 def trained(kind: Callable[[Any], Optimizer], *, attach: bool = True, **begins: Any) -> tuple[SD, Optimizer]:
     torch.manual_seed(0)
-    sd = SD.from_rows([f"n{n}" for n in range(8)], torch.randn(8, 4))
+    sd = SD.from_tensor([f"n{n}" for n in range(8)], torch.randn(8, 4))
     made = kind(sd.parameters())
     if attach:
-        sd.attach(made, **begins)
+        sd.attach_optimizer(made, **begins)
     for _ in range(3):
         made.zero_grad()
         (sd.gather(list(sd)) - 3).pow(2).sum().backward()
@@ -78,7 +78,7 @@ CHANGES: dict[str, Callable[[SD], Any]] = {
         sd.drop(["n2"]),
         sd.gather(["new"], missing="insert", init=lambda new: new.copy_(VALUE)),
     ),
-    "is scattered": lambda sd: (sd.drop(["n2"]), sd.scatter_(["new"], VALUE[None], missing="insert")),
+    "is scattered": lambda sd: (sd.drop(["n2"]), sd.scatter(["new"], VALUE[None], missing="insert")),
     "is compacted before": lambda sd: (sd.drop(["n2"]), sd.compact(), sd.__setitem__("new", VALUE)),
 }
 
@@ -101,11 +101,11 @@ BEGINS: dict[str, tuple[Callable[[Any], Optimizer], str, Tensor]] = {
 def test_state_begins_for_a_new_name_as_for_a_new_parameter(begin: str, change: str) -> None:
     kind, key, expected = BEGINS[begin]
     sd, made = trained(kind)
-    other = made.state[sd.table((4,))][key][sd.rows(["n5"])[0]].clone()
+    other = made.state[sd.table((4,))][key][sd.indices(["n5"])[0]].clone()
     CHANGES[change](sd)
     state = made.state[sd.table((4,))][key]
-    assert torch.equal(state[sd.rows(["new"])[0]], expected)
-    assert torch.equal(state[sd.rows(["n5"])[0]], other)
+    assert torch.equal(state[sd.indices(["new"])[0]], expected)
+    assert torch.equal(state[sd.indices(["n5"])[0]], other)
     assert len(state) == len(sd.table((4,)))
     made.zero_grad()
     sd.gather(["new"]).sum().backward()
@@ -165,9 +165,9 @@ def test_state_that_cannot_follow_is_refused(what: str, change: str, attach: boo
 
 
 def test_a_square_matrix_of_columns_is_not_taken_for_rows() -> None:
-    sd = SD.from_rows(list("abcd"), torch.ones(4, 4))
+    sd = SD.from_tensor(list("abcd"), torch.ones(4, 4))
     made = optimizer(lambda p: torch.zeros(p.shape[1], p.shape[1]))(sd.parameters())
-    sd.attach(made)
+    sd.attach_optimizer(made)
     sd.gather(["a"]).sum().backward()
     made.step()
     with pytest.raises(RuntimeError, match=r"cannot follow|not a row"):
@@ -186,19 +186,21 @@ class Asking(Of):
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_cannot_be_told_is_refused_until_the_user_says_it(change: str) -> None:
     sd, _ = trained(lambda params: Asking(params, None))
-    with pytest.raises(RuntimeError, match=r'attach\(optimizer, begins=\{"z": "value"|begins=\{"z": 0.0\}'):
+    with pytest.raises(
+        RuntimeError, match=r'attach_optimizer\(optimizer, initial_state=\{"z": "value"|initial_state=\{"z": 0.0\}'
+    ):
         CHANGES[change](sd)
-    sd, made = trained(lambda params: Asking(params, None), begins={"z": "value"})
+    sd, made = trained(lambda params: Asking(params, None), initial_state={"z": "value"})
     CHANGES[change](sd)
-    assert torch.equal(made.state[sd.table((4,))]["z"][sd.rows(["new"])[0]], VALUE)
+    assert torch.equal(made.state[sd.table((4,))]["z"][sd.indices(["new"])[0]], VALUE)
 
 
 def test_what_a_user_says_is_checked() -> None:
     sd, made = trained(optimizer(torch.clone))
     with pytest.raises(ValueError, match='a number or "value"'):
-        sd.attach(made, begins={"z": "zeros"})  # type: ignore[dict-item]
+        sd.attach_optimizer(made, initial_state={"z": "zeros"})  # type: ignore[dict-item]
     with pytest.raises(TypeError, match="got list"):
-        sd.attach(made, begins={"z": [0.0]})  # type: ignore[dict-item]
+        sd.attach_optimizer(made, initial_state={"z": [0.0]})  # type: ignore[dict-item]
 
 
 def test_to_ask_an_optimizer_leaves_random_numbers_and_its_parameters_as_they_are() -> None:
@@ -227,7 +229,7 @@ def test_a_frozen_name_has_state_of_its_value() -> None:
 def test_names_that_change_their_group_take_such_state_along() -> None:
     sd, made = trained(optimizer(torch.clone))
     before = made.state[sd.table((4,))]["z"].clone()
-    sd.optimizer_groups(by={"n[12]": {"lr": 1.0}})
+    sd.param_groups(by={"n[12]": {"lr": 1.0}})
     table = sd._parameter(sd._tables[1])
     assert torch.equal(made.state[table]["z"][:2], before[1:3])
     sd["n1.new"] = VALUE
@@ -237,7 +239,7 @@ def test_names_that_change_their_group_take_such_state_along() -> None:
 def test_rows_of_several_tables_begin_with_their_own_values() -> None:
     sd = SD({"a": torch.ones(2), "b": torch.ones(3)})
     made = optimizer(torch.clone)(sd.parameters())
-    sd.attach(made)
+    sd.attach_optimizer(made)
     (sd["a"].sum() + sd["b"].sum()).backward()
     made.step()
     sd.update({"c": torch.full((2,), 4.0), "d": torch.full((3,), 5.0), "e": nn.Parameter(torch.full((2,), 6.0))})

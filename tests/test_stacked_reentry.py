@@ -24,12 +24,12 @@ SD = pdrs.StackedParameterDict
 
 
 def numbered(count: int = 4) -> SD:
-    return SD.from_rows([f"k{at}" for at in range(count)], torch.arange(2.0 * count).reshape(count, 2))
+    return SD.from_tensor([f"k{at}" for at in range(count)], torch.arange(2.0 * count).reshape(count, 2))
 
 
 def fits(sd: SD) -> None:
     """Fail if names do not have rows of their own, or the numbers that they began with."""
-    ids = sd._index.rows().tolist()
+    ids = sd._index.indices().tolist()
     assert len(set(ids)) == len(sd) == sum(len(table.rows) for table in sd._tables)
     for name, row in sd.items():
         if name.startswith("k"):
@@ -43,7 +43,7 @@ READS: dict[str, Callable[[SD], Any]] = {
     "in": lambda sd: "k0" in sd,
     "items": lambda sd: [(name, row.tolist()) for name, row in sd.items()],
     "gather rows": lambda sd: sd.gather(["k0", "k2"]),
-    "rows": lambda sd: sd.rows(["k0"]),
+    "rows": lambda sd: sd.indices(["k0"]),
     "state_dict": lambda sd: sd.state_dict(),
     "named_state_dict": lambda sd: sd.named_state_dict(),
     "norms": lambda sd: sd.norms(),
@@ -62,16 +62,16 @@ CHANGES: dict[str, Callable[[SD], Any]] = {
     "drop": lambda sd: sd.drop(["k1"]),
     "clear": lambda sd: sd.clear(),
     "insert": lambda sd: sd.gather(["x"], missing="insert"),
-    "scatter": lambda sd: sd.scatter_(["k1"], sd["k1"].detach().clone()[None]),
+    "scatter": lambda sd: sd.scatter(["k1"], sd["k1"].detach().clone()[None]),
     "reserve": lambda sd: sd.reserve(9),
     "compact": lambda sd: sd.compact(),
     "freeze": lambda sd: sd.freeze(["k1"]),
     "unfreeze": lambda sd: sd.unfreeze(),
-    "groups": lambda sd: sd.optimizer_groups(by={"k1": {}}),
+    "groups": lambda sd: sd.param_groups(by={"k1": {}}),
     "load": lambda sd: sd.load_state_dict(numbered(5).state_dict()),
     "load named": lambda sd: sd.load_state_dict(numbered(4).named_state_dict()),
     "move": lambda sd: sd.double(),
-    "attach": lambda sd: sd.attach(torch.optim.SGD(sd.parameters())),
+    "attach": lambda sd: sd.attach_optimizer(torch.optim.SGD(sd.parameters())),
 }
 
 

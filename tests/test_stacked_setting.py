@@ -117,13 +117,13 @@ def test_a_row_that_gets_a_new_name_has_nothing_of_the_old_one(kind: str, sparse
     sd = SD(zip("abc", torch.ones(3, 2), strict=True))
     options = {"initial_accumulator_value": 0.5} if kind == "Adagrad" else {}
     optimizer = getattr(torch.optim, kind)(sd.parameters(), **options)
-    sd.attach(optimizer)
+    sd.attach_optimizer(optimizer)
     sd.gather(["a", "b"]).sum().backward()
     optimizer.step()
     optimizer.zero_grad()
     sd.gather(["a", "b"], sparse=sparse).sum().backward()
     sd.freeze(["c"])
-    (row,) = sd.rows(["b"]).tolist()
+    (row,) = sd.indices(["b"]).tolist()
     before = {key: value[0].tolist() for key, value in optimizer.state[sd.table((2,))].items() if value.dim()}
     for name in ("c", "b"):
         del sd[name]
@@ -136,14 +136,14 @@ def test_a_row_that_gets_a_new_name_has_nothing_of_the_old_one(kind: str, sparse
     sd["new"] = torch.zeros(2)
     sd["newer"] = torch.zeros(2)
     assert ways == [True, True]
-    assert sd.rows(["new"]).tolist() == [row]
+    assert sd.indices(["new"]).tolist() == [row]
     grads = {name: one.tolist() for name, one in sd.named_grads()}
     assert grads["a"] == ([1, 1] if sparse else [3, 3])
     assert grads.get("new", [0, 0]) == [0, 0]
     begin = 0.5 if kind == "Adagrad" else 0.0
     for key, value in optimizer.state[sd.table((2,))].items():
         if value.dim():
-            assert value[sd.rows(["new", "newer"])].tolist() == [[begin] * 2] * 2
+            assert value[sd.indices(["new", "newer"])].tolist() == [[begin] * 2] * 2
             assert value[0].tolist() == before[key]
     assert sd._tables[0].frozen is not None
     assert not sd._tables[0].frozen.any()
@@ -151,9 +151,9 @@ def test_a_row_that_gets_a_new_name_has_nothing_of_the_old_one(kind: str, sparse
 
 @pytest.mark.parametrize("many", [False, True])
 def test_the_sparse_momentum_of_an_old_name_is_not_that_of_a_new_one(many: bool) -> None:
-    sd = SD.from_rows(["a", "b"], torch.ones(2, 2))
+    sd = SD.from_tensor(["a", "b"], torch.ones(2, 2))
     optimizer = torch.optim.SGD(sd.parameters(), lr=0.1, momentum=0.9)
-    sd.attach(optimizer)
+    sd.attach_optimizer(optimizer)
     sd.gather(["a", "b", "b"], sparse=True).sum().backward()
     optimizer.step()
     sd.pop("b")
@@ -166,9 +166,9 @@ def test_the_sparse_momentum_of_an_old_name_is_not_that_of_a_new_one(many: bool)
 
 @pytest.mark.filterwarnings("ignore::pdrs.AbsentNamesWarning")  # momentum moves absent names, as it does in torch
 def test_sparse_momentum_follows_the_rows() -> None:
-    sd = SD.from_rows(["a", "b", "c"], torch.ones(3, 2))
+    sd = SD.from_tensor(["a", "b", "c"], torch.ones(3, 2))
     optimizer = torch.optim.SGD(sd.parameters(), lr=0.1, momentum=0.9)
-    sd.attach(optimizer)
+    sd.attach_optimizer(optimizer)
     (sd.gather(["b", "c"], sparse=True) * torch.tensor([[2.0], [3.0]])).sum().backward()
     optimizer.step()
     sd.drop(["a"])
@@ -178,7 +178,7 @@ def test_sparse_momentum_follows_the_rows() -> None:
     optimizer.zero_grad()
     sd.gather(["e", "c"], sparse=True).sum().backward()
     optimizer.step()
-    momentum = optimizer.state[sd.table((2,))]["momentum_buffer"].to_dense()[sd.rows(["b", "c", "d", "e"])]
+    momentum = optimizer.state[sd.table((2,))]["momentum_buffer"].to_dense()[sd.indices(["b", "c", "d", "e"])]
     assert momentum[:, 0].tolist() == pytest.approx([1.8, 3.7, 0.0, 1.0])
 
 
@@ -193,9 +193,9 @@ STATES: dict[str, Callable[[Tensor], Any]] = {
 
 @pytest.mark.parametrize("kind", STATES)
 def test_state_that_was_exchanged_since_the_last_name_is_cleared_for_the_next(kind: str, ways: list[bool]) -> None:
-    sd = SD.from_rows(list("abc"), torch.ones(3, 2))
+    sd = SD.from_tensor(list("abc"), torch.ones(3, 2))
     optimizer = torch.optim.Adam(sd.parameters())
-    sd.attach(optimizer)
+    sd.attach_optimizer(optimizer)
     sd.gather(list("abc")).sum().backward()
     optimizer.step()
     state = optimizer.state[sd.table((2,))]
@@ -214,10 +214,10 @@ def test_state_that_was_exchanged_since_the_last_name_is_cleared_for_the_next(ki
 
 @pytest.mark.parametrize("kind", ["Adagrad", "Rprop"])
 def test_state_that_does_not_begin_with_zeros_begins_anew_for_a_new_name(kind: str) -> None:
-    sd = SD.from_rows(["a", "b"], torch.ones(2, 2))
+    sd = SD.from_tensor(["a", "b"], torch.ones(2, 2))
     options = {"initial_accumulator_value": 0.5} if kind == "Adagrad" else {"lr": 0.25}
     optimizer = getattr(torch.optim, kind)(sd.parameters(), **options)
-    sd.attach(optimizer)
+    sd.attach_optimizer(optimizer)
     for _ in range(3):
         optimizer.zero_grad()
         sd.gather(["a", "b"]).sum().backward()
@@ -231,7 +231,7 @@ def test_state_that_does_not_begin_with_zeros_begins_anew_for_a_new_name(kind: s
 
 
 def test_a_tensor_at_the_address_of_a_table_that_is_gone_is_not_taken_for_it() -> None:
-    sd = SD.from_rows(["a"], torch.zeros(1, 2))
+    sd = SD.from_tensor(["a"], torch.zeros(1, 2))
     optimizer = torch.optim.Adam(sd.parameters())
     sd.gather(["a"]).sum().backward()
     optimizer.step()
@@ -280,7 +280,7 @@ def test_whoever_listens_to_operations_hears_of_the_write(ways: list[bool]) -> N
 
 def test_names_go_to_the_table_of_their_group(ways: list[bool]) -> None:
     sd = SD({"0.weight": torch.ones(2), "0.bias": torch.ones(2)})
-    sd.optimizer_groups(by={"bias$": {"lr": 1.0}})
+    sd.param_groups(by={"bias$": {"lr": 1.0}})
     sd.reserve(4, shape=(2,))
     sd["1.bias"] = torch.ones(2)
     ways.clear()
@@ -295,7 +295,7 @@ def test_names_go_to_the_table_of_their_group(ways: list[bool]) -> None:
 
 def test_a_table_from_inference_mode_is_left_to_torch(ways: list[bool]) -> None:
     with torch.inference_mode():
-        sd = SD.from_rows(["a", "b"], torch.zeros(2, 2), trainable=False)
+        sd = SD.from_tensor(["a", "b"], torch.zeros(2, 2), requires_grad=False)
     with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
         sd["a"] = torch.ones(2)
     assert ways == [False]

@@ -94,7 +94,7 @@ def test_what_is_kept_to_be_written_later_keeps_the_rows_of_its_names(kept: str,
 def test_a_table_is_copied_once_for_a_state_dict_and_only_while_it_is_kept() -> None:
     sd = numbered()
     optimizer = torch.optim.Adam(sd.parameters())
-    sd.attach(optimizer)
+    sd.attach_optimizer(optimizer)
     sd.gather(NAMES).sum().backward()
     gradient, address = sd.table((3,)).grad, sd.table((3,)).data_ptr()
     sd.state_dict()
@@ -215,7 +215,7 @@ def test_a_pickle_of_tables_that_have_moved_meanwhile_is_refused(save: Callable[
 
 def test_a_pickle_may_have_the_optimizer_and_handles_of_a_dictionary_too() -> None:
     sd = numbered()
-    optimizer, handle = torch.optim.Adam(sd.parameters()), sd.handle(["n3", "n1"])
+    optimizer, handle = torch.optim.Adam(sd.parameters()), sd.lookup(["n3", "n1"])
     loaded, of, held = pickle.loads(pickle.dumps((sd, optimizer, handle)))
     assert of.param_groups[0]["params"][0] is loaded.table((3,))
     assert loaded.gather(held).tolist() == [[3.0] * 3, [1.0] * 3]

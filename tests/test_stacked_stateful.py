@@ -49,7 +49,7 @@ class Stacked(RuleBasedStateMachine):
         super().__init__()
         self.sd = pdrs.StackedParameterDict()
         self.model: dict[str, Entry] = {}
-        self.handle: tuple[list[str], pdrs.stacked.Handle] | None = None
+        self.handle: tuple[list[str], pdrs.stacked.Lookup] | None = None
 
     @initialize(names=st.lists(NAMES, unique=True, max_size=5))
     def build(self, names: list[str]) -> None:
@@ -60,7 +60,7 @@ class Stacked(RuleBasedStateMachine):
 
     def begin_training(self) -> None:
         self.optimizer = torch.optim.Adagrad(self.sd.parameters(), lr=RATE, initial_accumulator_value=BEGIN)
-        self.sd.attach(self.optimizer)
+        self.sd.attach_optimizer(self.optimizer)
 
     def table_of(self, name: str) -> torch.Tensor:
         """Return the table of a name: where names have groups of options, there are several of one shape."""
@@ -101,7 +101,7 @@ class Stacked(RuleBasedStateMachine):
     @rule(names=BATCHES, value=VALUES)
     def scatter_and_insert(self, names: list[str], value: int) -> None:
         names = [name for name in names if name not in self.model or self.model[name].shape == (2,)]
-        self.sd.scatter_(names, torch.full((len(names), 2), float(value)), missing="insert")
+        self.sd.scatter(names, torch.full((len(names), 2), float(value)), missing="insert")
         for name in names:
             self.put(name, (2,), value)
 
@@ -182,7 +182,7 @@ class Stacked(RuleBasedStateMachine):
         self.optimizer.zero_grad()
         for entry in self.model.values():
             entry.gradient = 0.0
-        self.sd.optimizer_groups(by={pattern: {} for pattern in patterns})
+        self.sd.param_groups(by={pattern: {} for pattern in patterns})
 
     @rule()
     def compact(self) -> None:
@@ -196,7 +196,7 @@ class Stacked(RuleBasedStateMachine):
     @rule()
     def prepare_a_handle(self) -> None:
         names = [name for name, entry in self.model.items() if entry.shape == (2,)]
-        self.handle = names, self.sd.handle(names)
+        self.handle = names, self.sd.lookup(names)
 
     # -- copies --------------------------------------------------------------------------------------------------------
 
@@ -277,7 +277,7 @@ class Stacked(RuleBasedStateMachine):
             entry = self.model[name]
             assert row.shape == entry.shape
             assert np.allclose(row.detach().numpy(), entry.value, atol=1e-4), name
-            owned.setdefault(id(row._base), []).append(int(self.sd.rows([name])))
+            owned.setdefault(id(row._base), []).append(int(self.sd.indices([name])))
         for table in self.sd.parameters():
             rows = owned.pop(id(table), [])
             assert len(set(rows)) == len(rows), "a row has two names"
@@ -288,7 +288,7 @@ class Stacked(RuleBasedStateMachine):
     def sums_and_gradients_are_those_of_the_names(self) -> None:
         for name, entry in self.model.items():
             table = self.table_of(name)
-            row = self.sd.rows([name])
+            row = self.sd.indices([name])
             state = self.optimizer.state.get(table)
             if state:
                 assert state["sum"].shape == table.shape

@@ -35,7 +35,7 @@ def an_update(_: Path) -> SD:
 
 def groups(_: Path) -> SD:
     sd = SD({"v": value(2), "w": value(1)})
-    sd.optimizer_groups(by={"w": {"lr": 0.1}}, lr=0.2)
+    sd.param_groups(by={"w": {"lr": 0.1}}, lr=0.2)
     return sd
 
 
@@ -96,20 +96,20 @@ def test_a_table_is_refused_where_names_lie_in_several_and_the_error_names_the_c
     # Each of the cures.
     assert sd.gather([names["v"], names["w"]]).tolist() == [[2] * 3, [1] * 3]
     for key, number in (("v", 2), ("w", 1)):
-        rows = sd.rows([names[key]])
+        rows = sd.indices([names[key]])
         assert any(embedding(rows, sd.get_parameter(name)).tolist() == [[number] * 3] for name in tables)
     one = SD(sd.named_state_dict())
-    assert embedding(one.rows([names["v"]]), one.table((3,))).tolist() == [[2] * 3]
+    assert embedding(one.indices([names["v"]]), one.table((3,))).tolist() == [[2] * 3]
     del sd[names["w"]]
-    assert embedding(sd.rows([names["v"]]), sd.table((3,))).tolist() == [[2] * 3]
+    assert embedding(sd.indices([names["v"]]), sd.table((3,))).tolist() == [[2] * 3]
 
 
 def test_of_frozen_and_other_entries_either_can_be_asked_for() -> None:
     sd = SD({"v": value(2), "w": nn.Parameter(value(1), requires_grad=False)})
     for trainable, name in ((True, "v"), (False, "w")):
-        assert embedding(sd.rows([name]), sd.table((3,), trainable=trainable))[0].tolist() == sd[name].tolist()
+        assert embedding(sd.indices([name]), sd.table((3,), requires_grad=trainable))[0].tolist() == sd[name].tolist()
     sd.clear()
-    assert sd.table((3,)) is sd.table((3,), trainable=True), "without names, that which new ones get"
+    assert sd.table((3,)) is sd.table((3,), requires_grad=True), "without names, that which new ones get"
 
 
 def test_what_torch_saved_of_tensors_and_parameters_opens_as_one_table_of_each_shape(tmp_path: Path) -> None:
@@ -125,11 +125,11 @@ def test_what_torch_saved_of_tensors_and_parameters_opens_as_one_table_of_each_s
     }
     torch.save(state, tmp_path / "mix.pt")
     sd = pdrs.open(tmp_path / "mix.pt")
-    assert [name for name, _ in sd.named_parameters()] == ["float32_3", "float32_2x2", "int64_scalar_frozen"]
+    assert [name for name, _ in sd.named_parameters()] == ["float32_3", "float32_2x2", "int64_scalar_no_grad"]
     for name, expected in state.items():
         assert torch.equal(sd[name], expected), name
         table = sd.table(expected.shape, expected.dtype)
-        rows = embedding(sd.rows([name]), table.reshape(len(table), -1))
+        rows = embedding(sd.indices([name]), table.reshape(len(table), -1))
         assert rows.tolist() == [expected.flatten().tolist()]
     pd = pdrs.ParameterDict()
     pdrs.load(tmp_path / "mix.pt", pd)

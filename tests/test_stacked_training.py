@@ -48,7 +48,7 @@ def test_fifty_steps_equal_those_with_one_parameter_a_name(
     make: Callable[[Any], torch.optim.Optimizer], shape: tuple[int, ...]
 ) -> None:
     plain = nn.ParameterDict({name.replace(".", "_"): row for name, row in zip(NAMES, rows(shape), strict=True)})
-    sd = SD.from_rows(NAMES, rows(shape).clone())
+    sd = SD.from_tensor(NAMES, rows(shape).clone())
     optimizers = make(plain.parameters()), make(sd.parameters())
     for step in range(50):
         for optimizer, taken in zip(optimizers, (torch.stack(list(plain.values())), sd.gather(NAMES)), strict=True):
@@ -63,9 +63,9 @@ def test_names_that_come_go_and_move_keep_their_state_and_no_other(kind: str) ->
     """With optimizers that count no steps, a name that comes late is trained as any other."""
     plain = {name: nn.Parameter(row.clone()) for name, row in zip(NAMES, rows(), strict=True)}
     alone = {name: OPTIMIZERS[kind]([parameter]) for name, parameter in plain.items()}
-    sd = SD.from_rows(NAMES, rows().clone())
+    sd = SD.from_tensor(NAMES, rows().clone())
     optimizer = OPTIMIZERS[kind](sd.parameters())
-    sd.attach(optimizer)
+    sd.attach_optimizer(optimizer)
     for step in range(40):
         if step == 10:
             for name in NAMES[1:3]:
@@ -73,7 +73,7 @@ def test_names_that_come_go_and_move_keep_their_state_and_no_other(kind: str) ->
                 del plain[name], alone[name]
         if step % 8 == 4:
             names, values = [f"late.{step}.{n}" for n in range(3)], rows(count=3) * step
-            sd.scatter_(names, values, missing="insert")
+            sd.scatter(names, values, missing="insert")
             plain |= {name: nn.Parameter(row.clone()) for name, row in zip(names, values, strict=True)}
             alone |= {name: OPTIMIZERS[kind]([plain[name]]) for name in names}
         if step in (15, 35):
@@ -104,7 +104,7 @@ def test_names_that_come_go_and_move_keep_their_state_and_no_other(kind: str) ->
 def test_sparse_gradients_train_as_those_of_an_embedding(make: Any, shape: tuple[int, ...]) -> None:
     weight = rows(shape)
     theirs = nn.Embedding.from_pretrained(weight.reshape(len(NAMES), -1).clone(), freeze=False, sparse=True)
-    sd = SD.from_rows(NAMES, weight.clone())
+    sd = SD.from_tensor(NAMES, weight.clone())
     optimizers = make(list(theirs.parameters())), make(list(sd.parameters()))
     for step in range(20):
         batch = [(step * 7 + n * n) % len(NAMES) for n in range(5)]
@@ -129,24 +129,24 @@ def test_sparse_gradients_train_as_those_of_an_embedding(make: Any, shape: tuple
         lambda sd: (sd.pop("name.0"), sd.__setitem__("new", torch.zeros(3))),
         lambda sd: (sd.pop("name.0"), sd.compact()),
         lambda sd: sd.reserve(100),
-        lambda sd: sd.optimizer_groups(by={"0": {"lr": 1.0}}),
+        lambda sd: sd.param_groups(by={"0": {"lr": 1.0}}),
         lambda sd: sd.load_state_dict(SD({"other": torch.zeros(3)}).state_dict()),
     ],
     ids=["set", "gather", "reuse", "compact", "reserve", "groups", "load"],
 )
 def test_what_would_mix_up_the_state_of_a_strange_optimizer_is_refused(change: Callable[[SD], Any]) -> None:
-    sd = SD.from_rows(NAMES, rows().clone())
+    sd = SD.from_tensor(NAMES, rows().clone())
     optimizer = torch.optim.Adam(sd.parameters())
     sd.gather(NAMES).sum().backward()
     optimizer.step()
     before = {name: row.clone() for name, row in sd.items()}
-    with pytest.raises(RuntimeError, match=r"attach\(optimizer\)"):
+    with pytest.raises(RuntimeError, match=r"attach_optimizer\(optimizer\)"):
         change(sd)
     left = [name for name in before if name in sd]
     assert list(sd) == left
     assert len(left) >= len(before) - 1
     assert all(torch.equal(sd[name], before[name]) for name in left)
-    sd.attach(optimizer)
+    sd.attach_optimizer(optimizer)
     sd["new"] = torch.ones(3)
     table = sd.table((3,))
     assert optimizer.state[table]["exp_avg"].shape == table.shape
@@ -154,16 +154,16 @@ def test_what_would_mix_up_the_state_of_a_strange_optimizer_is_refused(change: C
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda sd: pickle.loads(pickle.dumps(sd))])
 def test_a_strange_optimizer_of_a_copy_is_noticed(duplicate: Callable[[SD], SD]) -> None:
-    sd = duplicate(SD.from_rows(NAMES, rows().clone()))
+    sd = duplicate(SD.from_tensor(NAMES, rows().clone()))
     optimizer = torch.optim.Adam(sd.parameters())
     sd.gather(NAMES).sum().backward()
     optimizer.step()
-    with pytest.raises(RuntimeError, match=r"attach\(optimizer\)"):
+    with pytest.raises(RuntimeError, match=r"attach_optimizer\(optimizer\)"):
         sd["new"] = torch.zeros(3)
 
 
 def test_optimizers_that_keep_no_state_need_not_be_attached() -> None:
-    sd = SD.from_rows(NAMES, rows().clone())
+    sd = SD.from_tensor(NAMES, rows().clone())
     optimizer = torch.optim.SGD(sd.parameters(), lr=0.1)
     for step in range(3):
         sd.gather([*NAMES, f"new.{step}"], missing="insert").sum().backward()
@@ -173,7 +173,7 @@ def test_optimizers_that_keep_no_state_need_not_be_attached() -> None:
 
 
 def test_an_optimizer_that_has_not_stepped_need_not_be_attached_before_names_come() -> None:
-    sd = SD.from_rows(NAMES, rows().clone())
+    sd = SD.from_tensor(NAMES, rows().clone())
     optimizer = torch.optim.Adam(sd.parameters())
     sd["new"] = torch.zeros(3)
     sd.gather(["new"]).sum().backward()
@@ -187,16 +187,16 @@ def test_an_optimizer_that_had_the_tensor_before_it_became_a_table_is_noticed() 
     for _ in range(2):
         weight.sum().backward()
         optimizer.step()
-    sd = SD.from_rows(NAMES, weight)
+    sd = SD.from_tensor(NAMES, weight)
     optimizer.step()
     with pytest.raises(RuntimeError, match="attach"):
         sd["new"] = torch.zeros(3)
 
 
 def test_state_is_carried_where_rows_change_places_and_the_table_keeps_its_size() -> None:
-    sd = SD.from_rows(["a", "b", "c"], torch.zeros(3, 2))
+    sd = SD.from_tensor(["a", "b", "c"], torch.zeros(3, 2))
     optimizer = torch.optim.Adam(sd.parameters())
-    sd.attach(optimizer)
+    sd.attach_optimizer(optimizer)
     (sd.gather(["a", "b", "c"]) * torch.tensor([[1.0], [2.0], [3.0]])).sum().backward()
     optimizer.step()
     moments = optimizer.state[sd.table((2,))]["exp_avg"]
@@ -205,7 +205,7 @@ def test_state_is_carried_where_rows_change_places_and_the_table_keeps_its_size(
     sd["d"] = torch.zeros(2)  # the row of a
     sd.compact()
     moments = optimizer.state[sd.table((2,))]["exp_avg"]
-    assert sd.rows(["b", "c", "d"]).tolist() == [0, 1, 2]
+    assert sd.indices(["b", "c", "d"]).tolist() == [0, 1, 2]
     assert moments.tolist() == [before["b"], before["c"], [0, 0]]
 
 
@@ -213,7 +213,7 @@ def test_state_is_carried_where_rows_change_places_and_the_table_keeps_its_size(
 @pytest.mark.parametrize("insert", ["one", "many"])
 @pytest.mark.parametrize("sparse", [False, True])
 def test_a_reused_row_has_no_gradient_of_its_old_name(remove: Callable[..., Any], insert: str, sparse: bool) -> None:
-    sd = SD.from_rows(["a", "b", "c"], torch.zeros(3, 2))
+    sd = SD.from_tensor(["a", "b", "c"], torch.zeros(3, 2))
     sd.gather(["a", "b", "b"], sparse=sparse).sum().backward()
     remove(sd, "b")
     gradient = sd.table((2,)).grad
@@ -224,7 +224,7 @@ def test_a_reused_row_has_no_gradient_of_its_old_name(remove: Callable[..., Any]
     sd.update([("new", torch.zeros(2))] if insert == "many" else {})
     if insert == "one":
         sd["new"] = torch.zeros(2)
-    assert sd.rows(["new"]).tolist() == [1]
+    assert sd.indices(["new"]).tolist() == [1]
     gradient = sd.table((2,)).grad
     assert gradient is not None
     assert gradient.to_dense().tolist() == [[2, 2], [0, 0], [0, 0]]
@@ -233,11 +233,11 @@ def test_a_reused_row_has_no_gradient_of_its_old_name(remove: Callable[..., Any]
 @pytest.mark.parametrize("layout", ["state_dict", "named_state_dict"])
 @pytest.mark.parametrize("nested", [False, True])
 def test_an_optimizer_that_was_loaded_and_has_not_stepped_is_noticed(layout: str, nested: bool) -> None:
-    sd = SD.from_rows(NAMES, rows().clone())
+    sd = SD.from_tensor(NAMES, rows().clone())
     optimizer = torch.optim.Adam(sd.parameters())
     sd.gather(NAMES).sum().backward()
     optimizer.step()
-    resumed = SD.from_rows(NAMES, torch.zeros(6, 3))
+    resumed = SD.from_tensor(NAMES, torch.zeros(6, 3))
     state = getattr(sd, layout)()
     if nested:
         nn.ModuleDict({"words": resumed}).load_state_dict({f"words.{key}": value for key, value in state.items()})
@@ -247,20 +247,20 @@ def test_an_optimizer_that_was_loaded_and_has_not_stepped_is_noticed(layout: str
     again.load_state_dict(optimizer.state_dict())
     del resumed[NAMES[0]]
     for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"attach\(optimizer\)"):
+        with pytest.raises(RuntimeError, match=r"attach_optimizer\(optimizer\)"):
             resumed["new"] = torch.ones(3)
     assert "new" not in resumed
-    resumed.attach(again)
+    resumed.attach_optimizer(again)
     resumed["new"] = torch.ones(3)
-    assert again.state[resumed.table((3,))]["exp_avg"][resumed.rows(["new"])].tolist() == [[0, 0, 0]]
+    assert again.state[resumed.table((3,))]["exp_avg"][resumed.indices(["new"])].tolist() == [[0, 0, 0]]
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 3), (1,), ()])
 def test_statistics_of_rows_follow_them_and_those_of_columns_stay(shape: tuple[int, ...]) -> None:
     """Adafactor's; of a table with one row the shapes do not tell which is which."""
-    sd = SD.from_rows(["a"], torch.ones(1, *shape))
+    sd = SD.from_tensor(["a"], torch.ones(1, *shape))
     optimizer = torch.optim.Adafactor(sd.parameters())
-    sd.attach(optimizer)
+    sd.attach_optimizer(optimizer)
     for step in range(6):
         optimizer.zero_grad()
         sd.gather(["a", f"new.{step}"], missing="insert").pow(2).sum().backward()
@@ -273,7 +273,7 @@ def test_statistics_of_rows_follow_them_and_those_of_columns_stay(shape: tuple[i
 
 
 def test_state_that_cannot_follow_rows_is_refused() -> None:
-    sd = SD.from_rows(NAMES, rows().clone())
+    sd = SD.from_tensor(NAMES, rows().clone())
     optimizer = torch.optim.LBFGS(sd.parameters(), max_iter=2)
 
     def closure() -> Tensor:
@@ -286,13 +286,13 @@ def test_state_that_cannot_follow_rows_is_refused() -> None:
     with pytest.raises(RuntimeError, match="cannot follow"):
         sd["new"] = torch.zeros(3)
     with pytest.raises(ValueError, match="no parameter of this dictionary"):
-        sd.attach(torch.optim.SGD([torch.zeros(1, requires_grad=True)]))
+        sd.attach_optimizer(torch.optim.SGD([torch.zeros(1, requires_grad=True)]))
 
 
 def test_a_table_that_is_made_later_joins_the_attached_optimizer() -> None:
-    sd = SD.from_rows(NAMES, rows().clone())
+    sd = SD.from_tensor(NAMES, rows().clone())
     optimizer = torch.optim.Adam(sd.parameters())
-    sd.attach(optimizer)
+    sd.attach_optimizer(optimizer)
     sd["matrix"] = torch.zeros(2, 2)
     sd["frozen"] = nn.Parameter(torch.zeros(5), requires_grad=False)
     assert [len(group["params"]) for group in optimizer.param_groups] == [2]
@@ -302,9 +302,9 @@ def test_a_table_that_is_made_later_joins_the_attached_optimizer() -> None:
 
 
 def test_a_table_that_joins_adagrad_begins_as_its_others() -> None:
-    sd = SD.from_rows(NAMES, rows().clone())
+    sd = SD.from_tensor(NAMES, rows().clone())
     optimizer = torch.optim.Adagrad(sd.parameters(), initial_accumulator_value=0.25)
-    sd.attach(optimizer)
+    sd.attach_optimizer(optimizer)
     sd["matrix"] = torch.zeros(2, 2)
     table = sd.table((2, 2))
     assert optimizer.state[table]["sum"].eq(0.25).all()
@@ -341,7 +341,7 @@ def test_training_goes_on_from_a_checkpoint_with_tables_that_were_made_meanwhile
     model = Model()
     model.words.update(zip(NAMES, rows(), strict=True))
     optimizer = adam(model)
-    model.words.attach(optimizer)
+    model.words.attach_optimizer(optimizer)
     for size in (4, 5):
         model.step(optimizer)
         model.words[f"late.{size}"] = torch.ones(size)
@@ -353,7 +353,7 @@ def test_training_goes_on_from_a_checkpoint_with_tables_that_were_made_meanwhile
     resumed.load_state_dict(state[0])
     again = adam(resumed)
     again.load_state_dict(state[1])
-    resumed.words.attach(again)
+    resumed.words.attach_optimizer(again)
     assert again.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
     for _ in range(3):
         model.step(optimizer)
@@ -367,8 +367,8 @@ def test_a_dictionary_that_is_loaded_brings_its_optimizer_into_the_saved_order()
 
     def made(order: Sequence[str]) -> tuple[SD, torch.optim.Optimizer]:
         sd = SD([(name, torch.full(shapes[name], float(len(name)))) for name in order])
-        optimizer = torch.optim.Adam([{"params": [torch.zeros(1, requires_grad=True)]}, *sd.optimizer_groups(by={})])
-        sd.attach(optimizer)
+        optimizer = torch.optim.Adam([{"params": [torch.zeros(1, requires_grad=True)]}, *sd.param_groups(by={})])
+        sd.attach_optimizer(optimizer)
         sum(row.pow(2).sum() for row in sd.values()).backward()
         optimizer.step()
         return sd, optimizer
@@ -387,7 +387,7 @@ def test_a_dictionary_that_is_loaded_brings_its_optimizer_into_the_saved_order()
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_a_table_grows_between_two_forward_passes_and_one_backward(sparse: bool) -> None:
-    sd = SD.from_rows(NAMES[:2], torch.zeros(2, 3))
+    sd = SD.from_tensor(NAMES[:2], torch.zeros(2, 3))
     table = sd.table((3,))
     first = sd.gather([NAMES[0]], sparse=sparse)
     second = sd.gather([NAMES[0], "new"], sparse=sparse, missing="insert")
@@ -404,7 +404,7 @@ def test_a_table_grows_between_two_forward_passes_and_one_backward(sparse: bool)
 
 @pytest.mark.parametrize("first", [False, True])
 def test_sparse_and_dense_gradients_add_up_though_the_table_grows_between(first: bool) -> None:
-    sd = SD.from_rows(NAMES[:2], torch.zeros(2, 3))
+    sd = SD.from_tensor(NAMES[:2], torch.zeros(2, 3))
     sd.gather([NAMES[0]], sparse=first).sum().backward()
     before = sd.gather(NAMES[:2], sparse=not first).sum()
     sd.reserve(2)
@@ -414,7 +414,7 @@ def test_sparse_and_dense_gradients_add_up_though_the_table_grows_between(first:
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_gradients_follow_their_names(sparse: bool) -> None:
-    sd = SD.from_rows(NAMES, rows().clone())
+    sd = SD.from_tensor(NAMES, rows().clone())
     weights = torch.arange(1.0, 7.0)[:, None]
     (sd.gather(NAMES, sparse=sparse) * weights).sum().backward()
     expected = {name: float(weight) for name, weight in zip(NAMES, weights, strict=True)}
@@ -442,9 +442,9 @@ def test_gradients_follow_their_names(sparse: bool) -> None:
 
 
 def test_a_failure_to_allocate_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    sd = SD.from_rows(NAMES, rows().clone())
+    sd = SD.from_tensor(NAMES, rows().clone())
     optimizer = torch.optim.Adam(sd.parameters())
-    sd.attach(optimizer)
+    sd.attach_optimizer(optimizer)
     sd.gather(NAMES).sum().backward()
     optimizer.step()
     table = sd.table((3,))
@@ -479,9 +479,9 @@ def test_a_failure_to_allocate_leaves_everything_as_it_was(monkeypatch: pytest.M
 @pytest.mark.filterwarnings("ignore::pdrs.AbsentNamesWarning")
 @pytest.mark.parametrize("sparse", [False, True])
 def test_frozen_names_stay_as_they_are_wherever_their_rows_go(sparse: bool) -> None:
-    sd = SD.from_rows(NAMES, rows().clone())
+    sd = SD.from_tensor(NAMES, rows().clone())
     optimizer = torch.optim.SparseAdam(sd.parameters()) if sparse else torch.optim.Adam(sd.parameters())
-    sd.attach(optimizer)
+    sd.attach_optimizer(optimizer)
     frozen = [NAMES[1], NAMES[4]]
     for step in range(8):
         if step == 2:
@@ -509,12 +509,12 @@ def test_frozen_names_stay_as_they_are_wherever_their_rows_go(sparse: bool) -> N
 
 
 def test_frozen_names_stay_frozen_while_their_table_is_not_trained_and_when_they_change_the_table() -> None:
-    sd = SD.from_rows(NAMES, rows().clone())
+    sd = SD.from_tensor(NAMES, rows().clone())
     sd.requires_grad_(False)
     sd.freeze([NAMES[1], NAMES[2]])
-    assert not sd.table((3,), trainable=False).requires_grad
+    assert not sd.table((3,), requires_grad=False).requires_grad
     sd.requires_grad_()
-    sd.optimizer_groups(by={r"[12]$": {}, r"[34]$": {}})
+    sd.param_groups(by={r"[12]$": {}, r"[34]$": {}})
     sd.gather(NAMES).sum().backward()
     found = {name: float(gradient.sum()) for name, gradient in sd.named_grads()}
     assert found == {name: 0.0 if name in NAMES[1:3] else 3.0 for name in NAMES}
@@ -526,7 +526,7 @@ def test_frozen_names_stay_frozen_while_their_table_is_not_trained_and_when_they
 
 
 def test_groups_that_fail_midway_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    sd = SD.from_rows(NAMES, rows().clone())
+    sd = SD.from_tensor(NAMES, rows().clone())
     move, moved = SD._move_rows, []
 
     def fails(self: SD, *arguments: Any) -> None:
@@ -537,25 +537,25 @@ def test_groups_that_fail_midway_leave_no_trace(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(SD, "_move_rows", fails)
     with pytest.raises(torch.OutOfMemoryError):
-        sd.optimizer_groups(by={"1$": {}, "2$": {}})
+        sd.param_groups(by={"1$": {}, "2$": {}})
     monkeypatch.undo()
     assert [name for name, _ in sd.named_parameters()] == ["float32_3"]
-    assert sd.rows(NAMES).tolist() == list(range(6))
+    assert sd.indices(NAMES).tolist() == list(range(6))
     sd["new.1"] = torch.ones(3)
-    assert sd.rows([*NAMES, "new.1"]).tolist() == list(range(7))
+    assert sd.indices([*NAMES, "new.1"]).tolist() == list(range(7))
     torch.testing.assert_close(sd.gather(NAMES), rows())
 
 
 def test_the_state_of_an_attached_optimizer_moves_to_the_tables_of_groups() -> None:
-    one, other = SD.from_rows(NAMES, rows().clone()), SD.from_rows(NAMES, rows().clone())
+    one, other = SD.from_tensor(NAMES, rows().clone()), SD.from_tensor(NAMES, rows().clone())
     optimizers = [torch.optim.Adam(sd.parameters(), lr=0.1) for sd in (one, other)]
     for sd, optimizer in zip((one, other), optimizers, strict=True):
-        sd.attach(optimizer)
+        sd.attach_optimizer(optimizer)
     for step in range(6):
         if step == 3:
             other.pop(NAMES[0])
             one.pop(NAMES[0])
-            other.optimizer_groups(by={"[45]$": {}})
+            other.param_groups(by={"[45]$": {}})
             assert len(list(other.parameters())) == 2
         for sd, optimizer in zip((one, other), optimizers, strict=True):
             optimizer.zero_grad()
@@ -575,8 +575,8 @@ def test_groups_of_options_by_name_train_as_groups_of_parameters() -> None:
         ]
     )
     sd = SD(list(zip(names, values, strict=True)))
-    ours = torch.optim.AdamW(sd.optimizer_groups(by={r"bias$": {"weight_decay": 0.0}}, weight_decay=0.5))
-    sd.attach(ours)
+    ours = torch.optim.AdamW(sd.param_groups(by={r"bias$": {"weight_decay": 0.0}}, weight_decay=0.5))
+    sd.attach_optimizer(ours)
     for step in range(10):
         for optimizer, taken in ((theirs, torch.stack(list(plain.values()))), (ours, sd.gather(names))):
             optimizer.zero_grad()
@@ -596,7 +596,7 @@ def test_groups_of_options_by_name_train_as_groups_of_parameters() -> None:
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_gradients_of_two_passes_add_up_in_a_table_with_frozen_names_and_in_one_that_has_grown(sparse: bool) -> None:
-    frozen, grown = SD.from_rows(NAMES, rows().clone()), SD.from_rows(NAMES, rows().clone())
+    frozen, grown = SD.from_tensor(NAMES, rows().clone()), SD.from_tensor(NAMES, rows().clone())
     frozen.freeze(NAMES[:1])
     grown["new"] = torch.zeros(3)
     for sd in (frozen, grown):
@@ -606,9 +606,9 @@ def test_gradients_of_two_passes_add_up_in_a_table_with_frozen_names_and_in_one_
 
 
 def test_gradients_of_names_that_move_to_another_group_are_dropped() -> None:
-    sd = SD.from_rows(NAMES, rows().clone())
+    sd = SD.from_tensor(NAMES, rows().clone())
     sd.gather(NAMES).sum().backward()
-    sd.optimizer_groups(by={"0$": {}})
+    sd.param_groups(by={"0$": {}})
     moved = [name for name in NAMES if name.endswith("0")]
     assert 0 < len(moved) < len(NAMES)
     total = nn.utils.get_total_norm([table.grad for table in sd.parameters() if table.grad is not None])
@@ -628,7 +628,7 @@ def test_norms_are_those_of_the_entries_in_order() -> None:
 
 
 def test_gradients_of_a_name_that_is_listed_twice_add_up() -> None:
-    sd = SD.from_rows(NAMES, rows().clone())
+    sd = SD.from_tensor(NAMES, rows().clone())
     for sparse in (False, True):
         sd.zero_grad()
         sd.gather([NAMES[1], NAMES[3], NAMES[1]], sparse=sparse).sum().backward()
@@ -657,13 +657,13 @@ def test_trainable_and_frozen_entries_are_gathered_together() -> None:
 
 
 def test_a_step_that_takes_row_ids_compiles_as_one_graph() -> None:
-    sd = SD.from_rows(NAMES, rows().clone())
+    sd = SD.from_tensor(NAMES, rows().clone())
 
     def step(ids: Tensor) -> Tensor:
         return embedding(ids, sd.table((3,))).tanh().sum()
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    ids = sd.rows([NAMES[2], NAMES[2], NAMES[5]])
+    ids = sd.indices([NAMES[2], NAMES[2], NAMES[5]])
     torch.testing.assert_close(compiled(ids), step(ids))
     compiled(ids).backward()
     assert sd.table((3,)).grad[2].ne(0).all()
@@ -673,7 +673,7 @@ def test_functional_call_replaces_tables() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.words = SD.from_rows(NAMES, rows().clone())
+            self.words = SD.from_tensor(NAMES, rows().clone())
 
         def forward(self, names: list[str]) -> Tensor:
             return self.words.gather(names).sum()
@@ -687,14 +687,14 @@ def test_functional_call_replaces_tables() -> None:
 
 
 def test_threads_insert_gather_and_remove_at_once() -> None:
-    sd = SD.from_rows(NAMES, rows().clone())
+    sd = SD.from_tensor(NAMES, rows().clone())
     errors: list[BaseException] = []
 
     def work(number: int) -> None:
         try:
             for turn in range(40):
                 mine = [f"{number}.{turn}.{n}" for n in range(5)]
-                sd.scatter_(mine, torch.full((5, 3), float(number)), missing="insert")
+                sd.scatter(mine, torch.full((5, 3), float(number)), missing="insert")
                 assert sd.gather(mine).eq(number).all()
                 sd.drop(mine[:3])
                 if turn % 10 == number:
@@ -716,8 +716,8 @@ def test_threads_insert_gather_and_remove_at_once() -> None:
 def test_a_new_table_joins_one_of_two_optimizers() -> None:
     sd = SD({"a": torch.zeros(2), "b": torch.zeros(3)})
     one, other = (torch.optim.SGD([sd.table(shape)], lr=1.0) for shape in ((2,), (3,)))
-    sd.attach(one)
-    sd.attach(other)
+    sd.attach_optimizer(one)
+    sd.attach_optimizer(other)
     sd["c"] = torch.zeros(4)
     sd["c"].sum().backward()
     one.step()
@@ -727,10 +727,10 @@ def test_a_new_table_joins_one_of_two_optimizers() -> None:
 
 def test_a_new_table_joins_the_optimizer_of_its_pattern() -> None:
     sd = SD({"a.w": torch.zeros(2), "a.b": torch.zeros(2)})
-    groups = sd.optimizer_groups(by={r"b$": {"lr": 0.1}}, lr=1.0)
+    groups = sd.param_groups(by={r"b$": {"lr": 0.1}}, lr=1.0)
     one, other = (torch.optim.SGD([group]) for group in groups)
-    sd.attach(one)
-    sd.attach(other)
+    sd.attach_optimizer(one)
+    sd.attach_optimizer(other)
     sd["c.b"], sd["c.w"] = torch.zeros(3), torch.zeros(3)
     (sd["c.b"].sum() + sd["c.w"].sum()).backward()
     one.step()
@@ -743,7 +743,7 @@ def test_a_new_table_joins_all_optimizers_that_have_the_same_tables() -> None:
     sd = SD({"a": torch.zeros(2)})
     optimizers = [torch.optim.SGD(sd.parameters(), lr=1.0) for _ in range(2)]
     for optimizer in optimizers:
-        sd.attach(optimizer)
+        sd.attach_optimizer(optimizer)
     sd["c"] = torch.zeros(4)
     assert [len(optimizer.param_groups[0]["params"]) for optimizer in optimizers] == [2, 2]
 
@@ -751,9 +751,9 @@ def test_a_new_table_joins_all_optimizers_that_have_the_same_tables() -> None:
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
 @pytest.mark.parametrize("pops", [True, False], ids=["reused", "grown"])
 def test_an_optimizer_that_was_copied_with_the_dictionary_is_noticed(duplicate: Any, pops: bool) -> None:
-    sd = SD.from_rows(list("abcd"), torch.zeros(4, 2))
+    sd = SD.from_tensor(list("abcd"), torch.zeros(4, 2))
     optimizer = torch.optim.Adam(sd.parameters())
-    sd.attach(optimizer)
+    sd.attach_optimizer(optimizer)
     sd.gather(list("abcd")).sum().backward()
     optimizer.step()
     copied, its_optimizer = duplicate((sd, optimizer))
@@ -761,13 +761,13 @@ def test_an_optimizer_that_was_copied_with_the_dictionary_is_noticed(duplicate: 
         copied.pop("a")
     with pytest.raises(RuntimeError, match="Call attach"):
         copied["new"] = torch.zeros(2)
-    copied.attach(its_optimizer)
+    copied.attach_optimizer(its_optimizer)
     copied["new"] = torch.ones(2)
-    assert its_optimizer.state[copied.table((2,))]["exp_avg"][copied.rows(["new"])].tolist() == [[0.0, 0.0]]
+    assert its_optimizer.state[copied.table((2,))]["exp_avg"][copied.indices(["new"])].tolist() == [[0.0, 0.0]]
 
 
 def test_gradients_by_name_are_not_mixed_up_by_rows_that_move_meanwhile() -> None:
-    sd = SD.from_rows(list("abcd"), torch.zeros(4, 2))
+    sd = SD.from_tensor(list("abcd"), torch.zeros(4, 2))
     sd.drop(["a"])
     sd.gather(["b", "c", "d"]).sum().backward()
     gradients = sd.named_grads()
@@ -781,4 +781,4 @@ def test_gradients_by_name_are_not_mixed_up_by_rows_that_move_meanwhile() -> Non
 def test_options_that_are_no_mapping_are_refused(options: Any) -> None:
     sd = SD({"a": torch.zeros(2)})
     with pytest.raises(TypeError, match=r"expected a mapping of options for 'a', got (float|NoneType|list)"):
-        sd.optimizer_groups(by={"a": options})
+        sd.param_groups(by={"a": options})

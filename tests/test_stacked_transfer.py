@@ -19,6 +19,7 @@ from torch.nn import Parameter
 
 import pdrs
 from fake_cuda.control import Control
+from pdrs._moves import recognise, run
 
 pytestmark = pytest.mark.cuda
 
@@ -33,7 +34,7 @@ def _usual_staging() -> Iterator[None]:
 
 def trained() -> pdrs.StackedParameterDict:
     """Make tables of three kinds, one with a gradient and a frozen row."""
-    sd = SD.from_rows([f"n{at}" for at in range(1000)], torch.arange(5000.0).view(1000, 5).clone())
+    sd = SD.from_tensor([f"n{at}" for at in range(1000)], torch.arange(5000.0).view(1000, 5).clone())
     sd["matrix"] = torch.full((2, 3), 7.0, dtype=torch.float64)
     sd["count"] = Parameter(torch.arange(5), requires_grad=False)
     sd.gather(["n1", "n2", "n3"]).sum().backward()
@@ -65,9 +66,12 @@ def devices(sd: pdrs.StackedParameterDict) -> set[str]:
 @pytest.mark.parametrize("move", [lambda sd: sd.double(), lambda sd: pdrs.to(nn.ModuleList([sd]), torch.float64)])
 def test_tables_move_at_once_and_stay_the_same_parameters(move: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     sd = trained()
-    tables, handle = list(sd.parameters()), sd.handle(["n3", "n1"])
+    tables, handle = list(sd.parameters()), sd.lookup(["n3", "n1"])
     # torch's own way would give the same result, one by one.
-    monkeypatch.setattr(nn.Module, "_apply", lambda *_: pytest.fail("torch was asked"))
+    not_asked = lambda *_: pytest.fail("torch was asked")  # noqa: E731
+    monkeypatch.setattr(nn.Module, "_apply", not_asked)
+    for module in (recognise, run):  # else pdrs.to would ask whoever patched it
+        monkeypatch.setattr(module, "usual_applies", [not_asked, pdrs.ParameterDict._apply])
     move(sd)
     monkeypatch.undo()
     assert [one is other for one, other in zip(sd.parameters(), tables, strict=True)] == [True] * 3
@@ -82,7 +86,7 @@ def test_tables_move_at_once_and_stay_the_same_parameters(move: Any, monkeypatch
 def test_frozen_rows_stay_frozen_and_state_follows_behind_a_move() -> None:
     sd = trained()
     optimizer = torch.optim.Adam(sd.parameters(), lr=0.5)
-    sd.attach(optimizer)
+    sd.attach_optimizer(optimizer)
     optimizer.step()
     sd.double().float()
     optimizer.zero_grad()
@@ -171,9 +175,9 @@ def test_a_copy_that_fails_leaves_tables_and_masks_as_they_were(nth: int, fake_c
 
 def test_handles_and_new_names_follow_to_a_device(fake_cuda: Control) -> None:
     sd = trained()
-    handle = sd.handle(["n1"])
+    handle = sd.lookup(["n1"])
     sd.cuda()
-    assert sd.rows(handle).device.type == "cuda"
+    assert sd.indices(handle).device.type == "cuda"
     sd.cpu()
     assert sd.gather(handle).tolist() == [[5, 6, 7, 8, 9]]
 

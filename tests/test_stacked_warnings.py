@@ -61,7 +61,7 @@ STAYING: dict[str, Make] = {
 
 
 def made(names: str = "abcd", capacity: int = 0) -> SD:
-    sd = SD.from_rows(list(names), torch.ones(len(names), 3))
+    sd = SD.from_tensor(list(names), torch.ones(len(names), 3))
     sd.reserve(capacity, shape=(3,))
     return sd
 
@@ -73,7 +73,7 @@ def test_it_is_said_once_that_names_move_that_are_not_in_the_batch(kind: str, at
     sd = made(capacity=8)
     optimizer = MOVING[kind](sd.parameters())
     if attached:
-        sd.attach(optimizer)
+        sd.attach_optimizer(optimizer)
     step(sd, optimizer, list("abcd"), closure=closure)
     with pytest.warns(pdrs.AbsentNamesWarning, match=r"sparse=True") as caught:
         step(sd, optimizer, list("ab"), closure=closure, times=40)
@@ -127,7 +127,7 @@ def test_a_row_of_nan_that_stays_has_not_moved() -> None:
     sd["c"] = torch.full((3,), torch.nan)
     optimizer = SGD(sd.parameters(), lr=0.1)
     step(sd, optimizer, list("ab"), times=3)
-    lost = SD.from_rows(["c"], torch.full((1, 3), torch.nan))
+    lost = SD.from_tensor(["c"], torch.full((1, 3), torch.nan))
     others = SGD(head.parameters(), lr=0.1)
 
     def train() -> None:
@@ -148,7 +148,7 @@ def test_it_is_said_where_tables_take_the_place_of_as_many_parameters() -> None:
     step(sd, optimizer, list("abcd"))
     with pytest.warns(pdrs.AbsentNamesWarning):
         step(sd, optimizer, list("ab"), times=2)
-    with pytest.raises(RuntimeError, match=r"attach\(optimizer\)"):
+    with pytest.raises(RuntimeError, match=r"attach_optimizer\(optimizer\)"):
         sd.reserve(100, shape=(3,))
 
 
@@ -156,7 +156,7 @@ def test_it_is_said_where_tables_take_the_place_of_as_many_parameters() -> None:
 def test_nothing_is_said_where_all_names_are_in_every_batch(kind: str) -> None:
     sd = made(capacity=8)
     optimizer = MOVING[kind](sd.parameters())
-    sd.attach(optimizer)
+    sd.attach_optimizer(optimizer)
     for _ in range(3):
         step(sd, optimizer, list(sd))
     sd.drop(["b"])  # whose row goes on moving, and is nobody's
@@ -172,7 +172,7 @@ def test_nothing_is_said_where_all_names_are_in_every_batch(kind: str) -> None:
 
 
 def test_of_very_many_names_some_are_looked_at() -> None:
-    sd = SD.from_rows([f"n{n}" for n in range(20000)], torch.ones(20000, 2))
+    sd = SD.from_tensor([f"n{n}" for n in range(20000)], torch.ones(20000, 2))
     optimizer = Adam(sd.parameters())
     step(sd, optimizer, list(sd))
     with pytest.warns(pdrs.AbsentNamesWarning):
@@ -212,7 +212,7 @@ def train_beside(
 def test_it_is_said_once_that_nothing_trains_the_tables_of_an_empty_dictionary(zero: bool, sparse: bool) -> None:
     sd, head = SD(), nn.Linear(4, 1)
     optimizer = Adam(nn.ModuleDict({"sd": sd, "head": head}).parameters(), lr=0.1)
-    with pytest.warns(pdrs.UntrainedTableWarning, match=r"attach\(optimizer\)") as caught:
+    with pytest.warns(pdrs.UntrainedTableWarning, match=r"attach_optimizer\(optimizer\)") as caught:
         train_beside(sd, optimizer, head, 10, zero=zero, sparse=sparse)
     assert [one.filename for one in caught] == [__file__]
 
@@ -224,7 +224,7 @@ def test_nothing_is_said_where_something_trains_the_tables(how: str) -> None:
         sd.reserve(4, shape=(4,))
     optimizer = SGD(nn.ModuleDict({"sd": sd, "head": head}).parameters(), lr=0.01)
     if how == "attached":
-        sd.attach(optimizer)
+        sd.attach_optimizer(optimizer)
     train_beside(sd, optimizer, head, 1, zero=True)
     own = SGD(sd.parameters(), lr=0.01) if how.startswith("its own") else None
     if how == "frozen":

@@ -161,8 +161,8 @@ def test_a_wrapper_and_what_it_wraps_are_one_optimizer(
         wrapped = wrapper(inner)
         wrapped.load_state_dict(inner.state_dict())  # which replaces the state
     for one in {"wrapper": [wrapped], "inside": [inner], "both": [inner, wrapped]}.get(attached, [wrapped, inner]):
-        sd.attach(one)
-    expected.attach(plain)
+        sd.attach_optimizer(one)
+    expected.attach_optimizer(plain)
     use(sd, wrapped)
     use(expected, plain)
     assert {name: row.tolist() for name, row in sd.items()} == {name: row.tolist() for name, row in expected.items()}
@@ -175,14 +175,14 @@ def test_a_wrapper_and_what_it_wraps_are_one_optimizer(
 def test_a_wrapper_with_a_state_of_its_own_is_followed_with_what_it_wraps() -> None:
     sd, inner = begun()
     wrapped = Slow(inner)
-    sd.attach(wrapped)
+    sd.attach_optimizer(wrapped)
     use(sd, wrapped)
     table = sd.table((2,))
     assert len(wrapped.state[table]["slow"]) == len(inner.state[table]["exp_avg"]) == len(table)
     assert [len(group["params"]) for group in inner.param_groups] == [2]
     sd.drop(["b"])
     sd["new"] = torch.tensor([8.0, 9.0])
-    row = sd.rows(["new"])[0]
+    row = sd.indices(["new"])[0]
     assert wrapped.state[table]["slow"][row].tolist() == [8.0, 9.0]
     assert inner.state[table]["exp_avg"][row].tolist() == [0.0, 0.0]
 
@@ -192,12 +192,12 @@ def test_half_of_a_wrapper_is_not_enough() -> None:
     wrapped = Slow(inner)
     wrapped._optimizer_step_pre_hooks = wrapped._optimizer_step_post_hooks = {}  # as of one that was made by Optimizer
     wrapped._patch_step_function()
-    sd.attach(inner)
+    sd.attach_optimizer(inner)
     train(sd, wrapped, ["a"])
     sd.drop(["a"])
     with pytest.raises(RuntimeError, match="Slow"):
         sd["c"] = torch.ones(2)
-    sd.attach(wrapped)
+    sd.attach_optimizer(wrapped)
     sd["c"] = torch.ones(2)
 
 
@@ -205,5 +205,5 @@ def test_an_optimizer_that_refers_to_another_is_no_wrapper_of_it() -> None:
     sd, inner = begun()
     other = Adam(torch.nn.Linear(2, 2).parameters())
     inner.partner = other  # type: ignore[attr-defined]
-    sd.attach(inner)
+    sd.attach_optimizer(inner)
     assert sd._attached() == [inner]

@@ -24,7 +24,7 @@ SHOWN = 3
 @torch.no_grad()
 def answer(model: Stacked, word: str) -> str:
     """Return a line with the most probable languages of a word."""
-    if not model.weights.contains(ngrams(word)).any():
+    if not model.weights.isin(ngrams(word)).any():
         return f"{word}: none of its n-grams is known"
     best = model.eval()(Bags([word]))[0].softmax(0).topk(min(SHOWN, len(model.languages)))
     ranked = zip(best.indices.tolist(), best.values.tolist(), strict=True)

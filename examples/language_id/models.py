@@ -82,7 +82,7 @@ class Stacked(LanguageId):
     def optimizer(self, rate: float) -> Adagrad:
         """Return an optimizer whose state follows the names."""
         made = _adagrad(self.parameters(), rate)
-        self.weights.attach(made)
+        self.weights.attach_optimizer(made)
         return made
 
     def prune(self, count: int) -> None:

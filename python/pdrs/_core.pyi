@@ -115,7 +115,7 @@ class IndexMap:
     >>> index = pdrs.IndexMap.from_names(["a", "b", "c"])
     >>> index["b"], index.popitem(last=False), list(index)
     (1, ('a', 0), ['b', 'c'])
-    >>> index.lookup(["c", "b", "c"])
+    >>> index.indices(["c", "b", "c"])
     array([2, 1, 2])
 
     """
@@ -211,7 +211,7 @@ class IndexMap:
         --------
         >>> import pdrs
         >>> index = pdrs.IndexMap({"a": 3, "b": 0, "c": 5})
-        >>> index.select(index.rows() > 1)
+        >>> index.select(index.indices() > 1)
         ['a', 'c']
 
         """
@@ -232,15 +232,16 @@ class IndexMap:
 
         Cost: **O(m)** for ``m`` names.
         """
-    def lookup(self, names: Iterable[str], default: int | None = None) -> NDArray[np.int64]:
-        """Return the rows of many names in one call.
+    def indices(self, names: Iterable[str] = ..., *, missing: Literal["error"] | int = "error") -> NDArray[np.int64]:
+        """Return the rows of many names in one call. **O(m)** for ``m`` names, several times less than ``m`` look-ups.
 
         Parameters
         ----------
         names
-            A list, array, column of another library or other iterable of ``str``; repeated names are fine.
-        default
-            The number for names that are not there.
+            A list, array, column of another library or other iterable of ``str``; repeated names are fine. By default
+            all names of the map, in order.
+        missing
+            ``"error"``, or the number that stands for a name that is not there.
 
         Returns
         -------
@@ -250,12 +251,10 @@ class IndexMap:
         Raises
         ------
         KeyError
-            If names are missing and there is no ``default``; it counts them and lists some.
-
-        Cost: **O(m)** for ``m`` names, several times less than ``m`` single look-ups.
+            If names are missing and ``missing`` is ``"error"``; it counts them and lists some.
+        ValueError
+            If ``missing`` is another text.
         """
-    def rows(self) -> NDArray[np.int64]:
-        """Return the rows of all names in order: int64 of shape ``[n]``. **O(n)**."""
     def copy(self) -> Self:
         """Return another map with the same names and rows in the same order. **O(n)**, no name is hashed."""
     @property

@@ -115,7 +115,7 @@ def save(
     --------
     >>> import os, tempfile, torch, pdrs
     >>> path = os.path.join(tempfile.mkdtemp(), "words.safetensors")
-    >>> sd = pdrs.StackedParameterDict.from_rows(["a", "b", "c"], torch.eye(3))
+    >>> sd = pdrs.StackedParameterDict.from_tensor(["a", "b", "c"], torch.eye(3))
     >>> pdrs.save(sd, path)
     4279
     >>> pdrs.open(path)["b"].tolist()
@@ -428,7 +428,7 @@ def _needs_names(target: StackedParameterDict, saved: SavedDictionary, sees_name
         return False
     if sees_names or len(target) != len(saved.index):
         return True
-    ids = target._index.lookup(saved.index, -1)
+    ids = target._index.indices(saved.index, missing=-1)
     if (ids < 0).any():
         return True
     kinds: dict[tuple[torch.dtype, torch.Size, bool], int] = {}

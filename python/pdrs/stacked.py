@@ -20,7 +20,7 @@ from pdrs._entries.views import KeysView as NamesView
 from pdrs._moves import run
 from pdrs._moves.recognise import recognise
 from pdrs._rows.averages import note_copy
-from pdrs._rows.gather import Handle
+from pdrs._rows.gather import Lookup
 from pdrs._rows.insert import Initialiser, initialise, refuse_integers
 from pdrs._rows.row_ids import id_of, row_of, table_of
 from pdrs._rows.state_dict import SavedRows
@@ -33,7 +33,7 @@ from pdrs._torch.transaction import Changes
 from pdrs._torch.untraced import untraced
 from pdrs.parameter_dict import ParameterDict
 
-__all__ = ["Handle", "StackedParameterDict"]
+__all__ = ["Lookup", "StackedParameterDict"]
 
 # A repr longer than this shows its two ends only.
 _REPR_WHOLE = 20
@@ -73,7 +73,7 @@ class StackedParameterDict(SavedRows):
     >>> [(name, list(table.shape)) for name, table in sd.named_parameters()]
     [('float32_2', [2, 2]), ('float32_3', [1, 3])]
     >>> optimizer = torch.optim.Adam(sd.parameters())
-    >>> sd.attach(optimizer)                                # its state follows the names from now on
+    >>> sd.attach_optimizer(optimizer)                                # its state follows the names from now on
     >>> sd.gather(["right", "up", "right"], missing="insert").sum().backward()
     >>> optimizer.step()
     >>> sd.pop("left").tolist()
@@ -89,56 +89,58 @@ class StackedParameterDict(SavedRows):
     # -- other ways to make one ----------------------------------------------------------------------------------------
 
     @classmethod
-    def from_rows(cls, names: Names, rows: Tensor, *, trainable: bool | None = None) -> StackedParameterDict:
+    def from_tensor(cls, names: Names, values: Tensor, *, requires_grad: bool | None = None) -> StackedParameterDict:
         """Make a dictionary of many names of one shape, whose table is a given tensor. **O(n)**; no row is copied.
 
         Parameters
         ----------
         names
             Distinct names.
-        rows
+        values
             ``[len(names), *shape]``. A Parameter becomes the table itself, another tensor shares its memory with it.
-        trainable
+        requires_grad
             Whether the table requires gradients. By default it does, or, if it is a Parameter, as that does.
 
         Raises
         ------
         TypeError
-            If ``rows`` is not a strided tensor.
+            If ``values`` is not a strided tensor.
         ValueError
             If a name is listed twice, there are more or fewer names than rows, or rows share memory (``expand``,
             ``unfold``).
         KeyError
             If a name is empty.
         RuntimeError
-            If the rows are integers or bool, which cannot require gradients, and ``trainable`` is not False.
+            If the rows are integers or bool, which cannot require gradients, and ``requires_grad`` is not False.
 
         Examples
         --------
         >>> import torch, pdrs
-        >>> sd = pdrs.StackedParameterDict.from_rows([f"word.{n}" for n in range(1000)], torch.randn(1000, 16))
+        >>> sd = pdrs.StackedParameterDict.from_tensor([f"word.{n}" for n in range(1000)], torch.randn(1000, 16))
         >>> sd["word.7"].shape
         torch.Size([16])
 
         """
-        if not isinstance(rows, Tensor) or rows.layout != torch.strided:
-            what = f"one of layout {rows.layout}" if isinstance(rows, Tensor) else type(rows).__name__
-            raise TypeError(f"expected a strided tensor of rows, got {what}")
-        if _may_overlap(rows):
-            raise ValueError("expected rows with memory of their own, got a view in which they overlap: clone() it")
+        if not isinstance(values, Tensor) or values.layout != torch.strided:
+            what = f"one of layout {values.layout}" if isinstance(values, Tensor) else type(values).__name__
+            raise TypeError(f"expected a strided tensor of values, got {what}")
+        if _may_overlap(values):
+            raise ValueError("expected values with memory of their own, got a view in which they overlap: clone() it")
         index = IndexMap.from_names(names)
-        if rows.dim() == 0 or len(index) != len(rows):
-            size = "a single number" if rows.dim() == 0 else f"{len(rows)} rows"
+        if values.dim() == 0 or len(index) != len(values):
+            size = "a single number" if values.dim() == 0 else f"{len(values)} rows"
             raise ValueError(f"expected a row for each name and no name twice, got {len(index)} names and {size}")
         if "" in index:
             raise KeyError('parameter name can\'t be empty string ""')
-        if trainable or (trainable is None and not isinstance(rows, Parameter)):
-            refuse_integers(rows.dtype, "pass trainable=False")
-        parameter = rows if isinstance(rows, Parameter) else Parameter(rows, requires_grad=trainable is not False)
-        if trainable is not None:
-            parameter.requires_grad_(trainable)
+        if requires_grad or (requires_grad is None and not isinstance(values, Parameter)):
+            refuse_integers(values.dtype, "pass requires_grad=False")
+        parameter = (
+            values if isinstance(values, Parameter) else Parameter(values, requires_grad=requires_grad is not False)
+        )
+        if requires_grad is not None:
+            parameter.requires_grad_(requires_grad)
         made = cls()
-        kind = Kind(tuple(rows.shape[1:]), rows.dtype, parameter.requires_grad)
+        kind = Kind(tuple(values.shape[1:]), values.dtype, parameter.requires_grad)
         made._tables[made._add_table(kind.attribute(), parameter, 0)].rows = TableRows(len(index))
         made.__dict__["_index"] = index
         return made
@@ -195,7 +197,7 @@ class StackedParameterDict(SavedRows):
             raise KeyError('parameter name can\'t be empty string ""')
         made = cls()
         dtype = dtype or torch.get_default_dtype()
-        refuse_integers(dtype, "from_rows makes them with trainable=False")
+        refuse_integers(dtype, "from_tensor makes them with requires_grad=False")
         device = torch.get_default_device() if device is None else device
         ids: dict[str, int] = {}
         for shape, names in by_shape.items():
@@ -222,7 +224,9 @@ class StackedParameterDict(SavedRows):
         trainable = default.requires_grad if isinstance(default, Parameter) else True
         if trainable:
             refuse_integers(default.dtype, "pass torch.nn.Parameter(default, requires_grad=False)")
-        return cls.from_rows(names, default.detach().expand(len(names), *default.shape).clone(), trainable=trainable)
+        return cls.from_tensor(
+            names, default.detach().expand(len(names), *default.shape).clone(), requires_grad=trainable
+        )
 
     # -- one entry -----------------------------------------------------------------------------------------------------
 
@@ -395,7 +399,7 @@ class StackedParameterDict(SavedRows):
         with self._lock.change():
             changes = Changes()
             changes.call(self._index.clear)
-            self._free(changes, self._index.rows())
+            self._free(changes, self._index.indices())
             changes.make()
 
     def copy(self) -> StackedParameterDict:
@@ -450,7 +454,7 @@ class StackedParameterDict(SavedRows):
         Examples
         --------
         >>> import torch, pdrs
-        >>> sd = pdrs.StackedParameterDict.from_rows(["a", "b"], torch.eye(2))
+        >>> sd = pdrs.StackedParameterDict.from_tensor(["a", "b"], torch.eye(2))
         >>> type(sd.unstack()["b"]).__name__, list(sd.unstack().stack())
         ('Parameter', ['a', 'b'])
 
@@ -459,7 +463,7 @@ class StackedParameterDict(SavedRows):
             tables = []
             for table in self._tables:
                 parameter = self._parameter(table)
-                # In C order, which the table of `from_rows` need not have.
+                # In C order, which the table of `from_tensor` need not have.
                 data = whole(parameter.detach()).clone(memory_format=torch.contiguous_format)
                 count, shape, numel = len(parameter), list(parameter.shape[1:]), parameter[:1].numel()
                 if data.device.type in ("cpu", "cuda") and type(data) is Tensor and numel:

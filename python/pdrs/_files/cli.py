@@ -220,7 +220,9 @@ def _contents(path: str, key: Key | None, file: StateFile) -> _Contents:
     if _holds_dictionaries(file):
         sd = checkpoint.open(path, key=key)
         tables = [sd._parameter(table) for table in sd._tables]
-        return _Contents(list(sd), table_of(sd._index.rows()), [(_short(t.dtype), tuple(t.shape[1:])) for t in tables])
+        return _Contents(
+            list(sd), table_of(sd._index.indices()), [(_short(t.dtype), tuple(t.shape[1:])) for t in tables]
+        )
     if isinstance(file, (TensorFile, ShardedFile)):
         kinds, kind_of = file.kinds()
         return _Contents(file.names, kind_of, [(_torch_name(code), shape) for code, shape in kinds])

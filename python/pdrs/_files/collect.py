@@ -258,7 +258,7 @@ def _of_parameter_dict(
     known, held = None, np.full(len(values), -1)
     if before is not None and len(values):
         known, _, header = unpack(before)
-        held = known.lookup(index, -1)
+        held = known.indices(index, missing=-1)
         attributes = {table.attribute: number for number, table in enumerate(header.tables)}
     ids = np.empty(len(values), np.int64)
     tables: list[TableHeader] = []

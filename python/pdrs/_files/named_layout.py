@@ -230,7 +230,7 @@ def _of_stacked(sd: StackedParameterDict, prefix: str) -> list[_Rows]:
     """Describe the rows of a StackedParameterDict, a part for each of its tables."""
     with sd._lock.read():
         names = [prefix + name for name in sd] if prefix else list(sd)
-        ids = sd._index.rows()
+        ids = sd._index.indices()
         tables = list(map(sd._lent_whole, sd._tables))  # the rows are read later, and stay those of these names
     parts = []
     for (number,), there in partition([table_of(ids)]):

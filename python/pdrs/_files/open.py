@@ -164,7 +164,7 @@ class SavedDictionary:
             return
         parameters, values, classes, firsts = sorted_parameters(module)
         names = list(parameters)
-        ids = self.index.lookup(names, -1)
+        ids = self.index.indices(names, missing=-1)
         missing_keys += [prefix + names[at] for at in np.flatnonzero(ids < 0).tolist()]
         if strict and int((ids >= 0).sum()) < len(self.index):
             there = set(names)
@@ -243,7 +243,7 @@ class _Stacked:
         self.index, self._tables = checkpoint.stacked(prefix, loads=loads)
         if "" in self.index:
             raise checkpoint.error("a tensor has the empty name, which no entry can have")
-        self.ids = self.index.rows()
+        self.ids = self.index.indices()
         headers = []
         for number, table in enumerate(self._tables):
             trainable = table.is_floating_point() or table.is_complex()
@@ -269,7 +269,7 @@ def load_named(checkpoint: Checkpoint, sd: StackedParameterDict) -> bool:
     with sd._lock:
         if not 0 < len(sd._index) == len(part.index):
             return False
-        ids = sd._index.lookup(part.index, -1)
+        ids = sd._index.indices(part.index, missing=-1)
         plan = []
         for (of_file, number), there in partition([table_of(part.ids), table_of(ids)]):
             parameter = sd._parameters[sd._tables[number].attribute] if number >= 0 else None
@@ -428,7 +428,7 @@ def fill(
 
 
 def _chosen(index: IndexMap, names: list[str]) -> NDArray[np.int64]:
-    ids = index.lookup(names, -1)
+    ids = index.indices(names, missing=-1)
     missing = np.flatnonzero(ids < 0)
     if len(missing):
         listed = ", ".join(repr(names[at]) for at in missing[:_LISTED].tolist())

@@ -55,7 +55,7 @@ def refuse_mixing(stacked: NamedRows, names: list[str], ids: Any, tables: int) -
                 "cannot make a new table: the parameters of an average (AveragedModel) would no longer be those of the "
                 "model. Make the average anew when all tables are there: reserve(n, shape=...) makes one"
             )
-        theirs = other._index.lookup(names, -1)
+        theirs = other._index.indices(names, missing=-1)
         numbers, rows = table_of(ids), row_of(ids)
         for number in np.unique(numbers):
             if number >= len(other._tables):

@@ -21,7 +21,7 @@ from pdrs._torch.names import Names, as_list, listed
 from pdrs._torch.transaction import Changes
 from pdrs._torch.untraced import untraced
 
-__all__ = ["GatheredRows", "Handle", "Missing"]
+__all__ = ["GatheredRows", "Lookup", "Missing"]
 
 Missing = Literal["error", "skip", "zero", "insert"]
 
@@ -29,8 +29,8 @@ Missing = Literal["error", "skip", "zero", "insert"]
 _LISTED = 5
 
 
-class Handle:
-    """Names that have been looked up, to be gathered in every step; made by :meth:`StackedParameterDict.handle`.
+class Lookup:
+    """Names that have been looked up, to be gathered in every step; made by :meth:`StackedParameterDict.lookup`.
 
     It notices when rows have moved or names have gone, and looks its names up again; a name that has gone is a KeyError
     then. What its use costs else is that of ``torch.nn.functional.embedding``.
@@ -70,7 +70,7 @@ class GatheredRows(NamedRows):
 
     def _look_up(
         self,
-        names: Names | Handle,
+        names: Names | Lookup,
         missing: Missing = "error",
         init: Initialiser | None = None,
         shape: Sequence[int] | None = None,
@@ -78,11 +78,11 @@ class GatheredRows(NamedRows):
     ) -> Rows:
         """Return the ids of names; -1 for those that are missing and count as zeros."""
         _check_missing(missing)
-        if isinstance(names, Handle):
+        if isinstance(names, Lookup):
             self._refresh(names)
             return names._ids
         names = listed(names)
-        return self._without_missing(names, self._index.lookup(names, -1), missing, init, shape, dtype)
+        return self._without_missing(names, self._index.indices(names, missing=-1), missing, init, shape, dtype)
 
     def _without_missing(
         self,
@@ -107,29 +107,29 @@ class GatheredRows(NamedRows):
                 shape, dtype = found.shape, found.dtype
             with self._lock.change():
                 self._insert_missing(names, init, shape, dtype)
-                return self._index.lookup(names)
+                return self._index.indices(names)
         absent = np.flatnonzero(ids < 0)
         some = ", ".join(repr(str(names[at])) for at in absent[:_LISTED])
         more = ", ..." if len(absent) > _LISTED else ""
         raise MissingEntryError(f"{len(absent)} of {len(ids)} names are not in the dictionary: {some}{more}")
 
-    def _refresh(self, handle: Handle) -> None:
-        if handle._owner is not self:
-            raise ValueError("the handle belongs to another dictionary")
+    def _refresh(self, lookup: Lookup) -> None:
+        if lookup._owner is not self:
+            raise ValueError("the Lookup belongs to another dictionary")
         moves = self._moves
-        if handle._moves != moves:
-            handle._ids = self._look_up(handle.names)
-            numbers = np.unique(table_of(handle._ids))
-            handle._table = self._tables[numbers[0]] if len(numbers) == 1 else None
-            handle._rows = torch.from_numpy(row_of(handle._ids))
-            handle._moves = moves  # at last: whoever stops this has a handle that is looked up again
-        if handle._table is not None:
-            device = self._parameter(handle._table).device
-            if handle._rows.device != device and device.type != "meta":
-                handle._rows = handle._rows.to(device)
-            handle._on_cpu = handle._rows.is_cpu
+        if lookup._moves != moves:
+            lookup._ids = self._look_up(lookup.names)
+            numbers = np.unique(table_of(lookup._ids))
+            lookup._table = self._tables[numbers[0]] if len(numbers) == 1 else None
+            lookup._rows = torch.from_numpy(row_of(lookup._ids))
+            lookup._moves = moves  # at last: whoever stops this has a Lookup that is looked up again
+        if lookup._table is not None:
+            device = self._parameter(lookup._table).device
+            if lookup._rows.device != device and device.type != "meta":
+                lookup._rows = lookup._rows.to(device)
+            lookup._on_cpu = lookup._rows.is_cpu
 
-    def handle(self, names: Names) -> Handle:
+    def lookup(self, names: Names) -> Lookup:
         """Look names up once, to gather them in every step. **O(m)** for ``m`` names.
 
         Parameters
@@ -139,8 +139,8 @@ class GatheredRows(NamedRows):
 
         Returns
         -------
-        Handle
-            What :meth:`gather`, :meth:`rows`, :meth:`scatter_` and the other methods for many names take.
+        Lookup
+            What :meth:`gather`, :meth:`indices`, :meth:`scatter` and the other methods for many names take.
 
         Raises
         ------
@@ -150,25 +150,25 @@ class GatheredRows(NamedRows):
         Examples
         --------
         >>> import torch, pdrs
-        >>> sd = pdrs.StackedParameterDict.from_rows(["a", "b", "c"], torch.eye(3))
-        >>> batch = sd.handle(["c", "a"])
-        >>> del sd["b"]                         # the handle looks its names up again
+        >>> sd = pdrs.StackedParameterDict.from_tensor(["a", "b", "c"], torch.eye(3))
+        >>> batch = sd.lookup(["c", "a"])
+        >>> del sd["b"]                         # the Lookup looks its names up again
         >>> sd.gather(batch).argmax(1)
         tensor([2, 0])
 
         """
         with self._lock:
-            made = Handle(self, as_list(names))
+            made = Lookup(self, as_list(names))
             self._refresh(made)
             return made
 
-    def contains(self, names: Names) -> Tensor:
+    def isin(self, names: Names) -> Tensor:
         """Tell which of many names are there: bool ``[len(names)]``, on the CPU. **O(m)** for ``m`` names."""
-        return torch.from_numpy(self._index.lookup(names, -1) >= 0)
+        return torch.from_numpy(self._index.indices(names, missing=-1) >= 0)
 
-    def rows(
+    def indices(
         self,
-        names: Names | Handle,
+        names: Names | Lookup,
         *,
         missing: Missing = "error",
         init: Initialiser | None = None,
@@ -201,16 +201,16 @@ class GatheredRows(NamedRows):
         Examples
         --------
         >>> import torch, pdrs
-        >>> sd = pdrs.StackedParameterDict.from_rows(["a", "b", "c"], torch.eye(3))
-        >>> rows = sd.rows(["c", "a", "a"])
+        >>> sd = pdrs.StackedParameterDict.from_tensor(["a", "b", "c"], torch.eye(3))
+        >>> rows = sd.indices(["c", "a", "a"])
         >>> torch.nn.functional.embedding_bag(rows, sd.table((3,)), torch.tensor([0, 1]), mode="sum").tolist()
         [[0.0, 0.0, 1.0], [2.0, 0.0, 0.0]]
 
         """
         with self._lock:
             ids = self._look_up(names, missing, init, shape, dtype)
-            if isinstance(names, Handle) and names._table is not None:
-                return names._rows.clone()  # what a handle knows is not for others to change
+            if isinstance(names, Lookup) and names._table is not None:
+                return names._rows.clone()  # what a Lookup knows is not for others to change
             present = ids[ids >= 0]
             if len(present) == 0:
                 return torch.from_numpy(ids)
@@ -225,7 +225,7 @@ class GatheredRows(NamedRows):
 
     def gather(
         self,
-        names: Names | Handle,
+        names: Names | Lookup,
         *,
         sparse: bool = False,
         missing: Missing = "error",
@@ -241,7 +241,7 @@ class GatheredRows(NamedRows):
         Parameters
         ----------
         names
-            A list, tuple, NumPy array or other iterable of ``str``, or a handle; all of one shape and dtype. The
+            A list, tuple, NumPy array or other iterable of ``str``, or a Lookup; all of one shape and dtype. The
             gradients of a name that is listed twice add up.
         sparse
             Whether the table gets a sparse gradient, which SparseAdam, SGD and Adagrad take.
@@ -273,7 +273,7 @@ class GatheredRows(NamedRows):
         Examples
         --------
         >>> import torch, pdrs
-        >>> sd = pdrs.StackedParameterDict.from_rows(["a", "b"], torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        >>> sd = pdrs.StackedParameterDict.from_tensor(["a", "b"], torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
         >>> sd.gather(["b", "a", "b"]).sum().backward()
         >>> sd.table((2,)).grad.tolist()
         [[1.0, 1.0], [2.0, 2.0]]
@@ -283,7 +283,7 @@ class GatheredRows(NamedRows):
         """
         _check_missing(missing)
         with self._lock:
-            if not isinstance(names, Handle):
+            if not isinstance(names, Lookup):
                 names = listed(names)
             while True:
                 moves = self.__dict__["_moves"]
@@ -294,14 +294,14 @@ class GatheredRows(NamedRows):
 
     def _gather(
         self,
-        names: Sequence[str] | Handle,
+        names: Sequence[str] | Lookup,
         sparse: bool,
         missing: Missing,
         init: Initialiser | None,
         shape: Sequence[int] | None,
         dtype: torch.dtype | None,
     ) -> Tensor:
-        if isinstance(names, Handle):
+        if isinstance(names, Lookup):
             table = _table_of_all(self, names)
             if table is not None:
                 return gather_rows(table, names._rows, sparse)
@@ -339,7 +339,7 @@ class GatheredRows(NamedRows):
 
     @torch.no_grad()
     @untraced
-    def scatter_(self, names: Names | Handle, values: Tensor, *, missing: Literal["error", "insert"] = "error") -> None:
+    def scatter(self, names: Names | Lookup, values: Tensor, *, missing: Literal["error", "insert"] = "error") -> None:
         """Copy values into the rows of many names. **O(m)** for ``m`` names.
 
         Parameters
@@ -363,8 +363,8 @@ class GatheredRows(NamedRows):
         Examples
         --------
         >>> import torch, pdrs
-        >>> sd = pdrs.StackedParameterDict.from_rows(["a", "b"], torch.zeros(2, 2))
-        >>> sd.scatter_(["b", "c"], torch.ones(2, 2), missing="insert")
+        >>> sd = pdrs.StackedParameterDict.from_tensor(["a", "b"], torch.zeros(2, 2))
+        >>> sd.scatter(["b", "c"], torch.ones(2, 2), missing="insert")
         >>> {name: row.tolist() for name, row in sd.items()}
         {'a': [0.0, 0.0], 'b': [1.0, 1.0], 'c': [1.0, 1.0]}
 
@@ -377,12 +377,12 @@ class GatheredRows(NamedRows):
             raise TypeError(f"expected a dense tensor of values, got one with the layout {values.layout}")
         if values.dim() == 0:
             raise ValueError("expected a value a name, got a single number")
-        if not isinstance(names, Handle):
+        if not isinstance(names, Lookup):
             names = as_list(names)
         if len(names) != len(values):
             raise ValueError(f"expected a value a name, got {len(values)} values for {len(names)} names")
         with self._lock.change():
-            ids = self._look_up(names, "error" if isinstance(names, Handle) or missing == "error" else "zero")
+            ids = self._look_up(names, "error" if isinstance(names, Lookup) or missing == "error" else "zero")
             numbers = np.unique(table_of(ids[ids >= 0]))
             for number in numbers:
                 self._refuse_foreign(self._tables[number], "write rows")
@@ -416,12 +416,14 @@ class GatheredRows(NamedRows):
 
     # -- tables --------------------------------------------------------------------------------------------------------
 
-    def table(self, shape: Sequence[int], dtype: torch.dtype | None = None, *, trainable: bool | None = None) -> Tensor:
+    def table(
+        self, shape: Sequence[int], dtype: torch.dtype | None = None, *, requires_grad: bool | None = None
+    ) -> Tensor:
         """Return the Parameter whose rows are the entries of a shape and dtype. **O(tables)**.
 
         There may be several: of frozen entries, of groups of options, after moves to another dtype, or of a file that
         has several. Then it is the one that has names, or, if none has, the first that is trained. It is an error if
-        several have names, because a row of :meth:`rows` is another name's in the wrong table.
+        several have names, because a row of :meth:`indices` is another name's in the wrong table.
 
         Parameters
         ----------
@@ -429,13 +431,13 @@ class GatheredRows(NamedRows):
             Of an entry.
         dtype
             By default torch's default dtype, or, where no table of this shape has that, the only one that there is.
-        trainable
+        requires_grad
             Whether it is the table of the entries that require gradients, or that of the others; by default either.
 
         Returns
         -------
         torch.nn.Parameter
-            ``[capacity, *shape]``, with rows that have no name. :meth:`rows` returns the rows of names.
+            ``[capacity, *shape]``, with rows that have no name. :meth:`indices` returns the rows of names.
 
         Raises
         ------
@@ -445,7 +447,7 @@ class GatheredRows(NamedRows):
             If names lie in several. :meth:`gather` finds the table of each name; ``get_parameter`` takes the name of a
             table; ``StackedParameterDict(sd.named_state_dict())`` has one for all.
         """
-        wanted = Kind(as_shape(shape), dtype or torch.get_default_dtype(), trainable is not False)
+        wanted = Kind(as_shape(shape), dtype or torch.get_default_dtype(), requires_grad is not False)
         parameters = [(table, self._parameter(table)) for table in self._tables]
         of_shape = [(table, one) for table, one in parameters if tuple(one.shape[1:]) == wanted.shape]
         dtypes = {one.dtype for _, one in of_shape}
@@ -454,7 +456,7 @@ class GatheredRows(NamedRows):
         fitting = [
             (table, one)
             for table, one in of_shape
-            if one.dtype in wanted_dtypes and trainable in (None, one.requires_grad)
+            if one.dtype in wanted_dtypes and requires_grad in (None, one.requires_grad)
         ]
         if len(fitting) > 1:
             # A sort keeps the order of those that are alike.
@@ -465,7 +467,7 @@ class GatheredRows(NamedRows):
                 raise ValueError(
                     f"expected one table of {wanted} with names, got {listed}: a row of one is another name's in the "
                     "others. gather(names) finds the table of each name, get_parameter(table) gives the one of a name, "
-                    "and trainable= chooses between those that require gradients and those that do not"
+                    "and requires_grad= chooses between those that require gradients and those that do not"
                 )
             fitting = with_names or fitting
         for _, parameter in fitting:
@@ -527,8 +529,8 @@ class GatheredRows(NamedRows):
     def compact(self) -> None:
         """Give the rows the order of the names, and the memory of all other rows back. **O(n)**.
 
-        Gradients, frozen rows and the state of attached optimizers move along; handles notice it. Not for use between
-        a forward pass and its backward pass: gradients that are still to come would reach other rows.
+        Gradients, frozen rows and the state of attached optimizers move along, and each Lookup notices it. Not for use
+        between a forward pass and its backward pass: gradients that are still to come would reach other rows.
 
         Raises
         ------
@@ -536,7 +538,7 @@ class GatheredRows(NamedRows):
             If an optimizer that is not attached has state for the rows.
         """
         with self._lock.change():
-            ids = self._index.rows()
+            ids = self._index.indices()
             numbers = table_of(ids)
             for number, table in enumerate(self._tables):
                 there = np.flatnonzero(numbers == number)
@@ -569,21 +571,21 @@ def _check_missing(missing: str) -> None:
         raise ValueError(f"missing must be 'error', 'skip', 'zero' or 'insert', got {missing!r}")
 
 
-def _table_of_all(stacked: GatheredRows, handle: Handle) -> Tensor | None:
-    """Return the table that all names of a handle lie in, whose rows are up to date then; None if there is no such one.
+def _table_of_all(stacked: GatheredRows, lookup: Lookup) -> Tensor | None:
+    """Return the table that all names of a Lookup lie in, whose rows are up to date then; None if there is no such one.
 
-    This is all that a handle costs in every step: it looks up no attribute through ``Module.__getattr__``, which takes
+    This is all that a Lookup costs in every step: it looks up no attribute through ``Module.__getattr__``, which takes
     several times as long as in a dict, and makes no ``torch.device``.
     """
     state = stacked.__dict__
-    if handle._owner is not stacked or handle._moves != state["_moves"]:
-        stacked._refresh(handle)
-    table = handle._table
+    if lookup._owner is not stacked or lookup._moves != state["_moves"]:
+        stacked._refresh(lookup)
+    table = lookup._table
     if table is None:
         return None
     parameter: Tensor | None = state["_parameters"].get(table.attribute)
     if parameter is None or table.frozen is not None:
         parameter = stacked._parameter(table)
-    if not (handle._on_cpu and parameter.is_cpu):
-        stacked._refresh(handle)
+    if not (lookup._on_cpu and parameter.is_cpu):
+        stacked._refresh(lookup)
     return parameter

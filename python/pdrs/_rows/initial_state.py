@@ -3,7 +3,7 @@
 Of torch's own optimizers it is known. Any other is asked: one of its class, with the same options, steps on a small
 parameter without a gradient, and what it puts into its state first is looked at. It need not be zeros: the averages of
 ScheduleFree and the slow weights of Lookahead begin with the value, a sum of squares with a small number. What does not
-tell is refused, and the user can say what it is: ``attach(optimizer, begins={"z": "value"})``.
+tell is refused, and the user can say what it is: ``attach_optimizer(optimizer, initial_state={"z": "value"})``.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def beginning(optimizer: Any, parameter: Tensor, key: str) -> Beginning | None:
 def _unknown(optimizer: Any, key: str) -> RuntimeError:
     return RuntimeError(
         f"cannot tell what the state '{key}' of {type(optimizer).__name__} begins with for a new name: say so by "
-        f'attach(optimizer, begins={{"{key}": 0.0}}), or {{"{key}": "value"}} if it begins as a copy of the parameter'
+        f'attach_optimizer(optimizer, initial_state={{"{key}": 0.0}}), or {{"{key}": "value"}} if it begins as '
+        "a copy of the parameter"
     )
 
 

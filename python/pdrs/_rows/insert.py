@@ -158,7 +158,7 @@ class NamedRows(Tables):
             last = {name: at for at, name in enumerate(names)}
             names, kept = list(last), list(last.values())
             values, kinds = [values[at] for at in kept], kinds[kept]
-        held = self._index.lookup(names, -1)
+        held = self._index.indices(names, missing=-1)
         groups = self._groups_of(names)
         # What decides where an entry goes: what it is, where it lies now, and its group of options.
         columns = [kinds, table_of(held)]
@@ -306,7 +306,7 @@ class NamedRows(Tables):
         Examples
         --------
         >>> import torch, pdrs
-        >>> sd = pdrs.StackedParameterDict.from_rows(["a", "b", "c"], torch.tensor([[3.0], [0.1], [-2.0]]))
+        >>> sd = pdrs.StackedParameterDict.from_tensor(["a", "b", "c"], torch.tensor([[3.0], [0.1], [-2.0]]))
         >>> sd.select(sd.norms() > 1)
         ['a', 'c']
 
@@ -337,7 +337,7 @@ class NamedRows(Tables):
         Prune the names with the smallest norms:
 
         >>> import torch, pdrs
-        >>> sd = pdrs.StackedParameterDict.from_rows(["a", "b", "c"], torch.tensor([[3.0], [0.1], [-2.0]]))
+        >>> sd = pdrs.StackedParameterDict.from_tensor(["a", "b", "c"], torch.tensor([[3.0], [0.1], [-2.0]]))
         >>> sd.drop(sd.norms() < 1)
         >>> list(sd)
         ['a', 'c']
@@ -346,7 +346,7 @@ class NamedRows(Tables):
         with self._lock:
             gone = self._index.select(names) if is_mask(names) else as_list(names)
             with self._lock.change():
-                ids = self._index.lookup(gone, -1)
+                ids = self._index.indices(gone, missing=-1)
                 changes = Changes()
                 changes.call(remove_names, self._index, gone)  # which refuses what cannot be removed
                 self._free(changes, np.unique(ids[ids >= 0]) if ids.min(initial=0) < 0 else ids)

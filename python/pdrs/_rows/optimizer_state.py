@@ -217,7 +217,7 @@ def refuse_strangers(parameter: Tensor, attached: Sequence[Optimizer], what: str
             name = type(optimizer).__name__
             raise RuntimeError(
                 f"cannot {what}: the state of an optimizer ({name}) that has stepped on it would belong to other "
-                "names. Call attach(optimizer) on this dictionary, so that the state follows the names"
+                "names. Call attach_optimizer(optimizer) on this dictionary, so that the state follows the names"
             )
 
 

@@ -280,7 +280,7 @@ class SavedRows(TrainedRows):
             if attribute not in old and hasattr(self, attribute):
                 raise ValueError(f"the table '{attribute}' cannot be made: there is another attribute of that name")
         numbers, rows = table_of(ids), row_of(ids)
-        before = self._index.lookup(list(index), -1)
+        before = self._index.indices(list(index), missing=-1)
         plan = []
         for number, (attribute, group, trainable, used, _) in enumerate(header.tables):
             there = numbers == number
@@ -435,7 +435,7 @@ def _load_whole(sd: SavedRows, state_dict: Any) -> bool:
         return False
     if parameter.device.type == "meta":
         return False
-    ids = sd._index.lookup(names, -1)
+    ids = sd._index.indices(names, missing=-1)
     if ids.min() < 0:
         return False
     classes, _ = sort_tensors(values)
@@ -472,7 +472,7 @@ def _load_named(
         taken = sorted(set(range(len(keys))).difference(odd))
         sd._insert([names[at] for at in taken], [_as_entry(values[at]) for at in taken])
         return
-    ids = sd._index.lookup(names, -1)
+    ids = sd._index.indices(names, missing=-1)
     if strict:
         unexpected_keys += [keys[at] for at in np.flatnonzero(ids < 0)]
         if (ids >= 0).sum() < len(sd._index):

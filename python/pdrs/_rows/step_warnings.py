@@ -207,7 +207,7 @@ def _look_at_untrained(key: int) -> None:
         _warn(
             f"the table '{table.attribute}' of a StackedParameterDict has had gradients in {_UNTRAINED} steps, and no "
             "optimizer has it, so nothing trains it. A dictionary that is empty has no table for an optimizer: "
-            "attach(optimizer) the optimizer before names come, or reserve(n, shape=...) before the optimizer is made",
+            "call attach_optimizer(optimizer) before names come, or reserve(n, shape=...) before the optimizer is made",
             UntrainedTableWarning,
         )
 

@@ -64,7 +64,7 @@ class Kind(NamedTuple):
         name = f"{str(self.dtype).removeprefix('torch.')}_{size}"
         if self.group:
             name += f"_group{self.group}"
-        return name if self.trainable else f"{name}_frozen"
+        return name if self.trainable else f"{name}_no_grad"
 
     def __str__(self) -> str:
         """Describe it in an error."""
@@ -685,7 +685,7 @@ class Tables(Module):
     # -- the optimizers ------------------------------------------------------------------------------------------------
 
     @untraced
-    def attach(self, optimizer: Optimizer, *, begins: Mapping[str, Beginning] | None = None) -> None:
+    def attach_optimizer(self, optimizer: Optimizer, *, initial_state: Mapping[str, Beginning] | None = None) -> None:
         """Let the state of an optimizer follow the names: grown, cleared and moved with the rows. **O(tables)**.
 
         State that has a row for each row of a table (the moments of Adam, the sums of Adagrad, momentum) belongs to the
@@ -702,7 +702,7 @@ class Tables(Module):
         ----------
         optimizer
             One that has tables of this dictionary.
-        begins
+        initial_state
             What its state begins with for a new name, by the keys of the state: a number, or ``"value"`` for a copy of
             the parameter. Needed only if pdrs cannot tell. It knows torch's optimizers. For others, an optimizer of the
             same class and options takes a step on a small parameter.
@@ -732,7 +732,7 @@ class Tables(Module):
                     for _ in optimizer_state.of_rows(part, parameter):
                         pass
             for part in parts:
-                declare(part, begins or {})
+                declare(part, initial_state or {})
                 if not optimizer_state.is_among(part, self._attached()):
                     self._optimizers.append(weakref.ref(part))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pdrs._core import TableRows, replace_ids
 from pdrs._rows import optimizer_state
-from pdrs._rows.gather import GatheredRows, Handle
+from pdrs._rows.gather import GatheredRows, Lookup
 from pdrs._rows.row_ids import id_of, row_of, table_of
 from pdrs._rows.store import Kind, Table, mask_device, whole
 from pdrs._rows.write import write_rows
@@ -46,7 +46,7 @@ class TrainedRows(GatheredRows):
         Examples
         --------
         >>> import torch, pdrs
-        >>> sd = pdrs.StackedParameterDict.from_rows(["a", "b"], torch.zeros(2, 2))
+        >>> sd = pdrs.StackedParameterDict.from_tensor(["a", "b"], torch.zeros(2, 2))
         >>> sd.gather(["b"]).sum().backward()
         >>> {name: gradient.tolist() for name, gradient in sd.named_grads()}
         {'a': [0.0, 0.0], 'b': [1.0, 1.0]}
@@ -86,7 +86,7 @@ class TrainedRows(GatheredRows):
             ``[len(self)]``, on the device of the first table.
         """
         with self._lock.read():
-            ids = self._index.rows()
+            ids = self._index.indices()
             device = self._device()
             norms = torch.zeros(len(ids), device=device)
             numbers = table_of(ids)
@@ -106,7 +106,7 @@ class TrainedRows(GatheredRows):
     # -- frozen rows ---------------------------------------------------------------------------------------------------
 
     @untraced
-    def freeze(self, names: Names | Handle) -> None:
+    def freeze(self, names: Names | Lookup) -> None:
         """Mask the gradients of some names until they are unfrozen. **O(m)** for ``m`` names, and **O(capacity)** once.
 
         The gradient that ``backward`` gives these rows is set to zero, dense or sparse, and so is the one that they
@@ -128,7 +128,7 @@ class TrainedRows(GatheredRows):
         Examples
         --------
         >>> import torch, pdrs
-        >>> sd = pdrs.StackedParameterDict.from_rows(["a", "b"], torch.zeros(2, 2))
+        >>> sd = pdrs.StackedParameterDict.from_tensor(["a", "b"], torch.zeros(2, 2))
         >>> sd.freeze(["a"])
         >>> sd.gather(["a", "b"]).sum().backward()
         >>> sd.table((2,)).grad.tolist()
@@ -154,7 +154,7 @@ class TrainedRows(GatheredRows):
             changes.make()
 
     @untraced
-    def unfreeze(self, names: Names | Handle | None = None) -> None:
+    def unfreeze(self, names: Names | Lookup | None = None) -> None:
         """Let names, or all, have gradients again; those that are not frozen are passed over. **O(m + capacity)**."""
         with self._lock.change():
             changes = Changes()
@@ -171,7 +171,7 @@ class TrainedRows(GatheredRows):
             for table in self._tables:
                 table.hook(self._parameter(table))
 
-    def _by_table(self, names: Names | Handle) -> list[tuple[Table, Any]]:
+    def _by_table(self, names: Names | Lookup) -> list[tuple[Table, Any]]:
         ids = self._look_up(names)
         numbers = table_of(ids)
         return [(self._tables[number], row_of(ids[numbers == number])) for number in np.unique(numbers)]
@@ -179,13 +179,13 @@ class TrainedRows(GatheredRows):
     # -- groups of options ---------------------------------------------------------------------------------------------
 
     @untraced
-    def optimizer_groups(self, by: Mapping[str, Mapping[str, Any]], **others: Any) -> list[dict[str, Any]]:
+    def param_groups(self, by: Mapping[str, Mapping[str, Any]], **others: Any) -> list[dict[str, Any]]:
         r"""Return parameter groups for an optimizer, whose options depend on the names. **O(n)** a pattern.
 
         An optimizer's options belong to whole tables. So names of one shape and different options are first moved into
         different tables, once, and new names go to the table of their pattern from then on. What this costs: a pattern
         is searched in every name, in Python; and to gather names of two groups takes a few operations more than to
-        gather those of one. Call it before the optimizer is made, and :meth:`attach` the optimizer, so that tables that
+        gather those of one. Call it before the optimizer is made, then :meth:`attach_optimizer`, so that tables that
         are made later join their group. Frozen names stay frozen, the state of attached optimizers moves along, and the
         gradients of names that move are dropped.
 
@@ -213,8 +213,8 @@ class TrainedRows(GatheredRows):
         --------
         >>> import torch, pdrs
         >>> sd = pdrs.StackedParameterDict({"0.weight": torch.ones(2), "0.bias": torch.ones(2)})
-        >>> groups = sd.optimizer_groups(by={r"bias$": {"weight_decay": 0.0}}, weight_decay=0.1)
-        >>> sd.attach(torch.optim.AdamW(groups))
+        >>> groups = sd.param_groups(by={r"bias$": {"weight_decay": 0.0}}, weight_decay=0.1)
+        >>> sd.attach_optimizer(torch.optim.AdamW(groups))
         >>> [name for name, _ in sd.named_parameters()]
         ['float32_2', 'float32_2_group1']
 
@@ -253,7 +253,7 @@ class TrainedRows(GatheredRows):
         changes = Changes()
         try:
             self.__dict__["_patterns"] = patterns
-            ids = self._index.rows()
+            ids = self._index.indices()
             numbers = table_of(ids)
             groups = np.array(self._groups_of(list(self._index)) or np.zeros(len(ids), np.int64), dtype=np.int64)
             homes, moves = [], []

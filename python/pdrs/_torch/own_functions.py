@@ -6,7 +6,8 @@ subclasses override. So a fast path is taken only if every function that torch's
 is torch's own (or this package's, which does the same), and if the Parameters lie in an exact dict. Otherwise the
 method calls those functions. This module is the one place that says which functions those are.
 
-The answer is kept natively under the version tag of the class, which changes with any patch (``torch/own_functions.rs``).
+The answer is kept natively under the version tag of the class, which changes with any patch
+(``rust/python/src/torch/own_functions.rs``).
 """
 
 from __future__ import annotations

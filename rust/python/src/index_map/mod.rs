@@ -63,7 +63,7 @@ struct State {
 /// >>> index = pdrs.IndexMap.from_names(["a", "b", "c"])
 /// >>> index["b"], index.popitem(last=False), list(index)
 /// (1, ('a', 0), ['b', 'c'])
-/// >>> index.lookup(["c", "b", "c"])
+/// >>> index.indices(["c", "b", "c"])
 /// array([2, 1, 2])
 #[allow(
     clippy::doc_markdown,
@@ -374,6 +374,28 @@ fn number_distinct(names: &Bound<'_, PyAny>) -> PyResult<Option<Map<Name, i64>>>
     });
     let map = Map::from_distinct(exact.zip(0..)).or_raise()?.ok();
     Ok(map.filter(|_| all_exact))
+}
+
+/// An argument that may be left out, and is not taken for left out if it is None.
+struct Given<'py>(Option<Bound<'py, PyAny>>);
+
+impl<'py> FromPyObject<'_, 'py> for Given<'py> {
+    type Error = std::convert::Infallible;
+
+    fn extract(given: Borrowed<'_, 'py, PyAny>) -> Result<Self, Self::Error> {
+        Ok(Self(Some(given.to_owned())))
+    }
+}
+
+/// What stands for names that are not there: a number, or `None` if they are an error.
+fn number_for_missing(missing: &Bound<'_, PyAny>) -> PyResult<Option<i64>> {
+    let Ok(text) = missing.cast::<PyString>() else {
+        return missing.extract().map(Some);
+    };
+    if text == "error" {
+        return Ok(None);
+    }
+    Err(PyValueError::new_err(format!("missing must be 'error' or a number, got {}", text.repr()?)))
 }
 
 fn copies(py: Python<'_>) -> PyResult<Bound<'_, PyModule>> {
@@ -769,14 +791,15 @@ impl IndexMap {
         Ok(PyArray1::from_vec(py, self.append(py, to_names(names)?)?))
     }
 
-    /// Return the rows of many names in one call.
+    /// Return the rows of many names in one call. **O(m)** for ``m`` names, several times less than ``m`` look-ups.
     ///
     /// Parameters
     /// ----------
     /// names
-    ///     A list, array, column of another library or other iterable of ``str``; repeated names are fine.
-    /// default
-    ///     The number for names that are not there.
+    ///     A list, array, column of another library or other iterable of ``str``; repeated names are fine. By default
+    ///     all names of the map, in order.
+    /// missing
+    ///     ``"error"``, or the number that stands for a name that is not there.
     ///
     /// Returns
     /// -------
@@ -786,12 +809,22 @@ impl IndexMap {
     /// Raises
     /// ------
     /// KeyError
-    ///     If names are missing and there is no ``default``; it counts them and lists some.
-    ///
-    /// Cost: **O(m)** for ``m`` names, several times less than ``m`` single look-ups.
-    #[pyo3(signature = (names, default=None))]
-    fn lookup<'py>(&self, names: &Bound<'py, PyAny>, default: Option<i64>) -> PyResult<Bound<'py, PyArray1<i64>>> {
-        let (py, names) = (names.py(), &listed(names)?);
+    ///     If names are missing and ``missing`` is ``"error"``; it counts them and lists some.
+    /// ValueError
+    ///     If ``missing`` is another text.
+    #[pyo3(signature = (names=Given(None), *, missing=None), text_signature = "($self, names=..., *, missing='error')")]
+    fn indices<'py>(
+        &self,
+        py: Python<'py>,
+        names: Given<'py>,
+        missing: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyArray1<i64>>> {
+        let default = missing.map_or(Ok(None), number_for_missing)?;
+        let Given(Some(names)) = names else {
+            let rows = memory::collect(self.read(py).map.iter().map(|(_, row)| *row))?;
+            return Ok(PyArray1::from_vec(py, rows));
+        };
+        let names = &listed(&names)?;
         if let Some(mut rows) = self.rows_of_listed(names)?
             && (default.is_some() || rows.iter().all(|row| *row >= 0))
         {
@@ -823,12 +856,6 @@ impl IndexMap {
         Err(PyKeyError::new_err(format!("{count} of {total} names are not in the IndexMap: {listed}{more}")))
     }
 
-    /// Return the rows of all names in order: int64 of shape ``[n]``. **O(n)**.
-    fn rows<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray1<i64>>> {
-        let rows = memory::collect(self.read(py).map.iter().map(|(_, row)| *row))?;
-        Ok(PyArray1::from_vec(py, rows))
-    }
-
     /// Return the names, in order, at whose places a mask is true. **O(n)**.
     ///
     /// Parameters
@@ -847,7 +874,7 @@ impl IndexMap {
     /// --------
     /// >>> import pdrs
     /// >>> index = pdrs.IndexMap({"a": 3, "b": 0, "c": 5})
-    /// >>> index.select(index.rows() > 1)
+    /// >>> index.select(index.indices() > 1)
     /// ['a', 'c']
     fn select<'py>(&self, py: Python<'py>, mask: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyList>> {
         static AS_MASK: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
