@@ -4,10 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 RUST := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -o -name 'Cargo.toml')
-PATHS := python tests benchmarks examples
+PATHS := python tests benchmarks examples tools
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench gpu wheel clean tools
+.PHONY: help demo test check bench shape gpu wheel clean tools
 
 help: ## Print the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -31,6 +31,9 @@ check: $(VENV)/built ## Check format, lints, types, stubs, and run the code in R
 bench: $(VENV)/built ## Measure side by side with torch, write tables and plots (about forty minutes)
 	$(BIN)/python benchmarks/run.py
 
+shape: ## Print figures of the structure beside their bounds: import circles, layers, unsafe code, long sentences
+	$(PYTHON) tools/shape.py
+
 gpu: ## On a machine with a CUDA device: test and measure there, with what is installed or was carried in (eight minutes)
 	$(if $(wildcard $(VENV)/built),$(BIN)/python,$(PYTHON)) benchmarks/on_gpu.py
 
@@ -41,7 +44,7 @@ wheel: | tools ## Build a wheel into dist/, with what `make gpu` needs beside to
 clean: ## Remove what the other targets made
 	rm -rf $(VENV) target dist python/pdrs/_core*.so python/pdrs/_core*.pyd
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find python tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
+	find $(PATHS) -name __pycache__ -prune -exec rm -rf {} +
 
 tools:
 	@command -v cargo >/dev/null || { echo "cargo is missing: install Rust (stable) from https://rustup.rs" >&2; exit 1; }
