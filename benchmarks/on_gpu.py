@@ -1,8 +1,8 @@
 """Run on a GPU what needs one: the tests marked ``gpu``, then the suite ``gpu`` of the benchmarks; for ``make gpu``.
 
 It takes eight minutes at most. Where there is no GPU it says so, and that is no error. It uses the torch of the Python
-that runs it. pdrs, and what the tests need, are taken from that Python too, or else from the wheels that ``make wheel``
-has put into ``dist`` on another machine: nothing is fetched and nothing is compiled.
+that runs it. pdrs, and what the tests need, are taken from that Python too, or else from the wheels that ``make
+wheelhouse`` has put into ``dist`` on another machine: nothing is fetched and nothing is compiled.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def main() -> int:
         return status
     environment = dict(os.environ)
     if any(find_spec(module) is None for module in NEEDED):
-        if not list(WHEELS.glob("pdrs-*.whl")):
-            print(f"pdrs is not installed: run `make wheel PYTHON=...` where it can be built, and bring {WHEELS.name}/")
+        if not list(WHEELS.glob("pdrs_torch-*.whl")):
+            print(f"pdrs is not installed: run `make wheelhouse PYTHON=...` elsewhere, and bring {WHEELS.name}/ here")
             return 1
         install()
         environment["PYTHONPATH"] = str(INSTALLED)

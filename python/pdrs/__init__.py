@@ -22,7 +22,7 @@ __all__ = [
     "set_staging",
     "to",
 ]
-__version__ = version("pdrs")
+__version__ = version("pdrs-torch")  # The distribution; pdrs on PyPI is another project.
 
 # An ImportError now, and not in the middle of a move, where torch does not give its tensors as pdrs reads them.
 group_tensors([])
