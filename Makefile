@@ -1,13 +1,18 @@
 # The only commands anyone needs. The first run makes .venv and builds; later ones reuse what is there.
 
+# Several environments side by side: make test PYTHON=python3.12 TORCH='torch==2.10.*' VENV=.venv312
 PYTHON ?= python3
+TORCH := torch
 VENV := .venv
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 RUST := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -o -name 'Cargo.toml')
 PATHS := python tests benchmarks examples tools
+DIST := dist
+BUILDER := target/maturin
+MATURIN := $(firstword $(wildcard $(BIN)/maturin) $(BUILDER)/bin/maturin)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench shape gpu wheel clean tools
+.PHONY: help demo test check bench shape gpu wheel sdist wheelhouse clean tools same
 
 help: ## Print the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -37,9 +42,14 @@ shape: ## Print figures of the structure beside their bounds: import circles, la
 gpu: ## On a machine with a CUDA device: test and measure there, with what is installed or was carried in (eight minutes)
 	$(if $(wildcard $(VENV)/built),$(BIN)/python,$(PYTHON)) benchmarks/on_gpu.py
 
-wheel: | tools ## Build a wheel into dist/, with what `make gpu` needs beside torch on a machine without a network
-	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
-	$(PYTHON) -m pip download --quiet --only-binary=:all: --dest dist pytest pytest-timeout hypothesis tqdm
+wheel: | tools $(MATURIN) ## Build a wheel for PYTHON into dist/
+	$(MATURIN) build --release --locked --quiet --out $(DIST) --interpreter $(PYTHON)
+
+sdist: | tools $(MATURIN) ## Build a source distribution into dist/
+	$(MATURIN) sdist --out $(DIST)
+
+wheelhouse: wheel ## Add to dist/ what `make gpu` needs beside torch on a machine without a network
+	$(PYTHON) -m pip download --quiet --only-binary=:all: --dest $(DIST) pytest pytest-timeout hypothesis tqdm
 
 clean: ## Remove what the other targets made
 	rm -rf $(VENV) target dist python/pdrs/_core*.so python/pdrs/_core*.pyd
@@ -53,12 +63,26 @@ tools:
 		{ echo "$(PYTHON) is missing, older than 3.10, or without venv: install it (Debian: apt install python3-venv)," \
 		"or name another: make PYTHON=python3.12" >&2; exit 1; }
 
-$(VENV)/installed: pyproject.toml | tools
+# An environment has one Python and one torch. Asking an existing one for others is an error.
+same:
+	@if test -x $(BIN)/python && test '$(origin PYTHON)' != file; then \
+		version='import sys; print(sys.implementation.name, *sys.version_info[:3])'; \
+		test "$$($(PYTHON) -c "$$version")" = "$$($(BIN)/python -c "$$version")" || \
+		{ echo "$(VENV) has another Python than $(PYTHON): choose another VENV, or remove this one" >&2; exit 1; }; fi
+	@if test -e $(VENV)/installed && test '$(origin TORCH)' != file; then \
+		test '$(TORCH)' = "$$(cat $(VENV)/installed)" || \
+		{ echo "$(VENV) has another torch than $(TORCH): choose another VENV, or remove this one" >&2; exit 1; }; fi
+
+$(BUILDER)/bin/maturin: | tools
+	$(PYTHON) -m venv $(BUILDER)
+	$(BUILDER)/bin/python -m pip install --quiet 'maturin>=1.9.4,<2'
+
+$(VENV)/installed: pyproject.toml | tools same
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --group contribute
-	touch $@
+	$(BIN)/python -m pip install --quiet '$(TORCH)' --group contribute
+	echo '$(TORCH)' > $@
 
-$(VENV)/built: $(VENV)/installed $(RUST) pyproject.toml | tools
+$(VENV)/built: $(VENV)/installed $(RUST) pyproject.toml | tools same
 	VIRTUAL_ENV=$(CURDIR)/$(VENV) PIP_QUIET=1 $(BIN)/maturin develop --release --quiet
 	touch $@

@@ -27,8 +27,9 @@ pytest_plugins = ["fake_cuda.plugin"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Explain the marker to pytest."""
+    """Explain the markers to pytest."""
     config.addinivalue_line("markers", "gpu: needs the kernels of a real GPU, which the fake runtime has not")
+    config.addinivalue_line("markers", "slow: takes seconds; `pytest -m 'not slow'` leaves it out")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
