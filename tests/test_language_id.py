@@ -121,8 +121,8 @@ def test_all_kinds_learn_the_same(example: SimpleNamespace, kind: str) -> None:
         trained = example.models.train(model, words, batch=100, rate=0.1, seed=3)
         assert (trained.words, trained.steps) == (len(words), -(-len(words) // 100))
     assert len(other.weights) == len(stacked.weights) == len(names)
-    torch.testing.assert_close(other.eval().indices(names), stacked.eval().indices(names), rtol=1e-4, atol=1e-6)
-    assert stacked.indices(names).abs().sum() > 1
+    torch.testing.assert_close(other.eval().rows(names), stacked.eval().rows(names), rtol=1e-4, atol=1e-6)
+    assert stacked.rows(names).abs().sum() > 1
 
 
 def test_ngrams_that_were_not_chosen_count_for_nothing(example: SimpleNamespace) -> None:
@@ -148,7 +148,7 @@ def test_pruning_keeps_what_has_the_largest_norms_in_order(example: SimpleNamesp
     )
     model.prune(2)
     assert list(model.weights) == ["<a", "b>"]
-    assert model.eval().indices(["b>", "ab"]).tolist() == [[2, -5], [0, 0]]
+    assert model.eval().rows(["b>", "ab"]).tolist() == [[2, -5], [0, 0]]
 
 
 def test_what_is_loaded_scores_as_what_was_saved(example: SimpleNamespace, tmp_path: Path) -> None:
