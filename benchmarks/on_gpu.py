@@ -25,7 +25,7 @@ TEST_SECONDS = 200
 MEASURE_SECONDS = 150
 KILL_SECONDS = 260
 
-TESTS = ["-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "tests/test_gpu.py"]
+TESTS = ["-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "tests/moves/test_gpu.py"]
 MEASURE = ["benchmarks/run.py", "--suite", "gpu", "--sizes", "1000,10000,100000,1000000", "--repeats", "3"]
 MEASURE += ["--seconds", str(MEASURE_SECONDS), "--output", "benchmarks/results"]
 

@@ -7,7 +7,7 @@ gathered into a block of page-locked memory, which the device fetches on a side 
     side stream              | copy 0   | copy 1   | copy 2               | copy 3 | ...
     current stream  work ...                                                       | waits, then work ...
 
-Three guards keep that right; tests/test_transfer_guards.py deletes each line of them to see that it is needed:
+Three guards keep that right; tests/moves/test_transfer_guards.py deletes each line of them to see that it is needed:
 
 - An *event* a block says when it may be filled, or read, again. Without it the device fetches what belongs to a later
   block, or the host reads what has not come yet.

@@ -24,7 +24,7 @@ from torch.nn import Parameter
 from torch.nn.modules import module as registration
 
 import pdrs
-from pdrs._torch.huge_pages import collector_paused
+from pdrs._torch.gc_pause import collector_paused
 
 Kind = type[nn.ParameterDict]
 

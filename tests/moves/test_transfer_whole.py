@@ -18,13 +18,13 @@ from typing import Any
 
 import pytest
 import torch
+from test_transfer import assert_same, same_values, state_of, tensors_of, with_grad
 from torch import nn
 from torch.nn import Parameter
 from torch.utils._device import DeviceContext
 
 import pdrs
 from pdrs._core import complete_move, group_tensors
-from test_transfer import assert_same, same_values, state_of, tensors_of, with_grad
 
 PD = pdrs.ParameterDict
 

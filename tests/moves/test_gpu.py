@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks are impl
 
 SD = pdrs.StackedParameterDict
 PD = pdrs.ParameterDict
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

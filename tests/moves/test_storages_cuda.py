@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from test_storages import MOVES, PD, assert_apart, entries, kept_by_storage, loaded, model, opened, tensors_of, tied
 
 import pdrs
 from fake_cuda.control import Control
 from pdrs._moves import staging
-from test_storages import MOVES, PD, assert_apart, entries, kept_by_storage, loaded, model, opened, tensors_of, tied
 
 pytestmark = pytest.mark.cuda(devices=2)
 

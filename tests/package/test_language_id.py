@@ -18,7 +18,7 @@ import torch
 
 import pdrs
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "language_id"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "language_id"
 SMALL = ["--ngrams", "300", "--words", "60", "--seconds", "1", "--batch", "512", "--keep", "1500"]
 PNG = b"\x89PNG\r\n\x1a\n"
 

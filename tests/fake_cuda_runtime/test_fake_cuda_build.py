@@ -28,7 +28,7 @@ needs_build = pytest.mark.skipif(bool(REASON), reason=REASON)
 def test_processes_that_build_at_once_get_the_same_folder(tmp_path):
     code = "import sys, pathlib; import fake_cuda.build as b; b.CACHE = pathlib.Path(sys.argv[1]); print(b.build())"
     command = [sys.executable, "-c", code, str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     processes = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     folders = [process.communicate()[0].strip() for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
@@ -108,7 +108,7 @@ def test_every_test_is_reported_as_what_it_was(tmp_path):
     (tmp_path / "test_inner.py").write_text(TESTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     command = [sys.executable, "-m", "pytest", "-p", "fake_cuda.plugin", "-rA", "test_inner.py"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     summary = done.stdout.partition("short test summary")[2]
     assert "2 failed, 3 passed, 1 skipped" in summary, done.stdout

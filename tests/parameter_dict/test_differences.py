@@ -23,7 +23,7 @@ from torch.nn import Parameter
 
 import pdrs
 
-SEMANTICS = Path(__file__).parent.parent / "docs" / "semantics.md"
+SEMANTICS = Path(__file__).parents[2] / "docs" / "semantics.md"
 
 # Names that torch's class cannot have: with dots, and of attributes of a Module.
 NOT_FOR_TORCH = [
@@ -73,7 +73,9 @@ def test_the_table_has_a_row_for_each_test_and_a_test_for_each_row() -> None:
     table = SEMANTICS.read_text(encoding="utf-8").partition("## Differences")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| (?!-|\s*\|)", table, re.MULTILINE)
     tests = [name for name in globals() if name.startswith("test_difference_")]
-    assert len(rows) == len(tests), "docs/semantics.md and tests/test_differences.py must list the same differences"
+    assert len(rows) == len(tests), (
+        "docs/semantics.md and tests/parameter_dict/test_differences.py must list the same differences"
+    )
 
 
 @pytest.mark.parametrize("key", NOT_FOR_TORCH)

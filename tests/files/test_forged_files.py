@@ -4,7 +4,7 @@ The bugs that this hunts: memory for sizes that a file only claims, which ends t
 torch's in the place of a CheckpointError; what opens, and fails at the first insertion; tables that share memory.
 
 A seeded fuzzer changes fields of packed names, of headers and metadata, of deltas, of the index of shards and of what
-``torch.save`` writes, and repairs the checksums. To run it for long: ``python tests/test_forged_files.py 100000``.
+``torch.save`` writes, and repairs the checksums. For a long run: ``python tests/files/test_forged_files.py 100000``.
 """
 
 from __future__ import annotations
