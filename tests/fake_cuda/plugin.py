@@ -114,6 +114,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
         elif not gpus:
             item.stash[_sent_away] = True
+    # First, because pytest sets nothing up for them: between others they would leave what those have set up.
+    items.sort(key=lambda item: not item.stash.get(_sent_away, False))
 
 
 @pytest.hookimpl(tryfirst=True)
