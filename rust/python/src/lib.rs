@@ -12,7 +12,8 @@ mod torch;
 
 use pyo3::prelude::*;
 
-#[pymodule]
+// Free-threaded builds of Python are not tested yet: there this makes Python switch its GIL on.
+#[pymodule(gil_used = true)]
 mod _core {
     use pyo3::prelude::*;
 
