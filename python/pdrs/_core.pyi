@@ -297,10 +297,8 @@ class TensorGroup:
         Each place begins at a multiple of 16 to 64 bytes, so that none lies on more cache lines than it must.
     length
         The number of elements of the slab: those of the tensors, and gaps for alignment.
-    nbytes
-        The bytes of the tensors, without gaps.
     largest
-        The bytes of the largest of them.
+        The bytes of the largest of the tensors.
     dtype, device
         Of the tensors.
     overlapping
@@ -311,7 +309,7 @@ class TensorGroup:
     ``[p.to(torch.float64) for p in parameters]`` in place, for a million of them:
 
     >>> import torch
-    >>> from pdrs._core import group_tensors
+    >>> from pdrs._core import complete_move, group_tensors
     >>> parameters = [torch.nn.Parameter(torch.full((2, 3), float(n))) for n in range(4)]
     >>> groups, unusual = group_tensors(parameters)
     >>> for group in groups:
@@ -319,7 +317,7 @@ class TensorGroup:
     ...     if slab is None:
     ...         slab = torch.empty(group.length, dtype=group.dtype)
     ...         group.gather(slab)
-    ...     group.rebind(slab.to(torch.float64))
+    ...     complete_move([(group, slab.to(torch.float64))])
     >>> unusual, parameters[3].dtype, parameters[3][0].tolist()
     ([], torch.float64, [3.0, 3.0, 3.0])
 
@@ -331,8 +329,6 @@ class TensorGroup:
     def offsets(self) -> NDArray[np.int64]: ...
     @property
     def length(self) -> int: ...
-    @property
-    def nbytes(self) -> int: ...
     @property
     def largest(self) -> int: ...
     @property
@@ -375,40 +371,14 @@ class TensorGroup:
             As for ``gather``, and if a tensor is expanded (several of its elements share memory) or was made in
             inference mode. Nothing has been changed.
         """
-    def rebind(self, slab: Tensor, *, door: _Door | None = None) -> None:
-        """Make each tensor's data its place in ``slab``, as ``tensor.data = view`` does.
-
-        The tensors stay the same objects. Everything that torch might refuse is looked at before the first tensor is
-        changed. After this the tensors lie elsewhere, and the group is of no more use.
-
-        Parameters
-        ----------
-        slab
-            A contiguous tensor of any dtype with ``length`` elements or more, on the CPU or a CUDA device. The tensors
-            keep it alive; it must not be resized.
-        door
-            How views are made; by default ``"from_blob"`` (torch 2.14 and later) or ``"dlpack"``. Each has a storage of
-            its own over the memory of the slab, so that nothing takes it for tied to another, and ``torch.save`` of one
-            writes its own bytes only. ``record_stream`` of such a tensor does nothing; all streams of a CUDA device are
-            recorded for the slab instead.
-
-        Raises
-        ------
-        TypeError
-            If ``slab`` is no tensor.
-        ValueError
-            If it is not as described or requires gradients, or if a tensor cannot become a view of it: it was made in
-            inference mode, or requires gradients that the dtype of the slab cannot have. If this has been done before.
-        RuntimeError
-            In inference mode: views made there could never be trained.
-        """
     def views(self, slab: Tensor, *, detached: bool = False, door: _Door | None = None) -> list[Tensor]:
         """Return new tensors that are views of ``slab``: of the classes and with the ``requires_grad`` of the old ones.
 
         Parameters
         ----------
         slab, door
-            As for ``rebind``. If its dtype cannot have gradients, none of the new tensors requires them.
+            As for :func:`slab_views`, of ``length`` elements or more. If its dtype cannot have gradients, none of the
+            new tensors requires them.
         detached
             Whether to make plain tensors that do not require gradients, whatever the old ones are.
 
@@ -417,22 +387,19 @@ class TensorGroup:
         list
             The new tensors, in the order of ``indices``. What was one tensor before is one tensor again.
         """
-    def blocks(self, block_bytes: int, direct_bytes: int | None = None) -> list[tuple[int, int, int | None]]:
+    def blocks(self, block_bytes: int) -> list[tuple[int, int]]:
         """Cut the slab into blocks that are carried one at a time.
 
         Parameters
         ----------
         block_bytes
             The size of a block: a multiple of 64.
-        direct_bytes
-            Tensors of this size or more go by themselves. None do by default.
 
         Returns
         -------
         list
-            ``(start, stop, index)``, ascending: the elements of the slab in the block, and ``None``; or those of one
-            large tensor, and its index in the list. Every element of every tensor is in one block. Gaps at the edges
-            are in none.
+            ``(start, stop)``, ascending: the elements of the slab in the block. Every element of every tensor is in one
+            block. Gaps at the edges are in none.
         """
     def slab(self) -> Tensor | None:
         """Return the slab as a flat tensor that shares its memory, if the tensors already lie in one.
@@ -454,12 +421,15 @@ def complete_move(
     buffers: list[tuple[dict[str, Any], str, Tensor]] = ...,
     undo: list[Callable[[], None]] | None = None,
 ) -> None:
-    """Do ``group.rebind(slab)`` for several groups, and set buffers: all, or, if something fails, nothing.
+    """Make the data of each tensor its place in a slab, as ``tensor.data = view`` does, and set buffers.
+
+    If something fails, nothing has been changed: whatever torch might refuse is looked at before the first tensor is
+    changed. The tensors stay the same objects. Afterwards they lie elsewhere, and the groups are of no more use.
 
     Parameters
     ----------
     slabs
-        Groups, each with its slab.
+        Groups, each with its slab: as for :func:`slab_views`, of ``length`` elements or more.
     buffers
         Dictionaries, and the values that they get under a name.
     undo
@@ -467,8 +437,15 @@ def complete_move(
 
     Raises
     ------
-    TypeError, ValueError, RuntimeError, MemoryError
-        As ``rebind``. Nothing has been changed.
+    TypeError
+        If a slab is no tensor.
+    ValueError
+        If a slab is not as described or requires gradients, or if a tensor cannot become a view of it: it was made in
+        inference mode, or requires gradients that the dtype of the slab cannot have. If this has been done before.
+    RuntimeError
+        In inference mode: views made there could never be trained.
+    MemoryError
+        If there is no room for the views.
     """
 
 def get_entry(module: Module, key: object) -> Any | None: ...
@@ -536,8 +513,13 @@ def slab_views(
 
     Parameters
     ----------
-    slab, door
-        As for ``TensorGroup.rebind``.
+    slab
+        A contiguous tensor of any dtype, on the CPU or a CUDA device. The views keep it alive; it must not be resized.
+    door
+        How views are made; by default ``"from_blob"`` (torch 2.14 and later) or ``"dlpack"``. Each has a storage of its
+        own over the memory of the slab, so that nothing takes it for tied to another, and ``torch.save`` of one writes
+        its own bytes only. ``record_stream`` of such a tensor does nothing; all streams of a CUDA device are recorded
+        for the slab instead.
     offsets
         At which element of the slab each begins.
     shapes
@@ -547,8 +529,12 @@ def slab_views(
 
     Raises
     ------
+    TypeError
+        If ``slab`` is no tensor.
     ValueError
         If a view would reach beyond the slab, or the slab is not as described.
+    RuntimeError
+        In inference mode: views made there could never be trained.
     """
 
 def take_over(index: IndexMap, parameters: dict[str, Any], source: dict[str, Any]) -> None: ...
@@ -707,8 +693,8 @@ class SafetensorsHeader:
         """Return those names that end so, in the order of the header. **O(n)**."""
     def kinds(self) -> list[tuple[str, tuple[int, ...]]]:
         """Return the dtype and shape of each kind of tensors that there is."""
-    def columns(self) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-        """Return the number of the kind of each tensor, and its first byte in the file. **O(n)**."""
+    def kind_numbers(self) -> NDArray[np.uint32]:
+        """Return the number of the kind of each tensor. **O(n)**."""
     def stack(self, prefix: str) -> SafetensorsStack:
         """Make those tensors rows of tables whose names begin with ``prefix`` and go on; it is left out. **O(n)**."""
 

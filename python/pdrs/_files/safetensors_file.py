@@ -310,7 +310,7 @@ class TensorFile:
 
     def kinds(self) -> tuple[list[tuple[str, tuple[int, ...]]], NDArray[np.uint32]]:
         """Return the dtypes (as the file names them) and shapes that there are, and the number of each tensor's."""
-        return self.header.kinds(), self.header.columns()[0]
+        return self.header.kinds(), self.header.kind_numbers()
 
     # -- the data ------------------------------------------------------------------------------------------------------
 

@@ -296,8 +296,7 @@ def _land(under_way: deque[tuple[_Block, Tensor, Tensor]]) -> None:
 def _cuts(group: TensorGroup, block_bytes: int, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
     """Cut a slab of some dtype into parts that fit into a block, as ranges of elements."""
     nbytes = block_bytes * group.dtype.itemsize // max(dtype.itemsize, group.dtype.itemsize)
-    for start, stop, _ in group.blocks(nbytes - nbytes % _ALIGNMENT):
-        yield start, stop
+    yield from group.blocks(nbytes - nbytes % _ALIGNMENT)
 
 
 def _pieces(

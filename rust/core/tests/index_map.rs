@@ -33,9 +33,7 @@ enum Operation {
     PopFirst,
     MoveToLast(u8),
     MoveToFirst(u8),
-    Replace(u8, u16),
     RetainEven,
-    Nth(usize),
     Compact,
     Reserve(usize),
     Clear,
@@ -53,9 +51,7 @@ fn operations() -> impl Strategy<Value = Vec<Operation>> {
         6 => Just(PopFirst),
         4 => any::<u8>().prop_map(MoveToLast),
         4 => any::<u8>().prop_map(MoveToFirst),
-        2 => (any::<u8>(), any::<u16>()).prop_map(|(key, value)| Replace(key, value)),
         1 => Just(RetainEven),
-        2 => (0_usize..300).prop_map(Nth),
         1 => Just(Compact),
         1 => (0_usize..300).prop_map(Reserve),
         1 => Just(Clear),
@@ -139,17 +135,9 @@ fn apply<const SPREAD: u32>(map: &mut IndexMap<Key<SPREAD>, u16>, model: &mut Mo
         Operation::MoveToFirst(key) => {
             assert_eq!(map.move_to_first(&Key(key)).unwrap(), model.move_to(key, false));
         }
-        Operation::Replace(key, value) => {
-            let old = model.position(key).map(|at| std::mem::replace(&mut model.0[at].1, value));
-            assert_eq!(map.replace(&Key(key), value), old);
-        }
         Operation::RetainEven => {
             map.retain(|key, _| key.0 % 2 == 0).unwrap();
             model.0.retain(|(key, _)| key % 2 == 0);
-        }
-        Operation::Nth(n) => {
-            let entry = map.nth(n).map(|(key, value)| (key.0, *value));
-            assert_eq!(entry, model.0.get(n).copied());
         }
         Operation::Compact => map.compact(),
         Operation::Reserve(additional) => map.reserve(additional).unwrap(),

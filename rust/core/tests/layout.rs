@@ -45,30 +45,22 @@ proptest! {
     fn blocks_hold_every_byte_once_and_in_order(
         sizes in sizes(),
         block_size in (1_u64..40).prop_map(|lines| lines * MOST_ALIGNMENT),
-        direct_from in prop_oneof![Just(u64::MAX), 1_u64..3000],
     ) {
         let (offsets, _) = lay_out(&sizes).unwrap();
         let regions: Vec<_> = offsets.iter().zip(&sizes).map(|(offset, size)| *offset..offset + size).collect();
         let mut held: Vec<_> = regions.iter().map(|region| region.start).collect();
         let mut end = 0;
-        for block in cut(regions.iter().cloned(), block_size, direct_from).unwrap() {
+        for block in cut(regions.iter().cloned(), block_size).unwrap() {
             prop_assert!(block.bytes.start >= end && !block.bytes.is_empty());
             prop_assert!(block.bytes.start.is_multiple_of(LEAST_ALIGNMENT));
             end = block.bytes.end;
-            if block.direct {
-                prop_assert_eq!(block.regions.len(), 1);
-                prop_assert_eq!(&block.bytes, &regions[block.regions.start]);
-                prop_assert!(block.bytes.end - block.bytes.start >= direct_from);
-            } else {
-                prop_assert!(block.bytes.end - block.bytes.start <= block_size);
-            }
+            prop_assert!(block.bytes.end - block.bytes.start <= block_size);
             for region in block.regions {
                 let part = regions[region].start.max(block.bytes.start)..regions[region].end.min(block.bytes.end);
                 if regions[region].is_empty() {
                     continue;
                 }
                 prop_assert!(!part.is_empty(), "a block names a region that does not reach into it");
-                prop_assert!(block.direct || regions[region].end - regions[region].start < direct_from);
                 prop_assert_eq!(part.start, held[region]);
                 held[region] = part.end;
             }
@@ -85,7 +77,7 @@ proptest! {
     ) {
         let (offsets, _) = lay_out(&sizes).unwrap();
         let regions = offsets.iter().zip(&sizes).map(|(offset, size)| *offset..offset + size);
-        let blocks = cut(regions, block_size, u64::MAX).unwrap();
+        let blocks = cut(regions, block_size).unwrap();
         for pair in blocks.windows(2) {
             prop_assert!(pair[1].bytes.start >= pair[0].bytes.start + block_size);
         }
@@ -105,13 +97,13 @@ fn sums_that_no_i64_holds_are_refused() {
 #[test]
 fn a_block_size_that_might_cut_an_element_is_refused() {
     for got in [0, 1, 63, 96] {
-        assert_eq!(cut([], got, u64::MAX), Err(Error::BlockSize { got, multiple_of: MOST_ALIGNMENT }));
+        assert_eq!(cut([], got), Err(Error::BlockSize { got, multiple_of: MOST_ALIGNMENT }));
     }
 }
 
 #[test]
 fn a_slab_at_the_end_of_the_numbers_is_cut() {
     let end = i64::MAX.cast_unsigned();
-    let blocks = cut(std::iter::once(end - 100..end), u64::MAX - 63, u64::MAX).unwrap();
+    let blocks = cut(std::iter::once(end - 100..end), u64::MAX - 63).unwrap();
     assert_eq!(blocks.len(), 1);
 }

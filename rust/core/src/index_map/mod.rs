@@ -157,14 +157,6 @@ impl<K, V> IndexMap<K, V> {
         self.entries.len()
     }
 
-    /// The `n`-th entry in order, from 0.
-    ///
-    /// **O(1)**, but for the first call after a removal from the middle, which closes the holes: **O(n)**.
-    pub fn nth(&mut self, n: usize) -> Option<(&K, &V)> {
-        self.compact();
-        if self.entries.len() == self.len { self.entry_at(n) } else { self.iter().nth(n) }
-    }
-
     /// The entries in order, from either end. **O(n)** for all.
     #[must_use]
     pub fn iter(&self) -> Iter<'_, K, V> {
@@ -567,17 +559,6 @@ impl<K: Matches<K>, V> IndexMap<K, V> {
         }
         self.tidy();
         Ok(())
-    }
-
-    /// Replaces the value of the entry that `query` names and gives the old one. **O(1)**.
-    pub fn replace<Q>(&mut self, query: &Q, value: V) -> Option<V>
-    where
-        Q: Hashed + ?Sized,
-        K: Matches<Q>,
-    {
-        let position = self.position_of(query)?;
-        let (_, old) = self.entries[position].as_mut()?;
-        Some(std::mem::replace(old, value))
     }
 
     /// The slot of the entry at a position that is not a hole.

@@ -262,12 +262,6 @@ fn pad(bytes: &mut Vec<u8>) {
     bytes.resize(bytes.len().next_multiple_of(8), 0);
 }
 
-/// Whether bytes claim to be what [`decode`] reads.
-#[must_use]
-pub fn is_packed(data: &[u8]) -> bool {
-    data.starts_with(&MAGIC)
-}
-
 /// Reads what [`Encoder`] wrote. **O(n)**.
 ///
 /// Everything is checked but whether a name is listed twice, which costs more than all the rest, and whoever makes an
@@ -409,12 +403,6 @@ impl<'a> Names<'a> {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len == 0
-    }
-
-    /// Whether there is nothing but ASCII in the names. **O(bytes)**.
-    #[must_use]
-    pub fn is_ascii(&self) -> bool {
-        self.text.is_ascii()
     }
 
     fn lengths(&self) -> impl Iterator<Item = u32> + use<'a> {

@@ -7,17 +7,15 @@ use crate::memory;
 type Misplaced = (Option<usize>, Fault);
 
 impl Header {
-    /// The order of the tensors in the data, if it is not that of the header.
-    pub(super) fn checked_layout(&self, data: u64) -> Result<Option<Box<[u32]>>, Misplaced> {
+    /// Looks whether the tensors follow each other in the data, in the order of the header or in another one.
+    pub(super) fn check_layout(&self, data: u64) -> Result<(), Misplaced> {
         if self.follow_each_other((0..self.len()).map(|number| number as u32), data).is_ok() {
-            return Ok(None);
+            return Ok(());
         }
-        let order = memory::collect(0..self.len() as u32).map_err(|error| (None, error.into()))?;
-        let mut order = order.into_boxed_slice();
+        let mut order = memory::collect(0..self.len() as u32).map_err(|error| (None, error.into()))?;
         // Tensors without bytes come in front of the one that begins at the same place.
         order.sort_unstable_by_key(|number| (self.range(*number as usize), *number));
-        self.follow_each_other(order.iter().copied(), data)?;
-        Ok(Some(order))
+        self.follow_each_other(order.into_iter(), data)
     }
 
     fn follow_each_other(&self, order: impl Iterator<Item = u32>, data: u64) -> Result<(), Misplaced> {

@@ -77,8 +77,6 @@ pub struct Header {
     kinds: Vec<Kind>,
     metadata: Vec<(String, String)>,
     words: Words,
-    /// The tensors in the order of their data, where that is not the order of the header.
-    by_offset: Option<Box<[u32]>>,
     data_start: u64,
 }
 
@@ -121,7 +119,7 @@ impl Header {
             tensor: Some(shortened(found.name(number))),
         };
         let data = file_bytes.saturating_sub(data_start);
-        let by_offset = found.checked_layout(data).map_err(|(number, fault)| match number {
+        found.check_layout(data).map_err(|(number, fault)| match number {
             Some(number) => refused((number, fault)),
             None => HeaderError { fault, at: data_start, tensor: None },
         })?;
@@ -129,7 +127,6 @@ impl Header {
             Fault::Duplicate => refused((twice, fault)),
             _ => HeaderError { fault, at: data_start, tensor: None },
         })?;
-        found.by_offset = by_offset;
         found.words = words;
         Ok(found)
     }
@@ -141,7 +138,6 @@ impl Header {
             kinds: Vec::new(),
             metadata: Vec::new(),
             words: Words::default(),
-            by_offset: None,
             data_start,
         }
     }
@@ -214,12 +210,6 @@ impl Header {
         }
         let slot = self.words.search(stored_hash(name), |number| self.name(number as usize) == name).ok()?;
         Some(self.words.id(slot) as usize)
-    }
-
-    /// The number of the `place`-th tensor in the order of the data. **O(1)**.
-    #[must_use]
-    pub fn in_data(&self, place: usize) -> usize {
-        self.by_offset.as_ref().map_or(place, |order| order[place] as usize)
     }
 }
 

@@ -2,13 +2,12 @@
 //!
 //! A *slab* is one stretch of bytes that holds many regions, one after another, with gaps only for alignment
 //! ([`Layout`]). It may be too large to be carried at once, so that it is cut into *blocks* ([`cut`]); a block holds
-//! regions, or a part of a large one, as they lie in the slab. Regions so large that carrying them by way of a block
-//! costs more than it saves are left to go by themselves.
+//! regions, or a part of a large one, as they lie in the slab.
 //!
 //! ```text
 //!     regions   aaaa bb ccccccccccccccc dddddddddddddddddddddddddddddddd e
 //!     slab      |aaaa|bb··|ccccccccccccccc·|dddddddddddddddddddddddddddddddd|e|
-//!     blocks    [- staged --][-- staged --] [----------- direct -----------] [] staged
+//!     blocks    [-----------][------------][-----------][------------][-----] []
 //! ```
 
 use std::ops::Range;
@@ -30,8 +29,6 @@ pub struct Block {
     pub bytes: Range<u64>,
     /// The regions that lie in these bytes, at least in part. Empty ones at the edges may be left out.
     pub regions: Range<usize>,
-    /// Whether this is one whole region that goes by itself, not by way of a block.
-    pub direct: bool,
 }
 
 /// To what a region of `size` bytes is aligned: small regions lie close together, yet none crosses more cache lines
@@ -74,15 +71,14 @@ impl Layout {
 
 /// Cuts a slab into blocks of at most `block_size` bytes, in order.
 ///
-/// `regions` are the places of its regions, ascending and apart. Those of at least `direct_from` bytes become blocks by
-/// themselves whatever their size. Every byte of a region is in exactly one block. A block begins at a multiple of
-/// [`LEAST_ALIGNMENT`] if all regions do. Computes in **O(n + blocks)** time.
+/// `regions` are the places of its regions, ascending and apart. Every byte of a region is in exactly one block. A block
+/// begins at a multiple of [`LEAST_ALIGNMENT`] if all regions do. Computes in **O(n + blocks)** time.
 ///
 /// # Errors
 ///
 /// [`Error::BlockSize`] if `block_size` is no positive multiple of [`MOST_ALIGNMENT`]: an element might be cut in two;
 /// [`Error::Memory`].
-pub fn cut(regions: impl IntoIterator<Item = Range<u64>>, block_size: u64, direct_from: u64) -> Result<Vec<Block>> {
+pub fn cut(regions: impl IntoIterator<Item = Range<u64>>, block_size: u64) -> Result<Vec<Block>> {
     if block_size == 0 || !block_size.is_multiple_of(MOST_ALIGNMENT) {
         return Err(Error::BlockSize { got: block_size, multiple_of: MOST_ALIGNMENT });
     }
@@ -93,11 +89,6 @@ pub fn cut(regions: impl IntoIterator<Item = Range<u64>>, block_size: u64, direc
             continue;
         }
         debug_assert!(open.as_ref().is_none_or(|block| block.bytes.end <= region.start), "regions overlap");
-        if region.end - region.start >= direct_from {
-            close(&mut blocks, &mut open)?;
-            memory::push(&mut blocks, Block { bytes: region, regions: number..number + 1, direct: true })?;
-            continue;
-        }
         let mut from = region.start;
         while from < region.end {
             let block = match &mut open {
@@ -105,7 +96,7 @@ pub fn cut(regions: impl IntoIterator<Item = Range<u64>>, block_size: u64, direc
                 Some(block) if from - block.bytes.start < block_size => block,
                 _ => {
                     close(&mut blocks, &mut open)?;
-                    open.insert(Block { bytes: from..from, regions: number..number, direct: false })
+                    open.insert(Block { bytes: from..from, regions: number..number })
                 }
             };
             let to = region.end.min(block.bytes.start.saturating_add(block_size));

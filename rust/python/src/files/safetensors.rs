@@ -19,9 +19,6 @@ pub(crate) struct SafetensorsHeader {
     pub(crate) header: Arc<Header>,
 }
 
-/// The number of the kind of each tensor, and the byte of the file at which it begins.
-type Columns<'py> = (Bound<'py, PyArray1<u32>>, Bound<'py, PyArray1<i64>>);
-
 /// What `entry` gives: name, dtype, shape, and the first byte in the file and the one behind the last.
 type Entry<'py> = (&'py str, &'static str, Bound<'py, PyTuple>, u64, u64);
 
@@ -97,11 +94,9 @@ impl SafetensorsHeader {
         memory::try_collect(kinds.map(|kind| Ok((kind.dtype.name(), PyTuple::new(py, &kind.shape)?))))
     }
 
-    fn columns<'py>(&self, py: Python<'py>) -> PyResult<Columns<'py>> {
-        let numbers = 0..self.header.len();
-        let kinds = memory::collect(numbers.clone().map(|number| self.header.kind_number(number) as u32))?;
-        let starts = memory::collect(numbers.map(|number| self.header.bytes(number).0.cast_signed()))?;
-        Ok((PyArray1::from_vec(py, kinds), PyArray1::from_vec(py, starts)))
+    fn kind_numbers<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray1<u32>>> {
+        let kinds = (0..self.header.len()).map(|number| self.header.kind_number(number) as u32);
+        Ok(PyArray1::from_vec(py, memory::collect(kinds)?))
     }
 
     fn stack(&self, py: Python<'_>, prefix: &str) -> PyResult<SafetensorsStack> {

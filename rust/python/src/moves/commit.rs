@@ -25,7 +25,7 @@ pub(crate) fn complete_move(
     let torch = Torch::get(py)?;
     let mut checked = Vec::with_capacity(slabs.len());
     for (group, slab) in &slabs {
-        checked.push((group.get(), group.get().checked_slab(torch, slab, None)?));
+        checked.push((group.get(), group.get().checked_slab(torch, slab)?));
     }
     let _paused = Paused::new(py)?;
     check_room(checked.iter().map(|(group, _)| *group))?;

@@ -340,11 +340,6 @@ impl TensorGroup {
     }
 
     #[getter]
-    fn nbytes(&self) -> u64 {
-        self.regions.places().map(|place| place.end - place.start).sum()
-    }
-
-    #[getter]
     fn largest(&self) -> u64 {
         self.regions.places().map(|place| place.end - place.start).max().unwrap_or(0)
     }
@@ -404,15 +399,6 @@ impl TensorGroup {
         Ok(())
     }
 
-    #[pyo3(signature = (slab, *, door = None))]
-    fn rebind(&self, slab: &Bound<'_, PyAny>, door: Option<&str>) -> PyResult<()> {
-        let torch = Torch::get(slab.py())?;
-        let slab = self.checked_slab(torch, slab, door)?;
-        let _paused = Paused::new(slab.py())?;
-        check_room([self])?;
-        self.set_data(torch, &slab)
-    }
-
     #[pyo3(signature = (slab, *, detached = false, door = None))]
     fn views<'py>(&self, slab: &Bound<'py, PyAny>, detached: bool, door: Option<&str>) -> PyResult<Bound<'py, PyList>> {
         let py = slab.py();
@@ -443,13 +429,11 @@ impl TensorGroup {
         new_list(py, self.by_index(|_, at| made[at].clone())?.into_iter().map(Ok))
     }
 
-    #[pyo3(signature = (block_bytes, direct_bytes = None))]
-    fn blocks(&self, block_bytes: u64, direct_bytes: Option<u64>) -> PyResult<Vec<(u64, u64, Option<usize>)>> {
-        let blocks = layout::cut(self.regions.places(), block_bytes, direct_bytes.unwrap_or(u64::MAX))
+    fn blocks(&self, block_bytes: u64) -> PyResult<Vec<(u64, u64)>> {
+        let blocks = layout::cut(self.regions.places(), block_bytes)
             .map_err(|error| PyValueError::new_err(error.to_string()))?;
         let elements = |bytes: u64| bytes / self.regions.itemsize();
-        let whole = |block: &layout::Block| block.direct.then(|| self.entries[block.regions.start].index as usize);
-        Ok(blocks.iter().map(|block| (elements(block.bytes.start), elements(block.bytes.end), whole(block))).collect())
+        Ok(blocks.iter().map(|block| (elements(block.bytes.start), elements(block.bytes.end))).collect())
     }
 
     fn slab<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
@@ -518,15 +502,10 @@ impl TensorGroup {
     }
 
     /// A slab whose views every tensor can become: what torch might refuse is looked at here.
-    pub(crate) fn checked_slab<'py>(
-        &self,
-        torch: &'static Torch,
-        slab: &Bound<'py, PyAny>,
-        door: Option<&str>,
-    ) -> PyResult<Slab<'py>> {
+    pub(crate) fn checked_slab<'py>(&self, torch: &'static Torch, slab: &Bound<'py, PyAny>) -> PyResult<Slab<'py>> {
         let py = slab.py();
         self.check_in_place()?;
-        let slab = self.slab_of(torch, slab, door)?;
+        let slab = self.slab_of(torch, slab, None)?;
         if let Some(entry) = self.entries.first() {
             let view = slab.view(self.regions.first_element(0), &self.forms.get(entry.form))?;
             if !torch.can_hold(self.tensor(py, 0)?, &view)? {
