@@ -12,7 +12,7 @@ BUILDER := target/maturin
 MATURIN := $(firstword $(wildcard $(BIN)/maturin) $(BUILDER)/bin/maturin)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench shape gpu wheel sdist wheelhouse clean tools same
+.PHONY: help demo test check docs bench shape gpu wheel sdist wheelhouse clean interpreter tools same
 
 help: ## Print the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -33,6 +33,9 @@ check: $(VENV)/built ## Check format, lints, types, stubs, and run the code in R
 	$(BIN)/python -m mypy.stubtest pdrs._core
 	$(BIN)/python -m pytest --doctest-glob='*.md' --doctest-glob='*.pyi' --doctest-modules README.md docs python/pdrs
 
+docs: $(VENV)/documents ## Build the documentation as a web site in site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 bench: $(VENV)/built ## Measure side by side with torch, write tables and plots (about forty minutes)
 	$(BIN)/python benchmarks/run.py
 
@@ -52,16 +55,18 @@ wheelhouse: wheel ## Add to dist/ what `make gpu` needs beside torch on a machin
 	$(PYTHON) -m pip download --quiet --only-binary=:all: --dest $(DIST) pytest pytest-timeout hypothesis tqdm
 
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) target dist python/pdrs/_core*.so python/pdrs/_core*.pyd
+	rm -rf $(VENV) target dist site python/pdrs/_core*.so python/pdrs/_core*.pyd
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find $(PATHS) -name __pycache__ -prune -exec rm -rf {} +
 
-tools:
-	@command -v cargo >/dev/null || { echo "cargo is missing: install Rust (stable) from https://rustup.rs" >&2; exit 1; }
-	@command -v cc >/dev/null || { echo "cc is missing: install a C compiler (Debian: apt install build-essential)" >&2; exit 1; }
+interpreter:
 	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
 		{ echo "$(PYTHON) is missing, older than 3.10, or without venv: install it (Debian: apt install python3-venv)," \
 		"or name another: make PYTHON=python3.12" >&2; exit 1; }
+
+tools: interpreter
+	@command -v cargo >/dev/null || { echo "cargo is missing: install Rust (stable) from https://rustup.rs" >&2; exit 1; }
+	@command -v cc >/dev/null || { echo "cc is missing: install a C compiler (Debian: apt install build-essential)" >&2; exit 1; }
 
 # An environment has one Python and one torch. Asking an existing one for others is an error.
 same:
@@ -82,6 +87,13 @@ $(VENV)/installed: pyproject.toml | tools same
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet '$(TORCH)' --group contribute
 	echo '$(TORCH)' > $@
+
+# Needs neither torch nor Rust: what the pages say of the API is read from the sources.
+$(VENV)/documents: pyproject.toml | interpreter same
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --group docs
+	touch $@
 
 $(VENV)/built: $(VENV)/installed $(RUST) pyproject.toml | tools same
 	VIRTUAL_ENV=$(CURDIR)/$(VENV) PIP_QUIET=1 $(BIN)/maturin develop --release --quiet

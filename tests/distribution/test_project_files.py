@@ -1,7 +1,8 @@
 """What GitHub and strangers read: workflows, policies, and addresses.
 
 The bugs that this hunts: an action named by a tag, which its owner can move to other code; a job that may do more than
-it needs, or never ends; an address of another repository; a policy that a file points to and that is not there.
+it needs, or never ends; an address of another repository; a policy that a file points to and that is not there; a
+public name that the API page lacks.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import re
 from pathlib import Path
 
 import pytest
+
+import pdrs
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -61,3 +64,9 @@ def test_every_address_is_of_one_repository() -> None:
 def test_policies_point_to_files_that_are_there(policy: Path) -> None:
     for link in re.findall(r"\]\(([^)#]+)\)", policy.read_text(encoding="utf-8")):
         assert (ROOT / link).exists(), link
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    documented = re.findall(r"^::: pdrs\.(\w+)$", text, flags=re.MULTILINE)
+    assert sorted(documented) == sorted(pdrs.__all__)

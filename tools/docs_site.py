@@ -1,0 +1,77 @@
+"""What mkdocs does not do by itself, for ``make docs``.
+
+The pages and docstrings are also read where there is no site. So pages link to files of the repository by relative
+paths, as GitHub wants it, and docstrings name functions as Sphinx does. Here both become links of the site.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from griffe import Class, Extension, Module, Object
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parents[1]
+PICTURES = "pictures"
+_LINK = re.compile(r"(\]\(|^\[[^\]]+\]: +)(\.\.?/[^)\s#]+)", re.MULTILINE)
+_ROLE = re.compile(r":(?:class|exc|func|meth):`~?([\w.]+)`")
+# A warning of a logger below this name fails a strict build.
+_log = logging.getLogger("mkdocs.hooks.docs_site")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pictures of the benchmarks to the site."""
+    for picture in sorted((ROOT / "benchmarks" / "results").glob("*.png")):
+        files.append(File.generated(config, f"{PICTURES}/{picture.name}", abs_src_path=str(picture)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Let links to files outside ``docs`` lead to the repository, and those to pictures to the site's copy."""
+    here = Path(config.docs_dir, page.file.src_uri).parent
+
+    def replaced(found: re.Match[str]) -> str:
+        target = (here / found[2]).resolve()
+        if target.is_relative_to(config.docs_dir):
+            return found[0]
+        if not target.exists():
+            _log.warning("%s links to %s, which is not there", page.file.src_uri, found[2])
+        path = target.relative_to(ROOT).as_posix()
+        if target.suffix == ".png":
+            return f"{found[1]}{'../' * page.file.src_uri.count('/')}{PICTURES}/{target.name}"
+        return f"{found[1]}{config.repo_url}/{'tree' if target.is_dir() else 'blob'}/main/{path}"
+
+    return _LINK.sub(replaced, markdown)
+
+
+class Roles(Extension):  # type: ignore[misc]  # mypy does not read griffe
+    """Make links, or code, of ``:meth:`gather``` and the like in the docstrings of public names."""
+
+    def on_package(self, *, pkg: Module, **_: Any) -> None:
+        """Go through everything that the package exports."""
+        exported = {name: pkg[name].final_target if pkg[name].is_alias else pkg[name] for name in pkg.exports or ()}
+        classes = {name: each for name, each in exported.items() if isinstance(each, Class)}
+        members = {
+            f"{name}.{member}" for name, each in classes.items() for member in each.all_members if member[0] != "_"
+        }
+        public = {f"pdrs.{path}" for path in exported.keys() | members}
+        for name, each in exported.items():
+            _link(each, f"pdrs.{name}.", public)
+            for member in each.all_members.values() if isinstance(each, Class) else ():
+                _link(member.final_target if member.is_alias else member, f"pdrs.{name}.", public)
+
+
+def _link(documented: Object, prefix: str, public: set[str]) -> None:
+    def replaced(found: re.Match[str]) -> str:
+        name = found[1]
+        path = next((path for path in (f"{prefix}{name}", name, f"pdrs.{name}") if path in public), None)
+        short = name.removeprefix("torch.nn.").removeprefix("pdrs.") if path is None else name.rpartition(".")[2]
+        return f"`{short}`" if path is None else f"[`{short}`][{path}]"
+
+    if documented.docstring:
+        documented.docstring.value = _ROLE.sub(replaced, documented.docstring.value)
