@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_distribu
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 import pdrs
-from measure import LARGE_FROM_ENTRIES, Case, Suite, Target, Task, timed
+from measure import LARGE_FROM_ENTRIES, Case, Claim, Suite, Target, Task, timed
 from memory import all_bytes_per_entry, names_of, peak_beyond
 from page_cache import can_drop, drop
 from pdrs._files.safetensors_file import TensorFile
@@ -525,5 +525,6 @@ SUITE = Suite(
     intro=f"Entries of {FLOATS} float32 under names of {NAME_BYTES} characters, saved and loaded on the CPU. The page"
     " cache is warm unless a line says otherwise. At 80,000 entries and more, torch and safetensors run once; so do, at"
     f" {SMALL_ONLY:,} entries and no more, tensordict's memory maps and distributed checkpoints (DCP).",
-    readme_marker="benchmark-checkpoint",
+    marker="benchmark-checkpoint",
+    claims=(Claim(SAVED, "save", together=CP, apart=SAFETENSORS),),
 )

@@ -25,7 +25,7 @@ from loops import (
     set_each,
     sweep,
 )
-from measure import Case, Suite, Target, Task, own, timed
+from measure import Case, Claim, Suite, Target, Task, own, timed
 from memory import bytes_per_entry, names_of
 
 FLOATS = 16
@@ -371,6 +371,6 @@ SUITE = Suite(
     make_data=Data,
     intro=f"`pdrs.ParameterDict` beside `torch.nn.ParameterDict`, and a plain `dict` as the floor. "
     f"Entries are Parameters of {FLOATS} float32; names have 14 characters.",
-    readme_marker="benchmark",
-    claim=("`load_state_dict`", "`load_state_dict`"),
+    marker="benchmark-parameter-dict",
+    claims=(Claim("`load_state_dict`", "`load_state_dict` of a ParameterDict", apart="torch"),),
 )

@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 import pdrs
 from cases_parameter_dict import fresh
 from loops import call_each, pop_each, popitem_last
-from measure import Case, Suite, Target, Task, own, timed
+from measure import Case, Claim, Suite, Target, Task, own, timed
 from memory import bytes_per_entry, names_of
 
 FLOATS = 16
@@ -37,6 +37,7 @@ TENSORDICT_AT_MOST = 100_000
 LARGEST = 10_000_000
 
 # What is measured up to the largest size.
+FROM_NAMES, LOOKED_UP = f"{BATCH:,} random names: `gather`, `backward`", "the same, looked up before"
 INSERTED, POPPED, GATHERED = "insert, at every size", "pop, at every size", "gather, at every size"
 EMBEDDED = "`F.embedding`, at every size"
 
@@ -533,7 +534,7 @@ CASES: tuple[Case[Data], ...] = (
     _case("`zero_grad()`", _zero_grad, at_least=100, note="All have gradients."),
     _case("`clip_grad_norm_`", _clip, at_least=100),
     _case(
-        f"{BATCH:,} random names: `gather`, `backward`",
+        FROM_NAMES,
         _gather_backward,
         at_least=100,
         subjects=ALL,
@@ -545,7 +546,7 @@ CASES: tuple[Case[Data], ...] = (
         " goes on: to wake torch's other threads can take longer than what is timed.",
     ),
     _case(
-        "the same, looked up before",
+        LOOKED_UP,
         _gather_prepared,
         subjects=(BY_HAND, PDRS),
         targets=(Target("ratio", BY_HAND, 0.9),),
@@ -595,6 +596,10 @@ SUITE = Suite(
     make_data=Data,
     intro=f"`pdrs.StackedParameterDict` beside `torch.nn.ParameterDict`, `tensordict.TensorDictParams`, and, by hand, a"
     f" `dict` of ids beside an `nn.Embedding(sparse=True)`. Entries are {FLOATS} float32; names have 14 characters.",
-    readme_marker="benchmark-stacked",
+    marker="benchmark-stacked",
+    claims=(
+        Claim(FROM_NAMES, f"`gather` and `backward` of {BATCH:,} names", apart=TORCH, names=BATCH),
+        Claim(LOOKED_UP, "the same, names looked up before", together=BY_HAND, names=BATCH),
+    ),
     growth_at_most=4,
 )

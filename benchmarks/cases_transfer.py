@@ -270,5 +270,5 @@ SUITE = Suite(
     intro=f"Moves of a `pdrs.ParameterDict`, a `torch.nn.ParameterDict` and a `tensordict.TensorDictParams` with"
     f" entries of {FLOATS} float32, and of other modules by `pdrs.to`. Each container has Parameters of its own, which"
     " are put back before each run. Moves in place (torch's and ours) free the old memory while the clock runs.",
-    readme_marker="benchmark-transfer",
+    marker="benchmark-transfer",
 )

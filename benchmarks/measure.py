@@ -139,17 +139,42 @@ class Case(Generic[DataT]):
 
 
 @dataclass(frozen=True)
+class Claim:
+    """A row of the README's table: what a case costs at the largest size, in all.
+
+    Parameters
+    ----------
+    title
+        The title of the case.
+    words
+        What the README calls it.
+    together
+        The container that keeps everything in one tensor, or one file, if there is one.
+    apart
+        The container that keeps a tensor for each name, if it was measured.
+    names
+        How many names the case is about; none means all.
+    """
+
+    title: str
+    words: str
+    together: str = ""
+    apart: str = ""
+    names: int | None = None
+
+
+@dataclass(frozen=True)
 class Suite(Generic[DataT]):
     """A table: containers side by side, the last of ``subjects`` being ours.
 
     Parameters
     ----------
-    readme_marker
-        What marks the place of the short table in the README; none for a suite that has no place there.
+    marker
+        What marks the place of the short table in docs/performance.md; none for a suite that has no place there.
     growth_at_most
         How much the cost an entry may grow from the smallest size on.
-    claim
-        The title of a case whose figures the README states in words, in front of everything else, and these words.
+    claims
+        The rows that the suite has in the table of the README.
     """
 
     name: str
@@ -159,9 +184,9 @@ class Suite(Generic[DataT]):
     cases: tuple[Case[DataT], ...]
     make_data: Callable[[int], DataT]
     intro: str
-    readme_marker: str = ""
+    marker: str = ""
     growth_at_most: float = 2
-    claim: tuple[str, str] | None = None
+    claims: tuple[Claim, ...] = ()
 
     @property
     def ours(self) -> str:

@@ -1,4 +1,4 @@
-"""Tables in Markdown, for the terminal and for files, and the short one in the README."""
+"""Tables in Markdown: for the terminal, for files, the short ones of docs/performance.md, and that of the README."""
 
 from __future__ import annotations
 
@@ -89,20 +89,17 @@ def report(results: Results, suite: Suite[Any]) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def write_readme(path: Path, marker: str, block: str) -> bool:
-    """Replace what stands between ``<!-- marker:begin -->`` and ``end``; without both of them, nothing changes."""
-    if not path.exists():
-        return False
+def replace_block(path: Path, marker: str, block: str) -> None:
+    """Replace what stands between ``<!-- marker:begin -->`` and ``<!-- marker:end -->``."""
     text = path.read_text(encoding="utf-8")
     before, begin, rest = text.partition(f"<!-- {marker}:begin -->")
     _, end, after = rest.partition(f"<!-- {marker}:end -->")
     if not (begin and end):
-        return False
+        raise ValueError(f"{path.name} has no place for {marker}")
     path.write_text(f"{before}{begin}\n{block}\n{end}{after}", encoding="utf-8")
-    return True
 
 
-def readme_block(results: Results, suite: Suite[Any]) -> str:
+def short_table(results: Results, suite: Suite[Any]) -> str:
     """Write the short table: at the largest size, or at the largest that was not too slow for the baseline."""
     entries = results.sizes[-1]
     baselines = [each for each in suite.baselines if _required(suite, each)]
@@ -135,21 +132,38 @@ def readme_block(results: Results, suite: Suite[Any]) -> str:
     return f"{head}\n\n" + table(["", *baselines, suite.ours, *ratio_heads], rows)
 
 
-def readme_claim(results: Results, suite: Suite[Any]) -> str:
-    """Say in a sentence what one case costs at the largest size, and where this was measured."""
-    assert suite.claim is not None
-    title, words = suite.claim
-    case = next(case for case in suite.cases if case.title == title)
-    entries, baseline, machine = results.sizes[-1], suite.baselines[0], results.machine
-    theirs, ours = (results.median(suite, case, subject, entries) for subject in (baseline, suite.ours))
-    if theirs is None or ours is None:
-        raise ValueError(f"{title} was not measured at {entries:,} entries")
-    seconds = [figure(each * entries * 1e-9) for each in (ours, theirs)]
+def claims_table(claimed: Sequence[tuple[Results, Suite[Any]]]) -> str:
+    """Write the table of the README: what some cases of several suites cost at the largest size, in seconds."""
+    rows, machines = [], []
+    for results, suite in claimed:
+        entries = results.sizes[-1]
+        machines.append(results.machine)
+        for claim in suite.claims:
+            case = next(case for case in suite.cases if case.title == claim.title)
+            count = claim.names or entries
+            cells = []
+            for subject in (suite.ours, claim.together, claim.apart):
+                median = results.median(suite, case, subject, entries) if subject else None
+                if subject and median is None:
+                    raise ValueError(f"{claim.title} was not measured at {entries:,} entries")
+                cells.append(NONE if median is None else _seconds(median * count * 1e-9))
+            rows.append([claim.words, *cells])
+    of_all = {f"{each['CPU']}, Python {each['Python']}, torch {each['torch']}" for each in machines}
+    commands = [each["command"].removeprefix("python benchmarks/run.py ") for each in machines]
+    (entries,) = {results.sizes[-1] for results, _ in claimed}
+    head = [f"with {entries:,} names", "pdrs", "one tensor or file", "a tensor for each name"]
     return (
-        f"With {entries:,} entries, {words} takes {seconds[0]} s where {baseline} takes {seconds[1]} s:"
-        f" {figure(theirs / ours)} times as fast ({machine['CPU']}, Python {machine['Python']}, {baseline}"
-        f" {machine['torch']}; `{machine['command']}`)."
+        f"{table(head, rows)}\n\nMedians on a CPU: {'; '.join(sorted(of_all))}. Measured with"
+        f" `python benchmarks/run.py`, with {' and '.join(f'`{each}`' for each in commands)}."
     )
+
+
+def _seconds(value: float) -> str:
+    """Write seconds with a unit that suits them."""
+    factor, unit = next(
+        each for each in ((1, "s"), (1e3, "ms"), (1e6, "µs"), (1e9, "ns")) if value * each[0] >= 1 or each[1] == "ns"
+    )
+    return f"{figure(value * factor)} {unit}"
 
 
 def _required(suite: Suite[Any], baseline: str) -> bool:

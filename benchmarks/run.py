@@ -1,7 +1,8 @@
-"""Measure pdrs beside torch, dict and OrderedDict, and write tables, pictures and the README's short tables.
+"""Measure pdrs beside torch, dict and OrderedDict, and write tables and pictures.
 
 ``python benchmarks/run.py`` takes most of an hour. A suite that is measured whole, at the usual sizes, replaces its
-part of ``benchmarks/results`` and of the README; any other run prints its tables, and writes them if told where.
+part of ``benchmarks/results``, of ``docs/performance.md`` and of the README. Any other run prints its tables, and
+writes them if told where.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from typing import Any
 
 from machine import describe
 from measure import Measurement, Suite, measure
-from report import Results, readme_block, readme_claim, report, summary, verdicts, write_readme
+from report import Results, claims_table, replace_block, report, short_table, summary, verdicts
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 README = HERE.parent / "README.md"
+PERFORMANCE = HERE.parent / "docs" / "performance.md"
 # Each lies in a module `cases_NAME`, which is imported only if it is measured: a machine may lack what others need.
 SUITES = ("parameter_dict", "stacked", "transfer", "checkpoint", "index_map", "gpu")
 SIZES = (10_000, 100_000, 1_000_000)
@@ -38,6 +40,7 @@ def main(arguments: list[str]) -> None:
             stored = RESULTS / f"{name}.json"
             if stored.exists():
                 _publish(Results.load(stored), _suite(name))
+        _publish_claims()
         return
     complete = options.sizes == SIZES and not options.only
     measured = False
@@ -58,6 +61,7 @@ def main(arguments: list[str]) -> None:
             _write(results, suite, options.output)
         elif complete:
             _publish(results, suite)
+            _publish_claims()
     if not measured:
         what = f"no case matches {options.only!r}" if options.only else "this machine lacks what the cases need"
         raise SystemExit(what)
@@ -133,7 +137,7 @@ def _write(results: Results, suite: Suite[Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     results.save(folder / f"{suite.name}.json")
     (folder / f"{suite.name}.md").write_text(report(results, suite), encoding="utf-8")
-    if suite.readme_marker:
+    if suite.marker:
         import plot  # which needs matplotlib
 
         if suite.name in plot.PICTURES:
@@ -142,11 +146,17 @@ def _write(results: Results, suite: Suite[Any], folder: Path) -> None:
 
 def _publish(results: Results, suite: Suite[Any]) -> None:
     _write(results, suite, RESULTS)
-    marker = suite.readme_marker
-    if marker and not write_readme(README, marker, readme_block(results, suite)):
-        print(f"{README.name} has no place for the short table of {suite.title}")
-    if suite.claim and not write_readme(README, f"{marker}-claim", readme_claim(results, suite)):
-        print(f"{README.name} has no place for what is claimed of {suite.title}")
+    if suite.marker:
+        replace_block(PERFORMANCE, suite.marker, short_table(results, suite))
+
+
+def _publish_claims() -> None:
+    """Write the table of the README, which has rows of several suites, from the last results of each."""
+    suites = [(path, _suite(name)) for name in SUITES if (path := RESULTS / f"{name}.json").exists()]
+    claimed = [(Results.load(path), suite) for path, suite in suites if suite.claims]
+    # What is compared with one tensor comes first.
+    claimed.sort(key=lambda pair: not any(claim.together for claim in pair[1].claims))
+    replace_block(README, "benchmark-claims", claims_table(claimed))
 
 
 if __name__ == "__main__":
