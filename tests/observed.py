@@ -1,0 +1,162 @@
+"""What is to be seen of a StackedParameterDict through its public interface, for tests that compare it.
+
+Rows are read from the packed names, as docs/archive.md describes them, and from the repr. Frozen names are those that
+get no gradient.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import pdrs
+
+__all__ = [
+    "At",
+    "Calls",
+    "PackedNames",
+    "PackedTable",
+    "assert_consistent",
+    "frozen_names",
+    "read_names",
+    "rows_in_use",
+]
+
+OURS = str(Path(pdrs.__file__).parent)
+
+
+class PackedTable(NamedTuple):
+    """What packed names tell of a table."""
+
+    attribute: str
+    group: int
+    trainable: bool
+    used: int
+
+
+class PackedNames(NamedTuple):
+    """Packed names, taken apart."""
+
+    rows: dict[str, tuple[int, int]]
+    """The number of the table and the row of each name."""
+    tables: list[PackedTable]
+    patterns: list[str]
+
+
+def read_names(packed: Tensor) -> PackedNames:
+    """Read what ``get_extra_state`` returns, whose tables lie in no slab."""
+    data = packed.numpy().tobytes()
+    assert data[:8] == b"pdrs\0\0\0\1"
+    count, ids_count, table_count, pattern_count, dims, label_bytes = struct.unpack_from("<6Q", data, 8)
+    assert dims == 0
+    at = 56
+    records = [struct.unpack_from("<7Q", data, at + 56 * number) for number in range(table_count)]
+    at += 56 * table_count
+    pattern_sizes = struct.unpack_from(f"<{pattern_count}Q", data, at)
+    labels = at + 8 * pattern_count
+    texts = []
+    for size in (*(record[0] for record in records), *pattern_sizes):
+        texts.append(data[labels : labels + size].decode("utf-8", "surrogatepass"))
+        labels += size
+    at += 8 * pattern_count + label_bytes + -label_bytes % 8
+    ids = struct.unpack_from(f"<{ids_count}Q", data, at) if ids_count else range(count)
+    at += 8 * ids_count
+    lengths = struct.unpack_from(f"<{count}I", data, at)
+    at += 4 * count + -4 * count % 8
+    names = []
+    for length in lengths:
+        names.append(data[at : at + length].decode("utf-8", "surrogatepass"))
+        at += length
+    assert at == len(data)
+    tables = [PackedTable(texts[n], group, flags == 1, used) for n, (_, group, flags, used, *_) in enumerate(records)]
+    rows = {name: (id_ >> 40, id_ % (1 << 40)) for name, id_ in zip(names, ids, strict=True)}
+    return PackedNames(rows, tables, texts[table_count:])
+
+
+def rows_in_use(sd: pdrs.StackedParameterDict) -> dict[str, int]:
+    """Return how many rows of each table are neither free nor spare, as its repr tells."""
+    return {
+        name: int(count) for name, count in re.findall(r"^(\w+): (\d+) of \d+ rows, ", sd.extra_repr(), re.MULTILINE)
+    }
+
+
+def assert_consistent(sd: pdrs.StackedParameterDict) -> PackedNames:
+    """Fail if two names have one row, a free row has a name, or packed names are not up to date."""
+    names = read_names(sd.get_extra_state())
+    assert list(names.rows) == list(sd)
+    assert len(set(names.rows.values())) == len(sd), "two names have one row"
+    counts = dict.fromkeys((table.attribute for table in names.tables), 0)
+    for name, (number, row) in names.rows.items():
+        table = names.tables[number]
+        counts[table.attribute] += 1
+        assert row < table.used <= len(sd.get_parameter(table.attribute)), name
+        assert sd.indices([name]).tolist() == [row], name
+    assert rows_in_use(sd) == counts, "a row without a name is not free, or a free one has a name"
+    return names
+
+
+def frozen_names(sd: pdrs.StackedParameterDict) -> set[str]:
+    """Return the names that get no gradient. The dictionary stays as it is: its copy has the same masks."""
+    other = copy.deepcopy(sd)
+    other.zero_grad()
+    trained = [name for name, row in other.items() if row.requires_grad and row.numel()]
+    if trained:
+        torch.stack([other[name].sum() for name in trained]).sum().backward()
+    return {name for name, gradient in other.named_grads() if name in set(trained) and not gradient.any()}
+
+
+class Calls:
+    """Counts the calls that this package makes, of Python and of native functions, in a ``with`` block."""
+
+    count = 0
+
+    def __enter__(self) -> Calls:
+        sys.setprofile(self._profile)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
+
+    def _profile(self, frame: FrameType, event: str, _: Any) -> None:
+        if event in ("call", "c_call") and frame.f_code.co_filename.startswith(OURS):
+            self.count += 1
+
+
+class At:
+    """Does something at the event of a number: where this package is called, or has called something, on this thread.
+
+    Parameters
+    ----------
+    number
+        Which of the events; ``count`` tells how many there were.
+    act
+        What is done then, once.
+    """
+
+    def __init__(self, number: int, act: Callable[[], object]) -> None:
+        self.number, self.act = number, act
+        self.count = 0
+
+    def __enter__(self) -> At:
+        sys.setprofile(self._profile)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
+
+    def _profile(self, frame: FrameType, event: str, called: Any) -> None:
+        if event == "call" or (event == "c_return" and called is not sys.setprofile):
+            if not frame.f_code.co_filename.startswith(OURS):
+                return
+            self.count += 1
+            if self.count == self.number:
+                self.act()  # what it calls is not counted
