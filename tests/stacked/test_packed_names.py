@@ -8,74 +8,112 @@ without bounds.
 from __future__ import annotations
 
 import struct
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 import pdrs
-from pdrs._core import IndexMap, apply_names, changed_rows, crc32, diff_names
-from pdrs._rows.names_codec import Header, Slab, TableHeader, bytes_of, is_packed, pack, unpack
+from observed import read_names
 
+SD = pdrs.StackedParameterDict
 NAMES = ["b\ud800é😀", "a", "d", "\ud83d\ude00", "日本"]
 
 
-def _written(names: list[str], ids: list[int] | None, tables: list[tuple[str, int, int, int]]) -> torch.Tensor:
-    """Write names as docs/archive.md says, whatever they are; tables are attribute, group, flags and rows used."""
-    labels = b"".join(attribute.encode() for attribute, *_ in tables)
-    counts = [len(names), len(ids or []), len(tables), 0, 0, len(labels)]
-    records = [struct.pack("<7Q", len(attribute.encode()), *rest, 0, 0, 0) for attribute, *rest in tables]
+class Table(NamedTuple):
+    """What is written of a table; of one in a slab also the slab's name, its first element there, and its shape."""
+
+    attribute: str
+    used: int
+    group: int = 0
+    flags: int = 1
+    slab: str = ""
+    offset: int = 0
+    shape: tuple[int, ...] = ()
+
+
+def _written(
+    names: list[str], ids: list[int] | None, tables: list[Table], patterns: tuple[str, ...] = ()
+) -> torch.Tensor:
+    """Write names as docs/archive.md says, whatever they are."""
+    encoded = [text.encode("utf-8", "surrogatepass") for table in tables for text in (table.attribute, table.slab)]
+    of_patterns = [pattern.encode("utf-8", "surrogatepass") for pattern in patterns]
+    labels = b"".join([*encoded, *of_patterns])
+    dims = [size for table in tables for size in table.shape]
+    counts = [len(names), len(ids or []), len(tables), len(patterns), len(dims), len(labels)]
+    records = []
+    for table, attribute, slab in zip(tables, encoded[::2], encoded[1::2], strict=True):
+        fields = table.group, table.flags, table.used, len(slab), table.offset, len(table.shape)
+        records.append(struct.pack("<7Q", len(attribute), *fields))
     texts = [name.encode("utf-8", "surrogatepass") for name in names]
     lengths = struct.pack(f"<{len(texts)}I", *map(len, texts))
-    parts = [b"pdrs\0\0\0\1", struct.pack("<6Q", *counts), *records, labels, bytes(-len(labels) % 8)]
+    parts = [b"pdrs\0\0\0\1", struct.pack("<6Q", *counts), *records]
+    parts += [struct.pack(f"<{len(of_patterns)}Q", *map(len, of_patterns)), struct.pack(f"<{len(dims)}Q", *dims)]
+    parts += [labels, bytes(-len(labels) % 8)]
     parts += [np.array(ids or [], "<i8").tobytes(), lengths, bytes(-len(lengths) % 8), *texts]
     return torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8)
 
 
-def test_what_is_written_from_the_document_loads() -> None:
-    tables = [("float32_2", 0, 1, 3), ("float32_3", 0, 0, 1)]
-    packed = _written(NAMES[:3], [1, 1 << 40, 2], tables)
-    headers = TableHeader("float32_2", 0, True, 3), TableHeader("float32_3", 0, False, 1)
-    assert torch.equal(packed, pack(IndexMap(zip(NAMES, [1, 1 << 40, 2], strict=False)), Header(headers)))
-    sd = pdrs.StackedParameterDict()
-    sd.load_state_dict(
-        {"float32_2": torch.arange(6.0).view(3, 2), "float32_3": torch.ones(1, 3), "_extra_state": packed}
-    )
+def _loaded(packed: Tensor, **tables: Tensor) -> SD:
+    sd = SD()
+    sd.load_state_dict({**tables, "_extra_state": packed})
+    return sd
+
+
+def test_what_is_written_from_the_document_loads_and_is_written_again() -> None:
+    ids, rows = [1, 1 << 40, 2], {"float32_2": torch.arange(6.0).view(3, 2), "float32_3": torch.ones(1, 3)}
+    packed = _written(NAMES[:3], ids, [Table("float32_2", 3), Table("float32_3", 1, flags=0)])
+    sd = _loaded(packed, **rows)
     assert list(sd) == NAMES[:3]
     assert [sd[name].tolist() for name in sd] == [[2.0, 3.0], [1.0, 1.0, 1.0], [4.0, 5.0]]
-    plain = _written(["x", "y"], None, [("float32_2", 0, 1, 2)])
-    assert dict(unpack(plain)[0]) == {"x": 0, "y": 1}
+    assert [table.requires_grad for table in sd.parameters()] == [True, False]
+    assert torch.equal(sd.get_extra_state(), packed)
+    plain = _written(["x", "y"], None, [Table("float32_2", 2)])
+    assert _loaded(plain, float32_2=torch.eye(2))["y"].tolist() == [0.0, 1.0]
+    assert torch.equal(SD.from_tensor(["x", "y"], torch.eye(2)).get_extra_state(), plain)
 
 
-def test_names_ids_and_header_come_back() -> None:
-    tables = (
-        TableHeader("float32_2", 1, False, 9),
-        TableHeader("é", 0, True, 3, Slab("slab", 7, [2, 3])),
-        TableHeader("int8_scalar", 0, True, 1, Slab("slab", 9, [])),
-    )
-    header = Header(tables, ("bias$", "\ud800"))
+def test_names_rows_and_groups_come_back() -> None:
     ids = [8, 1 << 40, 2 << 40, 0, (1 << 40) + 2]
-    packed = pack(IndexMap(zip(NAMES, ids, strict=True)), header)
-    index, found, again = unpack(packed)
-    assert (list(index.items()), found.tolist(), again) == (list(zip(NAMES, ids, strict=True)), ids, header)
-    assert is_packed(packed)
-    assert torch.equal(packed, pack(IndexMap.from_names(NAMES), header, np.array(ids)))
-    assert list(unpack(packed, "w\ud800.")[0]) == ["w\ud800." + name for name in NAMES]
-    with pytest.raises(ValueError, match="5 names and 1 ids"):
-        pack(IndexMap.from_names(NAMES), header, np.array([1]))
+    tables = [Table("float32_2", 9, group=1, flags=0), Table("é", 3), Table("int8_scalar", 1, group=2, flags=0)]
+    packed = _written(NAMES, ids, tables, ("bias$", "\ud800"))
+    rows = {"float32_2": torch.zeros(9, 2), "é": torch.zeros(4, 3), "int8_scalar": torch.zeros(1, dtype=torch.int8)}
+    sd = _loaded(packed, **rows)
+    assert torch.equal(sd.get_extra_state(), packed)
+    names = read_names(packed)
+    assert list(names.rows.values()) == [(0, 8), (1, 0), (2, 0), (0, 0), (1, 2)]
+    assert list(names.rows) == list(sd) == NAMES
+    assert names.patterns == ["bias$", "\ud800"]
+    assert [(table.group, table.trainable, table.used) for table in names.tables] == [
+        (1, False, 9),
+        (0, True, 3),
+        (2, False, 1),
+    ]
+
+
+def test_names_of_a_dictionary_in_a_module_come_back(tmp_path: Path) -> None:
+    module = torch.nn.ModuleDict({"wé": SD.from_tensor(NAMES, torch.arange(10.0).view(5, 2))})
+    pdrs.save(module, tmp_path / "file")
+    assert list(pdrs.open(tmp_path / "file")) == ["wé." + name for name in NAMES]
+    assert list(pdrs.open(tmp_path / "file", prefix="wé.")) == NAMES
 
 
 def test_rows_in_slabs_load_as_tables() -> None:
-    tables = (TableHeader("a", 0, True, 2, Slab("slab", 1, [2])), TableHeader("b", 0, False, 1, Slab("slab", 5, [])))
-    packed = pack(IndexMap({"x": 1, "y": 1 << 40, "z": 0}), Header(tables))
-    sd = pdrs.StackedParameterDict()
-    sd.load_state_dict({"slab": torch.arange(6.0), "_extra_state": packed, "__padding__.0": torch.zeros(3)})
+    tables = [
+        Table("a", 2, flags=3, slab="slab", offset=1, shape=(2,)),
+        Table("b", 1, flags=2, slab="slab", offset=5, shape=()),
+    ]
+    packed = _written(["x", "y", "z"], [1, 1 << 40, 0], tables)
+    sd = _loaded(packed, slab=torch.arange(6.0), **{"__padding__.0": torch.zeros(3)})
     assert {name: row.tolist() for name, row in sd.items()} == {"x": [3.0, 4.0], "y": 5.0, "z": [1.0, 2.0]}
     assert [(name, table.requires_grad) for name, table in sd.named_parameters()] == [("a", True), ("b", False)]
     with pytest.raises(RuntimeError, match="its slab 'slab' at 5"):
-        pdrs.StackedParameterDict().load_state_dict({"slab": torch.arange(5.0), "_extra_state": packed})
+        _loaded(packed, slab=torch.arange(5.0))
     with pytest.raises(RuntimeError, match=r"'slab'.* is missing"):
-        pdrs.StackedParameterDict().load_state_dict({"_extra_state": packed})
+        _loaded(packed)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +132,7 @@ def test_names_that_contradict_themselves_change_nothing(
     names: list[str], ids: list[int], used: int, message: str
 ) -> None:
     sd = pdrs.StackedParameterDict({"old": torch.ones(2)})
-    packed = _written(names, ids, [("float32_2", 0, 1, used)])
+    packed = _written(names, ids, [Table("float32_2", used)])
     with pytest.raises(RuntimeError, match=message):
         sd.load_state_dict({"float32_2": torch.zeros(2, 2), "_extra_state": packed})
     assert {name: row.tolist() for name, row in sd.items()} == {"old": [1.0, 1.0]}
@@ -115,40 +153,34 @@ def test_names_that_contradict_themselves_change_nothing(
     ids=["ids", "tables", "label too long", "label too short", "flags", "rows used", "offset without slab", "padding"],
 )
 def test_a_broken_header_is_refused(at: int, value: int, message: str) -> None:
-    packed = _written(["x"], None, [("a", 0, 1, 1)])
-    assert dict(unpack(packed)[0]) == {"x": 0}
+    packed = _written(["x"], None, [Table("a", 1)])
+    assert list(_loaded(packed, a=torch.ones(1, 2))) == ["x"]
     packed[at : at + 8] = torch.tensor(list(value.to_bytes(8, "little")), dtype=torch.uint8)
-    with pytest.raises(ValueError, match=rf"damaged at byte \d+: {message}"):
-        unpack(packed)
+    sd = SD({"old": torch.ones(2)})
+    with pytest.raises(RuntimeError, match=rf"damaged at byte \d+: {message}"):
+        sd.load_state_dict({"a": torch.ones(1, 2), "_extra_state": packed})
+    assert list(sd) == ["old"]
 
 
 def test_another_version_is_refused() -> None:
-    packed = _written(["x"], None, [("a", 0, 1, 1)])
+    packed = _written(["x"], None, [Table("a", 1)])
     for version, message in [
         (2, r"later version of pdrs \(layout 2, this one reads 1\)"),
         (0, "a version that is known"),
     ]:
         packed[7] = version
-        with pytest.raises(ValueError, match=message):
-            unpack(packed)
+        with pytest.raises(RuntimeError, match=message):
+            _loaded(packed, a=torch.ones(1, 2))
 
 
-def test_a_delta_of_names_gives_the_new_names() -> None:
-    header = Header((TableHeader("float32_2", 0, True, 10),))
-    old = bytes_of(pack(IndexMap(zip("abcdefg", range(7), strict=True)), header))
-    new = bytes_of(pack(IndexMap(zip("acdfgé", [0, 9, 3, 5, 6, 1], strict=True)), header))
-    assert apply_names(old, diff_names(old, new)).tobytes() == new.tobytes()
-    with pytest.raises(ValueError, match="damaged"):
-        apply_names(old, new)
-
-
-def test_checksums_are_those_of_zlib_and_changed_rows_are_found() -> None:
-    assert crc32(np.frombuffer(b"123456789", np.uint8)) == 0xCBF43926
-    assert crc32(np.frombuffer(b"6789", np.uint8), crc32(np.frombuffer(b"12345", np.uint8))) == 0xCBF43926
-    one = np.zeros(12, np.uint8)
-    other = one.copy()
-    other[[4, 11]] = 1
-    assert changed_rows(one, other, 4).tolist() == [1, 2]
-    assert changed_rows(one, one, 4).tolist() == []
-    with pytest.raises(ValueError, match="rows of 5 bytes"):
-        changed_rows(one, other, 5)
+def test_names_that_came_went_and_moved_since_a_save_are_written_as_a_difference(tmp_path: Path) -> None:
+    sd = SD.from_tensor([f"n{at}" for at in range(1000)], torch.arange(2000.0).view(1000, 2))
+    pdrs.save(sd, tmp_path / "0")
+    sd.drop(["n1", "n4"])
+    sd["é\ud800"] = torch.ones(2)
+    sd["n5"] = torch.zeros(3)
+    pdrs.save(sd, tmp_path / "1", since=tmp_path / "0")
+    assert (tmp_path / "1").stat().st_size < (tmp_path / "0").stat().st_size / 2
+    opened: Any = pdrs.open(tmp_path / "1")
+    assert torch.equal(opened.get_extra_state(), sd.get_extra_state())
+    assert {name: row.tolist() for name, row in opened.items()} == {name: row.tolist() for name, row in sd.items()}
