@@ -22,6 +22,7 @@ from torch.nn import Parameter
 from torch.nn.utils import parametrize, prune
 
 import pdrs
+from observed import assert_consistent, frozen_names
 from pdrs import StackedParameterDict
 
 
@@ -321,7 +322,7 @@ def test_an_init_that_changes_the_dictionary_is_refused(change: str) -> None:
         RuntimeError, match=r"the dictionary is being changed.* init, may read it, and cannot change it"
     ):
         sd.gather(["a", "new"], missing="insert", init=init)
-    assert len(sd._tables[0].rows) == len(sd)
+    assert_consistent(sd)
 
 
 @pytest.mark.parametrize(
@@ -431,7 +432,7 @@ def test_a_copy_has_the_rows_of_its_names_while_another_thread_changes_them(way:
             else:
                 made = sd.copy() if way == "copy" else copy.deepcopy(sd)
             assert {name: row.tolist() for name, row in made.items()} == {name: [float(name)] * 2 for name in made}
-            assert sum(len(table.rows) for table in made._tables) == len(made)
+            assert_consistent(made)
     finally:
         done.set()
         thread.join()
@@ -455,7 +456,7 @@ def test_a_gradient_from_inference_mode_is_cleared(change: Callable[[StackedPara
     cleared = [["a", "b"].index(name) for name in gone]
     left = sd.table((2,)).grad.to_dense()
     assert (left.sum(1) == 0).nonzero()[:, 0].tolist() == sorted(cleared)
-    assert len(sd._tables[0].rows) == len(sd)
+    assert_consistent(sd)
 
 
 @pytest.mark.filterwarnings("error")
@@ -472,7 +473,9 @@ def test_all_names_unfrozen_leave_no_mask_of_names_that_have_gone() -> None:
     sd.freeze(["a"])
     del sd["a"]
     sd.unfreeze()
-    assert (sd._tables[0].frozen, sd._tables[0].handles) == (None, [])
+    assert not sd.table((2,))._backward_hooks, "what masks gradients is still asked"
+    sd["new"] = torch.ones(2)
+    assert frozen_names(sd) == set()
 
 
 def test_sparse_momentum_moves_with_names_to_another_group() -> None:

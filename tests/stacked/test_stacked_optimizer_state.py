@@ -230,7 +230,7 @@ def test_names_that_change_their_group_take_such_state_along() -> None:
     sd, made = trained(optimizer(torch.clone))
     before = made.state[sd.table((4,))]["z"].clone()
     sd.param_groups(by={"n[12]": {"lr": 1.0}})
-    table = sd._parameter(sd._tables[1])
+    table = sd.get_parameter("float32_4_group1")
     assert torch.equal(made.state[table]["z"][:2], before[1:3])
     sd["n1.new"] = VALUE
     assert torch.equal(made.state[table]["z"][2], VALUE)

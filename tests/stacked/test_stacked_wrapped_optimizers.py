@@ -203,7 +203,10 @@ def test_half_of_a_wrapper_is_not_enough() -> None:
 
 def test_an_optimizer_that_refers_to_another_is_no_wrapper_of_it() -> None:
     sd, inner = begun()
-    other = Adam(torch.nn.Linear(2, 2).parameters())
+    # What has groups by pattern is the first to get new tables of its own dictionary, and of no other.
+    other = Adam(begun()[0].param_groups(by={}))
     inner.partner = other  # type: ignore[attr-defined]
     sd.attach_optimizer(inner)
-    assert sd._attached() == [inner]
+    sd["late"] = torch.ones(3)
+    assert [group["params"] for group in inner.param_groups] == [list(sd.parameters())]
+    assert [len(group["params"]) for group in other.param_groups] == [1]
