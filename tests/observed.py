@@ -17,12 +17,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pdrs
 
 __all__ = [
     "At",
     "Calls",
+    "NoMemory",
     "PackedNames",
     "PackedTable",
     "assert_consistent",
@@ -160,3 +162,24 @@ class At:
             self.count += 1
             if self.count == self.number:
                 self.act()  # what it calls is not counted
+
+
+class NoMemory(TorchDispatchMode):
+    """Lets torch make some new tensors, and then no more.
+
+    Parameters
+    ----------
+    allowed
+        How many operations may make new tensors; ``made`` tells how many have wanted to.
+    """
+
+    def __init__(self, allowed: int) -> None:
+        super().__init__()
+        self.allowed, self.made = allowed, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(returned.alias_info is None and "Tensor" in str(returned.type) for returned in func._schema.returns):
+            self.made += 1
+            if self.made > self.allowed:
+                raise torch.OutOfMemoryError("no memory")
+        return func(*args, **(kwargs or {}))

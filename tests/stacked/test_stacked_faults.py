@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import pdrs
-from pdrs._rows import store
+from observed import NoMemory, assert_consistent, frozen_names
 
 SD = pdrs.StackedParameterDict
 ENTRIES = [("a", (2,)), ("b", (2,)), ("c", (3,)), ("d", (3,)), ("e", (4,))]
@@ -47,14 +47,14 @@ def seen(sd: pdrs.StackedParameterDict, optimizer: torch.optim.Optimizer) -> dic
     """Return all that there is to see of every name, and of the store."""
     found: dict[str, Any] = {"tables": [(name, id(table), len(table)) for name, table in sd.named_parameters()]}
     found["held"] = [[id(table) for table in group["params"]] for group in optimizer.param_groups]
-    found["groups"] = [table.group for table in sd._tables], sd._patterns
+    names = assert_consistent(sd)
+    found["groups"] = [table.group for table in names.tables], names.patterns
+    frozen = frozen_names(sd)
     for name, gradient in sd.named_grads():
         table = sd[name]._base
         row = int(sd.indices([name]))
         moments = [value[row].tolist() for value in optimizer.state[table].values() if value.dim()]
-        mask = next(one.frozen for one in sd._tables if sd._parameter(one) is table)
-        frozen = mask is not None and bool(mask[row])
-        found[f"name {name}"] = sd[name].tolist(), gradient.tolist(), moments, frozen
+        found[f"name {name}"] = sd[name].tolist(), gradient.tolist(), moments, name in frozen
     assert len(found) == 3 + len(sd)
     return found
 
@@ -82,41 +82,26 @@ def test_a_state_dict_with_a_table_that_does_not_fit_changes_nothing(table: str,
     assert seen(sd, optimizer) == before
 
 
-def test_loading_without_memory_for_one_of_the_tables_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_without_memory_for_one_of_the_tables_changes_nothing() -> None:
     state = numbered(OTHERS, 50).state_dict()
-    arrange, zeros = store._Arranged.__call__, torch.zeros
-    allowed = 0
+    expected = {name: [float(at)] * shape[0] for at, (name, shape) in enumerate(OTHERS, 50)}
+    failures = 0
     while True:
         sd, optimizer = trained()
         before = seen(sd, optimizer)
-        calls = 0
-
-        def limited(allocate: Callable[..., Tensor], limit: int) -> Callable[..., Tensor]:
-            def counted(*arguments: Any, **keywords: Any) -> Tensor:
-                nonlocal calls
-                calls += 1
-                if calls > limit:
-                    raise torch.OutOfMemoryError("no memory")
-                return allocate(*arguments, **keywords)
-
-            return counted
-
-        monkeypatch.setattr(store._Arranged, "__call__", limited(arrange, allowed))
-        monkeypatch.setattr(torch, "zeros", limited(zeros, allowed))
-        try:
-            sd.load_state_dict(state)
-            break
-        except RuntimeError as error:
-            message = str(error)
-        finally:
-            monkeypatch.undo()
-        assert "no memory" in message
-        assert seen(sd, optimizer) == before, allowed
-        allowed += 1
-    assert allowed > 6, "data, gradients, moments and masks of two store, and a new table"
-    assert {name: row.tolist() for name, row in sd.items()} == {
-        name: [float(at)] * shape[0] for at, (name, shape) in enumerate(OTHERS, 50)
-    }
+        with NoMemory(failures) as memory:
+            try:
+                sd.load_state_dict(state)
+            except RuntimeError as error:
+                assert "no memory" in str(error)
+        if list(sd) != [name for name, _ in ENTRIES]:
+            break  # the names have been loaded
+        assert seen(sd, optimizer) == before, failures
+        assert memory.made > failures
+        failures += 1
+    assert failures > 6, "data, gradients, moments and masks of two tables, and a new table"
+    sd.load_state_dict(state)
+    assert {name: row.tolist() for name, row in sd.items()} == expected
 
 
 def test_clearing_that_fails_leaves_no_name_with_a_free_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,14 +148,15 @@ def test_groups_that_are_none_move_no_name(by: Any) -> None:
 def test_a_name_whose_row_cannot_be_copied_stays(pop: Callable[[SD], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     sd = SD.from_tensor(["a", "b"], torch.ones(2, 1 << 15))  # so large that torch makes the copy
 
-    def fail(_: SD, __: object, ___: int) -> Tensor:
-        raise MemoryError
+    def fail(*_: Any, **__: Any) -> Tensor:
+        raise torch.OutOfMemoryError("no memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr(SD, "_copy_of_row", fail)
-        with pytest.raises(MemoryError):
+        patched.setattr(Tensor, "clone", fail)
+        with pytest.raises(torch.OutOfMemoryError):
             pop(sd)
-    assert (list(sd), len(sd._tables[0].rows)) == (["a", "b"], 2)
+    assert list(sd) == ["a", "b"]
+    assert_consistent(sd)
     pop(sd)
     assert list(sd) == ["a"]
 
@@ -238,7 +224,7 @@ def test_a_finalizer_that_changes_the_dictionary_does_so_before_a_change_or_afte
             change(sd)
             gc.disable()
             gc.collect()
-            assert len(set(sd._index.indices().tolist())) == len(sd) == sum(len(table.rows) for table in sd._tables)
+            assert_consistent(sd)
             for name, row in sd.items():
                 expected = {
                     "late": [7.0, 7.0],
