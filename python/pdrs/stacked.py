@@ -46,7 +46,7 @@ class StackedParameterDict(SavedRows):
     Entries of one shape and dtype are the rows of one :class:`~torch.nn.Parameter`, a *table* ``[capacity, *shape]``.
     Optimizers, DDP, FSDP2, ``clip_grad_norm_`` and the like see tables. Names can be looked up and gathered by the
     thousand in one differentiable call, and come and go while the model trains; a table grows as the same Parameter.
-    It answers what a :class:`pdrs.ParameterDict` answers; where the two differ, ``docs/stacked.md`` lists.
+    It answers what a :class:`pdrs.ParameterDict` answers; where the two differ, ``docs/stacked/differences.md`` lists.
 
     Parameters
     ----------

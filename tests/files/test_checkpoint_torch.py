@@ -183,7 +183,7 @@ def test_an_entry_in_shared_memory_takes_only_its_own_bytes_into_a_file_of_torch
 
 def test_a_row_takes_its_table_into_a_file_of_torch_but_not_of_safetensors(tmp_path: Path) -> None:
     sd = stacked(1000)
-    assert saved_alone(sd["n.000500"], tmp_path) == 1000 * FLOATS * 4, "docs/stacked.md tells to clone it"
+    assert saved_alone(sd["n.000500"], tmp_path) == 1000 * FLOATS * 4, "docs/stacked/saving.md tells to clone it"
     save_file({"row": sd["n.000500"].detach()}, tmp_path / "row.safetensors")
     assert (tmp_path / "row.safetensors").stat().st_size < FLOATS * 4 + 200
 

@@ -1,4 +1,4 @@
-"""Every deliberate difference of a StackedParameterDict from a ParameterDict: a test for each row of docs/stacked.md.
+"""Every deliberate difference of a StackedParameterDict from a ParameterDict: each row of the document has a test.
 
 The bugs that this hunts: a difference that nobody decided, and one that stands in the document and is gone. So each
 test shows both classes.
@@ -20,7 +20,7 @@ import pdrs
 
 PD, SD = pdrs.ParameterDict, pdrs.StackedParameterDict
 BOTH = (PD, SD)
-DOCUMENT = Path(__file__).parents[2] / "docs" / "stacked.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "stacked" / "differences.md"
 
 
 def make(kind: Any) -> Any:
@@ -31,7 +31,7 @@ def test_the_table_has_a_row_for_each_test_and_a_test_for_each_row() -> None:
     table = DOCUMENT.read_text(encoding="utf-8").partition("## Differences")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| (?!-|\s*\|)", table, re.MULTILINE)
     tests = [name for name in globals() if name.startswith("test_difference_")]
-    assert len(rows) == len(tests), "docs/stacked.md and tests/stacked/test_stacked_differences.py must list the same"
+    assert len(rows) == len(tests), f"{DOCUMENT} and {__file__} must list the same"
 
 
 def test_difference_names_that_are_not_in_the_batch() -> None:
