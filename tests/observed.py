@@ -134,19 +134,26 @@ class Calls:
 
 
 class At:
-    """Does something at the event of a number: where this package is called, or has called something, on this thread.
+    """Does something at the event of a number: where this package is called, or has called native code, on this thread.
 
     Parameters
     ----------
     number
-        Which of the events; ``count`` tells how many there were.
+        Which of the events, from 0; none if it is -1.
     act
-        What is done then, once.
+        What is done then. It is no event itself.
+    events
+        What counts, in the words of ``sys.setprofile``.
     """
 
-    def __init__(self, number: int, act: Callable[[], object]) -> None:
-        self.number, self.act = number, act
-        self.count = 0
+    def __init__(
+        self,
+        number: int = -1,
+        act: Callable[[], object] = lambda: None,
+        events: tuple[str, ...] = ("call", "c_return"),
+    ) -> None:
+        self.number, self.act, self.events = number, act, events
+        self.places: list[tuple[str, int]] = []
 
     def __enter__(self) -> At:
         sys.setprofile(self._profile)
@@ -156,12 +163,19 @@ class At:
         sys.setprofile(None)
 
     def _profile(self, frame: FrameType, event: str, called: Any) -> None:
-        if event == "call" or (event == "c_return" and called is not sys.setprofile):
-            if not frame.f_code.co_filename.startswith(OURS):
-                return
-            self.count += 1
-            if self.count == self.number:
-                self.act()  # what it calls is not counted
+        if event in self.events and called is not sys.setprofile and frame.f_code.co_filename.startswith(OURS):
+            self.places.append((frame.f_code.co_filename, frame.f_lineno))
+            if len(self.places) == self.number + 1:
+                self.act()
+
+    def firsts(self) -> list[int]:
+        """Return the first event of each place."""
+        return sorted(dict(zip(reversed(self.places), reversed(range(len(self.places))), strict=True)).values())
+
+    def chosen(self) -> list[int]:
+        """Return the first and the last event of each place."""
+        lasts = dict(zip(self.places, range(len(self.places)), strict=True))
+        return sorted({*self.firsts(), *lasts.values()})
 
 
 class NoMemory(TorchDispatchMode):
