@@ -19,6 +19,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES = "pictures"
 _LINK = re.compile(r"(\]\(|^\[[^\]]+\]: +)(\.\.?/[^)\s#]+)", re.MULTILINE)
+_OPTION = re.compile(r"  # doctest: .*$", re.MULTILINE)
 _ROLE = re.compile(r":(?:class|exc|func|meth):`~?([\w.]+)`")
 # A warning of a logger below this name fails a strict build.
 _log = logging.getLogger("mkdocs.hooks.docs_site")
@@ -32,7 +33,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Let links to files outside ``docs`` lead to the repository, and those to pictures to the site's copy."""
+    """Let links to files outside ``docs`` lead to the repository, and hide what is said to doctest."""
     here = Path(config.docs_dir, page.file.src_uri).parent
 
     def replaced(found: re.Match[str]) -> str:
@@ -46,7 +47,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return f"{found[1]}{'../' * page.file.src_uri.count('/')}{PICTURES}/{target.name}"
         return f"{found[1]}{config.repo_url}/{'tree' if target.is_dir() else 'blob'}/main/{path}"
 
-    return _LINK.sub(replaced, markdown)
+    return _LINK.sub(replaced, _OPTION.sub("", markdown))
 
 
 class Roles(Extension):  # type: ignore[misc]  # mypy does not read griffe
