@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PICTURES = "pictures"
 _LINK = re.compile(r"(\]\(|^\[[^\]]+\]: +)(\.\.?/[^)\s#]+)", re.MULTILINE)
 _OPTION = re.compile(r"  # doctest: .*$", re.MULTILINE)
-_ROLE = re.compile(r":(?:class|exc|func|meth):`~?([\w.]+)`")
+_ROLE = re.compile(r":(?:class|exc|func|meth):`(~?)([\w.]+)`")
 # A warning of a logger below this name fails a strict build.
 _log = logging.getLogger("mkdocs.hooks.docs_site")
 
@@ -69,10 +69,10 @@ class Roles(Extension):  # type: ignore[misc]  # mypy does not read griffe
 
 def _link(documented: Object, prefix: str, public: set[str]) -> None:
     def replaced(found: re.Match[str]) -> str:
-        name = found[1]
+        name = found[2]
         path = next((path for path in (f"{prefix}{name}", name, f"pdrs.{name}") if path in public), None)
-        short = name.removeprefix("torch.nn.").removeprefix("pdrs.") if path is None else name.rpartition(".")[2]
-        return f"`{short}`" if path is None else f"[`{short}`][{path}]"
+        shown = name if path is None and not found[1] else name.rpartition(".")[2]
+        return f"`{shown}`" if path is None else f"[`{shown}`][{path}]"
 
     if documented.docstring:
         documented.docstring.value = _ROLE.sub(replaced, documented.docstring.value)
