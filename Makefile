@@ -34,7 +34,7 @@ check: $(VENV)/built ## Check format, lints, types, stubs, and run the code in R
 	$(BIN)/python -m pytest --doctest-glob='*.md' --doctest-glob='*.pyi' --doctest-modules README.md docs python/pdrs
 
 docs: $(VENV)/documents ## Build the documentation as a web site in site/; a warning is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/built ## Measure side by side with torch, write tables and plots (about forty minutes)
 	$(BIN)/python benchmarks/run.py
