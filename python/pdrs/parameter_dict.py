@@ -68,20 +68,21 @@ _BUFFER = _Kind("buffer", "torch.nn.Buffer, torch.Tensor or None")
 class ParameterDict(torch.nn.ParameterDict):
     r"""An ordered dictionary of Parameters that stays fast with a million of them.
 
-    A drop-in for :class:`torch.nn.ParameterDict`, and a subclass of it: every tensor becomes a registered
-    :class:`~torch.nn.Parameter`, a Module becomes a child module, and anything else is kept as it is. The order of
-    insertion is kept, and entries may be popped anywhere in it in O(1). Any ``str`` but the empty one is a key: also
-    one with dots, and ``"type"`` or ``"keys"``, which stay methods when asked for as attributes.
+    It is a subclass of :class:`torch.nn.ParameterDict` and replaces it. A tensor becomes a registered
+    :class:`~torch.nn.Parameter`, a Module becomes a child module, and any other value is kept as it is. Entries keep
+    the order of insertion, and each can be popped in O(1). Any ``str`` except the empty one is a key, also with dots.
+    Keys such as ``"type"`` or ``"keys"`` do not hide the methods of these names.
 
     Parameters
     ----------
     parameters
-        A mapping from ``str``, or an iterable of pairs, to begin with; see :meth:`update`. Plain dicts are sorted.
+        The first entries: a mapping from ``str``, or an iterable of pairs. See :meth:`update`. Plain dicts are sorted.
 
     Notes
     -----
-    Names and their order lie in a Rust index (:class:`pdrs.IndexMap`), Parameters in the plain dict ``_parameters``, as
-    in every Module, where torch reads and writes them. *n* is the number of entries below; costs are amortised.
+    Names and their order are in a Rust index (:class:`pdrs.IndexMap`). Parameters are in the plain dict
+    ``_parameters``, as in each Module, because torch reads and writes them there. Costs are amortised; *n* is the
+    number of entries.
 
     Examples
     --------
@@ -128,7 +129,7 @@ class ParameterDict(torch.nn.ParameterDict):
         Raises
         ------
         KeyError
-            If there is none; the error is an AttributeError, too, as torch's class raises.
+            If ``key`` is missing. The error is also an AttributeError, which torch's class raises.
         TypeError
             If ``key`` is not a ``str``.
         """
@@ -138,16 +139,16 @@ class ParameterDict(torch.nn.ParameterDict):
         return self._value_of(key) if value is None else value
 
     def __setitem__(self, key: str, value: Any) -> None:
-        """Set the value of ``key``: a new key goes to the end, an old one keeps its place. **O(1)**.
+        """Set the value of ``key``. A new key goes to the end, an old one keeps its place. **O(1)**.
 
-        A tensor that is not a Parameter becomes one, with the same data. What is refused leaves no trace.
+        A tensor that is not a Parameter becomes one, with the same data. A refused value changes nothing.
 
         Raises
         ------
         KeyError
             If ``key`` is empty.
         TypeError
-            If ``key`` is not a ``str``, or the value of ``key`` is a Parameter or Module and ``value`` is neither.
+            If ``key`` is not a ``str``. Also if the old value is a Parameter or Module and ``value`` is neither.
         ValueError
             If ``value`` is a Parameter that is the result of a differentiable operation.
         """
@@ -168,7 +169,7 @@ class ParameterDict(torch.nn.ParameterDict):
             super().__setitem__(key, value)
 
     def __delitem__(self, key: str) -> None:
-        """Remove ``key``; the order of the others stays. Raises KeyError if it is not there. **O(1)**."""
+        """Remove ``key``. The other entries keep their order. Raises KeyError if ``key`` is missing. **O(1)**."""
         if not _tracing() and delete_entry(self, key):
             return
         if not (_tracing() or is_own(self, own_functions.DELITEM)):
@@ -181,16 +182,16 @@ class ParameterDict(torch.nn.ParameterDict):
             self._delete_elsewhere(key)
 
     def __contains__(self, key: object) -> bool:
-        """Whether ``key`` is the key of an entry. **O(1)**."""
+        """Return whether ``key`` is the key of an entry. **O(1)**."""
         # Direct instances answer `[]`, `in` and `len` natively, in the same way: see `use_native_slots` below.
         if _tracing():
             return key in self._traced_keys()
         return super().__contains__(key)  # type: ignore[operator]  # torch's takes anything, too
 
     def pop(self, key: str, *default: Any) -> Any:
-        """Remove ``key`` and return its value, or ``default`` if it is not there and one is given. **O(1)**.
+        """Remove ``key`` and return its value. If ``key`` is missing, return ``default`` if one is given. **O(1)**.
 
-        The order of the others stays. Raises KeyError (and AttributeError) if ``key`` is not there.
+        The other entries keep their order. Without a default, a missing key raises KeyError (also an AttributeError).
         """
         if default and len(default) > 1:
             raise TypeError(f"pop expected at most 2 arguments, got {1 + len(default)}")
@@ -203,9 +204,9 @@ class ParameterDict(torch.nn.ParameterDict):
         return super().pop(key)
 
     def popitem(self, last: bool = True) -> tuple[str, Any]:
-        """Remove the last (or the first) entry and return its key and value. **O(1)** at either end.
+        """Remove the last (or the first) entry and return its key and value. **O(1)** at both ends.
 
-        Raises KeyError if there is none.
+        Raises KeyError if the dictionary is empty.
         """
         if not _tracing():
             popped = pop_end(self, last)
@@ -231,27 +232,27 @@ class ParameterDict(torch.nn.ParameterDict):
         return super().__len__()
 
     def __iter__(self) -> Iterator[str]:
-        """Iterate over the keys in order; RuntimeError if entries come or go meanwhile. **O(1)** a step."""
+        """Iterate over the keys in order. **O(1)** per step; RuntimeError if entries come or go meanwhile."""
         if _tracing():
             return iter(self._traced_keys())
         return super().__iter__()
 
     def __reversed__(self) -> Iterator[str]:
-        """Iterate over the keys from the last to the first. **O(1)** a step."""
+        """Iterate over the keys from the last to the first. **O(1)** per step."""
         if _tracing():
             return reversed(self._traced_keys())
         return super().__reversed__()
 
     def keys(self) -> KeysView[str]:
-        """Return a view of the keys: in order, reversible, a set. **O(1)**."""
+        """Return a view of the keys: ordered, reversible, with set operations. **O(1)**."""
         if _tracing():
             return dict.fromkeys(self._traced_keys()).keys()
         return super().keys()
 
     def values(self) -> EntryValuesView:
-        """Return a view of the values: in order, reversible. **O(1)**.
+        """Return a view of the values: ordered, reversible. **O(1)**.
 
-        ``in`` asks for identity, and is **O(n)**.
+        ``in`` compares by identity, in **O(n)**.
         """
         if _tracing():
             return [self[key] for key in self._traced_keys()]  # type: ignore[return-value]  # seen by the tracer alone
@@ -260,9 +261,9 @@ class ParameterDict(torch.nn.ParameterDict):
         return super().values()  # type: ignore[return-value]  # whatever somebody else gives
 
     def items(self) -> EntryItemsView:
-        """Return a view of the pairs of key and value: in order, reversible. **O(1)**.
+        """Return a view of the pairs of key and value: ordered, reversible. **O(1)**.
 
-        ``in`` is **O(1)**, and asks for identity of the value.
+        ``in`` compares the value by identity, in **O(1)**.
         """
         if _tracing():
             return [(key, self[key]) for key in self._traced_keys()]  # type: ignore[return-value]  # as in values()
@@ -271,19 +272,18 @@ class ParameterDict(torch.nn.ParameterDict):
         return super().items()  # type: ignore[return-value]  # whatever somebody else gives
 
     def update(self, parameters: Any) -> None:
-        """Set many entries, as :meth:`__setitem__` would one after another. **O(m)** for ``m`` entries.
+        """Set many entries, all or none. **O(m)** for ``m`` entries.
 
         Parameters
         ----------
         parameters
-            A mapping from ``str``, or an iterable of pairs. The entries of an ``OrderedDict``, of a ParameterDict and
-            of an iterable of pairs are set in their order; those of another mapping, a plain ``dict`` among them, in
-            the order of the sorted keys (as torch's class does).
+            A mapping from ``str``, or an iterable of pairs. An ``OrderedDict``, a ParameterDict and pairs keep their
+            order. Other mappings, such as a plain ``dict``, are sorted by key, as in torch's class.
 
         Raises
         ------
         TypeError, ValueError, KeyError
-            If ``parameters`` or one of its entries cannot be taken; then no entry has been set.
+            If ``parameters`` or one of its entries is refused. Then no entry has been set.
         """
         if not isinstance(parameters, Iterable):
             raise TypeError(
@@ -310,7 +310,7 @@ class ParameterDict(torch.nn.ParameterDict):
             self._delete_elsewhere(key)
 
     def copy(self) -> ParameterDict:
-        """Return a new ParameterDict of the same keys and the very same values. **O(n)**."""
+        """Return a new ParameterDict that shares all values with this one. **O(n)**."""
         if _tracing() or (is_own(self, own_functions.COPY) and is_own(self, own_functions.SOURCE)):
             return ParameterDict(self)
         if follows_torch(self, "copy"):
@@ -318,28 +318,28 @@ class ParameterDict(torch.nn.ParameterDict):
         return super().copy()  # type: ignore[return-value]  # whatever somebody else gives
 
     def fromkeys(self, keys: Iterable[str], default: Any = None) -> ParameterDict:
-        """Return a new ParameterDict of ``keys``, all with the value ``default``. **O(m)** for ``m`` keys.
+        """Return a new ParameterDict in which each of ``keys`` has the value ``default``. **O(m)** for ``m`` keys.
 
-        A Parameter is shared by all; of another tensor each gets a Parameter of its own over the same data.
+        A Parameter is shared by all keys. For another tensor, each key gets its own Parameter with the same data.
         """
         if _tracing() or are_functions_own(self, own_functions.FROMKEYS):
             return ParameterDict(zip(keys if isinstance(keys, str) else listed(keys), repeat(default)))
         return super().fromkeys(keys, default)  # type: ignore[return-value]  # whatever somebody else gives
 
     def stack(self) -> StackedParameterDict:
-        """Return a StackedParameterDict of the same entries, whose values are copied into tables. **O(n)**.
+        """Return a StackedParameterDict with copies of all entries. **O(n)**.
 
         Raises
         ------
         TypeError
-            If an entry is no tensor.
+            If an entry is not a tensor.
         """
         from pdrs.stacked import StackedParameterDict
 
         return StackedParameterDict(self)
 
     def extra_repr(self) -> str:
-        """Return a line an entry, or, of more than 100, of the first and the last ten."""
+        """Return one line for each entry. Of more than 100 entries, only the first and last ten are shown."""
         hidden = len(self._keys) - 2 * _REPR_END
         if len(self._keys) <= _REPR_WHOLE or not is_own(self, own_functions.EXTRA_REPR):
             return super().extra_repr()
@@ -408,7 +408,7 @@ class ParameterDict(torch.nn.ParameterDict):
         super().__delattr__(name)
 
     def register_parameter(self, name: str, param: Parameter | None) -> None:
-        """Register a Parameter as torch does; under the key of an entry also if that has dots."""
+        """Register a Parameter as torch does. The key of an entry may have dots."""
         # `distribute_module` registers anew what is there.
         is_entry = type(name) is str and name in self.__dict__.get("_parameters", ()) and name in self._keys
         super().register_parameter(redirected.without_dots(name) if is_entry else name, param)
@@ -420,14 +420,14 @@ class ParameterDict(torch.nn.ParameterDict):
         return self
 
     def pin_memory(self) -> ParameterDict:
-        """Put all entries that lie on the CPU into page-locked memory, of just the size that they take. **O(n)**.
+        """Put all entries on the CPU into page-locked memory of exactly their size. **O(n)**.
 
         Copies from there to a CUDA device need no staging. The Parameters stay the same objects.
 
         Raises
         ------
         RuntimeError
-            If there is no CUDA device, or it cannot lock so much; then nothing has changed.
+            If there is no CUDA device, or too little memory can be locked. Then nothing has changed.
         """
         run.pin_memory(self)
         return self
@@ -449,7 +449,7 @@ class ParameterDict(torch.nn.ParameterDict):
             save_parameters(self._parameters, destination, prefix, Parameter)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load a state dict as torch does, several times faster if it fits and nobody has hooks on it."""
+        """Load a state dict as torch does. It is several times faster if all names fit and there are no hooks."""
         if (
             not (assign or _tracing() or torch.__future__.get_swap_module_params_on_conversion())
             and is_own(self, own_functions.LOAD)

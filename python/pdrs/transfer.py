@@ -16,35 +16,37 @@ ModuleT = TypeVar("ModuleT", bound=Module)
 
 
 def to(module: ModuleT, *args: Any, **kwargs: Any) -> ModuleT:
-    """Move and convert the parameters and buffers of any module, as ``module.to(...)`` does, but all at once.
+    """Move and convert all parameters and buffers of a module at once, as ``module.to(...)`` does one by one. **O(n)**.
 
     Parameters
     ----------
     module
-        Any module. One with a ``to`` of its own is moved by that; submodules with an ``_apply`` of their own (recurrent
-        ones have it) are moved by that, after the rest.
+        Any module. If it has its own ``to``, that is called. Submodules with their own ``_apply``, such as recurrent
+        layers, are moved by it, after the rest.
     *args, **kwargs
-        Those of :meth:`torch.nn.Module.to`: ``device``, ``dtype``, ``tensor``, ``non_blocking``, ``memory_format``.
+        The arguments of :meth:`torch.nn.Module.to`: ``device``, ``dtype``, ``tensor``, ``non_blocking``,
+        ``memory_format``.
 
     Returns
     -------
     torch.nn.Module
-        ``module`` itself. Its Parameters are the same objects; those of a dtype and device lie in one block of memory.
+        ``module`` itself. Its Parameters stay the same objects. Those of one dtype and device are in one block of
+        memory.
 
     Raises
     ------
     TypeError
-        As ``Module.to``, or if ``module`` is none.
+        As for ``Module.to``, or if ``module`` is not a module.
     torch.OutOfMemoryError
-        If the device has too little memory for the block; then nothing has moved. The message says how much was wanted.
+        If the device has too little memory. Then nothing has moved. The message says how much was needed.
     RuntimeError
-        Between host and device while a CUDA graph is being captured.
+        For a move between host and device while a CUDA graph is captured.
 
     Notes
     -----
-    Old and new memory exist side by side until the move is complete. ``non_blocking`` returns before copies to a device
-    end; the host tensors may change or die all the same, and work queued on the current stream finds the data complete.
-    docs/transfers.md says more. **O(n)**, with a small part of torch's cost an entry.
+    Old and new memory exist at the same time until the move is complete. With ``non_blocking``, the call may return
+    before copies to a device end. The host tensors may change or be freed at once. Work that is queued later on the
+    current stream finds the complete data. ``docs/transfers.md`` lists all guarantees.
 
     Examples
     --------

@@ -110,28 +110,28 @@ _torch_streams: dict[torch.device, list[torch.cuda.Stream]] = {}
 
 
 def set_staging(*, block_bytes: int = _DEFAULT_BLOCK_BYTES, blocks: int = _DEFAULT_BLOCKS) -> None:
-    """Choose the page-locked memory that transfers between host and CUDA devices go through.
+    """Set the page-locked memory for transfers between host and CUDA devices, for all threads and devices.
 
     Parameters
     ----------
     block_bytes
-        The size of a block in bytes: a multiple of 64 from 1024 on, best a power of two, because torch rounds up to
+        The size of a block in bytes: a multiple of 64, at least 1024. Use a power of two, because torch rounds up to
         one.
     blocks
-        How many blocks take turns in a transfer: with one, gathering and copying do not overlap.
+        How many blocks take turns in a transfer. With one block, gathering and copying do not overlap.
 
     Raises
     ------
     TypeError
-        If a number is not an ``int``; then nothing has changed.
+        If a number is not an ``int``. Then nothing has changed.
     ValueError
-        If a number is out of range; then nothing has changed.
+        If a number is out of range. Then nothing has changed.
 
     Examples
     --------
     >>> import pdrs
     >>> pdrs.set_staging(block_bytes=32 << 20, blocks=2)
-    >>> pdrs.set_staging()  # what it was
+    >>> pdrs.set_staging()  # the default
 
     """
     global _staging
