@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,8 +18,7 @@ import torch
 from torch import Tensor
 
 import pdrs
-from pdrs._rows import insert as named_rows
-from pdrs._rows import store
+from observed import At, assert_consistent
 
 SD = pdrs.StackedParameterDict
 
@@ -29,8 +29,7 @@ def numbered(count: int = 4) -> SD:
 
 def fits(sd: SD) -> None:
     """Fail if names do not have rows of their own, or the numbers that they began with."""
-    ids = sd._index.indices().tolist()
-    assert len(set(ids)) == len(sd) == sum(len(table.rows) for table in sd._tables)
+    assert_consistent(sd)
     for name, row in sd.items():
         if name.startswith("k"):
             number = 2.0 * int(name[1:])
@@ -97,33 +96,41 @@ def test_init_cannot_change_the_dictionary(change: str) -> None:
     CHANGES[change](sd)  # afterwards it can be changed
 
 
+class Key:
+    """A key of the state of an optimizer. All have one hash, so that Python asks them whether they are equal."""
+
+    asked: Callable[[], None] | None = None
+
+    def __hash__(self) -> int:
+        return 1
+
+    def __eq__(self, other: object) -> bool:
+        if Key.asked is not None:
+            Key.asked()
+        return self is other
+
+
 @pytest.mark.parametrize("use", sorted(ALL.keys() - {"in"}))  # which asks one thing, and is always answered
-def test_a_finalizer_in_the_middle_of_a_step_gets_an_error_and_the_change_is_made(
+def test_python_code_in_the_middle_of_a_step_gets_an_error_and_the_change_is_made(
     use: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sd, errors = numbered(), []
+    sd, errors = numbered(), list[str]()
+    optimizer = torch.optim.SGD(sd.parameters())
+    sd.attach_optimizer(optimizer, initial_state=dict.fromkeys(keys := [Key(), Key()], 0.0))
+    optimizer.state[sd.table((2,))] = {key: torch.ones(4, 2) for key in keys}
 
     def intrude() -> None:
         try:
             ALL[use](sd)
         except RuntimeError as error:
-            errors.append(str(error))
+            if "what runs in the middle of a change" in str(error):
+                errors.append(use)
 
-    insert = named_rows.insert_ids
-
-    # Where the index has the names, and the table has not given their rows yet: as a finalizer may come there.
-    class Intruding(named_rows.Changes):
-        def call(self, function: Any, *arguments: Any) -> None:
-            super().call(function, *arguments)
-            if function is insert:
-                self.calls.append(intrude)
-
-    monkeypatch.setattr(named_rows, "Changes", Intruding)
-    sd.update({"new": torch.ones(2), "newer": torch.ones(2)})
-    assert len(errors) == 1
-    assert "the dictionary is being changed" in errors[0]
-    assert list(sd) == ["k0", "k1", "k2", "k3", "new", "newer"]
+    monkeypatch.setattr(Key, "asked", intrude)
+    sd.update({"new": torch.ones(2), "newer": torch.ones(2)})  # the table grows, and the state with it
     monkeypatch.undo()
+    assert errors
+    assert [*sd][-2:] == ["new", "newer"]
     fits(sd)
 
 
@@ -194,18 +201,31 @@ def test_a_finalizer_that_pops_while_names_are_read_is_heard(collecting: list[An
     assert len(sd) == 100
 
 
-def test_a_row_that_moves_while_it_is_looked_up_is_looked_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    sd, once = numbered(8), []
-    sd.drop(["k0", "k1"])
-    parameter = store.Tables._parameter
+@pytest.mark.parametrize(
+    ("read", "move"),
+    [
+        (lambda sd: sd["k7"], SD.compact),
+        (lambda sd: sd.get("k7"), SD.compact),
+        (lambda sd: sd.gather(["k7"])[0], lambda sd: sd.param_groups(by={"k7": {}})),
+    ],
+    ids=["getitem", "get", "gather"],
+)
+def test_a_row_that_moves_while_it_is_looked_up_is_looked_up_again(
+    read: Callable[[SD], Tensor], move: Callable[[SD], Any]
+) -> None:
+    def dropped() -> SD:
+        sd = numbered(8)
+        sd.drop(["k0", "k1"])
+        return sd
 
-    def compacting(self: SD, table: Any) -> Tensor:
-        if not once:
-            once.append(None)
-            sd.compact()
-        return parameter(self, table)
-
-    monkeypatch.setattr(store.Tables, "_parameter", compacting)
-    assert sd["k7"].tolist() == [14.0, 15.0]
-    once.clear()
-    assert sd.gather(["k7", "k2"]).tolist() == [[14.0, 15.0], [4.0, 5.0]]
+    sd = dropped()
+    with At() as steps:
+        read(sd)
+    assert len(steps.places) > 3
+    for step, place in enumerate(steps.places):
+        sd = dropped()
+        with At(step, partial(move, sd)):
+            row = read(sd)
+        assert row.tolist() == [14.0, 15.0], place
+        assert sd.indices(["k7"]).tolist() != [7]
+        fits(sd)
