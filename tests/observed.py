@@ -7,12 +7,13 @@ get no gradient.
 from __future__ import annotations
 
 import copy
+import gc
 import re
 import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
+from types import FrameType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ __all__ = [
     "PackedTable",
     "assert_consistent",
     "frozen_names",
+    "held_tensors",
     "read_names",
     "rows_in_use",
 ]
@@ -114,6 +116,20 @@ def frozen_names(sd: pdrs.StackedParameterDict) -> set[str]:
     if trained:
         torch.stack([other[name].sum() for name in trained]).sum().backward()
     return {name for name, gradient in other.named_grads() if name in set(trained) and not gradient.any()}
+
+
+def held_tensors(holder: object) -> list[Tensor]:
+    """Return the tensors that an object refers to, directly or through others, other than by weak references."""
+    seen, left, found = {id(holder): holder}, [holder], []
+    while left:
+        one = left.pop()
+        if isinstance(one, Tensor):
+            found.append(one)
+        for other in gc.get_referents(one):
+            if id(other) not in seen and not isinstance(other, type | ModuleType | FunctionType):
+                seen[id(other)] = other
+                left.append(other)
+    return found
 
 
 class Calls:
