@@ -57,14 +57,13 @@ class PackedNames(NamedTuple):
 
 
 def read_names(packed: Tensor) -> PackedNames:
-    """Read what ``get_extra_state`` returns, whose tables lie in no slab."""
+    """Read what ``get_extra_state`` returns."""
     data = packed.numpy().tobytes()
     assert data[:8] == b"pdrs\0\0\0\1"
-    count, ids_count, table_count, pattern_count, dims, label_bytes = struct.unpack_from("<6Q", data, 8)
-    assert dims == 0
-    at = 56
-    records = [struct.unpack_from("<7Q", data, at + 56 * number) for number in range(table_count)]
-    at += 56 * table_count
+    count, ids_count, table_count, pattern_count, label_bytes = struct.unpack_from("<5Q", data, 8)
+    at = 48
+    records = [struct.unpack_from("<4Q", data, at + 32 * number) for number in range(table_count)]
+    at += 32 * table_count
     pattern_sizes = struct.unpack_from(f"<{pattern_count}Q", data, at)
     labels = at + 8 * pattern_count
     texts = []
@@ -81,7 +80,7 @@ def read_names(packed: Tensor) -> PackedNames:
         names.append(data[at : at + length].decode("utf-8", "surrogatepass"))
         at += length
     assert at == len(data)
-    tables = [PackedTable(texts[n], group, flags == 1, used) for n, (_, group, flags, used, *_) in enumerate(records)]
+    tables = [PackedTable(texts[n], group, flag == 1, used) for n, (_, group, flag, used) in enumerate(records)]
     rows = {name: (id_ >> 40, id_ % (1 << 40)) for name, id_ in zip(names, ids, strict=True)}
     return PackedNames(rows, tables, texts[table_count:])
 

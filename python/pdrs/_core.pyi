@@ -36,7 +36,6 @@ __all__ = [
     "find_rows",
     "get_entry",
     "group_tensors",
-    "has_packed",
     "in_one_step",
     "in_step",
     "insert_all",
@@ -57,7 +56,6 @@ __all__ = [
     "remove_names",
     "replace_ids",
     "safetensors_entries",
-    "safetensors_header",
     "safetensors_shards",
     "save_parameters",
     "set_entry",
@@ -650,91 +648,84 @@ def zero_row_of_state(table: Tensor, state: dict[str, Any], row: int) -> bool: .
 
 @final
 class SafetensorsHeader:
-    """The header of a safetensors file, read and checked: it describes each byte of the data once, and no other.
+    """The header of a safetensors file. Each byte of the data belongs to exactly one tensor.
 
     Parameters
     ----------
     header
-        The header, without the 8 bytes in front of it.
+        The JSON text, without the 8 bytes before it.
     file_bytes
         The size of the whole file.
 
     Raises
     ------
     ValueError
-        If something is wrong, with what and where.
+        If the header is damaged; it says what is wrong, and where.
 
-    Cost: **O(n)**, two to four times what a ``dict`` of the names takes.
+    Cost: **O(n)**, two to four times that of a ``dict`` of the names.
     """
 
     def __new__(cls, header: bytes, file_bytes: int) -> SafetensorsHeader: ...
     @staticmethod
     def size(prefix: bytes, file_bytes: int) -> int:
-        """Return the size of the header, from the first 8 bytes of a file; ValueError if it has no room for it."""
+        """Return the size of the header, from the first 8 bytes of a file; ValueError if it exceeds the file."""
     def __len__(self) -> int:
         """Return the number of tensors. **O(1)**."""
     @property
-    def data_start(self) -> int:
-        """The byte of the file at which the data begin. **O(1)**."""
-    @property
     def metadata(self) -> dict[str, str]:
         """The texts of the metadata."""
-    def find(self, name: str) -> int | None:
-        """Return the number of a tensor in the order of the header, or None if it is not there. **O(1)**."""
-    def entry(self, number: int) -> tuple[str, str, tuple[int, ...], int, int]:
-        """Return name, dtype, shape, and the first byte in the file and the one behind the last. **O(1)**."""
+    def entry(self, name: str) -> tuple[str, tuple[int, ...], int, int] | None:
+        """Return dtype, shape, first byte in the file and end of a tensor; None if there is none. **O(1)**."""
     def names(self) -> list[str]:
         """Return all names in the order of the header. **O(n)**."""
     def names_ending(self, ending: str) -> list[str]:
-        """Return those names that end so, in the order of the header. **O(n)**."""
-    def kinds(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Return the dtype and shape of each kind of tensors that there is."""
-    def kind_numbers(self) -> NDArray[np.uint32]:
-        """Return the number of the kind of each tensor. **O(n)**."""
+        """Return the names with an ending, in the order of the header. **O(n)**."""
+    def kinds(self) -> tuple[list[tuple[str, tuple[int, ...]]], NDArray[np.uint32]]:
+        """Return the distinct pairs of dtype and shape, and the number of each tensor's. **O(n)**."""
     def stack(self, prefix: str) -> SafetensorsStack:
-        """Make those tensors rows of tables whose names begin with ``prefix`` and go on; it is left out. **O(n)**."""
+        """Make tensors rows of tables. Takes the names that begin with a prefix and go on, without it. **O(n)**."""
 
 @final
 class SafetensorsStack:
     """Tables whose rows are tensors of a safetensors file."""
 
     def tables(self) -> list[tuple[str, tuple[int, ...], int, int | None]]:
-        """Return the tables: dtype, shape of a row, number of rows, and the byte of the file at which it begins.
+        """Return dtype, shape of a row, number of rows, and first byte in the file of each table.
 
-        There is none (``None``) where the rows do not lie together in the file, so that they must be copied.
+        The first byte is None if the rows are not adjacent in the file. Then they must be copied.
         """
     def index(self) -> IndexMap:
         """Return the names in the order of the header, with ids: the table in the upper bits, 40 bits for the row."""
     def add_names(
         self, index: IndexMap, numbers: list[int], first_rows: list[int], listed: tuple[ShardIndex, int] | None
     ) -> None:
-        """Add the names to an index in which there may be others, with ids of larger tables. **O(n)**.
+        """Add the names to an index that may have others, with ids of larger tables. **O(n)**.
 
         Parameters
         ----------
         index
-            What they are added to.
+            The index that gets the names.
         numbers, first_rows
-            Of each table, the number of the one that it becomes a part of, and the row at which it begins there.
+            For each table, the number of the larger table that it is a part of, and its first row there.
         listed
-            The index of a file in shards, and the number of this one: names that it does not list are left out.
+            A shard index, and the number of this shard: names that it does not list are left out.
         """
     def spans(self, gap: int) -> list[tuple[int, int]]:
-        """Return the parts of the file that must be copied; there are more than ``gap`` bytes between them."""
+        """Return the parts of the file that must be copied; between them are more than ``gap`` bytes."""
     def copy_block(self, block: NDArray[np.uint8], start: int, targets: list[NDArray[np.uint8]]) -> None:
-        """Copy what a block of the file, which begins at ``start``, has of the tables that must be copied.
+        """Copy rows from a block of the file, which begins at byte ``start``, into tables.
 
-        ``targets`` are the bytes of each such table, and for others no bytes.
+        ``targets`` are the bytes of each table that must be copied, and empty for the others.
         """
 
 @final
 class ShardIndex:
-    """The index of a safetensors file in shards: which name is in which.
+    """The index of a sharded safetensors file: which name is in which shard.
 
     Parameters
     ----------
     text
-        The JSON of the file ``model.safetensors.index.json``.
+        The JSON text of the file ``model.safetensors.index.json``.
 
     Raises
     ------
@@ -749,31 +740,31 @@ class ShardIndex:
         """Return the number of names. **O(1)**."""
     @property
     def shards(self) -> list[str]:
-        """The files, in the order of their first names."""
+        """The file names, in the order of their first tensors."""
     @property
     def metadata(self) -> str:
-        """What stands beside the names, as JSON; empty if there is nothing."""
+        """The value of ``metadata`` as JSON; empty if there is none."""
     def counts(self) -> list[int]:
         """Return the number of names in each shard. **O(n)**."""
     def names(self) -> list[str]:
         """Return all names in order. **O(n)**."""
     def names_ending(self, ending: str) -> list[str]:
-        """Return those names that end so, in order. **O(n)**."""
+        """Return the names with an ending, in order. **O(n)**."""
     def find(self, name: str) -> int | None:
-        """Return the number of the shard that a name is in, or None if it is not there. **O(1)**."""
+        """Return the number of the shard that a name is in, or None if it is not listed. **O(1)**."""
     def missing(self, headers: list[SafetensorsHeader]) -> tuple[int, str] | None:
-        """Return the first name that is not in the header of its shard, behind the number of that. **O(n)**.
+        """Return a number of a shard and the first name that its header lacks. **O(n)**.
 
         ``headers`` are those of all shards.
         """
     def kinds(self, headers: list[SafetensorsHeader]) -> tuple[list[tuple[str, tuple[int, ...]]], NDArray[np.uint32]]:
-        """Return the dtypes and shapes that there are, and the number of that of each name, in order. **O(n)**.
+        """Return the distinct pairs of dtype and shape, and the number of each name's, in order. **O(n)**.
 
         ``headers`` are those of all shards.
         """
 
 def shard_lines(names: list[str], range: tuple[int, int], file: str) -> NDArray[np.uint8]:
-    """Return the lines of an index which say that some names are in a file, each behind a comma. **O(m)**."""
+    """Return the lines of an index which say that some names are in a file. Each begins with a comma. **O(m)**."""
 
 def safetensors_entries(
     names: list[str],
@@ -782,36 +773,28 @@ def safetensors_entries(
     range: tuple[int, int],
     start: int,
 ) -> tuple[NDArray[np.uint8], int]:
-    """Return what a header has of some tensors, each behind a comma, and where the data behind them begin. **O(m)**.
-
-    Arguments are those of ``safetensors_header``; ``range`` is the first name and the one behind the last, and
-    ``start`` where the data of the first begin.
-    """
-
-def safetensors_header(
-    metadata: list[tuple[str, str]],
-    names: list[str],
-    kinds: Sequence[tuple[str, Sequence[int]]],
-    kind_of: NDArray[np.uint32],
-    alignment: int,
-) -> NDArray[np.uint8]:
-    """Return the header, with its size in front, of tensors that lie one behind another.
+    """Return the header entries of adjacent tensors, and where the data after them begin. **O(m)**.
 
     Parameters
     ----------
-    metadata
-        Texts; left out if there are none.
     names
-        Distinct names; this is not looked at.
+        Distinct names; this is not checked.
     kinds, kind_of
-        Dtypes and shapes, and the number of that of each name.
-    alignment
-        The header is padded with spaces, so that the data begin at a multiple of it.
+        Distinct pairs of dtype and shape, and the number of each name's.
+    range
+        Which of the names: the first, and the one after the last.
+    start
+        Where the data of the first begin.
+
+    Returns
+    -------
+    tuple
+        The entries, each of which begins with a comma, and the end of the data.
 
     Raises
     ------
     ValueError
-        If a kind is none, or a name has half of a surrogate pair.
+        If a dtype is unknown, or a name has half of a surrogate pair.
     """
 
 def safetensors_shards(
@@ -821,26 +804,21 @@ def safetensors_shards(
     header_bytes: int,
     data_bytes: int,
 ) -> list[tuple[int, int]]:
-    """Cut tensors into shards with headers and data of at most so many bytes.
+    """Cut tensors into shards whose headers and data have at most so many bytes. **O(n)**.
 
-    Return how many tensors each has, and the bytes that ``safetensors_entries`` gives for them. A single tensor may be
-    larger. Arguments are those of ``safetensors_header``; ValueError if a name is ``"__metadata__"``.
+    Returns the number of tensors of each shard, and the size of its header entries in bytes. A shard of one tensor may
+    be larger. The arguments are those of ``safetensors_entries``; ValueError if a name is ``"__metadata__"``.
     """
 
 def sort_tensors(values: list[Any]) -> tuple[NDArray[np.int64], list[int]]: ...
 
-_TableTuple = tuple[str, int, bool, int, tuple[str, int, list[int]] | None]
+_TableTuple = tuple[str, int, bool, int]
 
 def apply_names(old: NDArray[np.uint8], delta: NDArray[np.uint8]) -> NDArray[np.uint8]: ...
 def changed_rows(old: NDArray[np.uint8], new: NDArray[np.uint8], row_bytes: int) -> NDArray[np.int64]: ...
 def crc32(data: NDArray[np.uint8], start: int = 0) -> int: ...
 def delete_entry(module: Module, key: object) -> bool: ...
 def diff_names(old: NDArray[np.uint8], new: NDArray[np.uint8]) -> NDArray[np.uint8]: ...
-def has_packed(
-    packed: NDArray[np.uint8], index: IndexMap, tables: Sequence[_TableTuple], patterns: Sequence[str]
-) -> bool:
-    """Whether :func:`pack_names` would give these bytes."""
-
 def pack_names(
     index: IndexMap, tables: Sequence[_TableTuple], patterns: Sequence[str], ids: NDArray[np.int64] | None = None
 ) -> NDArray[np.uint8]: ...

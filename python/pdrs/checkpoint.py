@@ -385,9 +385,8 @@ def _state_for(module: Module, checkpoint: Checkpoint) -> tuple[dict[str, Tensor
             given[prefix] = saved
         elif isinstance(target, StackedParameterDict) and not _needs_names(target, saved, sees_names):
             # Names and tables must agree before anything is changed.
-            tables = {prefix + table.attribute: saved.table(table) for table in saved.header.tables}
-            own = {prefix + table.attribute for table in saved.header.tables if table.slab is None}
-            state.update((name, tables[name] if name in own else checkpoint.tensor(name)) for name in saved.members())
+            state.update((prefix + table.attribute, saved.table(table)) for table in saved.header.tables)
+            state[prefix + EXTRA_STATE] = checkpoint.tensor(prefix + EXTRA_STATE)
         else:
             state.update(saved.state(prefix))
     state.update(checkpoint.tensors([name for name in checkpoint.names if name not in members]))

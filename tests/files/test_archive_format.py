@@ -16,7 +16,6 @@ import pytest
 import torch
 
 import pdrs
-from pdrs._files import collect
 
 SIZES = {"F32": ("f", 4), "I64": ("q", 8), "I32": ("i", 4), "U8": ("B", 1)}
 
@@ -41,14 +40,10 @@ class Reader:
         for name, one in header.items():
             start, stop = one["data_offsets"]
             part = data[8 + size + start : 8 + size + stop]
-            if name.startswith("__padding__."):
-                assert not any(part)
-                continue
             said = f"{name}\0{one['dtype']}\0{','.join(map(str, one['shape']))}\0"
             assert self.fields["sums"].pop(name) == f"{zlib.crc32(said.encode() + part):08x}"
             self.own[name] = (one["dtype"], one["shape"], part)
-            if len(part) >= 1 << 16 and not name.endswith("__"):
-                assert (8 + size + start) % 4096 == 0
+            assert start % SIZES[one["dtype"]][1] == 0
         assert self.fields["sums"] == {}
         self.before = None
         if "since" in self.fields:
@@ -94,16 +89,11 @@ class Reader:
         for name, id_ in names:
             table, row = tables[id_ >> 40], id_ & (1 << 40) - 1
             assert row < table["used"]
-            if not table["slab"]:
-                assert table["used"] <= self.tensor(prefix + table["attribute"])[1][0]
-            if table["slab"]:
-                dtype, _, data = self.tensor(prefix + table["slab"])
-                size, start = prod(table["shape"]), table["offset"]
-            else:
-                dtype, shape, data = self.tensor(prefix + table["attribute"])
-                size, start = prod(shape[1:]), 0
+            dtype, shape, data = self.tensor(prefix + table["attribute"])
+            assert table["used"] <= shape[0]
+            size = prod(shape[1:])
             code, width = SIZES[dtype]
-            first = (start + row * size) * width
+            first = row * size * width
             found[name] = array(code, data[first : first + size * width]).tolist()
         assert len(found) == len(names)
         return found
@@ -111,14 +101,12 @@ class Reader:
 
 def _unpack(data: bytes) -> tuple[list[dict], list[str], list[tuple[str, int]]]:
     assert data[:8] == b"pdrs\0\0\0\1"
-    names, ids, tables, patterns, dims, labels = struct.unpack_from("<6Q", data, 8)
-    at = 56
-    records = [struct.unpack_from("<7Q", data, at + 56 * n) for n in range(tables)]
-    at += 56 * tables
+    names, ids, tables, patterns, labels = struct.unpack_from("<5Q", data, 8)
+    at = 48
+    records = [struct.unpack_from("<4Q", data, at + 32 * n) for n in range(tables)]
+    at += 32 * tables
     pattern_sizes = struct.unpack_from(f"<{patterns}Q", data, at)
     at += 8 * patterns
-    shapes = list(struct.unpack_from(f"<{dims}Q", data, at))
-    at += 8 * dims
     end = at + labels
 
     def text(size: int) -> str:
@@ -127,11 +115,9 @@ def _unpack(data: bytes) -> tuple[list[dict], list[str], list[tuple[str, int]]]:
         return data[at - size : at].decode("utf-8", "surrogatepass")
 
     made = []
-    for attribute, group, flags, used, slab, offset, ndim in records:
-        shape, shapes = shapes[:ndim], shapes[ndim:]
-        one = {"attribute": text(attribute), "group": group, "trainable": flags & 1, "used": used, "slab": text(slab)}
-        assert bool(one["slab"]) == bool(flags & 2)
-        made.append(one | {"offset": offset, "shape": shape})
+    for attribute, group, trainable, used in records:
+        assert trainable in (0, 1)
+        made.append({"attribute": text(attribute), "group": group, "trainable": trainable, "used": used})
     found = [text(size) for size in pattern_sizes]
     assert at == end
     at += -at % 8
@@ -158,23 +144,16 @@ def _apply(old: bytes, delta: bytes) -> bytes:
     _, _, added = _unpack(delta[at:])
     entries = [(name, new_ids.get(n, id_)) for n, (name, id_) in enumerate(before) if n not in gone] + added
     # The header is that of the delta, with the counts of the whole.
-    _, _, tables, patterns, dims, labels = struct.unpack_from("<6Q", delta, at + 8)
+    _, _, tables, patterns, labels = struct.unpack_from("<5Q", delta, at + 8)
     plain = all(id_ == n for n, (_, id_) in enumerate(entries))
-    counts = struct.pack("<6Q", len(entries), 0 if plain else len(entries), tables, patterns, dims, labels)
-    head = delta[at + 56 : at + 56 + 56 * tables + 8 * (patterns + dims) + labels + -labels % 8]
+    counts = struct.pack("<5Q", len(entries), 0 if plain else len(entries), tables, patterns, labels)
+    head = delta[at + 48 : at + 48 + 32 * tables + 8 * patterns + labels + -labels % 8]
     texts = [name.encode("utf-8", "surrogatepass") for name, _ in entries]
     listed = b"" if plain else struct.pack(f"<{len(entries)}Q", *(id_ for _, id_ in entries))
     lengths = struct.pack(f"<{len(texts)}I", *map(len, texts))
     return b"pdrs\0\0\0\1" + counts + head + listed + lengths + bytes(-len(lengths) % 8) + b"".join(texts)
 
 
-@pytest.fixture
-def few_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let tables go to slabs when there are more than three."""
-    monkeypatch.setattr(collect, "_TABLES", 3)
-
-
-@pytest.mark.usefixtures("few_tables")
 @pytest.mark.parametrize("stacked", [False, True])
 def test_a_reader_from_the_document_finds_every_name(stacked: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -196,7 +175,6 @@ def test_a_reader_from_the_document_finds_every_name(stacked: bool, tmp_path: Pa
     assert reader.entries("w.") == {name: value.reshape(-1).tolist() for name, value in held.items()}
     assert list(reader.entries("w.")) == list(held)
     assert array("f", reader.tensor("l.weight")[2]).tolist() == module["l"].weight.reshape(-1).tolist()
-    assert "w.float32_slab" in reader.names()
 
 
 def test_a_reader_from_the_document_knows_spare_rows_and_metadata(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 import pdrs
 from pdrs._core import diff_names
 from pdrs._files.safetensors_file import TensorFile
-from pdrs._rows.names_codec import Header, Slab, TableHeader, bytes_of, pack
+from pdrs._rows.names_codec import Header, TableHeader, bytes_of, pack
 from pdrs.checkpoint import verify
 
 
@@ -189,22 +189,13 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Tensor], str]] = {
         {"t": torch.ones(2, 2, dtype=torch.int32), "_extra_state": _names({"x": 0}, FLOATS)},
         "cannot be trained",
     ),
-    "a slab that is short": (
-        {"s": torch.ones(5), "_extra_state": _names({"x": 0}, FLOATS._replace(slab=Slab("s", 2, [2])))},
-        "ends at 6, and its slab 's' at 5",
-    ),
-    "a slab of two dimensions": (
-        {"s": torch.ones(5, 5), "_extra_state": _names({"x": 0}, FLOATS._replace(slab=Slab("s", 2, [2])))},
-        "missing",
-    ),
-    "no slab": ({"_extra_state": _names({"x": 0}, FLOATS._replace(slab=Slab("s", 0, [])))}, "there is no tensor 's'"),
     "one table twice": ({"t": torch.ones(2, 2), "_extra_state": _names({"x": 0}, FLOATS, FLOATS)}, "a table twice"),
     "rows by the billion": (
         {"t": torch.ones(2, 2), "_extra_state": _names({"x": 1 << 39}, FLOATS._replace(used=1 << 40))},
         "1099511627776 rows are in use",
     ),
     "a later version": (
-        {"t": torch.ones(2, 2), "_extra_state": torch.tensor([*b"pdrs\0\0\0\x09", *bytes(56)], dtype=torch.uint8)},
+        {"t": torch.ones(2, 2), "_extra_state": torch.tensor([*b"pdrs\0\0\0\x09", *bytes(48)], dtype=torch.uint8)},
         "later version",
     ),
     "nothing behind the version": (
@@ -227,7 +218,8 @@ def test_names_and_tables_that_disagree_are_refused(case: str, target: type, tmp
     assert {name: row.tolist() for name, row in filled.items()} == {"x": [7.0, 7.0]}
 
 
-FIELDS = {"version": 1, "id": "i", "dictionaries": {}, "sums": {}}
+TEXTS = f"{zlib.crc32(json.dumps({'format': 'pt'}, separators=(',', ':')).encode()):08x}"
+FIELDS = {"version": 1, "id": "i", "dictionaries": {}, "sums": {}, "texts": TEXTS}
 SINCE = FIELDS | {"since": {"file": "base", "id": "i"}}
 
 

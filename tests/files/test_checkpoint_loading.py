@@ -142,16 +142,6 @@ def test_a_table_is_read_once_also_when_it_is_verified_and_in_steps(
         assert max(reads.sizes) == 1 << 20
 
 
-def test_padding_between_tensors_is_no_entry(tmp_path: Path) -> None:
-    module = nn.Sequential(nn.Linear(3, 3), nn.Linear(300, 300))
-    pdrs.save(module, tmp_path / "f")
-    with TensorFile(tmp_path / "f") as file:
-        assert "__padding__.0" in file
-    for options in ({}, {"device": "cpu"}, {"names": list(module.state_dict())}):
-        opened = pdrs.open(tmp_path / "f", **options)
-        assert list(opened) == list(module.state_dict())
-
-
 def test_damage_is_found_while_a_table_is_read(sd: pdrs.StackedParameterDict, tmp_path: Path) -> None:
     path = _archive(sd, tmp_path)
     with path.open("r+b") as file:

@@ -242,7 +242,7 @@ def test_a_shard_of_the_input_is_not_written_over(
     same(dict(pdrs.open(index)), named)
 
 
-def test_an_archive_with_slabs_stays_what_it_is(tmp_path: Path) -> None:
+def test_an_archive_of_many_tables_stays_what_it_is(tmp_path: Path) -> None:
     words = pdrs.ParameterDict({f"word.{n}": torch.full((n + 1,), float(n)) for n in range(300)})
     pdrs.save(words, tmp_path / "in")
     assert main(["convert", str(tmp_path / "in"), str(tmp_path / "out")]) == 0

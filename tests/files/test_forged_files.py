@@ -276,7 +276,7 @@ def saved() -> pdrs.StackedParameterDict:
     return sd
 
 
-def with_slabs() -> pdrs.ParameterDict:
+def with_many_tables() -> pdrs.ParameterDict:
     return pdrs.ParameterDict({f"n{n}": torch.full((n,), float(n)) for n in range(1, 20)})
 
 
@@ -290,11 +290,11 @@ def seeds(folder: Path) -> list[tuple[Path, Change]]:
     changed.pop("name.5")
     changed["new"] = torch.ones(3)
     pdrs.save(changed, folder / "delta.st", since=folder / "full.st", sync=False)
-    module = torch.nn.ModuleDict({"a": with_slabs(), "b": saved(), "c": torch.nn.Linear(2, 2)})
+    module = torch.nn.ModuleDict({"a": with_many_tables(), "b": saved(), "c": torch.nn.Linear(2, 2)})
     pdrs.save(module, folder / "module.st", sync=False)
     pdrs.save(saved(), folder / "named.st", layout="named", sync=False)
     torch.save(patterned.state_dict(), folder / "state.pt")
-    torch.save(with_slabs().state_dict(), folder / "plain.pt")
+    torch.save(with_many_tables().state_dict(), folder / "plain.pt")
     pdrs.save(saved(), folder / "shards.safetensors", layout="named", max_shard_size=40, sync=False)
 
     def change_index(data: bytes, chance: random.Random) -> bytes:

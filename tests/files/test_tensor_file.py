@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 
 from pdrs._files import atomic, safetensors_file
-from pdrs._files.safetensors_file import DTYPES, PAGE, CheckpointError, NewTensor, TensorFile, is_padding, write_tensors
+from pdrs._files.safetensors_file import DTYPES, PAGE, CheckpointError, NewTensor, TensorFile, write_tensors
 
 
 def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -86,17 +86,6 @@ def test_shapes_strides_and_names_of_all_kinds_survive(tmp_path: Path) -> None:
         same(file.tensors(["odd", "none"]), {name: tensors[name] for name in ("odd", "none")})
 
 
-def test_data_begin_on_a_page_and_so_do_the_tensors_that_are_to(tmp_path: Path) -> None:
-    tensors = {"a": numbers(3), "b": numbers(5000), "c": numbers(1024), "d": numbers(2)}
-    write(tmp_path / "f", tensors, aligned=["a", "b", "d"])
-    with TensorFile(tmp_path / "f") as file:
-        assert [file.offsets(name)[0] % PAGE for name in ("a", "b", "d")] == [0, 0, 0]
-        assert [name for name in file if not is_padding(name)] == list(tensors)
-        same(file.tensors(tensors), tensors)
-    theirs = safetensors.torch.load_file(tmp_path / "f")
-    same({name: theirs[name] for name in tensors}, tensors)
-
-
 def test_parts_are_made_one_after_another_and_may_be_any_buffer(tmp_path: Path) -> None:
     written = []
 
@@ -136,7 +125,7 @@ def test_metadata_can_be_completed_when_all_data_are_written(tmp_path: Path) -> 
 @pytest.mark.parametrize("count", [4, 1 << 20], ids=["read", "mapped"])
 def test_writing_to_a_tensor_changes_neither_the_file_nor_another_call(tmp_path: Path, count: int) -> None:
     path = tmp_path / "f"
-    write(path, {"small": numbers(3, dtype=torch.uint8), "x": numbers(count)}, aligned=["x"])
+    write(path, {"small": numbers(3, dtype=torch.uint8), "x": numbers(count)})
     before = path.read_bytes()
     with TensorFile(path) as file:
         first, second = file.tensor("x"), file.tensor("x")

@@ -24,35 +24,30 @@ NAMES = ["b\ud800é😀", "a", "d", "\ud83d\ude00", "日本"]
 
 
 class Table(NamedTuple):
-    """What is written of a table; of one in a slab also the slab's name, its first element there, and its shape."""
+    """What is written of a table."""
 
     attribute: str
     used: int
     group: int = 0
-    flags: int = 1
-    slab: str = ""
-    offset: int = 0
-    shape: tuple[int, ...] = ()
+    trainable: int = 1
 
 
 def _written(
     names: list[str], ids: list[int] | None, tables: list[Table], patterns: tuple[str, ...] = ()
 ) -> torch.Tensor:
     """Write names as docs/archive.md says, whatever they are."""
-    encoded = [text.encode("utf-8", "surrogatepass") for table in tables for text in (table.attribute, table.slab)]
+    encoded = [table.attribute.encode("utf-8", "surrogatepass") for table in tables]
     of_patterns = [pattern.encode("utf-8", "surrogatepass") for pattern in patterns]
     labels = b"".join([*encoded, *of_patterns])
-    dims = [size for table in tables for size in table.shape]
-    counts = [len(names), len(ids or []), len(tables), len(patterns), len(dims), len(labels)]
-    records = []
-    for table, attribute, slab in zip(tables, encoded[::2], encoded[1::2], strict=True):
-        fields = table.group, table.flags, table.used, len(slab), table.offset, len(table.shape)
-        records.append(struct.pack("<7Q", len(attribute), *fields))
+    counts = [len(names), len(ids or []), len(tables), len(patterns), len(labels)]
+    records = [
+        struct.pack("<4Q", len(attribute), table.group, table.trainable, table.used)
+        for table, attribute in zip(tables, encoded, strict=True)
+    ]
     texts = [name.encode("utf-8", "surrogatepass") for name in names]
     lengths = struct.pack(f"<{len(texts)}I", *map(len, texts))
-    parts = [b"pdrs\0\0\0\1", struct.pack("<6Q", *counts), *records]
-    parts += [struct.pack(f"<{len(of_patterns)}Q", *map(len, of_patterns)), struct.pack(f"<{len(dims)}Q", *dims)]
-    parts += [labels, bytes(-len(labels) % 8)]
+    parts = [b"pdrs\0\0\0\1", struct.pack("<5Q", *counts), *records]
+    parts += [struct.pack(f"<{len(of_patterns)}Q", *map(len, of_patterns)), labels, bytes(-len(labels) % 8)]
     parts += [np.array(ids or [], "<i8").tobytes(), lengths, bytes(-len(lengths) % 8), *texts]
     return torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8)
 
@@ -65,7 +60,7 @@ def _loaded(packed: Tensor, **tables: Tensor) -> SD:
 
 def test_what_is_written_from_the_document_loads_and_is_written_again() -> None:
     ids, rows = [1, 1 << 40, 2], {"float32_2": torch.arange(6.0).view(3, 2), "float32_3": torch.ones(1, 3)}
-    packed = _written(NAMES[:3], ids, [Table("float32_2", 3), Table("float32_3", 1, flags=0)])
+    packed = _written(NAMES[:3], ids, [Table("float32_2", 3), Table("float32_3", 1, trainable=0)])
     sd = _loaded(packed, **rows)
     assert list(sd) == NAMES[:3]
     assert [sd[name].tolist() for name in sd] == [[2.0, 3.0], [1.0, 1.0, 1.0], [4.0, 5.0]]
@@ -78,7 +73,7 @@ def test_what_is_written_from_the_document_loads_and_is_written_again() -> None:
 
 def test_names_rows_and_groups_come_back() -> None:
     ids = [8, 1 << 40, 2 << 40, 0, (1 << 40) + 2]
-    tables = [Table("float32_2", 9, group=1, flags=0), Table("é", 3), Table("int8_scalar", 1, group=2, flags=0)]
+    tables = [Table("float32_2", 9, group=1, trainable=0), Table("é", 3), Table("int8_scalar", 1, group=2, trainable=0)]
     packed = _written(NAMES, ids, tables, ("bias$", "\ud800"))
     rows = {"float32_2": torch.zeros(9, 2), "é": torch.zeros(4, 3), "int8_scalar": torch.zeros(1, dtype=torch.int8)}
     sd = _loaded(packed, **rows)
@@ -99,21 +94,6 @@ def test_names_of_a_dictionary_in_a_module_come_back(tmp_path: Path) -> None:
     pdrs.save(module, tmp_path / "file")
     assert list(pdrs.open(tmp_path / "file")) == ["wé." + name for name in NAMES]
     assert list(pdrs.open(tmp_path / "file", prefix="wé.")) == NAMES
-
-
-def test_rows_in_slabs_load_as_tables() -> None:
-    tables = [
-        Table("a", 2, flags=3, slab="slab", offset=1, shape=(2,)),
-        Table("b", 1, flags=2, slab="slab", offset=5, shape=()),
-    ]
-    packed = _written(["x", "y", "z"], [1, 1 << 40, 0], tables)
-    sd = _loaded(packed, slab=torch.arange(6.0), **{"__padding__.0": torch.zeros(3)})
-    assert {name: row.tolist() for name, row in sd.items()} == {"x": [3.0, 4.0], "y": 5.0, "z": [1.0, 2.0]}
-    assert [(name, table.requires_grad) for name, table in sd.named_parameters()] == [("a", True), ("b", False)]
-    with pytest.raises(RuntimeError, match="its slab 'slab' at 5"):
-        _loaded(packed, slab=torch.arange(5.0))
-    with pytest.raises(RuntimeError, match=r"'slab'.* is missing"):
-        _loaded(packed)
 
 
 @pytest.mark.parametrize(
@@ -143,14 +123,13 @@ def test_names_that_contradict_themselves_change_nothing(
     [
         (16, 2, "there are not as many ids as names"),
         (24, 1 << 60, "they end where"),
-        (56, 9, "they end where"),
-        (56, 0, "what is told of a table"),
-        (72, 4, "what is told of a table"),
-        (80, (1 << 40) + 1, "what is told of a table"),
-        (96, 1, "what is told of a table"),
-        (112, 0x161, "what should be zero"),
+        (48, 9, "they end where"),
+        (48, 0, "what is told of a table"),
+        (64, 2, "what is told of a table"),
+        (72, (1 << 40) + 1, "what is told of a table"),
+        (80, 0x161, "what should be zero"),
     ],
-    ids=["ids", "tables", "label too long", "label too short", "flags", "rows used", "offset without slab", "padding"],
+    ids=["ids", "tables", "label too long", "label too short", "trainable", "rows used", "padding"],
 )
 def test_a_broken_header_is_refused(at: int, value: int, message: str) -> None:
     packed = _written(["x"], None, [Table("a", 1)])

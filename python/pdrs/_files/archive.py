@@ -30,7 +30,6 @@ from pdrs._files.safetensors_file import (
     TensorFile,
     counting,
     has_surrogate,
-    is_padding,
     texts_of,
     write_tensors,
 )
@@ -127,7 +126,7 @@ class Archive:
             self.id = str(fields["id"])
             self.sums = {str(name): str(value) for name, value in fields["sums"].items()}
             self.dictionaries = {str(prefix): str(name) for prefix, name in fields["dictionaries"].items()}
-            self._sum_of_texts = fields.get("texts")
+            self._sum_of_texts = fields["texts"]
             self.capacities = {str(name): int(rows) for name, rows in fields.get("capacities", {}).items()}
             since = fields.get("since")
             if since is not None:
@@ -196,10 +195,7 @@ class Archive:
     @property
     def names(self) -> list[str]:
         """The names of the tensors, in order."""
-        if self._how:
-            return list(self._how)
-        # In files of others, it may be a name like any other.
-        return [name for name in self.file.names if self.id is None or not is_padding(name)]
+        return list(self._how) if self._how else self.file.names
 
     def __contains__(self, name: object) -> bool:
         """Whether there is a tensor of that name."""
@@ -379,13 +375,10 @@ class Archive:
     def _verify_file(self, keeps: Callable[[str], bool]) -> None:
         if self.id is None:
             return
-        # Those that an earlier version wrote have none.
-        if self._sum_of_texts not in (None, _sum_of_texts(texts_of(self.file.metadata))):
+        if self._sum_of_texts != _sum_of_texts(texts_of(self.file.metadata)):
             raise self.error("the metadata are damaged: the checksum differs")
         with counting(self.file.size, self.file.path) as count:
             for name in self.file.names:
-                if is_padding(name):
-                    continue
                 if name not in self.sums:
                     raise self.error(f"the tensor {name!r} has no checksum")
                 found = self._sum_in_file(name, count, keeps=not self._how and keeps(name))
@@ -480,7 +473,7 @@ def write_archive(
         text = json.dumps(fields, separators=(",", ":"))
         return {**texts, "pdrs": text, _CHECK: _sum_of_text(text)}
 
-    return write_tensors(path, all_texts(), tensors, aligned=collected.aligned, finish=all_texts, sync=sync)
+    return write_tensors(path, all_texts(), tensors, finish=all_texts, sync=sync)
 
 
 def _new(

@@ -6,7 +6,7 @@ ParameterDict, which are gathered while they are written. So saving takes no mor
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from math import prod
@@ -23,7 +23,7 @@ from pdrs._core import IndexMap, group_tensors, in_step, sort_tensors
 from pdrs._entries.checkpointing import collecting
 from pdrs._files.safetensors_file import BLOCK, CODES, MOST_EXPANDED, refuse_expanded
 from pdrs._moves.staging import download
-from pdrs._rows.names_codec import Header, Slab, TableHeader, is_packed, pack, unpack, used_rows
+from pdrs._rows.names_codec import Header, TableHeader, is_packed, pack, unpack, used_rows
 from pdrs._rows.row_ids import id_of
 from pdrs._rows.store import Kind
 from pdrs._rows.write import copy_in_pieces
@@ -37,13 +37,8 @@ EXTRA_STATE = "_extra_state"
 _CHUNK = 1 << 13
 # Larger entries are written from where they lie.
 _LARGE = 1 << 18
-# So many tables of a dictionary, the largest, have tensors of their own; the others share one for each dtype, so that
-# the header of the file stays short however many shapes there are.
-_TABLES = 256
 # A table has at most so many times the rows that are written of it: more is not believed when it is read.
 SPARE = 4
-# Tables of this size or more begin on a page of the file.
-_ALIGNED = 1 << 16
 
 
 class Source(NamedTuple):
@@ -186,15 +181,12 @@ class Collected:
         All tensors.
     dictionaries
         The name of the class of each dictionary, by its prefix.
-    aligned
-        The names of the tensors that are to begin on a page.
     capacities
         How many rows tables have of which not all are written: those at the end are zero.
     """
 
     sources: list[Source]
     dictionaries: dict[str, str]
-    aligned: list[str]
     capacities: dict[str, int]
 
 
@@ -231,9 +223,8 @@ def collect(obj: Module, before: Any = None) -> Collected:
     capacities: dict[str, int] = {}
     for prefix, class_ in dictionaries.items():
         if class_ == "StackedParameterDict":
-            sources = _without_spare_rows(prefix, _with_slabs(prefix, sources), capacities)
-    aligned = [source.name for source in sources if source.nbytes >= _ALIGNED]
-    return Collected(sources, dictionaries, aligned, capacities)
+            sources = _without_spare_rows(prefix, sources, capacities)
+    return Collected(sources, dictionaries, capacities)
 
 
 def _check_plain(name: str, value: Tensor) -> None:
@@ -251,7 +242,7 @@ def _check_plain(name: str, value: Tensor) -> None:
 
 def _of_parameter_dict(
     module: ParameterDict, prefix: str, state: dict[str, Any], before: Tensor | None
-) -> Iterable[Source]:
+) -> list[Source]:
     parameters, values, classes, firsts = sorted_parameters(module)
     index = module._keys if in_step(module._keys, parameters) else IndexMap.from_names(list(parameters))
     kinds, places = _sort(parameters, values, classes, firsts, prefix)
@@ -262,7 +253,7 @@ def _of_parameter_dict(
         attributes = {table.attribute: number for number, table in enumerate(header.tables)}
     ids = np.empty(len(values), np.int64)
     tables: list[TableHeader] = []
-    rows_of: list[tuple[str, Kind, list[Tensor], int]] = []
+    made: list[Source] = []
     taken: set[str] = set()
     for number, (kind, there) in enumerate(zip(kinds, places, strict=True)):
         if kind.dtype not in CODES:
@@ -289,43 +280,11 @@ def _of_parameter_dict(
             chosen = ordered
         ids[there] = id_of(number, rows)
         tables.append(TableHeader(attribute, 0, kind.trainable, used))
-        rows_of.append((attribute, kind, chosen, used))
-    own = _own_tables([prod((used, *kind.shape)) * kind.dtype.itemsize for _, kind, _, used in rows_of])
-    slabs: dict[str, tuple[list[Tensor], int, torch.dtype]] = {}
-    for number, (attribute, kind, chosen, used) in enumerate(rows_of):
         size = prod(kind.shape)
-        if number in own:
-            of = _Entries(chosen, size * kind.dtype.itemsize, size)
-            yield Source(prefix + attribute, kind.dtype, (used, *kind.shape), of)
-            continue
-        name = _slab_name(kind.dtype, prefix, state, taken)
-        parts, end, _ = slabs.get(name, ([], 0, kind.dtype))
-        tables[number] = tables[number]._replace(slab=Slab(name, end, list(kind.shape)))
-        parts.extend(chosen)
-        slabs[name] = (parts, end + used * size, kind.dtype)
-    yield from _slab_sources(prefix, slabs)
+        of = _Entries(chosen, size * kind.dtype.itemsize, size)
+        made.append(Source(prefix + attribute, kind.dtype, (used, *kind.shape), of))
     packed = pack(index, Header(tuple(tables)), ids)
-    yield Source(prefix + EXTRA_STATE, torch.uint8, tuple(packed.shape), _Whole(packed))
-
-
-def _slab_sources(prefix: str, slabs: dict[str, tuple[list[Tensor], int, torch.dtype]]) -> Iterator[Source]:
-    for name, (parts, end, dtype) in slabs.items():
-        largest = max(part.numel() for part in parts) * dtype.itemsize
-        yield Source(prefix + name, dtype, (end,), _Entries(parts, largest, None))
-
-
-def _slab_name(dtype: torch.dtype, prefix: str, state: dict[str, Any], taken: Iterable[str]) -> str:
-    name = f"{str(dtype).removeprefix('torch.')}_slab"
-    while prefix + name in state or name in taken:
-        name += "_"
-    return name
-
-
-def _own_tables(sizes: Sequence[int]) -> set[int]:
-    """Return the numbers of the tables that have tensors of their own, given the size of each in bytes."""
-    if len(sizes) <= _TABLES:
-        return set(range(len(sizes)))
-    return set(np.argsort(sizes, kind="stable")[-_TABLES:].tolist())
+    return [*made, Source(prefix + EXTRA_STATE, torch.uint8, tuple(packed.shape), _Whole(packed))]
 
 
 def _keep_rows(held: NDArray[np.int64], table: int, used: int) -> NDArray[np.int64]:
@@ -395,34 +354,3 @@ def _without_spare_rows(prefix: str, sources: list[Source], capacities: dict[str
             source = source._replace(shape=(rows, *source.shape[1:]), of=_Whole(source.of.tensor[:rows]))
         made.append(source)
     return made
-
-
-def _with_slabs(prefix: str, sources: list[Source]) -> list[Source]:
-    """Put the smallest tables of a StackedParameterDict of very many into slabs, as far as all their rows are used."""
-    by_name = {source.name: at for at, source in enumerate(sources)}
-    names = sources[by_name[prefix + EXTRA_STATE]]
-    assert isinstance(names.of, _Whole)
-    if int.from_bytes(bytes(names.of.tensor[24:32].tolist()), "little") <= _TABLES:
-        return sources
-    index, ids, header = unpack(names.of.tensor)
-    if any(table.slab is not None for table in header.tables):
-        # It comes from an archive, where they are in slabs already.
-        return sources
-    held = [sources[by_name[prefix + table.attribute]] for table in header.tables]
-    own = _own_tables([source.nbytes for source in held])
-    tables, gone = list(header.tables), set()
-    slabs: dict[str, tuple[list[Tensor], int, torch.dtype]] = {}
-    for number, (table, source) in enumerate(zip(header.tables, held, strict=True)):
-        assert isinstance(source.of, _Whole)
-        if number in own or source.shape[0] != table.used:
-            continue
-        name = _slab_name(source.dtype, prefix, {}, by_name)
-        parts, end, _ = slabs.get(name, ([], 0, source.dtype))
-        tables[number] = table._replace(slab=Slab(name, end, list(source.shape[1:])))
-        parts.append(source.of.tensor)
-        slabs[name] = (parts, end + prod(source.shape), source.dtype)
-        gone.add(source.name)
-    packed = pack(index, Header(tuple(tables), header.patterns), ids)
-    made = [source for source in sources if source.name not in gone and source is not names]
-    made += _slab_sources(prefix, slabs)
-    return [*made, Source(names.name, torch.uint8, tuple(packed.shape), _Whole(packed))]

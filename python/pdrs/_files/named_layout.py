@@ -6,6 +6,7 @@ Shards are those of the Hugging Face tools: ``model-00001-of-00003.safetensors``
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Module
 
-from pdrs._core import IndexMap, safetensors_entries, safetensors_header, safetensors_shards, sort_tensors
+from pdrs._core import IndexMap, safetensors_entries, safetensors_shards, sort_tensors
 from pdrs._files.atomic import replacing
 from pdrs._files.safetensors_file import (
     BLOCK,
@@ -130,11 +131,11 @@ def write_named(
     names = parts[0].names if len(parts) == 1 else [name for part in parts for name in part.names]
     _check(names, parts)
     target = Path(os.fspath(path))
-    texts = list(({"format": "pt"} | dict(metadata or {})).items())
+    texts = {"format": "pt", **(metadata or {})}
     kinds = [(CODES[part.dtype], part.shape) for part in parts]
     kind_of = np.repeat(np.arange(len(parts), dtype=np.uint32), [len(part.names) for part in parts])
-    # As far as tensors have no part in it.
-    beginning = safetensors_header(texts, [], [], kind_of[:0], 1)
+    # Entries of tensors begin with commas.
+    beginning = f'{{"__metadata__":{json.dumps(texts, ensure_ascii=False, separators=(",", ":"))}'.encode()
     try:
         shards = safetensors_shards(names, kinds, kind_of, MAX_HEADER - PAGE - len(beginning), max_shard_size)
     except UnicodeEncodeError as error:
@@ -145,11 +146,11 @@ def write_named(
 
     def write(file: Path, first: int, count: int, entry_bytes: int, complete: Callable[[], None] | None = None) -> int:
         end = first + count
-        size = -(-(len(beginning) + entry_bytes) // PAGE) * PAGE
+        size = -(-(len(beginning) + entry_bytes + 9) // PAGE) * PAGE
         chosen = list(_overlaps(parts, first, end))
         with replacing(file, size + sum(part.nbytes * count for part, _, count in chosen), sync=sync) as out:
             out.write((size - 8).to_bytes(8, "little"))
-            out.write(beginning[8:-1])
+            out.write(beginning)
             at = 0
             for start in range(first, end, PIECE):
                 entries, at = safetensors_entries(names, kinds, kind_of, (start, min(start + PIECE, end)), at)

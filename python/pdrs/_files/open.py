@@ -23,7 +23,7 @@ from pdrs._files.collect import EXTRA_STATE, sorted_parameters
 from pdrs._files.safetensors_file import CheckpointError
 from pdrs._moves.staging import upload
 from pdrs._rows.insert import partition
-from pdrs._rows.names_codec import Header, TableHeader, check_header, refuse_unpaid, table_in_slab, unpack
+from pdrs._rows.names_codec import Header, TableHeader, check_header, refuse_unpaid, unpack
 from pdrs._rows.row_ids import id_of, row_of, table_of
 from pdrs._rows.store import Kind
 from pdrs._rows.write import scatter, write_rows
@@ -92,7 +92,6 @@ class SavedDictionary:
         self.checkpoint, self.prefix = checkpoint, prefix
         name = prefix + EXTRA_STATE
         self._there = set(checkpoint.names)
-        self._slabs: dict[str, Tensor] = {}
         self.header: Header
         try:
             self.index, self.ids, self.header = unpack(checkpoint.tensor(name), shown)
@@ -105,8 +104,7 @@ class SavedDictionary:
 
     def members(self) -> set[str]:
         """Return the names of the tensors that make up the dictionary."""
-        parts = (table.attribute if table.slab is None else table.slab.tensor for table in self.header.tables)
-        return {self.prefix + part for part in (*parts, EXTRA_STATE)}
+        return {self.prefix + name for name in (*(table.attribute for table in self.header.tables), EXTRA_STATE)}
 
     def narrow(self, beginning: str) -> bool:
         """Keep those names only that begin so, without their beginning; whether there are any. **O(n)**."""
@@ -116,20 +114,12 @@ class SavedDictionary:
     def table(self, table: TableHeader, *, loads: bool = False) -> Tensor:
         """Return the rows of a table, ``[capacity, *shape]``: loaded into memory, or mapped."""
         take: Callable[[str], Tensor] = self.checkpoint.load if loads else self.checkpoint.tensor
-        if table.slab is None and isinstance(self.checkpoint, Archive):
+        if isinstance(self.checkpoint, Archive):
             take = partial(self.checkpoint.table, loads=loads)
-        name = self.prefix + (table.attribute if table.slab is None else table.slab.tensor)
+        name = self.prefix + table.attribute
         if name not in self._there:
             raise self._error(table, f"there is no tensor {name!r}")
-        if table.slab is not None:
-            if name not in self._slabs:
-                self._slabs[name] = take(name)
-            try:
-                found = table_in_slab(table, self._slabs[name])
-            except ValueError as error:
-                raise self.checkpoint.error(str(error)) from error
-        else:
-            found = take(name)
+        found = take(name)
         if found.dim() == 0 or len(found) < table.used:
             raise self._error(table, f"{table.used} rows are in use, and its shape is {list(found.shape)}")
         if found.is_meta:
@@ -307,7 +297,7 @@ def open_dictionary(
         for one in checkpoint.prefixes()
         if prefix.startswith(one) and one not in dictionaries
     }
-    if not dictionaries and not around and not _has_more(checkpoint):
+    if not dictionaries and not around and not continues(checkpoint):
         sd = StackedParameterDict()
         loads = names is None and is_loaded(device, dtype)
         part = _Stacked(checkpoint, prefix, loads=loads)
@@ -331,13 +321,6 @@ def open_dictionary(
     chosen = None if names is None else as_list(names)
     fill(sd, list(parts.values()), checkpoint, prefix, chosen, device, dtype, gathers=bool(within))
     return sd
-
-
-def _has_more(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint is one of a chain, or its file has padding, too."""
-    if not isinstance(checkpoint, Archive) or checkpoint.id is None:
-        return False
-    return checkpoint.previous is not None or len(checkpoint.names) < len(checkpoint.file)
 
 
 def continues(checkpoint: Checkpoint) -> bool:

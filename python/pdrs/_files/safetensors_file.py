@@ -10,7 +10,7 @@ import errno
 import json
 import mmap
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from math import prod
@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pdrs._core import IndexMap, SafetensorsHeader, SafetensorsStack, map_over, safetensors_header
+from pdrs._core import IndexMap, SafetensorsHeader, SafetensorsStack, map_over
 from pdrs._files.atomic import Progress, WholeFile, replacing
 from pdrs._torch.huge_pages import empty
 
@@ -40,7 +40,6 @@ __all__ = [
     "as_texts",
     "counting",
     "has_surrogate",
-    "is_padding",
     "pieces_of",
     "refuse_expanded",
     "texts_of",
@@ -65,8 +64,6 @@ STEP = 8 << 20
 # safetensors itself refuses headers of more than 100 MB. Half of it is for texts, at most, the rest for tensors.
 MAX_HEADER = 100_000_000
 _MAX_TEXTS = MAX_HEADER // 2
-
-_PADDING = "__padding__."
 
 # How the system says that there is no file of a name, whatever the name is.
 NO_FILE = (errno.ENOENT, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EINVAL)
@@ -148,11 +145,6 @@ class NewTensor(NamedTuple):
         return prod(self.shape) * self.dtype.itemsize
 
 
-def is_padding(name: str) -> bool:
-    """Whether a name is that of a tensor which only makes the next one begin on a page."""
-    return name.startswith(_PADDING)
-
-
 def _is_of_pdrs(key: str) -> bool:
     """Whether a key of the metadata is kept for what pdrs itself writes there."""
     return key == "pdrs" or key.startswith("pdrs.")
@@ -230,8 +222,6 @@ class TensorFile:
             raise self.error(str(error)) from None
         self.metadata: dict[str, str] = self.header.metadata
         """The texts of the header."""
-        self.data_start: int = self.header.data_start
-        """The byte of the file at which the data begin."""
 
     def error(self, what: str) -> CheckpointError:
         """Return an error about this file, to be raised."""
@@ -276,20 +266,20 @@ class TensorFile:
 
     def __contains__(self, name: object) -> bool:
         """Whether there is a tensor of that name. **O(1)**."""
-        return isinstance(name, str) and self.header.find(name) is not None
+        return isinstance(name, str) and self.header.entry(name) is not None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
-    def _entry(self, name: str) -> tuple[str, str, tuple[int, ...], int, int]:
-        number = self.header.find(name)
-        if number is None:
+    def _entry(self, name: str) -> tuple[str, tuple[int, ...], int, int]:
+        entry = self.header.entry(name)
+        if entry is None:
             raise KeyError(name)
-        return self.header.entry(number)
+        return entry
 
     def code(self, name: str) -> str:
         """Return the dtype as the file names it, such as ``"F32"``; KeyError if there is no such tensor."""
-        return self._entry(name)[1]
+        return self._entry(name)[0]
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype; CheckpointError if torch has none like it."""
@@ -302,15 +292,15 @@ class TensorFile:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape; KeyError if there is no such tensor."""
-        return self._entry(name)[2]
+        return self._entry(name)[1]
 
     def offsets(self, name: str) -> tuple[int, int]:
         """Return the first byte of a tensor and the one behind its last, counted from the beginning of the file."""
-        return self._entry(name)[3:]
+        return self._entry(name)[2:]
 
     def kinds(self) -> tuple[list[tuple[str, tuple[int, ...]]], NDArray[np.uint32]]:
         """Return the dtypes (as the file names them) and shapes that there are, and the number of each tensor's."""
-        return self.header.kinds(), self.header.kind_numbers()
+        return self.header.kinds()
 
     # -- the data ------------------------------------------------------------------------------------------------------
 
@@ -327,7 +317,7 @@ class TensorFile:
         CheckpointError
             If the file has become shorter, or torch does not have the dtype.
         """
-        _, code, shape, start, stop = self._entry(name)
+        code, shape, start, stop = self._entry(name)
         return self.view(start, stop, self._dtype(code)).view(shape)
 
     def view(self, start: int, stop: int, dtype: torch.dtype = torch.uint8) -> Tensor:
@@ -360,12 +350,12 @@ class TensorFile:
         CheckpointError
             As for :meth:`tensor`.
         """
-        _, code, shape, start, stop = self._entry(name)
+        code, shape, start, stop = self._entry(name)
         return self._loaded(start, stop, self._dtype(code), see).view(shape)
 
     def table(self, name: str, rows: int, *, loads: bool) -> Tensor:
         """Return a tensor as :meth:`tensor` or :meth:`load` do, and so many rows: zeros follow those of the file."""
-        _, code, shape, start, stop = self._entry(name)
+        code, shape, start, stop = self._entry(name)
         size, dtype = (rows, *shape[1:]), self._dtype(code)
         before = start % mmap.ALLOCATIONGRANULARITY
         nbytes = prod(size) * dtype.itemsize
@@ -397,7 +387,7 @@ class TensorFile:
 
     def parts(self, name: str) -> Iterator[NDArray[np.uint8]]:
         """Yield the bytes of a tensor in order, each part in the memory of the one before."""
-        _, _, _, start, stop = self._entry(name)
+        _, _, start, stop = self._entry(name)
         return self._parts(start, stop, np.empty(min(stop - start, STEP), np.uint8))
 
     def _parts(self, start: int, stop: int, memory: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
@@ -416,7 +406,7 @@ class TensorFile:
         found: dict[str, Tensor] = {}
         shared: mmap.mmap | None = None
         for name in chosen:
-            _, code, shape, start, stop = self._entry(name)
+            code, shape, start, stop = self._entry(name)
             dtype = self._dtype(code)
             if start == stop or start % dtype.itemsize:
                 found[name] = self.view(start, stop, dtype).view(shape)
@@ -536,7 +526,6 @@ def write_tensors(
     metadata: Mapping[str, str],
     tensors: Iterable[NewTensor | tuple[str, torch.dtype, Sequence[int], Iterable[Any]]],
     *,
-    aligned: Collection[str] = (),
     finish: Callable[[], Mapping[str, str]] | None = None,
     sync: bool = True,
 ) -> int:
@@ -549,10 +538,8 @@ def write_tensors(
     metadata
         Texts that the header is to have.
     tensors
-        What is to be written, in this order; see :class:`NewTensor`. The data begin on a page.
-    aligned
-        The names of tensors that are to begin on a page: a tensor of padding is put in front of them where it must be
-        (see :func:`is_padding`), because the format allows no gaps.
+        What is to be written; see :class:`NewTensor`. The header has them in this order. Their data come in the order
+        of decreasing element sizes, so that each begins at a multiple of its element size.
     finish
         Is called when all data have been written. What it returns replaces values in ``metadata``, which must be of the
         same length: checksums, for example, that are computed while the parts are made.
@@ -590,55 +577,48 @@ def write_tensors(
     [0.0, 0.0, 1.0, 1.0]
 
     """
-    placed, size = _placed([NewTensor(*one) for one in tensors], set(aligned))
-    fields = dict(metadata)
-    header = _header(fields, placed)
+    new = [NewTensor(*one) for one in tensors]
+    fields, starts, size = dict(metadata), _starts(new), sum(tensor.nbytes for tensor in new)
+    header = _header(fields, new, starts)
     with replacing(path, len(header) + size, sync=sync) as file:
         file.write(header)
-        for tensor, start in placed:
+        for start, tensor in sorted(zip(starts, new, strict=True), key=lambda one: one[0]):
             _write_parts(file, tensor, len(header) + start + tensor.nbytes)
         if finish is not None:
             fields.update(finish())
-            again = _header(fields, placed)
+            again = _header(fields, new, starts)
             if len(again) != len(header):
                 raise ValueError("the metadata at the end need more bytes than those at the beginning")
             file.rewrite(again, 0)
     return len(header) + size
 
 
-def _placed(tensors: Sequence[NewTensor], aligned: set[str]) -> tuple[list[tuple[NewTensor, int]], int]:
-    """Give each tensor its place in the data; return their size, too."""
-    placed, end, padded = [], 0, 0
-    for tensor in tensors:
-        if is_padding(tensor.name):
-            raise ValueError(f"the name {tensor.name!r} is kept for padding: no other tensor can begin so")
+def _starts(tensors: Sequence[NewTensor]) -> list[int]:
+    """Return where the data of each tensor begin: those of wide elements first, so that all are aligned."""
+    starts, end = [0] * len(tensors), 0
+    for at in sorted(range(len(tensors)), key=lambda at: -tensors[at].dtype.itemsize):
+        starts[at] = end
+        end += tensors[at].nbytes
+    return starts
+
+
+def _header(metadata: Mapping[str, str], tensors: Sequence[NewTensor], starts: Sequence[int]) -> bytes:
+    """Return the header after its size, padded with spaces to whole pages."""
+    fields: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    for tensor, start in zip(tensors, starts, strict=True):
         if tensor.dtype not in CODES:
             raise TypeError(f"safetensors has no dtype like {tensor.dtype}, of which {tensor.name!r} is")
-        gap = -end % PAGE
-        if tensor.name in aligned and gap:
-            padding = NewTensor(f"{_PADDING}{padded}", torch.uint8, (gap,), (bytes(gap),))
-            placed.append((padding, end))
-            end, padded = end + gap, padded + 1
-        placed.append((tensor, end))
-        end += tensor.nbytes
-    names = [tensor.name for tensor, _ in placed]
-    if len(set(names)) < len(names):
-        twice = next(name for at, name in enumerate(names) if name in names[:at])
-        raise ValueError(f"two tensors have the name {twice!r}")
-    if "__metadata__" in names:
-        raise ValueError("no tensor can have the name '__metadata__'")
-    return placed, end
-
-
-def _header(metadata: Mapping[str, str], placed: list[tuple[NewTensor, int]]) -> NDArray[np.uint8]:
-    """Return the header with its size in front, padded with spaces to whole pages."""
-    names = [tensor.name for tensor, _ in placed]
-    kinds = [(CODES[tensor.dtype], list(tensor.shape)) for tensor, _ in placed]
+        if tensor.name in fields or tensor.name == "__metadata__":
+            raise ValueError(f"two tensors have the name {tensor.name!r}, or it is kept for metadata")
+        offsets = [start, start + tensor.nbytes]
+        fields[tensor.name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
     try:
-        return safetensors_header(list(metadata.items()), names, kinds, np.arange(len(names), dtype=np.uint32), PAGE)
+        text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError as error:
-        texts = (text for text in chain(names, *metadata.items()) if has_surrogate(text))
-        raise ValueError(f"expected keys of valid Unicode, got {next(texts)!r}, which has a surrogate") from error
+        name = next(filter(has_surrogate, chain(fields, *metadata.items())))
+        raise ValueError(f"expected keys of valid Unicode, got {name!r}, which has a surrogate") from error
+    text += b" " * (-(8 + len(text)) % PAGE)
+    return len(text).to_bytes(8, "little") + text
 
 
 def has_surrogate(text: str) -> bool:

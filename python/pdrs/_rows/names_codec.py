@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from itertools import pairwise
-from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,20 +15,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Parameter
 
-from pdrs._core import IndexMap, has_packed, pack_names, unpack_names
+from pdrs._core import IndexMap, pack_names, unpack_names
 
 __all__ = [
     "Header",
-    "Slab",
     "TableHeader",
     "bytes_of",
     "check_header",
     "is_packed",
-    "is_packed_from",
     "pack",
     "refuse_unpaid",
     "same_bytes",
-    "table_in_slab",
     "unpack",
     "used_rows",
 ]
@@ -46,24 +41,6 @@ _UNPAID_BYTES = 64 << 20
 _MOST_GROUPS = 1 << 31
 
 
-class Slab(NamedTuple):
-    """Where the rows of a table lie that has no tensor of its own.
-
-    Parameters
-    ----------
-    tensor
-        The name of a one-dimensional tensor, behind the prefix of the dictionary.
-    offset
-        The element at which the first row begins.
-    shape
-        The shape of a row.
-    """
-
-    tensor: str
-    offset: int
-    shape: list[int]
-
-
 class TableHeader(NamedTuple):
     """What is packed of a table.
 
@@ -77,15 +54,12 @@ class TableHeader(NamedTuple):
         Whether it requires gradients.
     used
         How many rows were ever given.
-    slab
-        Where its rows lie, if it has no tensor of its own.
     """
 
     attribute: str
     group: int
     trainable: bool
     used: int
-    slab: Slab | None = None
 
 
 @dataclass(frozen=True)
@@ -114,18 +88,14 @@ def is_packed(value: Any) -> bool:
 
 
 def used_rows(packed: Tensor) -> dict[str, int]:
-    """Return how many rows were ever given of each table that has a tensor of its own. **O(tables)**.
-
-    The bytes are those of :func:`pack`.
-    """
+    """Return how many rows of each table were ever used, from the result of :func:`pack`. **O(tables)**."""
     data = bytes_of(packed)
-    _, _, tables, patterns, dims, _ = data[8:56].view(np.int64).tolist()
-    records = data[56 : 56 + 56 * tables].view(np.int64).reshape(tables, 7).tolist()
-    at, used = 56 + 56 * tables + 8 * (patterns + dims), {}
-    for attribute, _, _, rows, slab, _, _ in records:
-        if not slab:
-            used[data[at : at + attribute].tobytes().decode("utf-8", "surrogatepass")] = rows
-        at += attribute + slab
+    _, _, tables, patterns, _ = data[8:48].view(np.int64).tolist()
+    records = data[48 : 48 + 32 * tables].view(np.int64).reshape(tables, 4).tolist()
+    at, used = 48 + 32 * tables + 8 * patterns, {}
+    for size, _, _, rows in records:
+        used[data[at : at + size].tobytes().decode("utf-8", "surrogatepass")] = rows
+        at += size
     return used
 
 
@@ -144,11 +114,6 @@ def pack(index: IndexMap, header: Header, ids: NDArray[np.int64] | None = None) 
     The ids are the index's rows, or others, one for each name.
     """
     return torch.from_numpy(pack_names(index, list(header.tables), list(header.patterns), ids))
-
-
-def is_packed_from(packed: Tensor, index: IndexMap, header: Header) -> bool:
-    """Whether :func:`pack` would return the same; nothing is packed for it. **O(n)**."""
-    return has_packed(bytes_of(packed), index, list(header.tables), list(header.patterns))
 
 
 def unpack(packed: Tensor, prefix: str | None = None) -> tuple[IndexMap, NDArray[np.int64], Header]:
@@ -175,29 +140,17 @@ def unpack(packed: Tensor, prefix: str | None = None) -> tuple[IndexMap, NDArray
             f"the names were packed by a later version of pdrs (layout {version}, this one reads {_VERSION})"
         )
     index, ids, tables, patterns = unpack_names(data, prefix)
-    headers = (TableHeader(*table[:4], None if table[4] is None else Slab(*table[4])) for table in tables)
-    return index, ids, Header(tuple(headers), tuple(patterns))
+    return index, ids, Header(tuple(TableHeader(*table) for table in tables), tuple(patterns))
 
 
 def check_header(header: Header) -> None:
     """Refuse what no dictionary has: ValueError."""
     attributes = [table.attribute for table in header.tables]
-    slabs = [table.slab.tensor for table in header.tables if table.slab is not None]
-    for name in (*attributes, *slabs):
+    for name in attributes:
         if not name.isidentifier() or name == _EXTRA_STATE:
             raise ValueError(f"the packed names are damaged: a table cannot be called {name!r}")
-    if len(set(attributes)) < len(attributes) or not set(slabs).isdisjoint(attributes):
+    if len(set(attributes)) < len(attributes):
         raise ValueError("the packed names are damaged: they name a table twice")
-    places = sorted(
-        (table.slab.tensor, table.slab.offset, table.slab.offset + table.used * prod(table.slab.shape))
-        for table in header.tables
-        if table.slab is not None
-    )
-    for (slab, start, stop), (other, begin, end) in pairwise(place for place in places if place[1] < place[2]):
-        if slab == other and begin < stop:
-            raise ValueError(
-                f"the packed names are damaged: two tables overlap in {slab!r}, {start} to {stop} and {begin} to {end}"
-            )
     if any(table.group > _MOST_GROUPS for table in header.tables):
         raise ValueError("the packed names are damaged: a table is in a group that cannot be")
     for pattern in header.patterns:
@@ -226,24 +179,6 @@ def refuse_unpaid(attribute: str, table: Tensor, names: int) -> None:
             f"the table '{attribute}' should have {table.nbytes} bytes, and there are "
             f"{table.untyped_storage().nbytes()}: call contiguous() before it is saved"
         )
-
-
-def table_in_slab(table: TableHeader, slab: Any) -> Tensor:
-    """Return the rows of a table, ``[used, *shape]``, as a view of the slab in which they lie.
-
-    Raises
-    ------
-    ValueError
-        If the slab is not there, or too short.
-    """
-    assert table.slab is not None
-    name, offset, shape = table.slab
-    size = table.used * prod(shape)
-    if not isinstance(slab, Tensor) or slab.dim() != 1:
-        raise ValueError(f"the tensor '{name}', in which the table '{table.attribute}' lies, is missing")
-    if offset + size > len(slab):
-        raise ValueError(f"the table '{table.attribute}' ends at {offset + size}, and its slab '{name}' at {len(slab)}")
-    return slab[offset : offset + size].view(table.used, *shape)
 
 
 def bytes_of(packed: Tensor) -> NDArray[np.uint8]:

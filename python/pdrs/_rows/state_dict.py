@@ -15,7 +15,6 @@ from torch.nn import Module, Parameter
 from torch.nn.modules.module import _IncompatibleKeys
 
 from pdrs._core import TableRows, sort_tensors
-from pdrs._files.safetensors_file import is_padding
 from pdrs._rows import optimizer_state
 from pdrs._rows.insert import partition
 from pdrs._rows.names_codec import (
@@ -23,11 +22,9 @@ from pdrs._rows.names_codec import (
     TableHeader,
     check_header,
     is_packed,
-    is_packed_from,
     pack,
     refuse_unpaid,
     same_bytes,
-    table_in_slab,
     unpack,
     used_rows,
 )
@@ -198,7 +195,7 @@ class SavedRows(TrainedRows):
                 _load_named(self, state_dict, prefix, strict, assign, *problems)
                 self._note_load()
             return
-        saved = {key[len(prefix) :]: state_dict[key] for key in _under(state_dict, prefix) if not is_padding(key)}
+        saved = {key[len(prefix) :]: state_dict[key] for key in _under(state_dict, prefix)}
         with self._lock.change():
             try:
                 self._conform(names, saved)
@@ -264,8 +261,8 @@ class SavedRows(TrainedRows):
     def _conform(self, packed: Any, saved: dict[str, Any]) -> None:
         """Become a dictionary of the packed names and rows, with tables as large as the saved ones; values are not set.
 
-        In ``saved``, views of tables take the place of the slabs that they lie in. Nothing has changed if the names are
-        damaged, a table is missing, an optimizer that is not attached has state for the rows, or memory runs out.
+        Nothing has changed if the names are damaged, a table is missing, a detached optimizer has state for rows, or
+        memory runs out.
         """
         if packed.device.type == "meta":
             return
@@ -274,7 +271,6 @@ class SavedRows(TrainedRows):
             return
         index, ids, header = unpack(packed)
         check_header(header)
-        _take_out_of_slabs(header, saved)
         old = {table.attribute: (number, table) for number, table in enumerate(self._tables)}
         for attribute, *_ in header.tables:
             if attribute not in old and hasattr(self, attribute):
@@ -282,7 +278,7 @@ class SavedRows(TrainedRows):
         numbers, rows = table_of(ids), row_of(ids)
         before = self._index.indices(list(index), missing=-1)
         plan = []
-        for number, (attribute, group, trainable, used, _) in enumerate(header.tables):
+        for number, (attribute, group, trainable, used) in enumerate(header.tables):
             there = numbers == number
             tensor = saved.get(attribute)
             if isinstance(tensor, Tensor) and tensor.dim() and used > len(tensor):
@@ -335,11 +331,8 @@ class SavedRows(TrainedRows):
         """Whether packed names are ours, in the same rows of the same tables."""
         if self._same is not None and self._same[0]() is packed and self._same[1:] == self._count(packed):
             return True
-        ours = self._packed_before()
-        if ours is None:
-            same = is_packed_from(packed, self._index, self._header())
-        else:
-            same = ours is packed or same_bytes(ours, packed.cpu())
+        ours = self.get_extra_state()
+        same = ours is packed or same_bytes(ours, packed.cpu())
         if same and not packed.is_inference():  # of which torch does not count what is written to them
             self.__dict__["_same"] = (weakref.ref(packed), *self._count(packed))
         return same
@@ -389,15 +382,6 @@ class _Lent:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """Return nothing, because a copy is made under the lock."""
-
-
-def _take_out_of_slabs(header: Header, saved: dict[str, Any]) -> None:
-    """Replace slabs in a state dict by views of the tables that lie in them."""
-    names = {table.slab.tensor for table in header.tables if table.slab is not None}
-    slabs = {name: saved.pop(name, None) for name in names}
-    for table in header.tables:
-        if table.slab is not None:
-            saved[table.attribute] = table_in_slab(table, slabs[table.slab.tensor])
 
 
 def _were_packed(names: Any) -> bool:

@@ -4,8 +4,9 @@
 //! though they contradict themselves (a row with two names, a row that no table has, lengths that do not add up); a
 //! panic, or memory without bounds, for bytes that an attacker wrote; a delta that does not give the new names.
 
-use pdrs_core::names::codec::{Comparison, Encoder, Header, ROW_BITS, Slab, Table, decode, invalid_at, push_character};
+use pdrs_core::names::codec::{Encoder, Header, ROW_BITS, Table, decode};
 use pdrs_core::names::delta::{apply, diff};
+use pdrs_core::names::text::{invalid_at, push_character};
 use pdrs_core::{Damage, Error};
 use proptest::prelude::*;
 
@@ -24,17 +25,6 @@ fn encode(model: &Model) -> Vec<u8> {
     encoder.finish()
 }
 
-/// Whether bytes are what `encode` gives, found out without it.
-fn is_encoded(bytes: &[u8], model: &Model) -> bool {
-    let ids: Vec<u64> = model.entries.iter().map(|(_, id)| *id).collect();
-    let plain = ids.iter().enumerate().all(|(at, id)| at as u64 == *id);
-    let Some(mut left) = Comparison::new(bytes, &model.header, ids.len(), (!plain).then_some(ids.into_iter())).unwrap()
-    else {
-        return false;
-    };
-    model.entries.iter().all(|(name, _)| left.matches(name)) && left.is_finished()
-}
-
 fn model_of(bytes: &[u8]) -> Model {
     let (header, names) = decode(bytes).unwrap();
     assert_eq!(names.is_empty(), names.iter().next().is_none());
@@ -49,7 +39,7 @@ fn text() -> impl Strategy<Value = Vec<u8>> {
         1 => 0xd7f0_u32..0xe010,
         1 => 0x1_0000_u32..0x11_0000,
     ];
-    // Short ones, because equal ones are sought, and some of each length that is copied in a way of its own.
+    // Mostly short, because equal ones are needed.
     let characters = prop_oneof![8 => 1_usize..4, 2 => 4_usize..40];
     let characters = characters.prop_flat_map(move |count| prop::collection::vec(character.clone(), count));
     characters.prop_map(|characters| {
@@ -62,10 +52,12 @@ fn text() -> impl Strategy<Value = Vec<u8>> {
 }
 
 fn tables() -> impl Strategy<Value = Vec<Table>> {
-    let slab = (text(), 0_u64..1000, prop::collection::vec(0_u64..4, 0..4));
-    let slab = prop::option::of(slab.prop_map(|(tensor, offset, shape)| Slab { tensor, offset, shape }));
-    let table = (text(), 0_u64..3, any::<bool>(), 1_u64..8, slab)
-        .prop_map(|(attribute, group, trainable, used, slab)| Table { attribute, group, trainable, used, slab });
+    let table = (text(), 0_u64..3, any::<bool>(), 1_u64..8).prop_map(|(attribute, group, trainable, used)| Table {
+        attribute,
+        group,
+        trainable,
+        used,
+    });
     prop::collection::vec(table, 1..4)
 }
 
@@ -95,25 +87,6 @@ proptest! {
         for cut in 0..bytes.len() {
             prop_assert!(decode(&bytes[..cut]).is_err(), "cut at {cut}");
         }
-    }
-
-    #[test]
-    fn names_are_compared_with_bytes_as_if_they_were_packed(model in models(), other in models(), at in any::<usize>(), bit in 0_u32..8) {
-        let bytes = encode(&model);
-        prop_assert!(is_encoded(&bytes, &model));
-        prop_assert_eq!(is_encoded(&bytes, &other), bytes == encode(&other));
-        let mut damaged = bytes.clone();
-        damaged[at % bytes.len()] ^= 1_u8 << bit;
-        prop_assert!(!is_encoded(&damaged, &model));
-        prop_assert!(!is_encoded(&bytes[..at % bytes.len()], &model));
-        damaged = bytes;
-        damaged.push(0);
-        prop_assert!(!is_encoded(&damaged, &model));
-        // The same names under the same header, each with the row of another.
-        let mut shuffled = model.clone();
-        let ids: Vec<u64> = model.entries.iter().rev().map(|(_, id)| *id).collect();
-        shuffled.entries.iter_mut().zip(ids).for_each(|(entry, id)| entry.1 = id);
-        prop_assert_eq!(is_encoded(&encode(&shuffled), &model), shuffled == model);
     }
 
     #[test]
@@ -161,10 +134,9 @@ fn a_delta_of_few_changes_is_small() {
 }
 
 fn small() -> Model {
-    let slab = Slab { tensor: b"slab".to_vec(), offset: 3, shape: vec![2, 5] };
-    let own = Table { attribute: b"float32_2".to_vec(), group: 1, trainable: true, used: 4, slab: None };
-    let shared = Table { attribute: b"rare".to_vec(), used: 2, slab: Some(slab), ..Table::default() };
-    let header = Header { tables: vec![own, shared], patterns: vec![b"bias$".to_vec()] };
+    let floats = Table { attribute: b"float32_2".to_vec(), group: 1, trainable: true, used: 4 };
+    let rare = Table { attribute: b"rare".to_vec(), used: 2, ..Table::default() };
+    let header = Header { tables: vec![floats, rare], patterns: vec![b"bias$".to_vec()] };
     let entries = [("a", 3), ("bb", 1 << ROW_BITS), ("\u{e9}\u{1f600}", 0)];
     Model { header, entries: entries.map(|(name, id)| (name.as_bytes().to_vec(), id)).to_vec() }
 }
@@ -221,8 +193,8 @@ fn an_empty_name_and_one_that_is_no_text_are_refused() {
 #[test]
 fn a_wrong_count_is_refused_before_memory_is_asked_for() {
     let good = encode(&small());
-    for at in (8..56).step_by(8) {
-        for count in [1 << 60, u64::MAX, u64::MAX / 4, u64::MAX / 56 + 1, 1000] {
+    for at in (8..48).step_by(8) {
+        for count in [1 << 60, u64::MAX, u64::MAX / 4, u64::MAX / 32 + 1, 1000] {
             let mut bytes = good.clone();
             bytes[at..at + 8].copy_from_slice(&count.to_le_bytes());
             damage(&bytes);

@@ -6,7 +6,7 @@
 
 mod header_model;
 
-use header_model::check;
+use header_model::{check, header_of};
 use pdrs_core::safetensors::{Dtype, Fault, Header, HeaderWriter, Stack};
 use proptest::prelude::*;
 
@@ -188,23 +188,24 @@ fn an_error_is_short_even_if_the_name_is_long() {
 
 #[test]
 fn a_million_names_are_found_and_their_header_is_written_again_byte_for_byte() {
-    let mut writer = HeaderWriter::new(&[("format", "pt")]).unwrap();
+    let mut writer = HeaderWriter::default();
     let like = HeaderWriter::like(Dtype::F32, &[16]);
     for number in 0..1_000_000 {
         writer.push(&format!("name.{number}"), &like, number * 64, number * 64 + 64).unwrap();
     }
-    let bytes = writer.finish(4096).unwrap();
-    let header = Header::read(&bytes[8..], bytes.len() as u64 + 64_000_000).unwrap();
-    assert_eq!((header.len(), header.kinds().len(), header.data_start()), (1_000_000, 1, bytes.len() as u64));
+    let entries = writer.take();
+    let bytes = header_of(&[], &entries);
+    let header = Header::read(&bytes, 8 + bytes.len() as u64 + 64_000_000).unwrap();
+    assert_eq!((header.len(), header.kinds().len(), header.data_start()), (1_000_000, 1, 8 + bytes.len() as u64));
     assert_eq!(header.find("name.999999"), Some(999_999));
     assert_eq!(header.find("name.1000000"), None);
-    let mut again = HeaderWriter::new(&[("format", "pt")]).unwrap();
+    let mut again = HeaderWriter::default();
     again.reserve(1_000_000, 12_000_000).unwrap();
     for number in 0..header.len() {
         let (start, stop) = header.bytes(number);
         again.push(header.name(number), &like, start - header.data_start(), stop - header.data_start()).unwrap();
     }
-    assert!(again.finish(4096).unwrap() == bytes);
+    assert!(again.take() == entries);
 }
 
 /// Names, dtypes and shapes in the order of the header, and the order of the data where it is another.
@@ -246,11 +247,11 @@ fn written((tensors, order): &File) -> (Vec<u8>, u64) {
         starts[at] = end;
         end += bytes(at);
     }
-    let mut writer = HeaderWriter::new(&[("a\"", "\u{1}\\")]).unwrap();
+    let mut writer = HeaderWriter::default();
     for (at, (name, dtype, shape)) in tensors.iter().enumerate() {
         writer.push(name, &HeaderWriter::like(*dtype, shape), starts[at], starts[at] + bytes(at)).unwrap();
     }
-    (writer.finish(8).unwrap().split_off(8), end)
+    (header_of(&[("a\"".into(), "\u{1}\\".into())], &writer.take()), end)
 }
 
 proptest! {

@@ -20,11 +20,9 @@ mod _core {
     #[pymodule_export]
     use super::files::mapped::map_over;
     #[pymodule_export]
-    use super::files::names::{apply_names, changed_rows, crc32, diff_names, has_packed, pack_names, unpack_names};
+    use super::files::names::{apply_names, changed_rows, crc32, diff_names, pack_names, unpack_names};
     #[pymodule_export]
-    use super::files::safetensors::{
-        SafetensorsHeader, SafetensorsStack, safetensors_entries, safetensors_header, safetensors_shards,
-    };
+    use super::files::safetensors::{SafetensorsHeader, SafetensorsStack, safetensors_entries, safetensors_shards};
     #[pymodule_export]
     use super::files::shard_index::{ShardIndex, shard_lines};
     #[pymodule_export]

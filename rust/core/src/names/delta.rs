@@ -1,36 +1,35 @@
-//! What has changed from one piece of packed names to another, where that is little.
+//! The difference between two pieces of packed names, which is small if few names changed.
 //!
 //! ```text
 //! magic      8 bytes      "pdrd", 0, 0, 0, and 1, the version of the layout
 //! counts     2 u64        names that are removed; names that have another id
-//! removed    u32 each     their places among the old names, ascending; padded to 8 bytes
-//! moved      u32 each     their places among the old names, ascending; padded to 8 bytes
+//! removed    u32 each     their positions among the old names, ascending; padded to 8 bytes
+//! moved      u32 each     their positions among the old names, ascending; padded to 8 bytes
 //! ids        u64 each     the new ids of those
-//! packed     the rest     the new header, and the names that were added behind the others: see [`archive`]
+//! packed     the rest     the new header, and the names that were added at the end: see [`codec`]
 //! ```
 //!
-//! So names may be removed anywhere and added at the end, as dictionaries do. After another change of the order nearly
-//! all names are removed and added again; then the new names themselves are smaller.
+//! Names may be removed anywhere and added at the end, as dictionaries do. After another change of the order nearly all
+//! names are removed and added again. Then the new names themselves are smaller.
 
+use super::codec::{self, Encoder};
+use super::header::{Reader, damaged, numbers, put, short_numbers};
 use crate::error::{Damage, Error, Result};
 use crate::memory;
-use crate::names::codec::{self, Encoder};
 
-/// What the bytes begin with.
+/// The first bytes of a delta: the format and its version.
 pub const MAGIC: [u8; 8] = *b"pdrd\0\0\0\x01";
 
-/// The bytes from which [`apply`] makes `new` again, given `old`. **O(n)**.
+/// The delta from which [`apply`] makes `new` again, given `old`. **O(n)**.
 ///
 /// # Errors
 ///
-/// [`Error::Damaged`] if one of the two is no packed names; [`Error::TooLarge`] if there are 2^32 names or more;
+/// [`Error::Damaged`] if one of the two is not packed names; [`Error::TooLarge`] if there are 2^32 names or more;
 /// [`Error::Memory`].
 pub fn diff(old: &[u8], new: &[u8]) -> Result<Vec<u8>> {
     let (_, before) = codec::decode(old)?;
     let (header, after) = codec::decode(new)?;
-    let mut removed = Vec::new();
-    let mut moved = Vec::new();
-    let mut ids = Vec::new();
+    let (mut removed, mut moved, mut ids) = (Vec::new(), Vec::new(), Vec::new());
     let mut next = after.iter().peekable();
     let mut kept = 0;
     for (at, (name, id)) in before.iter().enumerate() {
@@ -50,11 +49,11 @@ pub fn diff(old: &[u8], new: &[u8]) -> Result<Vec<u8>> {
     bytes.extend(MAGIC);
     put(&mut bytes, removed.len() as u64);
     put(&mut bytes, moved.len() as u64);
-    for places in [&removed, &moved] {
-        bytes.extend(places.iter().flat_map(|at| at.to_le_bytes()));
+    for positions in [&removed, &moved] {
+        bytes.extend(positions.iter().flat_map(|at| at.to_le_bytes()));
         bytes.resize(bytes.len().next_multiple_of(8), 0);
     }
-    bytes.extend(ids.iter().flat_map(|id| id.to_le_bytes()));
+    ids.iter().for_each(|id| put(&mut bytes, *id));
     let added = || after.iter().skip(kept);
     let added_ids: Vec<u64> = memory::collect(added().map(|(_, id)| id))?;
     let mut encoder = Encoder::new(&header, added_ids.len(), Some(added_ids.into_iter()), 0)?;
@@ -65,44 +64,35 @@ pub fn diff(old: &[u8], new: &[u8]) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// The new names, made of the old ones and what [`diff`] gave. **O(n)**.
+/// The new names, made from the old ones and a delta. **O(n)**.
 ///
-/// What comes out has been checked as [`codec::decode`] checks.
+/// The result is checked as [`codec::decode`] checks.
 ///
 /// # Errors
 ///
 /// [`Error::Damaged`] if one of the two is damaged, or they do not belong together; [`Error::Memory`].
 pub fn apply(old: &[u8], delta: &[u8]) -> Result<Vec<u8>> {
     let (_, before) = codec::decode(old)?;
-    let wrong = |at: usize, what| Error::Damaged { at: at as u64, what };
-    if !delta.starts_with(&MAGIC) {
-        return Err(wrong(0, Damage::Magic));
+    let mut reader = Reader { data: delta, at: 0 };
+    if reader.many(8, 1)? != MAGIC {
+        return Err(damaged(0, Damage::Magic));
     }
-    let mut at = 8_usize;
-    let mut take = |count: u64, size: u64| {
-        let start = at;
-        let size = count.checked_mul(size).and_then(|size| usize::try_from(size).ok());
-        let end = size.and_then(|size| start.checked_add(size)).filter(|end| *end <= delta.len());
-        let end = end.ok_or(wrong(start, Damage::Ends { wanted: count }))?;
-        at = end.next_multiple_of(8).min(delta.len());
-        Ok((start, &delta[start..end]))
-    };
-    let mut counts = numbers(take(2, 8)?.1);
-    let (of_removed, of_moved) = (counts.next().unwrap_or(0), counts.next().unwrap_or(0));
-    let removed = Places::new(take(of_removed, 4)?, before.len())?;
-    let moved = Places::new(take(of_moved, 4)?, before.len())?;
-    let ids = take(of_moved, 8)?.1;
-    let (header, added) = codec::decode(&delta[at..]).map_err(|error| match error {
-        Error::Damaged { at: inside, what } => wrong(at + inside as usize, what),
+    let (of_removed, of_moved) = (reader.number()?, reader.number()?);
+    let removed = positions(&mut reader, of_removed, before.len())?;
+    let moved = positions(&mut reader, of_moved, before.len())?;
+    let ids = reader.many(of_moved, 8)?;
+    let start = reader.at;
+    let (header, added) = codec::decode(reader.rest()).map_err(|error| match error {
+        Error::Damaged { at, what } => damaged(start + at as usize, what),
         other => other,
     })?;
-    let mut removed = removed.iter().peekable();
-    let mut moved = moved.iter().zip(numbers(ids)).peekable();
+    let mut removed = short_numbers(removed).peekable();
+    let mut moved = short_numbers(moved).zip(numbers(ids)).peekable();
     let mut names: Vec<&[u8]> = memory::with_capacity(before.len() + added.len())?;
     let mut new_ids: Vec<u64> = memory::with_capacity(before.len() + added.len())?;
-    for (place, (name, id)) in before.iter().enumerate() {
-        let other = moved.next_if(|(moved, _)| *moved as usize == place).map(|(_, id)| id);
-        if removed.next_if(|removed| *removed as usize == place).is_none() {
+    for (at, (name, id)) in before.iter().enumerate() {
+        let other = moved.next_if(|(moved, _)| *moved as usize == at).map(|(_, id)| id);
+        if removed.next_if(|removed| *removed as usize == at).is_none() {
             names.push(name);
             new_ids.push(other.unwrap_or(id));
         }
@@ -123,31 +113,17 @@ pub fn apply(old: &[u8], delta: &[u8]) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Ascending places among names.
-struct Places<'a>(&'a [u8]);
-
-impl<'a> Places<'a> {
-    fn new((start, bytes): (usize, &'a [u8]), names: usize) -> Result<Self> {
-        let places = Self(bytes);
-        let mut least = 0;
-        for (number, at) in places.iter().enumerate() {
-            if u64::from(at) < least || at as usize >= names {
-                return Err(Error::Damaged { at: (start + 4 * number) as u64, what: Damage::Place });
-            }
-            least = u64::from(at) + 1;
+/// Reads so many ascending positions among names, and the padding after them.
+fn positions<'a>(reader: &mut Reader<'a>, count: u64, names: usize) -> Result<&'a [u8]> {
+    let start = reader.at;
+    let found = reader.many(count, 4)?;
+    let mut least = 0;
+    for (number, at) in short_numbers(found).enumerate() {
+        if u64::from(at) < least || at as usize >= names {
+            return Err(damaged(start + 4 * number, Damage::Place));
         }
-        Ok(places)
+        least = u64::from(at) + 1;
     }
-
-    fn iter(&self) -> impl Iterator<Item = u32> + use<'a> {
-        self.0.chunks_exact(4).map(|four| u32::from_le_bytes(four.try_into().expect("these are four")))
-    }
-}
-
-fn put(bytes: &mut Vec<u8>, number: u64) {
-    bytes.extend(number.to_le_bytes());
-}
-
-fn numbers(bytes: &[u8]) -> impl Iterator<Item = u64> + use<'_> {
-    bytes.chunks_exact(8).map(|eight| u64::from_le_bytes(eight.try_into().expect("these are eight")))
+    reader.padding()?;
+    Ok(found)
 }

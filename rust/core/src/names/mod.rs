@@ -1,4 +1,6 @@
-//! Names as bytes: packed beside the tables whose rows they name, and what has changed from one pack to the next.
+//! The names of a dictionary as bytes, and the difference between two such pieces.
 
 pub mod codec;
 pub mod delta;
+mod header;
+pub mod text;

@@ -9,9 +9,9 @@
 //! Stricter than the format: keys of the metadata must differ, and a tensor has at most [`MAX_DIMENSIONS`] dimensions.
 //! More lenient: the header may be of any size, and spaces may stand anywhere that JSON allows.
 
+mod coverage;
 mod dtype;
 mod error;
-mod layout;
 mod scanner;
 mod shard_index;
 mod stack;
@@ -119,7 +119,7 @@ impl Header {
             tensor: Some(shortened(found.name(number))),
         };
         let data = file_bytes.saturating_sub(data_start);
-        found.check_layout(data).map_err(|(number, fault)| match number {
+        found.check_coverage(data).map_err(|(number, fault)| match number {
             Some(number) => refused((number, fault)),
             None => HeaderError { fault, at: data_start, tensor: None },
         })?;

@@ -1,7 +1,7 @@
-//! What checkpoints ask for natively: packed names, their deltas, checksums, and which rows of two tables differ.
+//! Packed names, their deltas, checksums, and a comparison of tables row by row, for Python.
 
 use numpy::{PyArray1, PyReadonlyArray1};
-use pdrs_core::names::codec::{self, Comparison, Encoder, Header, Names, Slab, Table};
+use pdrs_core::names::codec::{self, Encoder, Header, Names, Table};
 use pdrs_core::names::delta;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -11,11 +11,8 @@ use crate::index_map::IndexMap;
 use crate::python::memory::{self, OrRaise};
 use crate::python::name::Name;
 
-/// A slab as Python has it: its name, the element at which a table begins, and the shape of a row.
-type SlabTuple<'py> = (Bound<'py, PyString>, u64, Vec<u64>);
-
-/// A table as Python has it: attribute, group, trainability, rows that were given, and where it lies in a slab.
-type TableTuple<'py> = (Bound<'py, PyString>, u64, bool, u64, Option<SlabTuple<'py>>);
+/// A table as Python has it: attribute, group, whether it is trainable, and the number of used rows.
+type TableTuple<'py> = (Bound<'py, PyString>, u64, bool, u64);
 
 fn to_utf8(text: &Bound<'_, PyString>) -> Vec<u8> {
     let mut bytes = Vec::new();
@@ -28,14 +25,8 @@ fn from_utf8<'py>(py: Python<'py>, bytes: &[u8]) -> PyResult<Bound<'py, PyString
 }
 
 fn to_header(tables: Vec<TableTuple<'_>>, patterns: &[Bound<'_, PyString>]) -> Header {
-    let to_slab = |(tensor, offset, shape): SlabTuple<'_>| Slab { tensor: to_utf8(&tensor), offset, shape };
-    let to_table = |(attribute, group, trainable, used, slab): TableTuple<'_>| Table {
-        attribute: to_utf8(&attribute),
-        group,
-        trainable,
-        used,
-        slab: slab.map(to_slab),
-    };
+    let to_table =
+        |(attribute, group, trainable, used)| Table { attribute: to_utf8(&attribute), group, trainable, used };
     Header { tables: tables.into_iter().map(to_table).collect(), patterns: patterns.iter().map(to_utf8).collect() }
 }
 
@@ -60,7 +51,7 @@ fn listed_rows(py: Python<'_>, index: &IndexMap) -> PyResult<(usize, Option<Vec<
     Ok((count, Some(listed)))
 }
 
-/// The names of an index, with its rows or others as ids, behind a header.
+/// The packed names of an index, with its rows or others as ids.
 #[pyfunction]
 #[pyo3(signature = (index, tables, patterns, ids = None))]
 pub(crate) fn pack_names<'py>(
@@ -98,29 +89,7 @@ pub(crate) fn pack_names<'py>(
     Ok(PyArray1::from_vec(py, encoder.finish()))
 }
 
-/// Whether [`pack_names`] would give these bytes.
-#[pyfunction]
-pub(crate) fn has_packed<'py>(
-    packed: PyReadonlyArray1<'py, u8>,
-    index: &Bound<'py, IndexMap>,
-    tables: Vec<TableTuple<'py>>,
-    patterns: Vec<Bound<'py, PyString>>,
-) -> PyResult<bool> {
-    let py = index.py();
-    let (count, listed) = listed_rows(py, index.get())?;
-    let data = packed.as_slice()?;
-    let header = to_header(tables, &patterns);
-    let Some(mut left) = Comparison::new(data, &header, count, listed.map(Vec::into_iter)).or_raise()? else {
-        return Ok(false);
-    };
-    let (mut buffer, mut same) = (Vec::new(), true);
-    index.get().for_each(py, |name, _| {
-        same = same && name.with_utf8(py, &mut buffer, |text| left.matches(text));
-    });
-    Ok(same && left.is_finished())
-}
-
-/// The index of packed names, each behind a prefix, and what the header tells of tables and patterns.
+/// The index of packed names, each after a prefix, their ids, the tables and the patterns.
 #[pyfunction]
 #[pyo3(signature = (packed, prefix = None))]
 #[allow(clippy::type_complexity)]
@@ -132,13 +101,8 @@ pub(crate) fn unpack_names<'py>(
     let packed = packed.as_slice()?;
     let (header, names) = py.detach(|| codec::decode(packed)).or_raise()?;
     let (index, ids) = to_index(py, &names, prefix)?;
-    let from_slab =
-        |slab: Slab| -> PyResult<SlabTuple<'py>> { Ok((from_utf8(py, &slab.tensor)?, slab.offset, slab.shape)) };
-    let mut tables = memory::with_capacity(header.tables.len())?;
-    for table in header.tables {
-        let slab = table.slab.map(from_slab).transpose()?;
-        tables.push((from_utf8(py, &table.attribute)?, table.group, table.trainable, table.used, slab));
-    }
+    let from_table = |table: Table| Ok((from_utf8(py, &table.attribute)?, table.group, table.trainable, table.used));
+    let tables = memory::try_collect(header.tables.into_iter().map(from_table))?;
     let patterns = memory::try_collect(header.patterns.iter().map(|pattern| from_utf8(py, pattern)))?;
     Ok((index, ids, tables, patterns))
 }
@@ -170,7 +134,7 @@ fn to_index<'py>(
     Ok((index, PyArray1::from_vec(py, ids)))
 }
 
-/// What changed from some packed names to others, in few bytes if it is little.
+/// The delta from packed names to others.
 #[pyfunction]
 pub(crate) fn diff_names<'py>(
     py: Python<'py>,
@@ -182,7 +146,7 @@ pub(crate) fn diff_names<'py>(
     Ok(PyArray1::from_vec(py, delta))
 }
 
-/// The names that [`diff_names`] was given as the new ones.
+/// The new packed names, made from the old ones and a delta.
 #[pyfunction]
 pub(crate) fn apply_names<'py>(
     py: Python<'py>,

@@ -1,10 +1,10 @@
-//! Headers of safetensors files for Python: read, stacked in tables, and written.
+//! Headers of safetensors files for Python: reading them, stacking their tensors in tables, and writing them.
 
 use std::sync::Arc;
 
 use numpy::{PyArray1, PyReadonlyArray1, PyReadwriteArray1};
 use pdrs_core::safetensors::{Dtype, Fault, Header, HeaderError, HeaderWriter, METADATA, Stack};
-use pyo3::exceptions::{PyIndexError, PyMemoryError, PyValueError};
+use pyo3::exceptions::{PyMemoryError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList, PyString, PyTuple};
 
@@ -19,8 +19,11 @@ pub(crate) struct SafetensorsHeader {
     pub(crate) header: Arc<Header>,
 }
 
-/// What `entry` gives: name, dtype, shape, and the first byte in the file and the one behind the last.
-type Entry<'py> = (&'py str, &'static str, Bound<'py, PyTuple>, u64, u64);
+/// Dtype, shape, and the range of bytes in the file.
+type Entry<'py> = (&'static str, Bound<'py, PyTuple>, u64, u64);
+
+/// The dtypes and shapes of tensors, and the number of each tensor's.
+pub(crate) type Kinds<'py> = (Vec<(&'static str, Bound<'py, PyTuple>)>, Bound<'py, PyArray1<u32>>);
 
 fn unreadable(error: &HeaderError) -> PyErr {
     match error.fault {
@@ -48,11 +51,6 @@ impl SafetensorsHeader {
     }
 
     #[getter]
-    fn data_start(&self) -> u64 {
-        self.header.data_start()
-    }
-
-    #[getter]
     fn metadata<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let metadata = PyDict::new(py);
         for (key, value) in self.header.metadata() {
@@ -61,19 +59,14 @@ impl SafetensorsHeader {
         Ok(metadata)
     }
 
-    fn find(&self, name: &Bound<'_, PyString>) -> Option<usize> {
+    fn entry<'py>(&self, name: &Bound<'py, PyString>) -> PyResult<Option<Entry<'py>>> {
         // A name with half of a surrogate pair is in no file.
-        self.header.find(name.to_str().ok()?)
-    }
-
-    fn entry<'py>(slf: &'py Bound<'py, Self>, number: usize) -> PyResult<Entry<'py>> {
-        let header = &slf.get().header;
-        if number >= header.len() {
-            return Err(PyIndexError::new_err(number));
-        }
-        let kind = header.kind(number);
-        let (start, stop) = header.bytes(number);
-        Ok((header.name(number), kind.dtype.name(), PyTuple::new(slf.py(), &kind.shape)?, start, stop))
+        let Some(number) = name.to_str().ok().and_then(|name| self.header.find(name)) else {
+            return Ok(None);
+        };
+        let kind = self.header.kind(number);
+        let (start, stop) = self.header.bytes(number);
+        Ok(Some((kind.dtype.name(), PyTuple::new(name.py(), &kind.shape)?, start, stop)))
     }
 
     fn names<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
@@ -89,14 +82,11 @@ impl SafetensorsHeader {
         Ok(found)
     }
 
-    fn kinds<'py>(&self, py: Python<'py>) -> PyResult<Vec<(&'static str, Bound<'py, PyTuple>)>> {
+    fn kinds<'py>(&self, py: Python<'py>) -> PyResult<Kinds<'py>> {
+        let kind_of = memory::collect((0..self.header.len()).map(|number| self.header.kind_number(number) as u32))?;
         let kinds = self.header.kinds().iter();
-        memory::try_collect(kinds.map(|kind| Ok((kind.dtype.name(), PyTuple::new(py, &kind.shape)?))))
-    }
-
-    fn kind_numbers<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray1<u32>>> {
-        let kinds = (0..self.header.len()).map(|number| self.header.kind_number(number) as u32);
-        Ok(PyArray1::from_vec(py, memory::collect(kinds)?))
+        let kinds = memory::try_collect(kinds.map(|kind| Ok((kind.dtype.name(), PyTuple::new(py, &kind.shape)?))))?;
+        Ok((kinds, PyArray1::from_vec(py, kind_of)))
     }
 
     fn stack(&self, py: Python<'_>, prefix: &str) -> PyResult<SafetensorsStack> {
@@ -190,11 +180,11 @@ impl SafetensorsStack {
     }
 }
 
-/// Kinds of tensors as Python gives them: dtypes and shapes.
-type Kinds = Vec<(String, Vec<u64>)>;
+/// The dtypes and shapes of tensors as Python gives them.
+type GivenKinds = Vec<(String, Vec<u64>)>;
 
 /// Of each kind, the text that a header has for it, and the size of a tensor.
-fn described(kinds: Kinds) -> PyResult<Vec<(String, u64)>> {
+fn described(kinds: GivenKinds) -> PyResult<Vec<(String, u64)>> {
     let described = kinds.into_iter().map(|(name, shape)| {
         let dtype = Dtype::from_name(&name).ok_or_else(|| PyValueError::new_err(format!("no dtype '{name}'")))?;
         let bytes = dtype.bytes_of(&shape).map_err(|fault| PyValueError::new_err(fault.to_string()))?;
@@ -212,43 +202,19 @@ fn checked<'a>(kind_of: &'a PyReadonlyArray1<'_, u32>, names: usize, kinds: usiz
     Err(PyValueError::new_err("expected one of the kinds for each name"))
 }
 
-#[pyfunction]
-pub(crate) fn safetensors_header<'py>(
-    py: Python<'py>,
-    metadata: Vec<(String, String)>,
-    names: &Bound<'py, PyList>,
-    kinds: Kinds,
-    kind_of: PyReadonlyArray1<'py, u32>,
-    alignment: usize,
-) -> PyResult<Bound<'py, PyArray1<u8>>> {
-    let kinds = described(kinds)?;
-    let kind_of = checked(&kind_of, names.len(), kinds.len())?;
-    let metadata: Vec<_> = metadata.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
-    let mut writer = HeaderWriter::new(&metadata).or_raise()?;
-    writer.reserve(names.len(), 16 * names.len()).or_raise()?;
-    let mut start = 0_u64;
-    for (name, kind) in names.iter().zip(kind_of) {
-        let (like, bytes) = &kinds[*kind as usize];
-        let stop = start.checked_add(*bytes).ok_or_else(|| PyValueError::new_err("the tensors are too large"))?;
-        writer.push(name.cast::<PyString>()?.to_str()?, like, start, stop).or_raise()?;
-        start = stop;
-    }
-    Ok(PyArray1::from_vec(py, writer.finish(alignment.max(1)).or_raise()?))
-}
-
-/// The part of a header that tells of some tensors, each behind a comma, and where the data of the next one begin.
+/// The entries of a header for some tensors, and where the data of the next one begin.
 #[pyfunction]
 pub(crate) fn safetensors_entries<'py>(
     py: Python<'py>,
     names: &Bound<'py, PyList>,
-    kinds: Kinds,
+    kinds: GivenKinds,
     kind_of: PyReadonlyArray1<'py, u32>,
     range: (usize, usize),
     start: u64,
 ) -> PyResult<(Bound<'py, PyArray1<u8>>, u64)> {
     let kinds = described(kinds)?;
     let kind_of = checked(&kind_of, names.len(), kinds.len())?;
-    let mut writer = HeaderWriter::behind_others();
+    let mut writer = HeaderWriter::default();
     let stop = range.1.min(names.len());
     writer.reserve(stop.saturating_sub(range.0), 16 * stop.saturating_sub(range.0)).or_raise()?;
     let mut start = start;
@@ -265,7 +231,7 @@ pub(crate) fn safetensors_entries<'py>(
 #[pyfunction]
 pub(crate) fn safetensors_shards(
     names: &Bound<'_, PyList>,
-    kinds: Kinds,
+    kinds: GivenKinds,
     kind_of: PyReadonlyArray1<'_, u32>,
     header_bytes: usize,
     data_bytes: u64,

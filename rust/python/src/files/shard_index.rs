@@ -1,4 +1,4 @@
-//! The index of a file in shards for Python: read, compared with its shards, and written.
+//! Shard indexes for Python: reading them, comparing them with the shards, and writing them.
 
 use std::collections::HashMap;
 
@@ -8,16 +8,13 @@ use pyo3::exceptions::{PyMemoryError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList, PyString, PyTuple};
 
-use crate::files::safetensors::SafetensorsHeader;
+use crate::files::safetensors::{Kinds, SafetensorsHeader};
 use crate::python::memory::{self, OrRaise, new_list, new_text};
 
 #[pyclass(frozen, module = "pdrs._core")]
 pub(crate) struct ShardIndex {
     pub(crate) index: Index,
 }
-
-/// The kinds of tensors, dtypes and shapes, and the number of each tensor's.
-type Kinds<'py> = (Vec<(&'static str, Bound<'py, PyTuple>)>, Bound<'py, PyArray1<u32>>);
 
 #[pymethods]
 impl ShardIndex {
@@ -103,7 +100,7 @@ impl ShardIndex {
     }
 }
 
-/// The lines of an index that tell which file some names are in, each behind a comma.
+/// The lines of an index that say which file some names are in.
 #[pyfunction]
 pub(crate) fn shard_lines<'py>(
     py: Python<'py>,
@@ -111,7 +108,7 @@ pub(crate) fn shard_lines<'py>(
     range: (usize, usize),
     file: &str,
 ) -> PyResult<Bound<'py, PyArray1<u8>>> {
-    let mut writer = HeaderWriter::behind_others();
+    let mut writer = HeaderWriter::default();
     for at in range.0..range.1.min(names.len()) {
         writer.push_line(names.get_item(at)?.cast::<PyString>()?.to_str()?, file).or_raise()?;
     }

@@ -7,7 +7,7 @@
 
 use std::marker::PhantomData;
 
-use pdrs_core::names::codec::push_character;
+use pdrs_core::names::text::push_character;
 use pdrs_core::{Hashed, IndexMap as Map, Matches, memory};
 use pyo3::exceptions::PyTypeError;
 use pyo3::ffi;

@@ -1,19 +1,20 @@
-//! Whether the tensors of a header share out the data of a file: each byte to one of them.
+//! Whether the tensors of a header cover the data of a file: each byte belongs to exactly one of them.
 
 use super::{Fault, Header};
 use crate::memory;
 
-/// The tensor that does not fit, where it is one, and why.
+/// The tensor that does not fit, if it is one, and why.
 type Misplaced = (Option<usize>, Fault);
 
 impl Header {
-    /// Looks whether the tensors follow each other in the data, in the order of the header or in another one.
-    pub(super) fn check_layout(&self, data: u64) -> Result<(), Misplaced> {
-        if self.follow_each_other((0..self.len()).map(|number| number as u32), data).is_ok() {
+    /// Refuses tensors that overlap, leave a hole, or reach beyond the data. Most files have them in order.
+    pub(super) fn check_coverage(&self, data: u64) -> Result<(), Misplaced> {
+        let numbers = 0..self.len() as u32;
+        if self.follow_each_other(numbers.clone(), data).is_ok() {
             return Ok(());
         }
-        let mut order = memory::collect(0..self.len() as u32).map_err(|error| (None, error.into()))?;
-        // Tensors without bytes come in front of the one that begins at the same place.
+        let mut order = memory::collect(numbers).map_err(|error| (None, error.into()))?;
+        // Tensors without bytes come before the one that begins at the same byte.
         order.sort_unstable_by_key(|number| (self.range(*number as usize), *number));
         self.follow_each_other(order.into_iter(), data)
     }
