@@ -1,6 +1,6 @@
-"""Checkpoints: a million names in a legal safetensors file, saved and opened at the speed of the disk.
+"""Checkpoints: a million names in a valid safetensors file, saved and opened at the speed of the disk.
 
-docs/checkpoints.md shows how to use them, docs/archive.md describes the file.
+docs/checkpoints.md shows how to use them. docs/archive.md describes the format.
 """
 
 from __future__ import annotations
@@ -58,31 +58,31 @@ def save(
     metadata: Mapping[str, str] | None = None,
     sync: bool = True,
 ) -> int:
-    """Save a dictionary, or any module that holds some, as an archive: one safetensors file. **O(n)**.
+    """Save a dictionary, or any module that contains dictionaries, as one safetensors file. Atomic. **O(n)**.
 
-    A :class:`pdrs.ParameterDict` is saved as its ``stack()`` would be, without making it; a StackedParameterDict as its
-    tables lie in memory. Other tensors of a module are saved under their names in the state dict.
+    There is one tensor for each table and one for all names. A :class:`pdrs.ParameterDict` is saved as its ``stack()``
+    would be, but no such copy is made. Other tensors of a module are saved under their names in the state dict.
 
     Parameters
     ----------
     obj
-        A module. Its state dict must have nothing but dense tensors.
+        A module. Its state dict must contain dense tensors only.
     path
-        The file. An old one is replaced when the new one is complete, and stays as it is if anything fails or the
+        The file. An existing file is replaced when the new one is complete. It stays as it is if anything fails or the
         process dies.
     layout
-        ``"named"`` writes a tensor for each name instead, for other tools: slower, larger, and in shards with an index,
-        as the Hugging Face tools read them, where one file would be too large for safetensors.
+        ``"archive"``, or ``"named"``: one tensor for each name, for other tools. The named layout is slower and
+        larger. It is split into shards with an index, as Hugging Face tools read them, if one file would be too large.
     since
-        An archive in the same folder. Only what differs from it is written: rows whose bytes differ, and names that
-        came, went or moved. Everything in it is read and compared, so changes need not be tracked. Opening the new file
-        takes both. A chain has at most 1000 files: saving without ``since`` makes a file that stands alone.
+        An archive in the same folder. Only changes are written: rows whose bytes differ, and names that came, went or
+        moved. All bytes are compared, so changes need not be tracked. Opening the new file needs both files. A chain
+        has at most 1000 files; saving without ``since`` ends it.
     max_shard_size
-        The bytes of tensors in a file of the named layout, at most.
+        The largest number of tensor bytes in one file of the named layout.
     metadata
-        Texts by name, for the header of the file, or of each shard. The default is ``sd.metadata`` of a
-        StackedParameterDict that :func:`open` returned, or else those of ``since``. The default of ``"format"`` is
-        ``"pt"``.
+        Texts by name for the header of the file, or of each shard. The default is ``sd.metadata`` of a
+        StackedParameterDict that :func:`open` returned, else the metadata of ``since``. ``"format"`` is ``"pt"`` by
+        default.
     sync
         Whether to wait until the file is on the disk.
 
@@ -94,12 +94,12 @@ def save(
     Raises
     ------
     TypeError
-        If the state dict has something else than dense tensors with memory, or of a dtype that safetensors lacks, or
-        ``metadata`` something else than texts.
+        If the state dict contains anything except dense tensors with memory, of a dtype that safetensors has. Also if
+        ``metadata`` contains anything except texts.
     ValueError
-        If ``since`` lies in another folder, is no archive, would be replaced by ``path``, or is the thousandth archive
-        of a chain; if ``max_shard_size`` is no positive number; or if ``metadata`` have a key that begins with
-        ``"pdrs."``, or more than 50 MB.
+        If ``since`` is in another folder, is no archive, would be replaced by ``path``, or is the thousandth archive
+        of a chain. Also if ``max_shard_size`` is not a positive number, if a key of ``metadata`` begins with
+        ``"pdrs."``, or if ``metadata`` have more than 50 MB.
     CheckpointError
         If ``since`` is damaged.
     OSError
@@ -107,9 +107,9 @@ def save(
 
     Notes
     -----
-    It takes memory for the packed names, and 64 MB: entries, and what lies on a device, come in blocks. Other threads
-    may use and change a StackedParameterDict meanwhile. The names and rows of the file fit together; values are those
-    at the time when their block is written.
+    Saving needs memory for the packed names, and 64 MB for blocks of data. Other threads may use and change a
+    StackedParameterDict meanwhile. Names and rows in the file fit together. Values are those at the time when their
+    block is written.
 
     Examples
     --------
@@ -120,9 +120,9 @@ def save(
     4279
     >>> pdrs.open(path)["b"].tolist()
     [0.0, 1.0, 0.0]
-    >>> _ = pdrs.save(sd, path, metadata={"source": "the first try"})
+    >>> _ = pdrs.save(sd, path, metadata={"source": "first run"})
     >>> pdrs.open(path).metadata
-    {'format': 'pt', 'source': 'the first try'}
+    {'format': 'pt', 'source': 'first run'}
 
     """
     path = os.fsdecode(path)
@@ -177,53 +177,53 @@ def open(  # noqa: A001  # read as pdrs.open
     key: Key | None = None,
     verify: bool = False,
 ) -> StackedParameterDict:
-    """Open a checkpoint as a StackedParameterDict whose tables are maps of the file. **O(n)** in the names.
+    """Open a checkpoint as a StackedParameterDict whose tables are memory maps of the file. **O(n)** in the names.
 
     Parameters
     ----------
     path
-        An archive, any other safetensors file, a state dict that ``torch.save`` wrote, the index of one of these in
-        shards, or a folder in which there is one, as the Hugging Face tools write them.
+        An archive, another safetensors file, or a state dict that ``torch.save`` wrote. Also the index of one of these
+        in shards, or a folder with one of them, as Hugging Face tools write it.
     device
-        Where the tables are to lie. By default they are private maps of the file: what is looked at is read, what is
-        written stays in memory, and the file is never changed. ``"cpu"`` reads all of them into memory, a CUDA device
+        Where the tables will be. By default they are copy-on-write maps of the file: data are read when they are used,
+        writes stay in memory, and the file never changes. ``"cpu"`` reads all tables into memory. A CUDA device reads
         through page-locked blocks.
     dtype
-        Of floating point tables; by default what the file has.
+        The dtype of floating point tables. The default is that of the file.
     names
-        Take these only, in this order. Their rows are read.
+        Take only these names, in this order. Their rows are read.
     prefix
-        Take only names that begin with it and are longer, and remove it from them: ``"weights."`` opens the dictionary
-        ``weights`` of a module. ``"weights.a."`` reads those rows of it whose names begin with ``"a."``. Without a
-        prefix, everything in the file is an entry, under its name in the state dict.
+        Take only names that begin with this text and are longer, and remove the text from them. ``"weights."`` opens
+        the dictionary ``weights`` of a module. ``"weights.a."`` reads the rows of it whose names begin with ``"a."``.
+        Without a prefix, each name of the state dict is an entry.
     key
-        The key of the state dict, if ``torch.save`` wrote it in a dict: ``"state_dict"`` or ``"model"``, say, or
-        ``("ema", "model")`` for one in a dict in a dict.
+        Where the state dict is, if ``torch.save`` wrote it inside a dict, such as ``"state_dict"`` or ``"model"``. For
+        a dict in a dict, ``("ema", "model")``.
     verify
-        Whether to read everything and compare checksums first.
+        Whether to read everything first and compare checksums.
 
     Returns
     -------
     StackedParameterDict
-        Its ``metadata`` are the texts that the file has beside its tensors: :func:`save` writes them again.
+        Its attribute ``metadata`` has the texts in the header of the file. :func:`save` writes them again.
 
     Raises
     ------
     CheckpointError
-        If the file is damaged, or is no checkpoint, or a folder has none, or several.
+        If the file is damaged or is no checkpoint, or if a folder has none or several.
     KeyError
-        If one of ``names`` is missing, or nothing begins with ``prefix``, or ``key`` is not there.
+        If one of ``names`` or ``key`` is missing, or if no name begins with ``prefix``.
     OSError
         If the file cannot be opened.
     TypeError
-        If ``dtype`` is neither of floating point nor complex.
+        If ``dtype`` is neither floating point nor complex.
     ValueError
         If ``key`` is given for a safetensors file.
 
     Notes
     -----
-    The file may be replaced (by ``pdrs.save``, say) or removed meanwhile: what was opened stays as it is. It must not
-    be written to. Truncating it kills the process that reads what is gone, with SIGBUS, as with any mapped file.
+    The file may be replaced, such as by ``pdrs.save``, or removed meanwhile: the opened values stay. Do not write to
+    it. Truncating it kills its readers with SIGBUS, as for any memory map.
 
     Examples
     --------
@@ -260,52 +260,52 @@ def load(
     key: Key | None = None,
     verify: bool = False,
 ) -> Any:
-    """Fill a module with what a checkpoint holds, as ``load_state_dict`` does. **O(n)**.
+    """Fill a module with the values of a checkpoint, as ``load_state_dict`` does. **O(n)**.
 
     Parameters
     ----------
     path
         What :func:`open` takes.
     module
-        A torch.nn.Module. Its dictionaries may be of another class than those that were saved. An empty one takes over
-        the names. Parameters and buffers on the meta device are replaced by new ones with memory. Attributes and ties
-        stay; make optimizers afterwards.
+        A torch.nn.Module. Its dictionaries may have another class than the saved ones. An empty dictionary takes the
+        names of the file. Parameters and buffers on the meta device are replaced by new ones with memory. Their
+        attributes and ties stay. Make optimizers afterwards.
     strict
         Whether missing and unexpected names are errors. If the module has a parameter under several names, the file
         needs only one of them.
     device
-        Where tensors on the meta device get memory. The default is where the rest of the module lies, or else the CPU.
-        Tensors that have memory stay where they are.
+        Where tensors on the meta device get memory. The default is where the rest of the module is, else the CPU.
+        Tensors with memory stay where they are.
     key
         As for :func:`open`.
     verify
-        Whether to read everything and compare checksums first.
+        Whether to read everything first and compare checksums.
 
     Returns
     -------
     NamedTuple
-        ``missing_keys`` and ``unexpected_keys``, as of ``load_state_dict``.
+        ``missing_keys`` and ``unexpected_keys``, as from ``load_state_dict``.
 
     Raises
     ------
     RuntimeError
         If names or shapes do not fit, with torch's message.
     CheckpointError
-        If the file is damaged, or is no checkpoint, or a folder has none, or several.
+        If the file is damaged or is no checkpoint, or if a folder has none or several.
     KeyError
-        If ``key`` is not there.
+        If ``key`` is missing.
     OSError
         If the file cannot be opened.
     TypeError
-        If the module is something else, such as a dict.
+        If ``module`` is not a module, such as a dict.
     ValueError
-        If ``device`` is the meta device, or ``key`` is given for a safetensors file.
+        If ``device`` is the meta device, or if ``key`` is given for a safetensors file.
 
     Warns
     -----
     UserWarning
-        If parameters or buffers are still on the meta device, because the file has no values for them, and their names
-        are not among the missing ones.
+        If parameters or buffers stay on the meta device although their names are not missing. The file has no values
+        for them.
 
     Examples
     --------
@@ -347,12 +347,12 @@ def _fill(module: Module, checkpoint: Archive | _States, strict: bool) -> Any:
 
 
 def verify(path: _Path, *, key: Key | None = None) -> None:
-    """Read all of an archive, and of those that it continues, or of a file of torch's, and compare the checksums.
+    """Read all data of a checkpoint, and of the archives that it needs, and compare the checksums. **O(bytes)**.
 
     Raises
     ------
     CheckpointError
-        If the file is damaged; it says where.
+        If the file is damaged. The message says where.
     OSError
         If the file cannot be opened.
     """
@@ -418,10 +418,10 @@ def _taken_over(modules: dict[str, Module], empty: list[str], state: dict[str, T
 
 
 def _needs_names(target: StackedParameterDict, saved: SavedDictionary, sees_names: bool) -> bool:
-    """Whether a dictionary must load a ParameterDict's entries by name, as it does from a state dict of one.
+    """Return whether a dictionary must load a ParameterDict's entries by name, as from a state dict of one.
 
-    Else it takes over the tables, which is the same if there are no hooks, and each name has the dtype, the shape and
-    the flag that it has in the file.
+    Otherwise it takes the tables. The result is the same if there are no hooks, and if each name has the dtype, shape
+    and flag that it has in the file.
     """
     if not len(target) or saved.checkpoint.dictionaries.get(saved.prefix) != "ParameterDict":
         return False

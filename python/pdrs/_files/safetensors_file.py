@@ -93,7 +93,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class CheckpointError(ValueError):
-    """A file is damaged, or is none that pdrs can read.
+    """A file is damaged, or pdrs cannot read its format.
 
     Parameters
     ----------
