@@ -87,25 +87,25 @@ _Entries = Mapping[str, int] | _Keyed | Iterable[tuple[str, int]]
 
 @disjoint_base
 class IndexMap:
-    """An ordered map from names to rows, which can be popped anywhere in O(1).
+    """An ordered map from names to row numbers that pops anywhere in O(1).
 
-    The names are ``str``; the rows are integers, 0 or more, that fit into 64 bits: the row of a table that belongs to
-    the name, say. It answers what a dict answers, and, in one call, what a loop over a dict would take long for.
-    Any number of threads may use it at once. *n* is the number of names; costs are amortised.
+    Names are ``str``. Row numbers are integers from 0 to 2**63 - 1, such as the row of a table that belongs to the
+    name. The map has every method of a dict, and methods that handle many names in one call. Several threads may use
+    it at once. Costs are amortised; *n* is the number of names.
 
     Parameters
     ----------
     entries
-        A mapping, or an iterable of pairs, of names and rows; their order is kept.
+        A mapping of names to row numbers, or an iterable of pairs. Their order is kept.
     **rows
-        More names and their rows, as a dict takes them.
+        More names and their row numbers, as a dict takes them.
 
     Raises
     ------
     TypeError
-        If a name is not a ``str`` (a ``str`` of a subclass is taken for its characters).
+        If a name is not a ``str``. A ``str`` of a subclass counts as its characters.
     ValueError
-        If a row is negative.
+        If a row number is negative.
 
     Examples
     --------
@@ -130,11 +130,11 @@ class IndexMap:
         Parameters
         ----------
         names
-            A list, array, column of another library or other iterable of ``str``. Of equal names the first gives the
-            place.
+            A list, array, column of another library or other iterable of ``str``. If a name is listed twice, its first
+            place counts.
         rows
-            The rows, int64 of shape ``[len(names)]``. Without them, the first name gets row 0, the next new one row 1,
-            and so on. Of equal names the last gives the row.
+            The row numbers, int64 of shape ``[len(names)]``. Without them, the first name gets 0, the next new name
+            1, and so on. If a name is listed twice, its last row number counts.
         """
     def __len__(self) -> int: ...
     def __contains__(self, name: object, /) -> bool: ...
@@ -154,42 +154,42 @@ class IndexMap:
     def __setstate__(self, state: tuple[Any, ...], /) -> None: ...
     def _take_none(self) -> None: ...
     def keys(self) -> KeysView[str]:
-        """Return a view of the names in order; reversible, a set. **O(1)**."""
+        """Return a view of the names: ordered, reversible, with set operations. **O(1)**."""
     def values(self) -> ValuesView[int]:
-        """Return a view of the rows in the order of the names; reversible. **O(1)**."""
+        """Return a view of the row numbers in the order of the names. **O(1)**."""
     def items(self) -> ItemsView[str, int]:
-        """Return a view of the pairs of name and row in order; reversible. **O(1)**."""
+        """Return a view of the pairs of name and row number, in order. **O(1)**."""
     @overload
     def get(self, name: str, default: None = None) -> int | None:
-        """Return the row of ``name``, or ``default`` if it is not there. **O(1)**."""
+        """Return the row number of ``name``, or ``default`` if the name is missing. **O(1)**."""
     @overload
     def get(self, name: str, default: _T) -> int | _T: ...
     def setdefault(self, name: str, default: int | None = None) -> int:
-        """Return the row of ``name``; first set it to ``default`` if it is not there. **O(1)**."""
+        """Return the row number of ``name``. If the name is missing, first set it to ``default``. **O(1)**."""
     @overload
     def pop(self, name: str, /) -> int:
-        """Remove ``name`` and return its row; the order of the others stays. **O(1)**.
+        """Remove ``name`` and return its row number. The other names keep their order. **O(1)**.
 
-        If it is not there, returns the default, or raises KeyError if none is given.
+        If the name is missing, return the default, or raise KeyError if none is given.
         """
     @overload
     def pop(self, name: str, default: _T, /) -> int | _T: ...
     def popitem(self, last: bool = True) -> tuple[str, int]:
-        """Remove the last (or the first) name and return it and its row. **O(1)** at either end.
+        """Remove the last (or the first) name and return it with its row number. **O(1)** at both ends.
 
         Raises KeyError if the map is empty.
         """
     def move_to_end(self, name: str, last: bool = True) -> None:
-        """Move ``name`` behind (or in front of) all others. **O(1)**. Raises KeyError if it is not there."""
+        """Move ``name`` to the end (or to the beginning). **O(1)**. Raises KeyError if it is missing."""
     def clear(self) -> None:
-        """Remove all names, and begin again at row 0. **O(n)**."""
+        """Remove all names, and count rows from 0 again. **O(n)**."""
     def update(self, entries: _Entries | None = None, /, **rows: int) -> None:
-        """Set many rows; new names go to the end, in order. **O(m)** for ``m`` entries. A refusal changes nothing.
+        """Set many row numbers, all or none. New names go to the end, in order. **O(m)** for ``m`` entries.
 
-        Takes what a dict takes: a mapping, anything with ``keys`` and ``__getitem__``, or pairs; and ``name=row``.
+        Takes what a dict takes: a mapping, an object with ``keys`` and ``__getitem__``, or pairs, and ``name=row``.
         """
     def select(self, mask: Tensor | NDArray[np.bool_] | Sequence[bool]) -> list[str]:
-        """Return the names, in order, at whose places a mask is true. **O(n)**.
+        """Return the names, in order, for which a mask is true. **O(n)**.
 
         Parameters
         ----------
@@ -199,9 +199,9 @@ class IndexMap:
         Raises
         ------
         TypeError
-            If it holds anything but bool.
+            If the mask has values that are not bool.
         ValueError
-            If it is of another length.
+            If the mask has another length.
 
         Examples
         --------
@@ -212,9 +212,9 @@ class IndexMap:
 
         """
     def extend(self, names: Iterable[str]) -> NDArray[np.int64]:
-        """Give each new name the next row, at the end, and return the rows of all. **O(m)** for ``m`` names.
+        """Add new names at the end, and return the row numbers of all names. **O(m)** for ``m`` names.
 
-        The next row is one more than the largest row that a name has had since the map was made or cleared.
+        A new name gets the next row number: one more than the largest since the map was made or cleared.
 
         Parameters
         ----------
@@ -224,33 +224,33 @@ class IndexMap:
         Returns
         -------
         numpy.ndarray
-            int64 of shape ``[len(names)]``: the rows of new and old names, in the order of ``names``.
+            int64 of shape ``[len(names)]``: the row numbers of new and old names, in the order of ``names``.
         """
     def indices(self, names: Iterable[str] = ..., *, missing: Literal["error"] | int = "error") -> NDArray[np.int64]:
-        """Return the rows of many names in one call. **O(m)** for ``m`` names, several times less than ``m`` look-ups.
+        """Return the row numbers of many names. **O(m)** for ``m`` names, several times faster than ``m`` look-ups.
 
         Parameters
         ----------
         names
-            A list, array, column of another library or other iterable of ``str``; repeated names are fine. By default
+            A list, array, column of another library or other iterable of ``str``. Repeated names are fine. By default
             all names of the map, in order.
         missing
-            ``"error"``, or the number that stands for a name that is not there.
+            ``"error"``, or the number to return for a missing name.
 
         Returns
         -------
         numpy.ndarray
-            int64 of shape ``[len(names)]``; ``torch.from_numpy`` makes a tensor of it without a copy.
+            int64 of shape ``[len(names)]``. ``torch.from_numpy`` makes a tensor of it without a copy.
 
         Raises
         ------
         KeyError
-            If names are missing and ``missing`` is ``"error"``; it counts them and lists some.
+            If names are missing and ``missing`` is ``"error"``. The message counts them and lists some.
         ValueError
             If ``missing`` is another text.
         """
     def copy(self) -> Self:
-        """Return another map with the same names and rows in the same order. **O(n)**, no name is hashed."""
+        """Return a map with the same names and row numbers, in the same order. **O(n)**; no name is hashed."""
     @property
     def _fingerprint(self) -> str: ...
     def _iterate(self, yields: int, reversed: bool) -> Iterator[Any]: ...

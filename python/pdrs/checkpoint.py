@@ -420,8 +420,8 @@ def _taken_over(modules: dict[str, Module], empty: list[str], state: dict[str, T
 def _needs_names(target: StackedParameterDict, saved: SavedDictionary, sees_names: bool) -> bool:
     """Return whether a dictionary must load a ParameterDict's entries by name, as from a state dict of one.
 
-    Otherwise it takes the tables. The result is the same if there are no hooks, and if each name has the dtype, shape
-    and flag that it has in the file.
+    Otherwise it takes the tables. The result is the same if there are no hooks, and if dtype, shape and flag of each
+    name are those of the file.
     """
     if not len(target) or saved.checkpoint.dictionaries.get(saved.prefix) != "ParameterDict":
         return False
