@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from griffe import Class, Extension, Module, Object
+from griffe import Alias, Attribute, Class, ExprAttribute, Extension, Module, Object
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -50,21 +50,39 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return _LINK.sub(replaced, _OPTION.sub("", markdown))
 
 
-class Roles(Extension):  # type: ignore[misc]  # mypy does not read griffe
-    """Make links, or code, of ``:meth:`gather``` and the like in the docstrings of public names."""
+class Docstrings(Extension):  # type: ignore[misc]  # mypy does not read griffe
+    """Makes the docstrings of public names readable on the site.
+
+    Methods may be written in other modules, as ``gather = _gather.gather`` in the body of a class: here they become
+    methods of the class. References such as ``:meth:`gather``` become links, or code.
+    """
 
     def on_package(self, *, pkg: Module, **_: Any) -> None:
         """Go through everything that the package exports."""
-        exported = {name: pkg[name].final_target if pkg[name].is_alias else pkg[name] for name in pkg.exports or ()}
+        exported = {name: _found(pkg[name]) for name in pkg.exports or ()}
         classes = {name: each for name, each in exported.items() if isinstance(each, Class)}
-        members = {
-            f"{name}.{member}" for name, each in classes.items() for member in each.all_members if member[0] != "_"
-        }
+        for each in classes.values():
+            _take_methods(each)
+        members = {f"{name}.{one}" for name, each in classes.items() for one in each.all_members if one[0] != "_"}
         public = {f"pdrs.{path}" for path in exported.keys() | members}
         for name, each in exported.items():
             _link(each, f"pdrs.{name}.", public)
             for member in each.all_members.values() if isinstance(each, Class) else ():
-                _link(member.final_target if member.is_alias else member, f"pdrs.{name}.", public)
+                _link(_found(member), f"pdrs.{name}.", public)
+
+
+def _found(one: Object | Alias) -> Object:
+    return one.final_target if one.is_alias else one
+
+
+def _take_methods(owner: Class) -> None:
+    """Replace the attributes of a class whose values are functions of this package by these functions."""
+    for name, member in list(owner.members.items()):
+        value = member.value if isinstance(member, Attribute) else None
+        if isinstance(value, ExprAttribute) and value.canonical_path.startswith("pdrs."):
+            function = owner.modules_collection[value.canonical_path]
+            if _found(function).is_function:
+                owner.set_member(name, Alias(name, function, parent=owner))
 
 
 def _link(documented: Object, prefix: str, public: set[str]) -> None:
