@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pathlib
 import random
 import resource
 import signal
@@ -126,7 +127,13 @@ def killed_at(
 
     def run() -> None:
         for name in steps:
-            setattr(os, name, counting(getattr(os, name)))
+            function = getattr(os, name)
+            counted = counting(function)
+            setattr(os, name, counted)
+            # Path has its own references in Python 3.10.
+            accessor = getattr(pathlib, "_NormalAccessor", None)
+            if getattr(accessor, name, None) is function:
+                setattr(accessor, name, staticmethod(counted))
         work()
 
     return run
