@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from pdrs._core import TensorGroup, group_tensors
 
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))  # Its version.
+
 # What DLPack can name; the rest is quantized, or has elements of less than a byte.
 SUPPORTED = {
     *(torch.bool, torch.int8, torch.int16, torch.int32, torch.int64),
@@ -36,6 +38,14 @@ def gathered(group: TensorGroup) -> torch.Tensor:
 
 def bytes_of(tensor: torch.Tensor) -> bytes:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def zeros_on(device: str, size: int) -> torch.Tensor:
+    """Give zeros that a copy from page-locked memory writes on the current stream.
+
+    ``torch.zeros`` itself runs a kernel in torch before 2.15, and the simulated CUDA runtime runs none.
+    """
+    return torch.empty(size, device=device).copy_(torch.zeros(size, pin_memory=True), non_blocking=True)
 
 
 @st.composite

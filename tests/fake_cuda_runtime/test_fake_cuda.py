@@ -11,6 +11,8 @@ import re
 import pytest
 import torch
 
+from tensors import TORCH, zeros_on
+
 pytestmark = pytest.mark.cuda(devices=2)
 SIZE = 1000
 
@@ -46,8 +48,15 @@ def test_transposed_view_comes_back_right():
     assert torch.equal(view.cpu(), numbers()[200:].view(20, 40)[3:9].t())
 
 
-def test_zeros_clone_and_slices_work_on_the_device():
-    tensor = torch.zeros(SIZE, device="cuda")
+@pytest.mark.skipif(TORCH < (2, 15), reason="torch before 2.15 fills with a kernel")
+def test_zeros_are_filled_in_on_the_device():
+    tensor = numbers().cuda()
+    assert not torch.zeros(SIZE, device="cuda").cpu().any()
+    assert not tensor.zero_().cpu().any()
+
+
+def test_clone_and_slices_work_on_the_device():
+    tensor = zeros_on("cuda", SIZE)
     tensor[10:20] = numbers()[10:20].cuda()
     expected = torch.zeros(SIZE)
     expected[10:20] = numbers()[10:20]
@@ -504,7 +513,7 @@ def test_trace_has_a_line_for_each_copy(fake_cuda, tmp_path):
 
 
 def test_capture_is_visible_and_a_graph_of_copies_can_be_replayed():
-    source, target = torch.zeros(SIZE, device="cuda"), torch.zeros(SIZE, device="cuda")
+    source, target = zeros_on("cuda", SIZE), zeros_on("cuda", SIZE)
     graph = torch.cuda.CUDAGraph()
     assert not torch.cuda.is_current_stream_capturing()
     with torch.cuda.graph(graph):

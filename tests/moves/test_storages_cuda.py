@@ -20,6 +20,7 @@ from test_storages import MOVES, PD, assert_apart, entries, kept_by_storage, loa
 import pdrs
 from fake_cuda.control import Control
 from pdrs._moves import staging
+from tensors import zeros_on
 
 pytestmark = pytest.mark.cuda(devices=2)
 
@@ -105,7 +106,7 @@ def test_memory_is_not_handed_out_under_a_stream_that_reads_it(how: str, fake_cu
     if how != "gradient":
         del pd
     gc.collect()
-    again = [torch.zeros(6400, device="cuda") for _ in range(4)]
+    again = [zeros_on("cuda", 6400) for _ in range(4)]
     torch.cuda.synchronize()
     del again
     assert read[:, 0].tolist() == [at + 1.0 for at in range(100)]

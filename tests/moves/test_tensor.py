@@ -28,9 +28,9 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import Parameter
 
 from pdrs._core import complete_move, group_tensors, slab_views
-from tensors import SUPPORTED, bytes_of, gathered, group_of, layouts
+from tensors import SUPPORTED, TORCH, bytes_of, gathered, group_of, layouts
 
-STABLE_ABI = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
+STABLE_ABI = TORCH >= (2, 14)
 NEEDS_STABLE_ABI = pytest.mark.skipif(not STABLE_ABI, reason="torch has it from 2.14 on")
 DOORS = [
     pytest.param("from_blob", marks=NEEDS_STABLE_ABI),

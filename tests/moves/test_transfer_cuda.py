@@ -23,6 +23,7 @@ from torch.nn import Parameter
 import pdrs
 from fake_cuda.control import Control
 from pdrs._moves import staging
+from tensors import TORCH, zeros_on
 
 pytestmark = pytest.mark.cuda(devices=2)
 
@@ -317,11 +318,11 @@ def test_work_on_a_stream_of_the_users_sees_the_data(non_blocking: bool, late: C
 
 def test_work_before_the_move_is_waited_for(late: Control) -> None:
     mine = torch.cuda.Stream()
-    pd = numbered(300)
+    pd, zeros = numbered(300), torch.zeros(5).pin_memory()
     with torch.cuda.stream(mine):
         pd.cuda()
         for value in pd.values():
-            value.detach().zero_()
+            value.detach().copy_(zeros, non_blocking=True)
         pd.cpu()
     assert all(not value.any() for value in pd.values())
 
@@ -349,7 +350,7 @@ def test_memory_of_one_stream_that_is_moved_under_another_is_not_used_again_too_
     with torch.cuda.stream(two):
         pd.to(target, non_blocking=True)
     with torch.cuda.stream(one):
-        again = [torch.zeros(16000, device="cuda") for _ in range(3)]
+        again = [zeros_on("cuda", 16000) for _ in range(3)]
     del again
     two.synchronize()
     torch.cuda.synchronize(1)
@@ -490,6 +491,10 @@ def test_a_failed_download_takes_no_block_with_a_copy_under_way(fake_cuda: Contr
         assert torch.equal(torch.stack([value.cpu() for value in each.values()]).flatten(), torch.arange(5000.0))
 
 
+@pytest.mark.skipif(
+    TORCH < (2, 15),
+    reason="torch before 2.15 ends the process when it frees page-locked memory after such an error",
+)
 @pytest.mark.parametrize("direction", ["up", "down"])
 def test_a_late_error_is_raised_by_the_move_that_waits_for_it(direction: str, fake_cuda: Control) -> None:
     pdrs.set_staging(block_bytes=4096, blocks=2)
@@ -510,10 +515,10 @@ def test_a_move_while_a_graph_is_captured_is_refused_and_changes_nothing(directi
     pd = numbered(10)
     if direction == "down":
         pd.cuda()
-    graph, kept = torch.cuda.CUDAGraph(), torch.zeros(4, device="cuda")
+    graph, kept = torch.cuda.CUDAGraph(), zeros_on("cuda", 8)
     with unchanged(pd):
         with torch.cuda.graph(graph):
-            kept.zero_()
+            kept[:4].copy_(kept[4:])
             with pytest.raises(RuntimeError, match="outside of the capture of a CUDA graph"):
                 pd.to("cuda" if direction == "up" else "cpu")
             pd.to(pd["n0"].device)
@@ -528,10 +533,10 @@ def test_a_capture_on_a_device_that_is_not_the_current_one_is_noticed(direction:
     if direction == "down":
         pd.to("cuda:1")
     with torch.cuda.device(1):
-        graph, kept = torch.cuda.CUDAGraph(), torch.zeros(4, device="cuda:1")
+        graph, kept = torch.cuda.CUDAGraph(), zeros_on("cuda:1", 8)
         with unchanged(pd):
             with torch.cuda.graph(graph, stream=torch.cuda.Stream(1)):
-                kept.zero_()
+                kept[:4].copy_(kept[4:])
                 with torch.cuda.device(0), pytest.raises(RuntimeError, match="outside of the capture of a CUDA graph"):
                     pd.to("cuda:1" if direction == "up" else "cpu")
             graph.replay()
@@ -540,10 +545,10 @@ def test_a_capture_on_a_device_that_is_not_the_current_one_is_noticed(direction:
 
 def test_memory_is_not_page_locked_while_a_graph_is_captured() -> None:
     pd = numbered(10)
-    graph, kept = torch.cuda.CUDAGraph(), torch.zeros(4, device="cuda")
+    graph, kept = torch.cuda.CUDAGraph(), zeros_on("cuda", 8)
     with unchanged(pd):
         with torch.cuda.graph(graph):
-            kept.zero_()
+            kept[:4].copy_(kept[4:])
             with pytest.raises(RuntimeError, match="outside of the capture of a CUDA graph"):
                 pd.pin_memory()
         graph.replay()

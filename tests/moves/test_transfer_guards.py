@@ -23,6 +23,7 @@ import pdrs
 from fake_cuda.control import Control
 from pdrs import parameter_dict
 from pdrs._moves import run, staging
+from tensors import zeros_on
 
 pytestmark = pytest.mark.cuda(devices=2)
 
@@ -108,7 +109,7 @@ def moved_under_another_stream(target: str) -> bool:
     with torch.cuda.stream(two):
         pd.to(target, non_blocking=True)
     with torch.cuda.stream(one):
-        again = [torch.zeros(SIZE * 5, device="cuda") for _ in range(3)]
+        again = [zeros_on("cuda", SIZE * 5) for _ in range(3)]
     one.synchronize()
     two.synchronize()
     torch.cuda.synchronize(1)
@@ -137,7 +138,7 @@ def read_by(stream: torch.cuda.Stream) -> bool:
         for to, entry in zip(read, pd.values(), strict=True):
             to.copy_(entry.detach(), non_blocking=True)
     del pd, entry
-    again = [torch.zeros(8000, device="cuda") for _ in range(3)]
+    again = [zeros_on("cuda", 8000) for _ in range(3)]
     torch.cuda.synchronize()
     del again
     return is_right(read)
