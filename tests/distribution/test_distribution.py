@@ -84,10 +84,10 @@ def install_and_use(file: Path, folder: Path) -> str:
     Path(site, "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment["PATH"] = os.pathsep.join((str(MATURIN.parent), environment["PATH"]))
-    # Quick to compile: this is about what is in the file.
+    # Quick to compile: this is about what is in the file. All anew, because cargo compares times, and those are old.
     environment |= {"CARGO_PROFILE_RELEASE_LTO": "off", "CARGO_PROFILE_RELEASE_CODEGEN_UNITS": "16"}
-    environment |= {"CARGO_PROFILE_RELEASE_OPT_LEVEL": "0", "CARGO_TARGET_DIR": str(ROOT / "target" / "from_sdist")}
-    flags = ["--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
+    environment |= {"CARGO_PROFILE_RELEASE_OPT_LEVEL": "0", "CARGO_TARGET_DIR": str(folder / "target")}
+    flags = ["--quiet", "--ignore-installed", "--no-index", "--no-deps", "--no-build-isolation"]
     subprocess.run([python, "-m", "pip", "install", *flags, file], cwd=folder, env=environment, check=True)
     return subprocess.run(
         [python, SMOKE], cwd=folder, env=environment, check=True, stdout=subprocess.PIPE, text=True
