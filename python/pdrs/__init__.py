@@ -3,7 +3,9 @@
 from importlib.metadata import version
 
 from pdrs._core import IndexMap, group_tensors
+from pdrs._rows.gather import Lookup
 from pdrs._rows.step_warnings import AbsentNamesWarning, UntrainedTableWarning
+from pdrs._torch.errors import MissingEntryError
 from pdrs.checkpoint import CheckpointError, load, open, save  # noqa: A004  # read as pdrs.open
 from pdrs.parameter_dict import ParameterDict
 from pdrs.stacked import StackedParameterDict
@@ -13,6 +15,8 @@ __all__ = [
     "AbsentNamesWarning",
     "CheckpointError",
     "IndexMap",
+    "Lookup",
+    "MissingEntryError",
     "ParameterDict",
     "StackedParameterDict",
     "UntrainedTableWarning",

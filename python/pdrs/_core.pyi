@@ -16,11 +16,14 @@ __all__ = [
     "IndexMap",
     "Lock",
     "NameIterator",
+    "Places",
+    "RowIndex",
+    "RowIterator",
+    "RowPlan",
     "SafetensorsHeader",
     "SafetensorsStack",
     "ShardIndex",
     "Stay",
-    "TableRows",
     "TensorGroup",
     "all_kept",
     "apply_names",
@@ -33,33 +36,24 @@ __all__ = [
     "crc32",
     "delete_entry",
     "diff_names",
-    "find_rows",
     "get_entry",
     "group_tensors",
     "in_one_step",
     "in_step",
     "insert_all",
-    "insert_ids",
     "is_own",
     "load_matching",
     "map_over",
-    "missing_names",
-    "names_behind",
     "not_copied_yet",
     "pack_names",
     "place_copies",
     "pop_end",
-    "pop_end_row",
     "pop_entry",
-    "pop_row",
     "prepare",
-    "remove_names",
-    "replace_ids",
     "safetensors_entries",
     "safetensors_shards",
     "save_parameters",
     "set_entry",
-    "set_row",
     "shard_lines",
     "slab_views",
     "sort_tensors",
@@ -579,66 +573,197 @@ class Stay:
     ) -> None: ...
 
 @final
-class TableRows:
-    """Which rows of a table belong to names; the lowest of the others is the next to be given.
+class Places:
+    """The table and the row of each of many names, in the order in which they were asked for.
 
-    Parameters
-    ----------
-    used
-        How many of the first rows belong to names already.
+    A name that is not there has -1 and -1. *m* is the number of places.
     """
 
-    def __new__(cls, used: int = 0) -> TableRows: ...
     @staticmethod
-    def of_live(used: int, live: NDArray[np.int64]) -> TableRows:
-        """Make one of the rows that belong to names, in any order, of the first ``used``; the others of these are free.
+    def of(tables: NDArray[np.int64], rows: NDArray[np.int64]) -> Places:
+        """Make some of the numbers of tables and rows. **O(m)**.
 
-        Raises ValueError if one is listed twice, or is none of the first. **O(used / 64)**, and **O(1)** a row.
+        Raises ValueError if there are more of one than of the other, or a number is too large or negative.
         """
-    def __len__(self) -> int:
-        """Return how many rows belong to names. **O(1)**."""
+    def __len__(self) -> int: ...
+    def __getitem__(self, at: int, /) -> tuple[int, int]: ...
     @property
-    def used(self) -> int:
-        """One more than the largest row that was ever given. **O(1)**."""
-    def free(self) -> NDArray[np.int64]:
-        """Return the free rows below ``used``, ascending. **O(free)**."""
-    def next(self, count: int) -> NDArray[np.int64]:
-        """Return the next ``count`` rows, which are not given yet. **O(count)**."""
-    def reused(self, count: int) -> int:
-        """Return how many of the next ``count`` rows belonged to a name before. **O(1)**."""
-    def take(self, count: int) -> None:
-        """Give the rows that ``next`` returned. **O(count)**."""
-    def reserve_free(self) -> None:
-        """Make sure that no memory is needed to give rows back. **O(1)**, amortised."""
-    def give_back(self, row: int) -> None:
-        """Take a row back whose name is gone. **O(1)**."""
-    def give_back_many(self, rows: NDArray[np.int64]) -> None:
-        """Take rows back whose names are gone. **O(m)**."""
-    def capacity_for(self, count: int, capacity: int) -> int:
-        """Return the capacity of a table of ``capacity`` when ``count`` more rows are to be given. **O(1)**."""
-    def __copy__(self) -> TableRows: ...
-    def __deepcopy__(self, memo: object, /) -> TableRows: ...
+    def tables(self) -> NDArray[np.int64]:
+        """The table of each, in a new array. **O(m)**."""
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """The row of each, in a new array. **O(m)**."""
+    def only_table(self) -> int:
+        """Return the table that all lie in; -1 if there are several, if a name is missing, or if there is no place."""
+    def is_complete(self) -> bool:
+        """Whether no name is missing. **O(m)**."""
+    def missing(self) -> NDArray[np.int64]:
+        """Return the positions of the names that are missing, ascending. **O(m)**."""
+    def found(self) -> Places:
+        """Return the places without those that are missing. **O(m)**."""
+    def by_table(self) -> list[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
+        """Return number, positions and rows for each table that names lie in, both ascending by table. **O(m)**.
 
-def find_rows(index: IndexMap, names: Iterable[str]) -> tuple[int, NDArray[np.int64]]:
-    """Return the number of the table that names lie in, and their rows; or, if that is not one table, -1 and their ids.
+        Positions ascend within a table. Missing names are left out.
+        """
 
-    The id of a name that is not there is -1.
+@final
+class RowIndex:
+    """Names in order, the table and the row of each, and which rows of each table are free.
+
+    A free row is given again before a table grows, the lowest first. What changes many names is planned first: a plan
+    refuses what cannot be, and reserves all memory. ``commit`` then does it in one step, and cannot fail.
+    *n* is the number of names, *m* of those that are given; costs are amortised. Any number of threads may use it.
     """
+
+    def __new__(cls) -> RowIndex: ...
+    @staticmethod
+    def of(names: Iterable[str], places: Places, used: Sequence[int]) -> RowIndex:
+        """Make an index of names with places, and of a table for each number of rows that were ever given. **O(n)**.
+
+        Rows below that number which no name has are free.
+
+        Raises
+        ------
+        ValueError
+            If a name is listed twice; if there are not as many places; or if a place is missing, outside, or another
+            name's.
+        KeyError
+            If a name is empty.
+        """
+    @staticmethod
+    def of_one_table(names: Iterable[str]) -> RowIndex:
+        """Make an index of names of which the n-th has row n of the only table. **O(n)**.
+
+        Raises ValueError if a name is listed twice, and KeyError if one is empty.
+        """
+    @staticmethod
+    def of_ids(index: IndexMap, used: Sequence[int]) -> RowIndex:
+        """Make an index of ids: the table in the upper bits, 40 bits for the row. **O(n)**; no name is hashed."""
+    @property
+    def moves(self) -> int:
+        """A number that changes when a name that was there gets another row or goes. No two indices have the same."""
+    @property
+    def inserts(self) -> int:
+        """A number that changes when names are added, entries are set, or the order changes."""
+    def __len__(self) -> int: ...
+    def __contains__(self, name: object, /) -> bool: ...
+    def __iter__(self) -> Iterator[str]: ...
+    def __reversed__(self) -> Iterator[str]: ...
+    def __copy__(self) -> RowIndex: ...
+    def __deepcopy__(self, memo: object, /) -> RowIndex: ...
+    def find(self, name: str) -> tuple[int, int] | None:
+        """Return the table and the row of a name, or None if it is not there. **O(1)**."""
+    def places(self, names: Iterable[str] = ...) -> Places:
+        """Return the places of names; by default of all, in order. **O(m)**, several times less than ``m`` look-ups."""
+    def entries(self, *, reverse: bool = False) -> Iterator[tuple[str, int, int]]:
+        """Iterate over name, table and row, in order. RuntimeError if names come, go or are moved meanwhile."""
+    def names(self) -> list[str]:
+        """Return all names in order. **O(n)**."""
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """Return those names that are not there, in order, each once. **O(m)**."""
+    def select(self, mask: Tensor | NDArray[np.bool_] | Sequence[bool]) -> list[str]:
+        """Return the names, in order, at whose places a mask is true; see ``IndexMap.select``. **O(n)**."""
+    def with_prefix(self, prefix: str) -> list[str]:
+        """Return the names that begin so, in order. **O(n)**."""
+    def below(self, prefix: str) -> RowIndex:
+        """Return an index of the names that begin so and go on, without their beginning. **O(n)**."""
+    def names_of(self, table: int, rows: NDArray[np.int64]) -> list[str | None]:
+        """Return the name that each of some rows of a table has now, None for a free one. **O(n + m)**.
+
+        Raises IndexError for a row that the table has never given.
+        """
+    def copy(self) -> RowIndex:
+        """Return another index with the same names, places and free rows. **O(n)**; no name is hashed."""
+    def add_table(self) -> int:
+        """Add a table without rows and return its number. **O(1)**."""
+    def pop_table(self) -> None:
+        """Remove the last table. **O(1)**. ValueError if it has names, or if there is none."""
+    @property
+    def table_count(self) -> int:
+        """The number of tables. **O(1)**."""
+    def used(self, table: int) -> int:
+        """Return how many rows a table has given: one more than the largest. **O(1)**."""
+    def count(self, table: int) -> int:
+        """Return how many rows of a table belong to names. **O(1)**."""
+    def free(self, table: int) -> NDArray[np.int64]:
+        """Return the rows that a table has given and that belong to no name, ascending. **O(free)**."""
+    def next(self, table: int, count: int) -> NDArray[np.int64]:
+        """Return the rows that the next ``count`` names of a table would get. **O(count)**."""
+    def reused(self, table: int, count: int) -> int:
+        """Return how many of the next ``count`` rows belonged to a name before. **O(1)**."""
+    def is_taken(self, table: int, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Tell which of some rows of a table belong to names; no row outside of it does. **O(m)**."""
+    def capacity_for(self, table: int, count: int, capacity: int) -> int:
+        """Return the capacity of a table of ``capacity`` when ``count`` more rows are to be given. **O(1)**."""
+    def plan_insert(self, names: Iterable[str], tables: NDArray[np.int64]) -> RowPlan:
+        """Plan that each of some distinct names lies in the table that is listed for it. **O(m)**.
+
+        A name that lies there already keeps its row. Others get the next rows, in the order of the list. New names go
+        to the end, in order.
+
+        Raises
+        ------
+        KeyError
+            If a name is empty.
+        ValueError
+            If a name is listed twice, or there are not as many tables.
+        IndexError
+            If there is no such table.
+        """
+    def plan_remove(self, names: Iterable[str]) -> RowPlan:
+        """Plan to remove distinct names. **O(m)** if their rows ascend, otherwise **O(m log m)**.
+
+        Raises KeyError if one is not there, or is listed twice.
+        """
+    def plan_clear(self) -> RowPlan:
+        """Plan to remove all names. Tables keep the rows that they have given, all free then. **O(n)**."""
+    def plan_places(self, places: Places, used: Sequence[int]) -> RowPlan:
+        """Plan other places for all names, in order, and other numbers of rows that the tables have given. **O(n)**.
+
+        Raises ValueError for what :meth:`of` refuses, or if there are not as many numbers as tables.
+        """
+    def plan_rename(self, old: str, new: str) -> RowPlan:
+        """Plan another name for an entry, which keeps its row and its place in the order. **O(1)**.
+
+        Raises KeyError if ``old`` is not there or ``new`` is empty, and ValueError if ``new`` is there.
+        """
+    def plan_move_to_end(self, name: str, last: bool) -> RowPlan:
+        """Plan to move a name behind, or in front of, all others. **O(1)**. KeyError if it is not there."""
+    def commit(self, plan: RowPlan) -> None:
+        """Do what was planned. **O(m)**, or **O(n)** if the plan is one for all names.
+
+        Raises RuntimeError if the index has changed since, or the plan is another's; nothing has changed then.
+        """
+
+@final
+class RowIterator(Iterator[Any]):
+    def __iter__(self) -> RowIterator: ...
+    def __next__(self) -> Any: ...
+
+@final
+class RowPlan:
+    """A change of a :class:`RowIndex` that has been planned, and what will come of it."""
+
+    @property
+    def places(self) -> Places:
+        """Where each name will lie that was listed, or, of ``plan_places``, each name in order."""
+    @property
+    def new(self) -> NDArray[np.int64]:
+        """Of ``plan_insert``: the positions of the names that get a new row. **O(m)**."""
+    @property
+    def freed(self) -> Places:
+        """The rows that belong to names before, and are free afterwards."""
 
 def in_one_step(calls: list[Callable[[], object]]) -> None:
     """Call functions written in C, in order, up to the first that fails; no signal is looked at between them."""
 
-def insert_ids(index: IndexMap, names: Iterable[str], ids: NDArray[np.int64]) -> None: ...
 def map_over(memory: Any, file: int, offset: int, length: int) -> None:
     """Map bytes of a file over the beginning of anonymous private memory; the rest stays zero. Unix only."""
 
-def missing_names(index: IndexMap, names: Iterable[str]) -> list[str]: ...
-def names_behind(index: IndexMap, ids: NDArray[np.int64], beginning: str) -> tuple[IndexMap, NDArray[np.int64]]: ...
-def remove_names(index: IndexMap, names: Iterable[str]) -> NDArray[np.int64]: ...
-def replace_ids(index: IndexMap, ids: NDArray[np.int64]) -> None: ...
-def pop_row(stacked: Any, name: str) -> Tensor | None: ...
-def pop_end_row(stacked: Any, last: bool) -> tuple[str, Tensor] | None: ...
-def set_row(stacked: Any, name: str, value: Any, group: int) -> bool: ...
+def pop_end_entry_row(stacked: Any, last: bool) -> tuple[str, Tensor] | None: ...
+def pop_entry_row(stacked: Any, name: str) -> Tensor | None: ...
+def set_entry_row(stacked: Any, name: str, value: Any, group: int) -> bool: ...
 def use_huge_pages(tensor: Tensor) -> None:
     """Ask Linux for huge pages for the memory of a large plain tensor on the CPU, best before it is written to."""
 
@@ -820,8 +945,8 @@ def crc32(data: NDArray[np.uint8], start: int = 0) -> int: ...
 def delete_entry(module: Module, key: object) -> bool: ...
 def diff_names(old: NDArray[np.uint8], new: NDArray[np.uint8]) -> NDArray[np.uint8]: ...
 def pack_names(
-    index: IndexMap, tables: Sequence[_TableTuple], patterns: Sequence[str], ids: NDArray[np.int64] | None = None
+    index: RowIndex | IndexMap, tables: Sequence[_TableTuple], patterns: Sequence[str], places: Places | None = None
 ) -> NDArray[np.uint8]: ...
 def unpack_names(
     packed: NDArray[np.uint8], prefix: str | None = None
-) -> tuple[IndexMap, NDArray[np.int64], list[_TableTuple], list[str]]: ...
+) -> tuple[IndexMap, list[_TableTuple], list[str]]: ...

@@ -17,10 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Parameter
 
-from pdrs._core import slab_views
+from pdrs._core import Places, RowIndex, slab_views
 from pdrs._torch.modes import is_intercepted
 
-__all__ = ["entry", "new_dict", "unpack"]
+__all__ = ["entry", "new_dict", "row_index", "unpack"]
+
+# Tables with more rows that have no name are taken for damage: each such row costs a bit, and none in the pickle.
+_MOST_ROWS = 1 << 33
 
 
 def new_dict() -> dict[str, Any]:
@@ -33,6 +36,45 @@ def entry(block: list[Parameter], number: int) -> Parameter:
     if type(block) is not list or type(number) is not int or not 0 <= number < len(block):
         raise UnpicklingError("a pickle refers to a Parameter that is not in its block")
     return block[number]
+
+
+def row_index(names: list[str], tables: bytes | None, rows: bytes | None, used: tuple[int, ...]) -> RowIndex:
+    """Make an index of names and rows.
+
+    Parameters
+    ----------
+    names
+        The names, in order.
+    tables, rows
+        int64, little endian: the table and the row of each name; None for no names.
+    used
+        How many rows each table has given.
+
+    Raises
+    ------
+    UnpicklingError
+        If these do not fit together.
+    """
+    tables, rows = tables or b"", rows or b""
+    if not (
+        type(names) is list
+        and all(type(name) is str for name in names)
+        and type(tables) is bytes
+        and type(rows) is bytes
+        and type(used) is tuple
+        and all(type(count) is int and count >= 0 for count in used)
+    ):
+        raise UnpicklingError("an index of rows is not of the types that were pickled")
+    if {len(tables), len(rows)} != {8 * len(names)} or sum(used) > _MOST_ROWS:
+        raise UnpicklingError(
+            f"an index of {len(names)} names has {len(tables)} bytes of tables, {len(rows)} of rows, and {sum(used)} "
+            "rows in use"
+        )
+    places = np.frombuffer(tables, "<i8").astype(np.int64), np.frombuffer(rows, "<i8").astype(np.int64)
+    try:
+        return RowIndex.of(names, Places.of(*places), used)
+    except (KeyError, ValueError) as error:
+        raise UnpicklingError(f"an index of rows cannot be used: {error}") from error
 
 
 def unpack(

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules.module import _IncompatibleKeys
 
-from pdrs._core import IndexMap
+from pdrs._core import RowIndex
 from pdrs._entries.checkpointing import NamedSource, changes_what_is_loaded, giving, prefixes_where
 from pdrs._files.archive import Archive, packed_before, refuse_long_chain, same_file, write_archive
 from pdrs._files.atomic import refuse_folder
@@ -37,7 +37,6 @@ from pdrs._files.safetensors_file import CheckpointError, TensorFile, as_texts, 
 from pdrs._files.shards import remove_interrupted
 from pdrs._files.state_file import VERSIONS, Key, StateFile, TorchFile, open_state
 from pdrs._rows.names_codec import is_packed, refuse_unpaid
-from pdrs._rows.row_ids import table_of
 from pdrs._torch.gc_pause import collector_paused
 from pdrs._torch.names import Names
 from pdrs.parameter_dict import ParameterDict
@@ -139,8 +138,8 @@ def save(
     remove_interrupted(Path(path))
     for module in obj.modules() if isinstance(obj, Module) else ():
         if isinstance(module, StackedParameterDict):
-            for table in module._tables:
-                refuse_unpaid(table.attribute, module._parameter(table).detach(), len(module))
+            for attribute, table in module.tables().items():
+                refuse_unpaid(attribute, table.detach(), len(module))
     if since is None:
         return write_archive(path, collect(obj), metadata=texts, sync=sync)
     since = os.fsdecode(since)
@@ -427,18 +426,18 @@ def _needs_names(target: StackedParameterDict, saved: SavedDictionary, sees_name
         return False
     if sees_names or len(target) != len(saved.index):
         return True
-    ids = target._index.indices(saved.index, missing=-1)
-    if (ids < 0).any():
+    own_places, saved_places = target._index.places(saved.index.names()), saved.index.places()
+    if not own_places.is_complete():
         return True
     kinds: dict[tuple[torch.dtype, torch.Size, bool], int] = {}
     own, others = (
         np.array([kinds.setdefault((one.dtype, one.shape[1:], trainable), len(kinds)) for one, trainable in tables])
         for tables in (
-            [(one, one.requires_grad) for one in map(target._parameter, target._tables)],
+            [(one, one.requires_grad) for one in target.tables().values()],
             [(saved.table(header), header.trainable) for header in saved.header.tables],
         )
     )
-    return bool((own[table_of(ids)] != others[table_of(saved.ids)]).any())
+    return bool((own[own_places.tables] != others[saved_places.tables]).any())
 
 
 # -- which kind of file ------------------------------------------------------------------------------------------------
@@ -471,7 +470,7 @@ class _States:
     def load(self, name: str) -> Tensor:
         return self.file.load(name)
 
-    def stacked(self, prefix: str, *, loads: bool) -> tuple[IndexMap, list[Tensor]]:
+    def stacked(self, prefix: str, *, loads: bool) -> tuple[RowIndex, list[Tensor]]:
         return self.file.stacked(prefix, loads=loads)
 
     def error(self, what: str) -> CheckpointError:

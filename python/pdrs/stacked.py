@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import copy
-from collections import abc
+import weakref
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
+from torch.nn.modules.module import _IncompatibleKeys
 from torch.nn.utils.parametrize import is_parametrized
 
-from pdrs._core import IndexMap, TableRows, pop_end_row, pop_row, set_row, slab_views
+from pdrs._core import Lock, Places, RowIndex, pop_end_entry_row, pop_entry_row, set_entry_row, slab_views
 from pdrs._entries import copies, sources
 from pdrs._entries.views import KeysView as NamesView
 from pdrs._moves import run
 from pdrs._moves.recognise import recognise
+from pdrs._rows import gather as _gather
+from pdrs._rows import groups as _groups
+from pdrs._rows import insert as _insert
+from pdrs._rows import layout as _layout
+from pdrs._rows import optimizer_state, room, store
+from pdrs._rows import optimizers as _attached
+from pdrs._rows import state_dict as _states
+from pdrs._rows import train as _train
 from pdrs._rows.averages import note_copy
 from pdrs._rows.gather import Lookup
-from pdrs._rows.insert import Initialiser, initialise, refuse_integers
-from pdrs._rows.row_ids import id_of, row_of, table_of
-from pdrs._rows.state_dict import SavedRows
-from pdrs._rows.store import Kind, Table, mask_device, whole
+from pdrs._rows.insert import Initialiser
+from pdrs._rows.names_codec import Header, is_packed
+from pdrs._rows.table import Kind, Table, kind_of, mask_device, parameter_of, whole
+from pdrs._rows.views import ItemsView, RowsView
 from pdrs._torch import huge_pages
 from pdrs._torch.errors import MissingEntryError
 from pdrs._torch.modes import is_intercepted
@@ -33,14 +43,19 @@ from pdrs._torch.transaction import Changes
 from pdrs._torch.untraced import untraced
 from pdrs.parameter_dict import ParameterDict
 
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
 __all__ = ["Lookup", "StackedParameterDict"]
+
+_T = TypeVar("_T")
 
 # A repr longer than this shows its two ends only.
 _REPR_WHOLE = 20
 _REPR_END = 5
 
 
-class StackedParameterDict(SavedRows):
+class StackedParameterDict(Module):
     r"""An ordered dictionary of parameters that lie together: names by the million, a handful of registered Parameters.
 
     Entries of one shape and dtype are the rows of one :class:`~torch.nn.Parameter`, a *table* ``[capacity, *shape]``.
@@ -81,8 +96,39 @@ class StackedParameterDict(SavedRows):
 
     """
 
+    if TYPE_CHECKING:  # Not at run time: torch.jit.script would read these, and fail.
+        # Names, and which row of which table each has; the number of a table is its place in `_tables`.
+        _index: RowIndex
+        _tables: list[Table]
+        _optimizers: list[weakref.ref[Optimizer]]
+        _lock: Lock
+        # The patterns of names whose tables have options of their own; the group of the first is 1.
+        _patterns: tuple[str, ...]
+        # The names as they were last packed, and what was counted then: kept, because models are saved again and again,
+        # and because to compare bytes is the fastest way to find out that what is loaded has the same names.
+        # Distributed checkpoints are loaded into the tensors of a state dict in place: torch counts what is written to
+        # them.
+        _packed: tuple[Tensor, int, int, int, Header] | None
+        # Packed names of someone else's that were found to be the same, and what was counted then.
+        _same: tuple[weakref.ref[Tensor], int, int, int, Header] | None
+        # What `load_state_dict` has taken the names from, until it is done.
+        _taken: Tensor | None
+        # Texts beside the tensors of the file that it was opened from. They are no part of its state.
+        metadata: dict[str, str]
+
     def __init__(self, parameters: Any = None) -> None:
         super().__init__()
+        self.__dict__.update(
+            _index=RowIndex(),
+            _tables=[],
+            _optimizers=[],
+            _lock=Lock(),
+            _patterns=(),
+            _packed=None,
+            _same=None,
+            _taken=None,
+            metadata={},
+        )
         if parameters is not None:
             self.update(parameters)
 
@@ -126,14 +172,12 @@ class StackedParameterDict(SavedRows):
             raise TypeError(f"expected a strided tensor of values, got {what}")
         if _may_overlap(values):
             raise ValueError("expected values with memory of their own, got a view in which they overlap: clone() it")
-        index = IndexMap.from_names(names)
+        index = RowIndex.of_one_table(names)
         if values.dim() == 0 or len(index) != len(values):
             size = "a single number" if values.dim() == 0 else f"{len(values)} rows"
             raise ValueError(f"expected a row for each name and no name twice, got {len(index)} names and {size}")
-        if "" in index:
-            raise KeyError('parameter name can\'t be empty string ""')
         if requires_grad or (requires_grad is None and not isinstance(values, Parameter)):
-            refuse_integers(values.dtype, "pass requires_grad=False")
+            _insert.refuse_integers(values.dtype, "pass requires_grad=False")
         parameter = (
             values if isinstance(values, Parameter) else Parameter(values, requires_grad=requires_grad is not False)
         )
@@ -141,7 +185,7 @@ class StackedParameterDict(SavedRows):
             parameter.requires_grad_(requires_grad)
         made = cls()
         kind = Kind(tuple(values.shape[1:]), values.dtype, parameter.requires_grad)
-        made._tables[made._add_table(kind.attribute(), parameter, 0)].rows = TableRows(len(index))
+        store.add_table(made, kind.attribute(), parameter, 0)
         made.__dict__["_index"] = index
         return made
 
@@ -186,29 +230,28 @@ class StackedParameterDict(SavedRows):
 
         """
         pairs = shapes.items() if isinstance(shapes, Mapping) else shapes
-        by_shape: dict[tuple[int, ...], list[str]] = {}
-        order = IndexMap()
-        for name, shape in dict(pairs).items():
+        by_shape: dict[tuple[int, ...], list[int]] = {}
+        names: list[str] = []
+        for at, (name, shape) in enumerate(dict(pairs).items()):
             if not isinstance(shape, Sequence) or isinstance(shape, str):
                 raise TypeError(f"expected the shape of '{name}' as a sequence of int, got {shape!r}")
-            by_shape.setdefault(tuple(shape), []).append(name)
-            order[name] = 0
-        if "" in order:
-            raise KeyError('parameter name can\'t be empty string ""')
+            by_shape.setdefault(tuple(shape), []).append(at)
+            names.append(name)
         made = cls()
         dtype = dtype or torch.get_default_dtype()
-        refuse_integers(dtype, "from_tensor makes them with requires_grad=False")
+        _insert.refuse_integers(dtype, "from_tensor makes them with requires_grad=False")
         device = torch.get_default_device() if device is None else device
-        ids: dict[str, int] = {}
-        for shape, names in by_shape.items():
+        numbers, rows = np.empty(len(names), np.int64), np.empty(len(names), np.int64)
+        for number, there in enumerate(by_shape.values()):
+            numbers[there], rows[there] = number, np.arange(len(there))
+        index = RowIndex.of(names, Places.of(numbers, rows), list(map(len, by_shape.values())))
+        for shape, there in by_shape.items():
             with torch.inference_mode(False), torch.no_grad():
-                data = huge_pages.full((len(names), *shape), 0, dtype=dtype, device=device)
+                data = huge_pages.full((len(there), *shape), 0, dtype=dtype, device=device)
                 if init is not None:
-                    initialise(data, init)
-            number = made._add_table(Kind(shape, dtype).attribute(), Parameter(data), 0)
-            made._tables[number].rows = TableRows(len(names))
-            ids.update(zip(names, range(id_of(number, 0), id_of(number, 0) + len(names)), strict=True))
-        made.__dict__["_index"] = IndexMap((name, ids[name]) for name in order)
+                    _insert.initialise(data, init, [names[at] for at in there])
+            store.add_table(made, Kind(shape, dtype).attribute(), Parameter(data), 0)
+        made.__dict__["_index"] = index
         return made
 
     @classmethod
@@ -223,7 +266,7 @@ class StackedParameterDict(SavedRows):
         names = list(dict.fromkeys(as_list(keys)))
         trainable = default.requires_grad if isinstance(default, Parameter) else True
         if trainable:
-            refuse_integers(default.dtype, "pass torch.nn.Parameter(default, requires_grad=False)")
+            _insert.refuse_integers(default.dtype, "pass torch.nn.Parameter(default, requires_grad=False)")
         return cls.from_tensor(
             names, default.detach().expand(len(names), *default.shape).clone(), requires_grad=trainable
         )
@@ -250,14 +293,18 @@ class StackedParameterDict(SavedRows):
                 raise MissingEntryError(key) from None
 
     def _row_of(self, key: str) -> Tensor:
-        moves = self.__dict__["_moves"]
+        index = self.__dict__["_index"]
+        version = index.moves
+        place = index.find(key)
+        if place is None:
+            raise KeyError(key)
         try:
-            row = self._row(self._index[key])
+            row = parameter_of(self, self._tables[place[0]])[place[1]]
         except IndexError:
-            if self.__dict__["_moves"] == moves:
+            if self.__dict__["_index"].moves == version:
                 raise
         # Else a finalizer has moved rows on this very thread, after the row was looked up.
-        return row if self.__dict__["_moves"] == moves else self._row_of(key)
+        return row if self.__dict__["_index"].moves == version else self._row_of(key)
 
     def __setitem__(self, key: str, value: Tensor) -> None:
         """Copy a tensor into the row of ``key``: a new key goes to the end, an old one keeps its place. **O(1)**.
@@ -279,24 +326,26 @@ class StackedParameterDict(SavedRows):
             gradients.
         """
         with self._lock:
-            group = (self._groups_of(as_list([key])) or [0])[0] if self._patterns else 0
-            if is_intercepted() or not set_row(self, key, value, group):
+            group = (_groups.groups_of(self._patterns, as_list([key])) or [0])[0] if self._patterns else 0
+            if is_intercepted() or not set_entry_row(self, key, value, group):
                 with self._lock.change():
-                    self._insert([key], [value], distinct=True)
+                    _insert.insert_values(self, [key], [value], distinct=True)
 
     def __delitem__(self, key: str) -> None:
         """Remove ``key``; the order of the others stays. Raises KeyError if it is not there. **O(1)**."""
         with self._lock.change():
-            ids = np.array([self._index[key]])
-            changes = Changes()
-            changes.call(self._index.pop, key)
-            self._free(changes, ids)
-            changes.make()
+            if not isinstance(key, str):
+                raise TypeError(f"expected a str as key, got {type(key).__name__}")
+            _insert.remove(self, self._index.plan_remove([key]))
 
     def __contains__(self, key: object) -> bool:
         """Whether ``key`` is the key of an entry. **O(1)**."""
         return key in self._index
 
+    @overload
+    def get(self, key: str, default: None = None) -> Tensor | None: ...
+    @overload
+    def get(self, key: str, default: _T) -> Tensor | _T: ...
     def get(self, key: str, default: Any = None) -> Any:
         """Return the row of ``key``, or ``default`` if it is not there. **O(1)**."""
         with self._lock:
@@ -312,6 +361,10 @@ class StackedParameterDict(SavedRows):
                 self[key] = default
             return self[key]
 
+    @overload
+    def pop(self, key: str, /) -> Tensor: ...
+    @overload
+    def pop(self, key: str, default: _T, /) -> Tensor | _T: ...
     def pop(self, key: str, *default: Any) -> Any:
         """Remove ``key`` and return a copy of its row, or ``default`` if it is not there and one is given. **O(1)**.
 
@@ -320,7 +373,7 @@ class StackedParameterDict(SavedRows):
         """
         if len(default) > 1:
             raise TypeError(f"pop expected at most 2 arguments, got {1 + len(default)}")
-        popped = pop_row(self, key)
+        popped = pop_entry_row(self, key)
         if popped is not None:
             return popped
         if default:
@@ -332,14 +385,26 @@ class StackedParameterDict(SavedRows):
 
         Raises KeyError if there is none.
         """
-        popped = pop_end_row(self, last)
+        popped = pop_end_entry_row(self, last)
         if popped is None:
             raise KeyError("popitem(): dictionary is empty")
         return popped
 
-    def _copy_of_row(self, table: Table, row: int) -> Tensor:
-        # For `pop_row`, where it has something unusual before it.
-        return whole(self._parameter(table).detach()[row]).clone()
+    # For native code, where it has something unusual before it.
+
+    def _make_ready(self, number: int, row: int) -> bool:
+        return room.make_ready(self, number, row)
+
+    def _copy_of_row(self, number: int, row: int) -> Tensor:
+        return whole(parameter_of(self, self._tables[number]).detach()[row]).clone()
+
+    def _clearing(self, number: int, row: int) -> Changes:
+        changes = Changes()
+        room.clear_rows(self, changes, self._tables[number], np.array([row]))
+        return changes
+
+    def _states_of_zeros(self, parameter: Tensor) -> list[dict[str, Any]] | None:
+        return optimizer_state.states_of_zeros(self._optimizers, parameter)
 
     # -- all entries ---------------------------------------------------------------------------------------------------
 
@@ -355,9 +420,16 @@ class StackedParameterDict(SavedRows):
         """Iterate over the keys from the last to the first. **O(1)** a step."""
         return reversed(self._index)
 
-    def keys(self) -> KeysView[str]:
-        """Return a view of the keys: in order, reversible, a set. **O(1)**."""
-        return NamesView(self._index)
+    @overload
+    def keys(self) -> KeysView[str]: ...
+    @overload
+    def keys(self, *, prefix: str) -> list[str]: ...
+    def keys(self, *, prefix: str | None = None) -> KeysView[str] | list[str]:
+        """Return a view of the keys: in order, reversible, a set. **O(1)**.
+
+        With ``prefix``, return a list of those that begin with it, in order. **O(n)**.
+        """
+        return NamesView(self._index) if prefix is None else self._index.with_prefix(prefix)
 
     def values(self) -> RowsView:
         """Return a view of the rows: in order, reversible. **O(1)**; ``in`` is **O(n)**, and asks for the very row."""
@@ -392,15 +464,12 @@ class StackedParameterDict(SavedRows):
         else:
             names, values = sources.columns(parameters)
         with self._lock.change():
-            self._insert(names, values, distinct=isinstance(parameters, Mapping | StackedParameterDict))
+            _insert.insert_values(self, names, values, distinct=isinstance(parameters, Mapping | StackedParameterDict))
 
     def clear(self) -> None:
         """Remove all entries; the tables keep their capacity. **O(n)**."""
         with self._lock.change():
-            changes = Changes()
-            changes.call(self._index.clear)
-            self._free(changes, self._index.indices())
-            changes.make()
+            _insert.remove(self, self._index.plan_clear())
 
     def copy(self) -> StackedParameterDict:
         """Return a dictionary of the same names with tables of its own, with no gradients. **O(n)**."""
@@ -448,6 +517,58 @@ class StackedParameterDict(SavedRows):
         self.update(other)
         return self
 
+    # -- many entries in one call --------------------------------------------------------------------------------------
+    # Each is documented where it is written.
+
+    lookup = _gather.lookup
+    isin = _gather.isin
+    indices = _gather.indices
+    names_of = _gather.names_of
+    gather = _gather.gather
+    scatter = _gather.scatter
+    insert = _insert.insert
+    select = _insert.select
+    drop = _insert.drop
+    retain = _insert.retain
+    rename = _insert.rename
+    move_to_end = _insert.move_to_end
+
+    # -- tables --------------------------------------------------------------------------------------------------------
+
+    table = _layout.table
+    tables = _layout.tables
+    reserve = _layout.reserve
+    compact = _layout.compact
+
+    # torch.jit.script compiles other properties.
+    __jit_unused_properties__ = ("nbytes", "layout_version")
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all tables, with rows that have no name. **O(tables)**."""
+        return sum(parameter_of(self, table).nbytes for table in self._tables)
+
+    @property
+    def layout_version(self) -> int:
+        """A number that changes when a name gets another row, or loses its row. **O(1)**.
+
+        A tensor that you keep beside a table, by row, fits to the names as long as this stays the same. New names do
+        not change it.
+        """
+        return self._index.moves
+
+    # -- training ------------------------------------------------------------------------------------------------------
+
+    attach_optimizer = _attached.attach_optimizer
+    detach_optimizer = _attached.detach_optimizer
+    param_groups = _groups.param_groups
+    named_grads = _train.named_grads
+    norms = _train.norms
+    freeze = _train.freeze
+    unfreeze = _train.unfreeze
+
+    # -- as a Module, and as other objects ----------------------------------------------------------------------------
+
     def unstack(self) -> ParameterDict:
         """Return a ParameterDict of the same entries, each a Parameter with a copy of the row. **O(n)**.
 
@@ -462,7 +583,7 @@ class StackedParameterDict(SavedRows):
         with self._lock.read():
             tables = []
             for table in self._tables:
-                parameter = self._parameter(table)
+                parameter = parameter_of(self, table)
                 # In C order, which the table of `from_tensor` need not have.
                 data = whole(parameter.detach()).clone(memory_format=torch.contiguous_format)
                 count, shape, numel = len(parameter), list(parameter.shape[1:]), parameter[:1].numel()
@@ -472,26 +593,27 @@ class StackedParameterDict(SavedRows):
                 else:
                     rows = (row.clone() for row in data.unbind())  # In one storage they would be taken for tied.
                     tables.append([Parameter(row, requires_grad=parameter.requires_grad) for row in rows])
-            return ParameterDict([(name, tables[table_of(id_)][row_of(id_)]) for name, id_ in self._index.items()])
+            return ParameterDict([(name, tables[number][row]) for name, number, row in self._index.entries()])
 
     def _detached(self) -> tuple[list[str], list[Tensor]]:
         """Return the names and the rows, detached; those of frozen tables as frozen Parameters."""
         with self._lock.read():
             tables = []
             for table in self._tables:
-                parameter = self._parameter(table)
-                rows = self._lent_whole(table).unbind()
+                parameter = parameter_of(self, table)
+                rows = room.lent_whole(self, table).unbind()
                 if not parameter.requires_grad:
                     rows = tuple(Parameter(row, requires_grad=False) for row in rows)
                 tables.append(rows)
-            return list(self._index), [tables[table_of(id_)][row_of(id_)] for id_ in self._index.values()]
+            return self._index.names(), [tables[number][row] for _, number, row in self._index.entries()]
 
     def extra_repr(self) -> str:
         """Return a line a table, and one a name, or, of many, of the first and the last."""
         with self._lock:
             lines = [
-                f"{table.attribute}: {len(table.rows)} of {len(self._parameter(table))} rows, {self._kind(table)}"
-                for table in self._tables
+                f"{table.attribute}: {self._index.count(number)} of {len(parameter_of(self, table))} rows, "
+                f"{kind_of(self, table)}"
+                for number, table in enumerate(self._tables)
             ]
             hidden = len(self) - 2 * _REPR_END
             names = list(islice(self._index, _REPR_END if len(self) > _REPR_WHOLE else None))
@@ -507,11 +629,11 @@ class StackedParameterDict(SavedRows):
         with self._lock.change():
             masks = self._moved_masks(fn)
             if not run.apply(self, fn, recurse):
-                with self._swappable():
+                with store.swappable(self):
                     super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             for table, mask in masks:
                 table.frozen = mask
-            self._adopt()
+            store.adopt(self)
         return self
 
     def pin_memory(self) -> StackedParameterDict:
@@ -537,80 +659,132 @@ class StackedParameterDict(SavedRows):
             return masks
         for table in self._tables:
             if table.frozen is not None:
-                parameter = self._parameter(table)
+                parameter = parameter_of(self, table)
                 _, device = move.target(parameter.dtype, parameter.device)
                 masks.append((table, table.frozen.to(mask_device(device))))
         return masks
 
+    # -- state dicts, pickles ------------------------------------------------------------------------------------------
 
-class RowsView(abc.ValuesView[Tensor]):
-    """The rows of a StackedParameterDict, in order."""
+    def named_state_dict(self) -> dict[str, Tensor]:
+        """Return a dict of names and rows, as a ParameterDict's ``state_dict`` is. **O(n)**.
 
-    _mapping: StackedParameterDict
+        The rows are detached views of the tables; those of sharded ones are copies, for which all processes must ask.
+        Both classes of ParameterDict load it, and so does this one.
+        """
+        with self._lock.read():
+            tables = [room.lent_whole(self, table).unbind() for table in self._tables]
+            return {name: tables[number][row] for name, number, row in self._index.entries()}
 
-    def __init__(self, mapping: StackedParameterDict) -> None:
-        self._mapping = mapping
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        # Tables and names, as they are at one time.
+        with self._lock.read():
+            for number in range(len(self._tables)):
+                room.clear_free(self, number)
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            for table in self._tables:
+                saved = destination.get(prefix + table.attribute)
+                if not keep_vars and isinstance(saved, Tensor):
+                    room.lend(self, table, saved)
 
-    def __len__(self) -> int:
-        return len(self._mapping)
+    def get_extra_state(self) -> Tensor:
+        """Return the names, their rows, and what there is to know of the tables: uint8 ``[bytes]``. **O(n)**."""
+        return _states.names_as_packed(self)
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._mapping!r})"
+    def set_extra_state(self, state: Any) -> None:
+        """Take over names and rows; tables are made, removed and resized. **O(n)**, or little if they are the same."""
+        _states.take_packed(self, state)
 
-    def __contains__(self, value: object) -> bool:
-        return any(_is_same_row(value, row) for row in self)
+    @untraced
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state dict as torch does; one of a ParameterDict that fits, much faster, unless there are hooks."""
+        own = type(self)._load_from_state_dict is StackedParameterDict._load_from_state_dict
+        if own and not assign and not torch.compiler.is_compiling():
+            with self._lock.change():
+                if _states.load_whole(self, state_dict):
+                    _states.note_load(self)
+                    return _IncompatibleKeys([], [])
+        return super().load_state_dict(state_dict, strict, assign)
 
-    def __iter__(self) -> Iterator[Tensor]:
-        # A generator lets go of the dictionary at its end, and `map` does not.
-        return (row for _, row in _items(self._mapping, False))
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # Before the names are read: a hook may rename keys of an old checkpoint.
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        names: Any = state_dict.get(prefix + _states.EXTRA_STATE)
+        where = f"While loading the names of {prefix or 'the dictionary'}"
+        if not is_packed(names):
+            if _states.were_packed(names):
+                error_msgs.append(f"{where}: they are damaged")
+                return
+            problems = missing_keys, unexpected_keys, error_msgs
+            with self._lock.change():
+                state_dict = _states.load_others(self, state_dict, prefix, local_metadata, strict, *problems)
+                assign = local_metadata.get("assign_to_params_buffers", False)
+                _states.load_named(self, state_dict, prefix, strict, assign, *problems)
+                _states.note_load(self)
+            return
+        with self._lock.change():
+            try:
+                state_dict = _states.load_packed(self, names, state_dict, prefix)
+            except (ValueError, RuntimeError) as error:
+                error_msgs.append(f"{where}: {error}")
+                return
+            hooks = self.__dict__["_load_state_dict_pre_hooks"]
+            taken = state_dict.get(prefix + _states.EXTRA_STATE)
+            self.__dict__.update(_taken=taken, _load_state_dict_pre_hooks=OrderedDict())
+            try:
+                with store.swappable(self):
+                    super()._load_from_state_dict(
+                        state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+                    )
+            finally:
+                self.__dict__.update(_taken=None, _load_state_dict_pre_hooks=hooks)
+            store.adopt(self)
+            _states.note_load(self)
+            for number in range(len(self._tables)):
+                room.clear_free(self, number, spare=True)
 
-    def __reversed__(self) -> Iterator[Tensor]:
-        return (row for _, row in _items(self._mapping, True))
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the lock, the optimizers, which hold the Parameters of this very object, and what is remembered."""
+        with self._lock:
+            state = self.__dict__.copy()
+        for key in ("_lock", "_warned_of_absent", "_averages", "_is_average"):
+            state.pop(key, None)
+        tables = [table.to_plain() for table in self._tables]
+        return state | {"_optimizers": [], "_tables": tables, "_packed": None, "_same": None}
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Return what ``pickle`` writes: names and tables as they are at one time, whatever other threads do."""
+        with self._lock.read():
+            for number in range(len(self._tables)):
+                room.clear_free(self, number)
+            reduced = super().__reduce_ex__(protocol)
+            state = reduced[2] if isinstance(reduced, tuple) and len(reduced) > 2 else None
+            if not isinstance(state, dict) or state.get("_index") is not self._index:
+                return reduced
+            # The last is asked when all others have been written.
+            state = state | {"_index": self._index.copy(), "_lent": _states.LentTables(self)}
+            return (*reduced[:2], state, *reduced[3:])
 
-class ItemsView(abc.ItemsView[str, Tensor]):
-    """The names and rows of a StackedParameterDict, in order."""
-
-    _mapping: StackedParameterDict
-
-    def __init__(self, mapping: StackedParameterDict) -> None:
-        self._mapping = mapping
-
-    def __len__(self) -> int:
-        return len(self._mapping)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._mapping!r})"
-
-    def __contains__(self, item: object) -> bool:
-        if not (isinstance(item, tuple) and len(item) == 2) or item[0] not in self._mapping:
-            return False
-        return _is_same_row(item[1], self._mapping[item[0]])
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return _items(self._mapping, False)
-
-    def __reversed__(self) -> Iterator[tuple[str, Tensor]]:
-        return _items(self._mapping, True)
-
-
-def _items(sd: StackedParameterDict, backwards: bool) -> Iterator[tuple[str, Tensor]]:
-    """Yield names and rows; what another thread moves between the look-up of a row and the row is looked up again."""
-    state, row = sd.__dict__, sd._row
-    with sd._lock:  # not in the middle of a change
-        moves, index = state["_moves"], state["_index"]
-    for name, id_ in index._iterate(2, backwards):
-        try:
-            found = row(id_)
-        except IndexError:
-            if state["_moves"] == moves:
-                raise
-        if state["_moves"] != moves:
-            moves = state["_moves"]
-            if state["_index"] is not index or name not in index:
-                raise RuntimeError("the dictionary was changed during iteration")
-            found = sd[name]
-        yield name, found
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore what was pickled or copied."""
+        super().__setstate__({key: value for key, value in state.items() if key != "_lent"})  # type: ignore[no-untyped-call]
+        # Frameworks rebuild modules from their own `__dict__`, too.
+        tables = [one if isinstance(one, Table) else Table.from_plain(one) for one in state["_tables"]]
+        self.__dict__.update(_tables=tables, _lock=Lock())
+        for number, table in enumerate(tables):
+            if self._index.used(number) > len(parameter_of(self, table)):
+                raise ValueError(f"the table '{table.attribute}' has fewer rows than the names that were pickled")
+        store.adopt(self)
 
 
 def _may_overlap(rows: Tensor) -> bool:
@@ -622,10 +796,3 @@ def _may_overlap(rows: Tensor) -> bool:
                 return rows.numel() > 0
             reach += stride * (size - 1)
     return False
-
-
-def _is_same_row(value: object, row: Tensor) -> bool:
-    # Each look at an entry makes a new view, so identity is that of the memory.
-    if not isinstance(value, Tensor) or value.shape != row.shape or value.dtype != row.dtype:
-        return False
-    return value.device == row.device and value.data_ptr() == row.data_ptr() and value.numel() > 0

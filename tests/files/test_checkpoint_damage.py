@@ -13,13 +13,14 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 import pdrs
-from pdrs._core import diff_names
+from pdrs._core import Places, diff_names
 from pdrs._files.safetensors_file import TensorFile
 from pdrs._rows.names_codec import Header, TableHeader, bytes_of, pack
 from pdrs.checkpoint import verify
@@ -177,7 +178,8 @@ def _forged(path: Path, tensors: dict[str, Tensor], fields: object = None) -> Pa
 
 
 def _names(entries: dict[str, int], *tables: TableHeader) -> Tensor:
-    return pack(pdrs.IndexMap(entries), Header(tables))
+    numbers = np.zeros(len(entries), np.int64)
+    return pack(pdrs.IndexMap(entries), Header(tables), Places.of(numbers, np.array(list(entries.values()))))
 
 
 FLOATS = TableHeader("t", 0, True, 2)

@@ -220,7 +220,7 @@ def change_torch(data: bytes, chance: random.Random) -> bytes:
 
 def use(sd: pdrs.StackedParameterDict) -> None:
     """Do with a dictionary that has been opened what may find out that it is none."""
-    assert len(sd) == len(list(sd)) == len(sd._index.indices())
+    assert len(sd) == len(list(sd)) == len(sd.keys())
     assert all(sd[name].shape is not None for name in list(sd)[:5])
     sd["a name that is new"] = torch.zeros(7)
     sd.pop("a name that is new")

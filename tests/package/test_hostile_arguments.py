@@ -18,15 +18,7 @@ import pytest
 import torch
 
 import pdrs
-from pdrs._core import (
-    TableRows,
-    find_rows,
-    insert_ids,
-    missing_names,
-    not_copied_yet,
-    place_copies,
-    remove_names,
-)
+from pdrs._core import Places, RowIndex, not_copied_yet, place_copies
 
 INDEX = pdrs.IndexMap
 
@@ -57,11 +49,21 @@ NAMES_OF: dict[str, Callable[[Any], Any]] = {
     "extend": lambda names: INDEX().extend(names),
     "from_names": lambda names: INDEX.from_names(names),
     "from_names with rows": lambda names: INDEX.from_names(names, np.arange(3)),
-    "find_rows": lambda names: find_rows(INDEX(), names),
-    "insert_ids": lambda names: insert_ids(INDEX(), names, np.arange(3)),
-    "missing_names": lambda names: missing_names(INDEX(), names),
-    "remove_names": lambda names: remove_names(INDEX(), names),
+    "places": lambda names: RowIndex().places(names),
+    "of": lambda names: RowIndex.of(names, Places.of(np.zeros(3, np.int64), np.arange(3)), [3]),
+    "of_one_table": lambda names: RowIndex.of_one_table(names),
+    "missing": lambda names: RowIndex().missing(names),
+    "plan_insert": lambda names: one_table().plan_insert(names, np.zeros(3, np.int64)),
+    "plan_remove": lambda names: RowIndex().plan_remove(names),
 }
+
+
+def one_table() -> RowIndex:
+    index = RowIndex()
+    index.add_table()
+    return index
+
+
 HOSTILE = [GivesItself, GivesAnother, GivesText, Mock]
 
 
@@ -164,29 +166,23 @@ def test_a_walk_over_what_changes_is_an_error_of_python() -> None:
             next(walk)
 
 
-def test_rows_that_were_never_given_do_not_come_back() -> None:
-    rows = TableRows(10)
-    for row in (10, 1 << 50, (1 << 63) - 1):
-        with pytest.raises(ValueError, match="never given"):
-            rows.give_back(row)
-        with pytest.raises(ValueError, match="never given"):
-            rows.give_back_many(np.array([row]))
-    with pytest.raises(ValueError, match="never given"):
-        rows.give_back_many(np.array([-1]))
-    assert rows.free().tolist() == []
-    rows.give_back(3)
-    with pytest.raises(ValueError, match="free already"):
-        rows.give_back(3)
-    assert (rows.free().tolist(), len(rows)) == ([3], 9)
+@pytest.mark.parametrize(
+    ("tables", "rows", "used"),
+    [([0], [10], [10]), ([0], [1 << 39], [10]), ([1], [0], [10]), ([-1], [-1], [10]), ([0, 0], [3, 3], [10])],
+    ids=repr,
+)
+def test_a_place_that_a_table_does_not_have_is_refused(tables: list[int], rows: list[int], used: list[int]) -> None:
+    names = ["a", "b"][: len(rows)]
+    with pytest.raises(ValueError, match=r"row|place|table"):
+        RowIndex.of(names, Places.of(np.array(tables), np.array(rows)), used)
 
 
 def test_a_number_of_rows_that_cannot_be_held_is_an_error() -> None:
+    index = one_table()
     with pytest.raises((MemoryError, OverflowError)):
-        TableRows(0).next(1 << 62)
-    with pytest.raises(MemoryError):
-        TableRows.of_live(1 << 62, np.array([0]))
-    with pytest.raises(OverflowError):
-        TableRows((1 << 64) - 1).take(5)
+        index.next(0, 1 << 62)
+    with pytest.raises((MemoryError, OverflowError, ValueError)):
+        RowIndex.of(["a"], Places.of(np.array([0]), np.array([0])), [1 << 62])
 
 
 def test_deep_copies_stand_a_memo_that_changes_what_is_copied() -> None:

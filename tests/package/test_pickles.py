@@ -233,16 +233,31 @@ def test_a_damaged_state_of_an_index_is_refused(state: tuple[Any, ...]) -> None:
     assert list(used) == ["a"]
 
 
-@pytest.mark.parametrize(
-    ("used", "free"), [(5, None), (-1, None), (2**60, [2**59]), (2, [2]), (2, [-1]), (2, [1, 1]), (2, [1, 0])]
-)
-def test_a_table_whose_rows_do_not_fit_is_refused(used: int, free: list[int] | None) -> None:
+def test_a_table_with_fewer_rows_than_names_have_is_refused() -> None:
     state = SD({"a": torch.ones(2), "b": torch.ones(2)}).__getstate__()
-    attribute, group, _, _, mask = state["_tables"][0]
-    free_bytes = None if free is None else torch.tensor(free).numpy().tobytes()
-    state["_tables"] = [(attribute, group, used, free_bytes, mask)]
-    with pytest.raises(ValueError, match="has 2 rows, but not those that were pickled"):
+    state["_index"] = _pickle.row_index(["a"], bytes(8), bytes(8), (5,))
+    with pytest.raises(ValueError, match="has fewer rows than the names that were pickled"):
         SD.__new__(SD).__setstate__(state)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        (["a", "a"], bytes(16), bytes(16), (2,)),
+        (["a", "b"], bytes(16), bytes(16), (2,)),  # in one row
+        (["a"], bytes(8), bytes(8), ()),
+        (["a"], bytes(8), bytes(8), (0,)),
+        (["a"], bytes(8), bytes(8), (-1,)),
+        (["a"], bytes(8), bytes(8), (2**60,)),
+        (["a"], bytes(7), bytes(8), (1,)),
+        (["a"], bytes(8), b"\xff" * 8, (1,)),
+        ([""], bytes(8), bytes(8), (1,)),
+    ],
+    ids=repr,
+)
+def test_damaged_rows_of_names_are_refused(damaged: tuple[Any, ...]) -> None:
+    with pytest.raises(pickle.UnpicklingError):
+        _pickle.row_index(*damaged)
 
 
 @pytest.mark.parametrize("arguments", [([], 0), (((),), 0), ([1], 1), ([1], -1), ([1], True), ("ab", 0)], ids=repr)

@@ -247,7 +247,7 @@ def test_from_rows_takes_the_tensor_as_it_is() -> None:
     parameter = nn.Parameter(rows, requires_grad=False)
     assert SD.from_tensor(list("abc"), parameter).table((2,), requires_grad=False) is parameter
     for names in (["a", "b"], ["a", "b", "a"], list("abcd")):
-        with pytest.raises(ValueError, match="expected a row for each name and no name twice"):
+        with pytest.raises(ValueError, match=r"expected a row for each name|is listed twice"):
             SD.from_tensor(names, rows)
     with pytest.raises(KeyError):
         SD.from_tensor(["a", "", "b"], rows)

@@ -42,8 +42,8 @@ def shuffle(sd: SD) -> None:
     sd.update([(name, torch.full((3,), float(name[1:]))) for name in ("n7", "n0", "n99")])
 
 
-def fits(named: Mapping[str, Tensor]) -> bool:
-    assert len(named) >= len(NAMES)
+def fits(named: Mapping[str, Tensor], at_least: int = len(NAMES)) -> bool:
+    assert len(named) >= at_least
     return all(value.tolist() == [float(name[1:])] * 3 for name, value in named.items())
 
 
@@ -137,7 +137,8 @@ def stopped_at_each_step(read: Callable[[SD], Mapping[str, Tensor]], change: Cal
             found = {}
         if thread.ident is not None:  # what frees things may be called now and then
             thread.join()
-        assert not found or fits(found), steps.places[step]
+        # In the middle of the change ten names may be gone.
+        assert not found or fits(found, len(NAMES) - 10), steps.places[step]
         assert fits(sd.named_state_dict())
         refusals += not found
     assert refusals <= 3, "a pickle that another thread may spoil anywhere"

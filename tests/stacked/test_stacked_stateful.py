@@ -295,15 +295,15 @@ class Stacked(RuleBasedStateMachine):
                 assert np.allclose(state["sum"][row].numpy(), entry.sum, rtol=1e-4), name
             else:
                 assert entry.sum == BEGIN
-            mask = self.sd._tables[self.sd._index[name] >> 40].frozen
+            mask = self.sd._tables[self.sd._index.find(name)[0]].frozen
             assert (mask is not None and bool(mask[row])) == entry.frozen, name
             gradient = 0.0 if table.grad is None else table.grad.to_dense()[row].numpy()
             assert np.allclose(gradient, entry.gradient, atol=1e-4), name
 
     @invariant()
     def rows_that_were_never_given_are_zero(self) -> None:
-        for table in self.sd._tables:
-            assert not self.sd.get_parameter(table.attribute)[table.rows.used :].any()
+        for number, table in enumerate(self.sd.tables().values()):
+            assert not table[self.sd._index.used(number) :].any()
 
     @invariant()
     def a_handle_gathers_its_names(self) -> None:

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pdrs._core import IndexMap, apply_names, changed_rows, crc32, diff_names
+from pdrs._core import RowIndex, apply_names, changed_rows, crc32, diff_names
 from pdrs._files.collect import EXTRA_STATE, SPARE, Collected, Source
 from pdrs._files.safetensors_file import (
     CODES,
@@ -291,7 +291,7 @@ class Archive:
         """Return many tensors of their own."""
         return {name: self.tensor(name) for name in names} if self._how else self.file.tensors(names)
 
-    def stacked(self, prefix: str, *, loads: bool) -> tuple[IndexMap, list[Tensor]]:
+    def stacked(self, prefix: str, *, loads: bool) -> tuple[RowIndex, list[Tensor]]:
         """Return the tensors below a prefix as rows of tables, if there is neither a dictionary nor a chain."""
         return self.file.stacked(prefix, loads=loads)
 

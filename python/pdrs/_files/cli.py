@@ -43,7 +43,6 @@ from pdrs._files.state_file import (
     open_state,
 )
 from pdrs._rows.names_codec import is_packed
-from pdrs._rows.row_ids import table_of
 from pdrs.stacked import StackedParameterDict
 
 __all__ = ["main"]
@@ -219,10 +218,8 @@ def _holds_dictionaries(file: StateFile) -> bool:
 def _contents(path: str, key: Key | None, file: StateFile) -> _Contents:
     if _holds_dictionaries(file):
         sd = checkpoint.open(path, key=key)
-        tables = [sd._parameter(table) for table in sd._tables]
-        return _Contents(
-            list(sd), table_of(sd._index.indices()), [(_short(t.dtype), tuple(t.shape[1:])) for t in tables]
-        )
+        kinds = [(_short(table.dtype), tuple(table.shape[1:])) for table in sd.tables().values()]
+        return _Contents(list(sd), sd._index.places().tables, kinds)
     if isinstance(file, (TensorFile, ShardedFile)):
         kinds, kind_of = file.kinds()
         return _Contents(file.names, kind_of, [(_torch_name(code), shape) for code, shape in kinds])

@@ -19,13 +19,12 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from pdrs._core import IndexMap, group_tensors, in_step, sort_tensors
+from pdrs._core import IndexMap, Places, RowIndex, group_tensors, in_step, sort_tensors
 from pdrs._entries.checkpointing import collecting
 from pdrs._files.safetensors_file import BLOCK, CODES, MOST_EXPANDED, refuse_expanded
 from pdrs._moves.staging import download
 from pdrs._rows.names_codec import Header, TableHeader, is_packed, pack, unpack, used_rows
-from pdrs._rows.row_ids import id_of
-from pdrs._rows.store import Kind
+from pdrs._rows.table import Kind
 from pdrs._rows.write import copy_in_pieces
 from pdrs.parameter_dict import ParameterDict
 
@@ -246,12 +245,14 @@ def _of_parameter_dict(
     parameters, values, classes, firsts = sorted_parameters(module)
     index = module._keys if in_step(module._keys, parameters) else IndexMap.from_names(list(parameters))
     kinds, places = _sort(parameters, values, classes, firsts, prefix)
-    known, held = None, np.full(len(values), -1)
+    attributes: dict[str, int] = {}
     if before is not None and len(values):
-        known, _, header = unpack(before)
-        held = known.indices(index, missing=-1)
+        packed_before, header = unpack(before)
+        known = RowIndex.of_ids(packed_before, [table.used for table in header.tables])
+        held = known.places(list(parameters))
+        held_tables, held_rows = held.tables, held.rows
         attributes = {table.attribute: number for number, table in enumerate(header.tables)}
-    ids = np.empty(len(values), np.int64)
+    numbers, rows_of = np.empty(len(values), np.int64), np.empty(len(values), np.int64)
     tables: list[TableHeader] = []
     made: list[Source] = []
     taken: set[str] = set()
@@ -269,8 +270,10 @@ def _of_parameter_dict(
             for at in there.tolist():
                 refuse_expanded(prefix + names[at], values[at])
         rows = np.arange(len(there))
-        if known is not None and attribute in attributes:
-            rows = _keep_rows(held[there], attributes[attribute], header.tables[attributes[attribute]].used)
+        if attribute in attributes:
+            at_before = attributes[attribute]
+            had = np.where(held_tables[there] == at_before, held_rows[there], -1)
+            rows = _keep_rows(had, header.tables[at_before].used)
         used = int(rows.max()) + 1
         chosen = [values[at] for at in there.tolist()] if len(there) != len(values) else values
         if not (len(rows) == used and (np.diff(rows) == 1).all()):
@@ -278,18 +281,17 @@ def _of_parameter_dict(
             for row, value in zip(rows.tolist(), chosen, strict=True):
                 ordered[row] = value
             chosen = ordered
-        ids[there] = id_of(number, rows)
+        numbers[there], rows_of[there] = number, rows
         tables.append(TableHeader(attribute, 0, kind.trainable, used))
         size = prod(kind.shape)
         of = _Entries(chosen, size * kind.dtype.itemsize, size)
         made.append(Source(prefix + attribute, kind.dtype, (used, *kind.shape), of))
-    packed = pack(index, Header(tuple(tables)), ids)
+    packed = pack(index, Header(tuple(tables)), Places.of(numbers, rows_of))
     return [*made, Source(prefix + EXTRA_STATE, torch.uint8, tuple(packed.shape), _Whole(packed))]
 
 
-def _keep_rows(held: NDArray[np.int64], table: int, used: int) -> NDArray[np.int64]:
-    """Give entries the rows that they had in a table; new ones get rows that are free, and then the next."""
-    rows = np.where((held >= 0) & (held >> 40 == table), held & (1 << 40) - 1, -1)
+def _keep_rows(rows: NDArray[np.int64], used: int) -> NDArray[np.int64]:
+    """Give entries without a row, which have -1, rows of a table that are free, and then the next."""
     free = np.ones(used, bool)
     free[rows[rows >= 0]] = False
     new = np.flatnonzero(rows < 0)

@@ -22,6 +22,7 @@ from torch.nn import Module, Parameter, ParameterDict
 from torch.nn.parameter import is_lazy
 
 from pdrs._files.collect import EXTRA_STATE
+from pdrs._rows.store import adopt
 from pdrs.stacked import StackedParameterDict
 
 __all__ = ["add_tied", "with_memory"]
@@ -178,7 +179,7 @@ def _put_back(made: list[_Made]) -> None:
 def _adopt(made: Iterable[_Made]) -> None:
     for sd in {one.slot.module for one in made if isinstance(one.slot.module, StackedParameterDict)}:
         assert isinstance(sd, StackedParameterDict)
-        sd._adopt()
+        adopt(sd)
 
 
 # -- names of one parameter --------------------------------------------------------------------------------------------

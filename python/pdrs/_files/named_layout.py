@@ -33,7 +33,7 @@ from pdrs._files.safetensors_file import (
 )
 from pdrs._files.shards import PIECE, remove_interrupted, replacing_file, replacing_shards
 from pdrs._rows.insert import partition
-from pdrs._rows.row_ids import row_of, table_of
+from pdrs._rows.room import lent_whole
 from pdrs._rows.write import stack
 from pdrs.stacked import StackedParameterDict
 
@@ -231,11 +231,13 @@ def _of_stacked(sd: StackedParameterDict, prefix: str) -> list[_Rows]:
     """Describe the rows of a StackedParameterDict, a part for each of its tables."""
     with sd._lock.read():
         names = [prefix + name for name in sd] if prefix else list(sd)
-        ids = sd._index.indices()
-        tables = list(map(sd._lent_whole, sd._tables))  # the rows are read later, and stay those of these names
+        places = sd._index.places()
+        tables = [
+            lent_whole(sd, table) for table in sd._tables
+        ]  # the rows are read later, and stay those of these names
     parts = []
-    for (number,), there in partition([table_of(ids)]):
-        table, rows = tables[number], row_of(ids[there])
+    for number, there, rows in places.by_table():
+        table = tables[number]
         chosen = names if len(there) == len(names) else [names[at] for at in there.tolist()]
         parts.append(_Rows(chosen, table.dtype, table.shape[1:], _TableBlocks(table, rows), sd))
     return parts

@@ -12,11 +12,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Parameter
 
-from pdrs._core import IndexMap, TableRows, group_tensors, insert_ids, names_behind, slab_views
+from pdrs._core import Places, RowIndex, group_tensors, slab_views
 from pdrs._entries.checkpointing import changes_what_is_loaded
 from pdrs._files.archive import Archive
 from pdrs._files.collect import EXTRA_STATE, sorted_parameters
@@ -24,8 +23,9 @@ from pdrs._files.safetensors_file import CheckpointError
 from pdrs._moves.staging import upload
 from pdrs._rows.insert import partition
 from pdrs._rows.names_codec import Header, TableHeader, check_header, refuse_unpaid, unpack
-from pdrs._rows.row_ids import id_of, row_of, table_of
-from pdrs._rows.store import Kind
+from pdrs._rows.state_dict import note_load
+from pdrs._rows.store import add_table
+from pdrs._rows.table import Kind
 from pdrs._rows.write import scatter, write_rows
 from pdrs._torch.huge_pages import empty
 from pdrs._torch.modes import is_intercepted
@@ -63,11 +63,15 @@ class Checkpoint(Protocol):
     def tensors(self, names: list[str]) -> dict[str, Tensor]:
         """Return many tensors, which may share maps."""
 
-    def stacked(self, prefix: str, *, loads: bool) -> tuple[IndexMap, list[Tensor]]:
+    def stacked(self, prefix: str, *, loads: bool) -> tuple[RowIndex, list[Tensor]]:
         """Return tensors below a prefix as rows of tables, where there are no dictionaries; loaded, or else mapped."""
 
     def error(self, what: str) -> CheckpointError:
         """Return an error about the checkpoint."""
+
+
+# A table that claims more rows than these, and than so many a name, is looked at before memory is taken for them.
+_FEW_ROWS, _FEW_PER_NAME = 1 << 16, 64
 
 
 class SavedDictionary:
@@ -94,13 +98,27 @@ class SavedDictionary:
         self._there = set(checkpoint.names)
         self.header: Header
         try:
-            self.index, self.ids, self.header = unpack(checkpoint.tensor(name), shown)
+            self._packed, self.header = unpack(checkpoint.tensor(name), shown)
             check_header(self.header)
         except CheckpointError:
             raise
         except ValueError as error:
             raise checkpoint.error(f"the tensor {name!r}: {error}") from error
-        self._names = len(self.index)
+        self._names = len(self._packed)
+        self._index: RowIndex | None = None
+
+    @property
+    def index(self) -> RowIndex:
+        """The names, and the row of each. A claim of very many more rows than names is checked before."""
+        if self._index is None:
+            for table in self.header.tables:
+                if table.used > max(_FEW_ROWS, _FEW_PER_NAME * self._names):
+                    self.table(table)
+            try:
+                self._index = RowIndex.of_ids(self._packed, [table.used for table in self.header.tables])
+            except ValueError as error:
+                raise self.checkpoint.error(f"the tensor {self.prefix + EXTRA_STATE!r}: {error}") from error
+        return self._index
 
     def members(self) -> set[str]:
         """Return the names of the tensors that make up the dictionary."""
@@ -108,7 +126,7 @@ class SavedDictionary:
 
     def narrow(self, beginning: str) -> bool:
         """Keep those names only that begin so, without their beginning; whether there are any. **O(n)**."""
-        self.index, self.ids = names_behind(self.index, self.ids, beginning)
+        self._index = self.index.below(beginning)
         return len(self.index) > 0
 
     def table(self, table: TableHeader, *, loads: bool = False) -> Tensor:
@@ -150,21 +168,17 @@ class SavedDictionary:
     ) -> None:
         """Fill the entries of a ParameterDict; an empty one takes over the names."""
         if not module._parameters and len(module) == 0:
-            module._insert(list(self.index), self._parameters())
+            module._insert(self.index.names(), self._parameters())
             return
         parameters, values, classes, firsts = sorted_parameters(module)
         names = list(parameters)
-        ids = self.index.indices(names, missing=-1)
-        missing_keys += [prefix + names[at] for at in np.flatnonzero(ids < 0).tolist()]
-        if strict and int((ids >= 0).sum()) < len(self.index):
+        places = self.index.places(names)
+        missing_keys += [prefix + names[at] for at in places.missing().tolist()]
+        if strict and len(places.found()) < len(self.index):
             there = set(names)
             unexpected_keys += [prefix + name for name in self.index if name not in there]
-        numbers = table_of(ids)
-        for number, table in enumerate(self.header.tables):
-            there_ = np.flatnonzero(numbers == number)
-            if len(there_) == 0:
-                continue
-            rows = self.table(table)
+        for number, there_, of_table in places.by_table():
+            rows = self.table(self.header.tables[number])
             chosen = [values[at] for at in there_.tolist()] if len(there_) < len(values) else values
             of_class = np.array([values[at].shape == rows.shape[1:] for at in firsts] + [False])
             fits = of_class[classes[there_]]
@@ -176,26 +190,25 @@ class SavedDictionary:
                     f"checkpoint, the shape in current model is {values[at].shape}."
                     for at in there_[~fits].tolist()
                 ]
-                there_ = there_[fits]
+                there_, of_table = there_[fits], of_table[fits]
                 chosen = [values[at] for at in there_.tolist()]
-            scatter(rows, row_of(ids[there_]), chosen)
+            scatter(rows, of_table, chosen)
 
     def _parameters(self) -> list[Any]:
         """Return a new Parameter for each name, in order; those of a table share its memory."""
-        found = np.empty(len(self.ids), object)
-        numbers, rows = table_of(self.ids), row_of(self.ids)
-        for number, table in enumerate(self.header.tables):
-            there = np.flatnonzero(numbers == number)
+        found = np.empty(len(self.index), object)
+        for number, there, rows in self.index.places().by_table():
+            table = self.header.tables[number]
             data = self.table(table, loads=True)
             shape = list(data.shape[1:])
             numel = prod(shape)
             made: list[Any]
             if numel and data.device.type in ("cpu", "cuda"):
-                offsets = (rows[there] * numel).tolist()
+                offsets = (rows * numel).tolist()
                 made = slab_views(data, offsets, [shape] * len(there), requires_grad=table.trainable)
             else:
                 # Each by itself: in one storage they would be taken for tied.
-                made = [Parameter(data[row].clone(), requires_grad=table.trainable) for row in rows[there].tolist()]
+                made = [Parameter(data[row].clone(), requires_grad=table.trainable) for row in rows.tolist()]
             for at, one in zip(there.tolist(), made, strict=True):
                 found[at] = one
         return found.tolist()
@@ -203,8 +216,8 @@ class SavedDictionary:
     def state(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
         """Yield the entries as a state dict has them: for modules that know nothing of tables."""
         tables = [self.table(table).unbind() for table in self.header.tables]
-        for name, id_ in zip(self.index, self.ids.tolist(), strict=True):
-            yield prefix + name, tables[table_of(id_)][row_of(id_)]
+        for name, number, row in self.index.entries():
+            yield prefix + name, tables[number][row]
 
 
 class NamedTensors:
@@ -233,7 +246,6 @@ class _Stacked:
         self.index, self._tables = checkpoint.stacked(prefix, loads=loads)
         if "" in self.index:
             raise checkpoint.error("a tensor has the empty name, which no entry can have")
-        self.ids = self.index.indices()
         headers = []
         for number, table in enumerate(self._tables):
             trainable = table.is_floating_point() or table.is_complex()
@@ -259,20 +271,21 @@ def load_named(checkpoint: Checkpoint, sd: StackedParameterDict) -> bool:
     with sd._lock:
         if not 0 < len(sd._index) == len(part.index):
             return False
-        ids = sd._index.indices(part.index, missing=-1)
+        saved, own = part.index.places(), sd._index.places(part.index.names())
+        saved_rows, own_rows = saved.rows, own.rows
         plan = []
-        for (of_file, number), there in partition([table_of(part.ids), table_of(ids)]):
+        for (of_file, number), there in partition([saved.tables, own.tables]):
             parameter = sd._parameters[sd._tables[number].attribute] if number >= 0 else None
             rows = part.table(part.header.tables[of_file])
             if type(parameter) is not Parameter or type(parameter.data) is not Tensor or parameter.is_meta:
                 return False
             if parameter.shape[1:] != rows.shape[1:]:
                 return False
-            plan.append((parameter, row_of(ids[there]), rows, row_of(part.ids[there])))
+            plan.append((parameter, own_rows[there], rows, saved_rows[there]))
         for parameter, places, rows, chosen in plan:
             together = len(chosen) == len(rows) and bool((np.diff(chosen) == 1).all())
             write_rows(parameter, places, rows if together else rows[torch.from_numpy(chosen)])
-        sd._note_load()
+        note_load(sd)
     return True
 
 
@@ -350,90 +363,89 @@ def fill(
     """
     parts = list(parts)
     alone = len(parts) == 1
-    indices: list[tuple[IndexMap | list[str], NDArray[np.int64]]] = []
     tables: list[tuple[SavedDictionary | _Stacked | None, str, TableHeader]] = []
     for part in parts:
-        first = len(tables)
         if not isinstance(part, str):
-            indices.append((part.index, part.ids + id_of(first, 0) if first else part.ids))
             tables += [(part, part.prefix + table.attribute, table) for table in part.header.tables]
             if alone:
                 sd.__dict__["_patterns"] = part.header.patterns
             continue
         assert checkpoint is not None
         differentiable = checkpoint.dtype(part).is_floating_point or checkpoint.dtype(part).is_complex
-        indices.append(([part.removeprefix(prefix)], np.array([id_of(first, 0)])))
         tables.append((None, part, TableHeader("", 0, differentiable, 1)))
-    index, ids = _joined(indices, checkpoint)
-    chosen = None
+    index = _joined(parts, prefix, checkpoint, [table.used for _, _, table in tables])
     if gathers and names is None:
-        names = list(index)
-    if names is not None:
-        chosen = _chosen(index, names)
-        index = IndexMap()
-    new_ids = []
-    numbers = table_of(ids if chosen is None else chosen)
+        names = index.names()
+    is_whole = names is None
+    places = index.places() if names is None else _chosen(index, names)
+    of_tables = {number: (there, rows) for number, there, rows in places.by_table()}
+    made = []
     for number, (part_, name, table) in enumerate(tables):
-        there = np.flatnonzero(numbers == number) if len(tables) > 1 else np.arange(len(numbers))
-        if chosen is not None and len(there) == 0:
+        if not is_whole and number not in of_tables:
             continue
-        loads = chosen is None and is_loaded(device, dtype)
+        loads = is_whole and is_loaded(device, dtype)
         if part_ is None:
             assert checkpoint is not None
             rows = (checkpoint.load if loads else checkpoint.tensor)(name)[None]
         else:
             rows = part_.table(table, loads=loads)
-        used = table.used
-        if chosen is not None:
-            rows, used = rows[torch.from_numpy(row_of(chosen[there]))], len(there)
+        if not is_whole:
+            rows = rows[torch.from_numpy(of_tables[number][1])]
         data = _moved(rows, device, dtype)
         trainable = table.trainable and (data.is_floating_point() or data.is_complex())
         attribute = table.attribute
         if not isinstance(part_, SavedDictionary) or hasattr(sd, attribute):
             attribute = Kind(tuple(rows.shape[1:]), rows.dtype, trainable).attribute()
-        at = sd._add_table(attribute, Parameter(data, requires_grad=trainable), table.group if alone else 0)
-        if chosen is None:
-            live = row_of(ids[there])
-            full = len(there) == used
-            sd._tables[at].rows = TableRows(used) if full else TableRows.of_live(used, live)
-        else:
-            sd._tables[at].rows = TableRows(used)
-            new_ids.append((there, id_of(at, np.arange(used))))
-    if chosen is not None:
-        assert names is not None
-        renamed = np.empty(len(names), np.int64)
-        for there, of_table in new_ids:
-            renamed[there] = of_table
-        insert_ids(index, names, renamed)
-        if len(index) < len(names):
-            raise ValueError("expected each name once, got one twice")
+        add_table(sd, attribute, Parameter(data, requires_grad=trainable), table.group if alone else 0)
+        made.append(number)
+    if names is not None:
+        numbers, new_rows = np.empty(len(names), np.int64), np.empty(len(names), np.int64)
+        for at, number in enumerate(made):
+            there, _ = of_tables[number]
+            numbers[there], new_rows[there] = at, np.arange(len(there))
+        try:
+            index = RowIndex.of(names, Places.of(numbers, new_rows), [len(of_tables[number][0]) for number in made])
+        except ValueError as error:
+            raise ValueError("expected each name once, got one twice") from error
     sd.__dict__["_index"] = index
 
 
-def _chosen(index: IndexMap, names: list[str]) -> NDArray[np.int64]:
-    ids = index.indices(names, missing=-1)
-    missing = np.flatnonzero(ids < 0)
+def _chosen(index: RowIndex, names: list[str]) -> Places:
+    places = index.places(names)
+    missing = places.missing()
     if len(missing):
         listed = ", ".join(repr(names[at]) for at in missing[:_LISTED].tolist())
         more = ", ..." if len(missing) > _LISTED else ""
         raise KeyError(f"{len(missing)} of {len(names)} names are not in the checkpoint: {listed}{more}")
-    return ids
+    return places
 
 
 def _joined(
-    indices: list[tuple[IndexMap | list[str], NDArray[np.int64]]], checkpoint: Checkpoint | None
-) -> tuple[IndexMap, NDArray[np.int64]]:
-    if not indices:
-        return IndexMap(), np.empty(0, np.int64)
-    if len(indices) == 1 and isinstance(indices[0][0], IndexMap):
-        return indices[0][0], indices[0][1]
-    joined = IndexMap()
-    for index, ids in indices:
-        insert_ids(joined, list(index), ids)
-    if len(joined) < sum(len(ids) for _, ids in indices):
+    parts: list[SavedDictionary | _Stacked | str], prefix: str, checkpoint: Checkpoint | None, used: list[int]
+) -> RowIndex:
+    """Return the names of all parts, whose tables follow each other."""
+    if len(parts) == 1 and not isinstance(parts[0], str):
+        return parts[0].index
+    names: list[str] = []
+    numbers, rows = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    first = 0
+    for part in parts:
+        if isinstance(part, str):
+            names.append(part.removeprefix(prefix))
+            numbers.append(np.array([first]))
+            rows.append(np.array([0]))
+            first += 1
+            continue
+        names += part.index.names()
+        places = part.index.places()
+        numbers.append(places.tables + first)
+        rows.append(places.rows)
+        first += len(part.header.tables)
+    try:
+        return RowIndex.of(names, Places.of(np.concatenate(numbers), np.concatenate(rows)), used)
+    except ValueError as error:
         assert checkpoint is not None
-        raise checkpoint.error("a name is listed twice: as that of a tensor, or in two dictionaries")
-    return joined, np.concatenate([ids for _, ids in indices])
+        raise checkpoint.error("a name is listed twice: as that of a tensor, or in two dictionaries") from error
 
 
 def _moved(tensor: Tensor, device: torch.device | None, dtype: torch.dtype | None) -> Tensor:

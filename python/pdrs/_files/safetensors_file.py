@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pdrs._core import IndexMap, SafetensorsHeader, SafetensorsStack, map_over
+from pdrs._core import RowIndex, SafetensorsHeader, SafetensorsStack, map_over
 from pdrs._files.atomic import Progress, WholeFile, replacing
 from pdrs._torch.huge_pages import empty
 
@@ -416,7 +416,7 @@ class TensorFile:
             found[name] = torch.frombuffer(shared, dtype=dtype, offset=start, count=prod(shape)).view(shape)
         return found
 
-    def stacked(self, prefix: str = "", *, loads: bool = False) -> tuple[IndexMap, list[Tensor]]:
+    def stacked(self, prefix: str = "", *, loads: bool = False) -> tuple[RowIndex, list[Tensor]]:
         """Return the tensors as rows of tables, one for each dtype and shape. **O(n)**, without a tensor for each name.
 
         Parameters
@@ -429,8 +429,7 @@ class TensorFile:
         Returns
         -------
         index
-            The names in the order of the header, and for each the number of its table in the upper bits, and its row
-            in the lower 40, as in a :class:`~pdrs.StackedParameterDict`.
+            The names in the order of the header, and the table and the row of each.
         tables
             Where the tensors of one kind lie together in the file, in any order, a private map of it; else a copy.
 
@@ -440,7 +439,7 @@ class TensorFile:
             As for :meth:`tensor`.
         """
         stack, tables = self.stack(prefix, loads=loads)
-        return stack.index(), tables
+        return RowIndex.of_ids(stack.index(), list(map(len, tables))), tables
 
     def stack(self, prefix: str = "", *, loads: bool = False) -> tuple[SafetensorsStack, list[Tensor]]:
         """Return what :meth:`stacked` does, before names are made."""

@@ -23,12 +23,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pdrs._core import IndexMap, ShardIndex, sort_tensors
+from pdrs._core import IndexMap, Places, RowIndex, ShardIndex, sort_tensors
 from pdrs._files.formats import file_in, is_of_torch, what_it_is
 from pdrs._files.safetensors_file import NO_FILE, STEP, CheckpointError, TensorFile, counting
 from pdrs._files.shards import index_of
 from pdrs._rows.names_codec import bytes_of
-from pdrs._rows.row_ids import id_of
 from pdrs._rows.write import stack
 from pdrs._torch.huge_pages import empty
 
@@ -94,7 +93,7 @@ class StateFile(Protocol):
     def load(self, name: str) -> Tensor:
         """Return a tensor of its own that lies in memory; KeyError if there is none of that name."""
 
-    def stacked(self, prefix: str = "", *, loads: bool = False) -> tuple[IndexMap, list[Tensor]]:
+    def stacked(self, prefix: str = "", *, loads: bool = False) -> tuple[RowIndex, list[Tensor]]:
         """Return tensors as rows of tables: see :meth:`pdrs._files.safetensors_file.TensorFile.stacked`."""
 
     def close(self) -> None:
@@ -322,7 +321,7 @@ class ShardedFile:
             found.update(self.shards[shard].tensors(of_shard))
         return {name: found[name] for name in chosen}
 
-    def stacked(self, prefix: str = "", *, loads: bool = False) -> tuple[IndexMap, list[Tensor]]:
+    def stacked(self, prefix: str = "", *, loads: bool = False) -> tuple[RowIndex, list[Tensor]]:
         """Return tensors as rows of tables: see :meth:`pdrs._files.safetensors_file.TensorFile.stacked`.
 
         Names are in the order of the shards. Where tensors of one kind are in several shards, they are copied.
@@ -331,9 +330,9 @@ class ShardedFile:
         parts: list[list[Tensor]] = []
         index = IndexMap()
         for shard, (file, count) in enumerate(zip(self.shards, self._index.counts(), strict=True)):
-            stack, tables = file.stack(prefix, loads=loads)
+            stack, of_shard = file.stack(prefix, loads=loads)
             merged, first_rows = [], []
-            for table in tables:
+            for table in of_shard:
                 number = numbers.setdefault((table.dtype, table.shape[1:]), len(numbers))
                 if number == len(parts):
                     parts.append([])
@@ -342,7 +341,8 @@ class ShardedFile:
                 parts[number].append(table)
             # What the index does not list is not there.
             stack.add_names(index, merged, first_rows, (self._index, shard) if len(file) > count else None)
-        return index, [part[0] if len(part) == 1 else _joined(part) for part in parts]
+        tables = [part[0] if len(part) == 1 else _joined(part) for part in parts]
+        return RowIndex.of_ids(index, list(map(len, tables))), tables
 
     def close(self) -> None:
         """Close the files; tensors stay valid."""
@@ -484,7 +484,7 @@ class TorchFile:
         """Return a copy of a tensor; KeyError if there is no such tensor."""
         return self._state[name].clone()
 
-    def stacked(self, prefix: str = "", *, loads: bool = False) -> tuple[IndexMap, list[Tensor]]:
+    def stacked(self, prefix: str = "", *, loads: bool = False) -> tuple[RowIndex, list[Tensor]]:
         """Return tensors as rows of tables: see :meth:`pdrs._files.safetensors_file.TensorFile.stacked`."""
         keys = [name for name in self._state if name.startswith(prefix) and (name != prefix or not prefix)]
         values: list[Any] = [self._state[name] for name in keys]
@@ -494,19 +494,23 @@ class TorchFile:
             raise CheckpointError(
                 self.path, f"the tensor {keys[odd[0]]!r} is {type(values[odd[0]]).__name__}, not dense"
             )
-        ids = np.empty(len(keys), np.int64)
+        rows = np.empty(len(keys), np.int64)
         tables = []
         # Tensors that lie otherwise in memory, or are of another class, are rows of one table all the same.
         numbers: dict[tuple[torch.dtype, torch.Size], int] = {}
         kinds = np.array([numbers.setdefault((values[at].dtype, values[at].shape), len(numbers)) for at in firsts], int)
         for kind in range(len(numbers)):
             there = np.flatnonzero(kinds[classes] == kind)
-            ids[there] = id_of(kind, np.arange(len(there)))
+            rows[there] = np.arange(len(there))
             chosen = [values[at] for at in there.tolist()]
             table = stack(chosen, chosen[0].detach()[None])
             # One alone has not been copied.
             tables.append(table.clone() if loads and len(chosen) == 1 else table)
-        return IndexMap.from_names([key[len(prefix) :] for key in keys], ids), tables
+        names = [key[len(prefix) :] for key in keys]
+        if "" in names:
+            raise CheckpointError(self.path, "a tensor has the empty name, which no entry can have")
+        places = Places.of(kinds[classes] if len(keys) else rows, rows)
+        return RowIndex.of(names, places, list(map(len, tables))), tables
 
     def verify(self) -> bool:
         """Read all of the file and compare its checksums, at which torch does not look; whether it has some.

@@ -10,20 +10,18 @@ import sys
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
-import numpy as np
 from torch.optim.swa_utils import AveragedModel
 
-from pdrs._rows.row_ids import row_of, table_of
-
 if TYPE_CHECKING:
-    from pdrs._rows.insert import NamedRows
+    from pdrs._core import Places
+    from pdrs.stacked import StackedParameterDict
 
 __all__ = ["averages_with", "note_copy", "refuse_mixing"]
 
 _CODE = AveragedModel.__init__.__code__
 
 
-def note_copy(original: NamedRows, made: NamedRows) -> None:
+def note_copy(original: StackedParameterDict, made: StackedParameterDict) -> None:
     """Note that a dictionary is a deep copy of another, if it is made to be averaged with it."""
     frame: Any = sys._getframe(1)
     while frame is not None and frame.f_code is not _CODE:
@@ -35,7 +33,7 @@ def note_copy(original: NamedRows, made: NamedRows) -> None:
     made.__dict__.update(_averages=family, _is_average=True)
 
 
-def averages_with(stacked: NamedRows) -> list[NamedRows]:
+def averages_with(stacked: StackedParameterDict) -> list[StackedParameterDict]:
     """Return the dictionaries that are averaged with this one: its averages, or, of an average, what it is of."""
     family = stacked.__dict__.get("_averages")
     if family is None:
@@ -47,7 +45,7 @@ def averages_with(stacked: NamedRows) -> list[NamedRows]:
     return [one for one in alive if one is not stacked and ("_is_average" in one.__dict__) != is_average]
 
 
-def refuse_mixing(stacked: NamedRows, names: list[str], ids: Any, tables: int) -> None:
+def refuse_mixing(stacked: StackedParameterDict, names: list[str], places: Places, tables: int) -> None:
     """Raise if names would get rows that other names have in an average; ``tables`` is how many there were before."""
     for other in averages_with(stacked):
         if len(stacked._tables) > tables:
@@ -55,15 +53,13 @@ def refuse_mixing(stacked: NamedRows, names: list[str], ids: Any, tables: int) -
                 "cannot make a new table: the parameters of an average (AveragedModel) would no longer be those of the "
                 "model. Make the average anew when all tables are there: reserve(n, shape=...) makes one"
             )
-        theirs = other._index.indices(names, missing=-1)
-        numbers, rows = table_of(ids), row_of(ids)
-        for number in np.unique(numbers):
+        theirs = other._index.places(names)
+        their_tables, their_rows = theirs.tables, theirs.rows
+        for number, there, rows in places.by_table():
             if number >= len(other._tables):
                 continue
-            there = numbers == number
-            table = other._tables[number].rows
-            taken = (rows[there] < table.used) & ~np.isin(rows[there], table.free())
-            mixed = np.flatnonzero(there)[taken & (theirs[there] != ids[there])]
+            is_same = (their_tables[there] == number) & (their_rows[there] == rows)
+            mixed = there[other._index.is_taken(number, rows) & ~is_same]
             if len(mixed):
                 raise RuntimeError(
                     f"cannot give '{names[mixed[0]]}' the row of a removed name: an average (AveragedModel) has "

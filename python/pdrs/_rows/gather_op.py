@@ -47,26 +47,26 @@ def gather_rows(table: Tensor, rows: Tensor, sparse: bool) -> Tensor:
     return table.index_select(0, rows)
 
 
-def gather_tables(tables: list[Tensor], owners: NDArray[np.int64], rows: NDArray[np.int64], sparse: bool) -> Tensor:
-    """Return rows of several tables of one shape and dtype, in the order in which they are listed.
+def gather_tables(parts: list[tuple[Tensor, NDArray[np.int64], NDArray[np.int64]]], count: int, sparse: bool) -> Tensor:
+    """Return rows of several tables of one shape and dtype as ``[count, *shape]``.
 
     Parameters
     ----------
-    tables
-        ``[capacity, *shape]`` each, the capacities may differ.
-    owners, rows
-        ``[n]``: the place of the table in the list, or -1 for a row of zeros, and the row.
+    parts
+        A table ``[capacity, *shape]``, places in the result, and the row for each place. Capacities may differ.
+    count
+        The number of rows of the result. A place that no part has is a row of zeros.
+    sparse
+        As for :func:`gather_rows`.
     """
-    device = tables[0].device
-    parts, places = [], []
-    for number, table in enumerate(tables):
-        there = np.flatnonzero(owners == number)
-        parts.append(gather_rows(table, torch.from_numpy(rows[there]).to(device), sparse))
-        places.append(there)
-    absent = np.flatnonzero(owners < 0)
+    first = parts[0][0]
+    rows = [gather_rows(table, torch.from_numpy(of_table).to(first.device), sparse) for table, _, of_table in parts]
+    places = [there for _, there, _ in parts]
+    order = np.full(count, -1)
+    for there, start in zip(places, np.cumsum([0, *map(len, places)]), strict=False):
+        order[there] = np.arange(start, start + len(there))
+    absent = np.flatnonzero(order < 0)
     if len(absent):
-        parts.append(tables[0].new_zeros((len(absent), *tables[0].shape[1:])))
-        places.append(absent)
-    order = np.empty_like(rows)
-    order[np.concatenate(places)] = np.arange(len(rows))
-    return torch.cat(parts).index_select(0, torch.from_numpy(order).to(device))
+        order[absent] = np.arange(count - len(absent), count)
+        rows.append(first.new_zeros((len(absent), *first.shape[1:])))
+    return torch.cat(rows).index_select(0, torch.from_numpy(order).to(first.device))

@@ -1,41 +1,68 @@
-"""Tables whose rows have names: inserted and removed, many in one call, all of them or none.
+"""Entries that come and go: many in one call, all of them or none.
 
-An *id* is what the index keeps for a name: the number of its table in the upper bits, and its row in the lower 40. So
-one native call turns a batch of names into tables and rows.
+What can fail is done first: tables grow, and new rows get their values while they belong to nobody. Then one step puts
+the names in place (see :mod:`pdrs._torch.transaction`).
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from pdrs._core import IndexMap, insert_ids, missing_names, remove_names, sort_tensors
+from pdrs._core import Places, RowPlan, sort_tensors
 from pdrs._rows.averages import refuse_mixing
-from pdrs._rows.row_ids import ROW_BITS, ROW_MASK, id_of, row_of, table_of
-from pdrs._rows.store import Kind, Rows, Tables
+from pdrs._rows.groups import groups_of
+from pdrs._rows.room import begin_state, clear_rows, make_room, take_back
+from pdrs._rows.store import device_of, numbers_by_kind, remove_last_table, table_for
+from pdrs._rows.table import Kind, Rows, kind_of, parameter_of, refuse_foreign
 from pdrs._rows.write import note_rows, stack, write_rows
 from pdrs._torch import huge_pages
-from pdrs._torch.names import Mask, Names, as_list, is_mask
+from pdrs._torch.errors import MissingEntryError
+from pdrs._torch.names import Mask, Names, as_list, as_mask, is_mask
 from pdrs._torch.transaction import Changes
 from pdrs._torch.untraced import untraced
 
+if TYPE_CHECKING:
+    from pdrs.stacked import StackedParameterDict
+
 __all__ = [
     "Initialiser",
-    "NamedRows",
     "as_shape",
+    "drop",
+    "free_rows",
     "initialise",
+    "insert",
+    "insert_missing",
+    "insert_values",
+    "kind_to_insert",
+    "missing_error",
+    "move_to_end",
     "partition",
     "refuse_integers",
+    "remove",
+    "rename",
+    "retain",
+    "select",
 ]
 
-Initialiser = Callable[[Tensor], Any]
+Initialiser = Callable[..., Any]
 
 _EMPTY = 'parameter name can\'t be empty string ""'
+# How many of many missing names an error lists.
+_LISTED = 5
+
+
+def missing_error(names: Sequence[str], absent: Rows) -> MissingEntryError:
+    """Return the error for names that are not there; ``absent`` are their places in the list."""
+    some = ", ".join(repr(str(names[at])) for at in absent[:_LISTED])
+    more = ", ..." if len(absent) > _LISTED else ""
+    return MissingEntryError(f"{len(absent)} of {len(names)} names are not in the dictionary: {some}{more}")
 
 
 def as_shape(shape: Any) -> tuple[int, ...]:
@@ -57,9 +84,9 @@ def refuse_integers(
         )
 
 
-def initialise(values: Tensor, init: Initialiser) -> None:
+def initialise(values: Tensor, init: Initialiser, names: list[str]) -> None:
     """Call ``init`` on zeros; ValueError if it has made a tensor of its own instead, which would be lost."""
-    made = init(values)
+    made = init(values, names) if _takes_names(init) else init(values)
     if (
         isinstance(made, Tensor)
         and made.shape == values.shape
@@ -72,297 +99,465 @@ def initialise(values: Tensor, init: Initialiser) -> None:
         )
 
 
-class NamedRows(Tables):
-    """Tables, and an index of the names that their rows have."""
+def _takes_names(init: Initialiser) -> bool:
+    """Whether ``init`` is to be called with the names, too: two of its parameters must be given."""
+    try:
+        parameters = inspect.signature(init).parameters.values()
+    except (TypeError, ValueError):  # of what is written in C
+        return False
+    needed = [
+        one
+        for one in parameters
+        if one.default is one.empty and one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
+    ]
+    return len(needed) == 2
 
-    if TYPE_CHECKING:
-        _index: IndexMap
-        # Counts what changes the row of a name that is there, and what adds names.
-        _moves: int
-        _inserts: int
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.__dict__.update(_index=IndexMap(), _moves=0, _inserts=0)
+# -- inserting ---------------------------------------------------------------------------------------------------------
 
-    def _moved(self, changes: Changes) -> None:
-        changes.set_attributes(self, _moves=self._moves + 1)
 
-    def _row(self, id_: int) -> Tensor:
-        return self._parameter(self._tables[id_ >> ROW_BITS])[id_ & ROW_MASK]  # no calls: this is for each `sd[name]`
+def kind_to_insert(
+    sd: StackedParameterDict,
+    shape: Sequence[int] | None,
+    dtype: torch.dtype | None,
+    of_what: str = "names that are not there",
+    frozen: bool = False,
+) -> Kind:
+    """Return the kind that is asked for, or that of the only table that can be meant: ``frozen``, also of these."""
+    shape = None if shape is None else as_shape(shape)
+    kinds = {kind_of(sd, table)._replace(group=0) for table in sd._tables}
+    all_fitting = {kind for kind in kinds if (shape is None or kind.shape == shape) and dtype in (None, kind.dtype)}
+    fitting = {kind for kind in all_fitting if kind.trainable} or (all_fitting if frozen else set())
+    if len(fitting) == 1:
+        return fitting.pop()
+    if shape is None:
+        none = "no table is trainable" if sd._tables else "there is no table yet"
+        which = f"{len(fitting)} tables could be meant" if fitting else none
+        raise ValueError(f"expected shape=, that of {of_what}, because {which}")
+    return Kind(shape, dtype or torch.get_default_dtype())
 
-    # -- inserting -----------------------------------------------------------------------------------------------------
 
-    def _device(self) -> torch.device:
-        return self._parameter(self._tables[0]).device if self._tables else torch.get_default_device()
+def insert(
+    self: StackedParameterDict,
+    names: Names,
+    *,
+    init: Initialiser | None = None,
+    shape: Sequence[int] | None = None,
+    dtype: torch.dtype | None = None,
+) -> list[str]:
+    """Insert the names that are not there yet, at the end, in order. **O(m)** for ``m`` names.
 
-    def _groups_of(self, names: list[str]) -> list[int] | None:
-        """Return the number of the group of options of each name; None if all are 0."""
-        return None
+    Parameters
+    ----------
+    names
+        A list, array or other iterable of ``str``. Those that are there stay as they are.
+    init
+        Gives new rows their values in place, as ``torch.nn.init.normal_`` does. It is called once, with a tensor
+        ``[new names, *shape]`` of zeros: ``init(rows)``, or ``init(rows, names)`` if it takes two arguments. Without
+        it the rows stay zero.
+    shape, dtype
+        Of an entry. Needed only where they cannot be inferred from the only table.
 
-    def _kind_to_insert(
-        self,
-        shape: Sequence[int] | None,
-        dtype: torch.dtype | None,
-        of_what: str = "names that are not there",
-        frozen: bool = False,
-    ) -> Kind:
-        """Return the kind that is asked for, or that of the only table that can be meant: ``frozen``, also of these."""
-        shape = None if shape is None else as_shape(shape)
-        kinds = {self._kind(table)._replace(group=0) for table in self._tables}
-        all_fitting = {kind for kind in kinds if (shape is None or kind.shape == shape) and dtype in (None, kind.dtype)}
-        fitting = {kind for kind in all_fitting if kind.trainable} or (all_fitting if frozen else set())
-        if len(fitting) == 1:
-            return fitting.pop()
-        if shape is None:
-            none = "no table is trainable" if self._tables else "there is no table yet"
-            which = f"{len(fitting)} tables could be meant" if fitting else none
-            raise ValueError(f"expected shape=, that of {of_what}, because {which}")
-        return Kind(shape, dtype or torch.get_default_dtype())
+    Returns
+    -------
+    list of str
+        The names that were inserted.
 
-    @untraced
-    def _insert_missing(
-        self,
-        names: Names,
-        init: Initialiser | None,
-        shape: Sequence[int] | None,
-        dtype: torch.dtype | None,
-        and_then: Callable[[Changes], None] | None = None,
-    ) -> None:
-        """Insert the names that are not there, in order, within a change; ``and_then`` is for :meth:`_carry_out`."""
-        new = missing_names(self._index, names)
-        if "" in new:
-            raise KeyError(_EMPTY)
-        kind = self._kind_to_insert(shape, dtype)
-        refuse_integers(kind.dtype)
-        values = huge_pages.full((len(new), *kind.shape), 0, dtype=kind.dtype, device=self._device())
-        if init is not None:
-            with torch.no_grad():
-                initialise(values, init)
-        groups = np.array(self._groups_of(new) or np.zeros(len(new), np.int64))
-        plan = []
-        for group in np.unique(groups):
-            there = np.flatnonzero(groups == group)
-            part = values if len(there) == len(values) else values[torch.from_numpy(there).to(values.device)]
-            plan.append(_Part(kind._replace(group=int(group)), there, np.empty(0, np.int64), part))
-        self._carry_out(new, np.full(len(new), -1), plan, and_then)
+    Raises
+    ------
+    KeyError
+        If a name is empty.
+    ValueError
+        If the shape cannot be inferred, or ``init`` returned new values instead of writing them.
+    RuntimeError
+        If the table must grow, or reuse the row of a removed name, and an optimizer that is not attached has stepped on
+        it. Nothing has changed after an error.
 
-    @untraced
-    def _insert(self, names: list[str], values: list[Any], distinct: bool = False) -> None:
-        """Set entries, within a change: all, or, if one cannot be taken, none."""
-        names = as_list(names)
-        if "" in names:
-            raise KeyError(_EMPTY)
-        kinds, classes = self._classes(names, values)
-        if not distinct and len(set(names)) != len(names):
-            last = {name: at for at, name in enumerate(names)}
-            names, kept = list(last), list(last.values())
-            values, kinds = [values[at] for at in kept], kinds[kept]
-        held = self._index.indices(names, missing=-1)
-        groups = self._groups_of(names)
-        # What decides where an entry goes: what it is, where it lies now, and its group of options.
-        columns = [kinds, table_of(held)]
-        if groups is not None:
-            columns.append(np.array(groups))
-        plan, numbers = [], self._numbers()
-        devices: dict[Kind, torch.device] = {}
-        for place, there in partition(columns):
-            class_, number = classes[int(place[0])], int(place[1])
-            group = int(place[2]) if groups is not None else 0
-            kind = self._kind_for(names[there[0]], class_, number, group, numbers)
-            stays = number >= 0 and self._kind(self._tables[number]) == kind
-            first = devices.setdefault(kind, class_.device)
-            if first != class_.device and kind not in numbers:
-                raise ValueError(
-                    f"expected a tensor on {first} for '{names[there[0]]}', as others that go to its new table, "
-                    f"got {class_.device}"
-                )
-            old = held[there] if number >= 0 else np.empty(0, np.int64)
-            chosen = values if len(there) == len(values) else [values[at] for at in there]
-            plan.append(_Part(kind, there, old, chosen, stays))
-        self._carry_out(names, held, plan)
+    Examples
+    --------
+    >>> import torch, pdrs
+    >>> sd = pdrs.StackedParameterDict.from_tensor(["a", "b"], torch.zeros(2, 2))
+    >>> sd.insert(["b", "c"], init=torch.nn.init.ones_)
+    ['c']
+    >>> sd["c"].tolist()
+    [1.0, 1.0]
 
-    def _classes(self, names: list[str], values: list[Any]) -> tuple[Rows, list[_Class]]:
-        """Return the class of each value, and what the classes are; TypeError if a value is no tensor."""
-        kinds, firsts = sort_tensors(values)
-        classes = [_Class(values[at]) for at in firsts]
-        for at in np.flatnonzero(kinds < 0):
-            value = values[at]
-            if not isinstance(value, Tensor) or value.layout != torch.strided:
-                what = type(value).__name__ if not isinstance(value, Tensor) else f"one of layout {value.layout}"
-                raise TypeError(
-                    f"expected a strided tensor for '{names[at]}', got {what}: a StackedParameterDict holds rows of "
-                    "tables; pdrs.ParameterDict holds Modules and other values, too"
-                )
-            class_ = _Class(value)
-            if class_ not in classes:
-                classes.append(class_)
-            kinds[at] = classes.index(class_)
-        for class_ in classes:
-            if class_.trainable is not False:
-                refuse_integers(class_.dtype)
-        return kinds, classes
+    """
+    listing = as_list(names)
+    with self._lock.change():
+        return insert_missing(self, listing, init, shape, dtype)
 
-    def _kind_for(self, name: str, class_: _Class, number: int, group: int, numbers: dict[Kind, int]) -> Kind:
-        """Return the kind of the table for a value, where ``number`` is the table that the entry lies in, or -1."""
-        trainable = class_.trainable is not False
-        if number >= 0:
-            held = self._parameter(self._tables[number])
-            if held.dtype != class_.dtype:
-                raise TypeError(f"expected {held.dtype} for '{name}', as its row has, got {class_.dtype}")
-            if class_.trainable is None:
-                trainable = held.requires_grad
-        kind = Kind(class_.shape, class_.dtype, trainable, group)
-        there = numbers.get(kind)
-        if there is not None:
-            device = self._parameter(self._tables[there]).device
-            if device != class_.device:
-                raise ValueError(
-                    f"expected a tensor on {device} for '{name}', where its table lies, got {class_.device}"
-                )
-        return kind
 
-    def _carry_out(
-        self, names: list[str], held: Rows, plan: list[_Part], and_then: Callable[[Changes], None] | None = None
-    ) -> None:
-        """Set entries whose names are distinct; ``held`` are their ids, -1 for new ones.
+def rename(self: StackedParameterDict, old: str, new: str) -> None:
+    """Give an entry another name. Its place in the order and its row stay. **O(1)**.
 
-        What ``and_then`` notes, when the tables have the room that they will have, is changed in the same step.
-        """
-        tables, numbers, changes = len(self._tables), self._numbers(), Changes()
-        try:
-            for number in {table_of(int(part.held[0])) for part in plan if len(part.held) and not part.stays}:
-                self._take_back(self._tables[number])  # before anything is noted that is to be written to it
-            blocks, prepared = [], []
-            for part in plan:
-                like = part.values if isinstance(part.values, Tensor) else part.values[0].detach()[None]
-                number = table_of(int(part.held[0])) if part.stays else self._table_for(part.kind, like.device, numbers)
-                if part.stays:
-                    self._refuse_foreign(self._tables[number], "set names")
-                block = part.values if isinstance(part.values, Tensor) else stack(part.values, like)
-                # That of one tensor is the tensor itself, which may be a row that another part writes to.
-                blocks.append(block.clone() if len(plan) > 1 and len(block) == 1 else block)
-                prepared.append((number, part.stays))
+    Raises
+    ------
+    KeyError
+        If ``old`` is missing, or ``new`` is empty.
+    ValueError
+        If there is an entry ``new``.
+    TypeError
+        If a name is not a ``str``.
+
+    Examples
+    --------
+    >>> import torch, pdrs
+    >>> sd = pdrs.StackedParameterDict.from_tensor(["a", "b"], torch.zeros(2, 2))
+    >>> sd.rename("a", "first")
+    >>> list(sd)
+    ['first', 'b']
+
+    """
+    _check_name(self, old)
+    if not isinstance(new, str):
+        raise TypeError(f"expected a str as name, got {type(new).__name__}")
+    if not new:
+        raise KeyError(_EMPTY)
+    with self._lock.change():
+        plan = self._index.plan_rename(old, new)
+        groups = groups_of(self._patterns, [old, new])
+        if groups is not None and groups[0] != groups[1]:
+            raise ValueError(f"'{new}' belongs to another group of options than '{old}': pop the one and set the other")
+        changes = Changes()
+        changes.call(self._index.commit, plan)
+        changes.make()
+
+
+def move_to_end(self: StackedParameterDict, name: str, last: bool = True) -> None:
+    """Move an entry to the end, or to the beginning. Its row stays. **O(1)**.
+
+    Raises
+    ------
+    KeyError
+        If it is missing.
+    TypeError
+        If ``name`` is not a ``str``.
+
+    Examples
+    --------
+    >>> import torch, pdrs
+    >>> sd = pdrs.StackedParameterDict.from_tensor(["a", "b"], torch.zeros(2, 2))
+    >>> sd.move_to_end("a")
+    >>> list(sd)
+    ['b', 'a']
+
+    """
+    _check_name(self, name)
+    with self._lock.change():
+        changes = Changes()
+        changes.call(self._index.commit, self._index.plan_move_to_end(name, last))
+        changes.make()
+
+
+def _check_name(sd: StackedParameterDict, name: object) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"expected a str as name, got {type(name).__name__}")
+    if name not in sd._index:
+        raise MissingEntryError(name)
+
+
+@untraced
+def insert_missing(
+    sd: StackedParameterDict,
+    names: Names,
+    init: Initialiser | None,
+    shape: Sequence[int] | None,
+    dtype: torch.dtype | None,
+    and_then: Callable[[Changes], None] | None = None,
+) -> list[str]:
+    """Insert the names that are not there, in order, within a change, and return them.
+
+    ``and_then`` is for :func:`_carry_out`.
+    """
+    new = sd._index.missing(names)
+    if "" in new:
+        raise KeyError(_EMPTY)
+    kind = kind_to_insert(sd, shape, dtype)
+    refuse_integers(kind.dtype)
+    values = huge_pages.full((len(new), *kind.shape), 0, dtype=kind.dtype, device=device_of(sd))
+    if init is not None:
+        with torch.no_grad():
+            initialise(values, init, new)
+    groups = np.array(groups_of(sd._patterns, new) or np.zeros(len(new), np.int64))
+    plan = []
+    for group in np.unique(groups):
+        there = np.flatnonzero(groups == group)
+        part = values if len(there) == len(values) else values[torch.from_numpy(there).to(values.device)]
+        plan.append(_Part(kind._replace(group=int(group)), there, part))
+    _carry_out(sd, new, plan, and_then)
+    return new
+
+
+@untraced
+def insert_values(sd: StackedParameterDict, names: list[str], values: list[Any], distinct: bool = False) -> None:
+    """Set entries, within a change: all, or, if one cannot be taken, none."""
+    names = as_list(names)
+    if "" in names:
+        raise KeyError(_EMPTY)
+    kinds, classes = _classes(names, values)
+    if not distinct and len(set(names)) != len(names):
+        last = {name: at for at, name in enumerate(names)}
+        names, kept = list(last), list(last.values())
+        values, kinds = [values[at] for at in kept], kinds[kept]
+    held = sd._index.places(names).tables
+    groups = groups_of(sd._patterns, names)
+    # What decides where an entry goes: what it is, where it lies now, and its group of options.
+    columns = [kinds, held]
+    if groups is not None:
+        columns.append(np.array(groups))
+    plan, numbers = [], numbers_by_kind(sd)
+    devices: dict[Kind, torch.device] = {}
+    for place, there in partition(columns):
+        class_, number = classes[int(place[0])], int(place[1])
+        group = int(place[2]) if groups is not None else 0
+        kind = _kind_for(sd, names[there[0]], class_, number, group, numbers)
+        stays = number >= 0 and kind_of(sd, sd._tables[number]) == kind
+        first = devices.setdefault(kind, class_.device)
+        if first != class_.device and kind not in numbers:
+            raise ValueError(
+                f"expected a tensor on {first} for '{names[there[0]]}', as others that go to its new table, "
+                f"got {class_.device}"
+            )
+        chosen = values if len(there) == len(values) else [values[at] for at in there]
+        plan.append(_Part(kind, there, chosen, number, stays))
+    _carry_out(sd, names, plan)
+
+
+def _classes(names: list[str], values: list[Any]) -> tuple[Rows, list[_Class]]:
+    """Return the class of each value, and what the classes are; TypeError if a value is no tensor."""
+    kinds, firsts = sort_tensors(values)
+    classes = [_Class(values[at]) for at in firsts]
+    for at in np.flatnonzero(kinds < 0):
+        value = values[at]
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
+            what = type(value).__name__ if not isinstance(value, Tensor) else f"one of layout {value.layout}"
+            raise TypeError(
+                f"expected a strided tensor for '{names[at]}', got {what}: a StackedParameterDict holds rows of "
+                "tables; pdrs.ParameterDict holds Modules and other values, too"
+            )
+        class_ = _Class(value)
+        if class_ not in classes:
+            classes.append(class_)
+        kinds[at] = classes.index(class_)
+    for class_ in classes:
+        if class_.trainable is not False:
+            refuse_integers(class_.dtype)
+    return kinds, classes
+
+
+def _kind_for(
+    sd: StackedParameterDict, name: str, class_: _Class, number: int, group: int, numbers: dict[Kind, int]
+) -> Kind:
+    """Return the kind of the table for a value, where ``number`` is the table that the entry lies in, or -1."""
+    trainable = class_.trainable is not False
+    if number >= 0:
+        held = parameter_of(sd, sd._tables[number])
+        if held.dtype != class_.dtype:
+            raise TypeError(f"expected {held.dtype} for '{name}', as its row has, got {class_.dtype}")
+        if class_.trainable is None:
+            trainable = held.requires_grad
+    kind = Kind(class_.shape, class_.dtype, trainable, group)
+    there = numbers.get(kind)
+    if there is not None:
+        device = parameter_of(sd, sd._tables[there]).device
+        if device != class_.device:
+            raise ValueError(f"expected a tensor on {device} for '{name}', where its table lies, got {class_.device}")
+    return kind
+
+
+def _carry_out(
+    sd: StackedParameterDict,
+    names: list[str],
+    plan: list[_Part],
+    and_then: Callable[[Changes], None] | None = None,
+) -> None:
+    """Set entries whose names are distinct.
+
+    What ``and_then`` notes, when the tables have the room that they will have, is changed in the same step.
+    """
+    tables, numbers, changes = len(sd._tables), numbers_by_kind(sd), Changes()
+    try:
+        for number in {part.held for part in plan if part.held >= 0 and not part.stays}:
+            take_back(sd, sd._tables[number])  # before anything is noted that is to be written to it
+        targets = np.empty(len(names), np.int64)
+        wanted: dict[int, int] = {}
+        prepared: list[tuple[_Part, int, Tensor]] = []
+        for part in plan:
+            like = part.values if isinstance(part.values, Tensor) else part.values[0].detach()[None]
+            number = part.held if part.stays else table_for(sd, part.kind, like.device, numbers)
+            if part.stays:
+                refuse_foreign(sd, sd._tables[number], "set names")
+            block = part.values if isinstance(part.values, Tensor) else stack(part.values, like)
+            # That of one tensor is the tensor itself, which may be a row that another part writes to.
+            prepared.append((part, number, block.clone() if len(plan) > 1 and len(block) == 1 else block))
+            targets[part.there] = number
             # Several parts may go to one table.
-            wanted: dict[int, int] = {}
-            for part, (number, stays) in zip(plan, prepared, strict=True):
-                wanted[number] = wanted.get(number, 0) + (0 if stays else len(part.there))
-            rows = {number: self._make_room(self._tables[number], count) for number, count in wanted.items()}
-            ids = held.copy()
-            taken = dict.fromkeys(rows, 0)
-            placed = []
-            for part, (number, stays) in zip(plan, prepared, strict=True):
-                if stays:
-                    placed.append(row_of(part.held))
-                else:
-                    new = rows[number][taken[number] : taken[number] + len(part.there)]
-                    taken[number] += len(part.there)
-                    ids[part.there] = id_of(number, new)
-                    placed.append(new)
-            if "_averages" in self.__dict__:
-                refuse_mixing(self, names, ids, tables)
-            writes: list[tuple[Tensor, Rows, Tensor]] = []
-            for new, block, (number, stays) in zip(placed, blocks, prepared, strict=True):
-                parameter = self._parameter(self._tables[number])
-                if stays:
-                    writes.append((parameter, new, block))
-                else:
-                    write_rows(parameter, new, block)
-                    self._begin(self._tables[number], new)
-            changes.call(insert_ids, self._index, names, ids)
-            for parameter, rows_of, block in writes:
-                note_rows(changes, parameter, rows_of, block)
-            for number, count in wanted.items():
-                changes.call(self._tables[number].rows.take, count)
-            gone = held[(held >= 0) & (held != ids)]
-            if len(gone):
-                self._free(changes, gone)
-            changes.set_attributes(self, _inserts=self._inserts + 1)
-            if and_then is not None:
-                and_then(changes)
-            changes.make()
-        except BaseException:
-            while not changes.made and len(self._tables) > tables:
-                self._remove_last_table()
-            raise
+            wanted[number] = wanted.get(number, 0) + (0 if part.stays else len(part.there))
+        for number, count in wanted.items():
+            make_room(sd, number, count)
+        placed = sd._index.plan_insert(names, targets)
+        if "_averages" in sd.__dict__:
+            refuse_mixing(sd, names, placed.places, tables)
+        rows = placed.places.rows
+        writes: list[tuple[Tensor, Rows, Tensor]] = []
+        for part, number, block in prepared:
+            parameter, of_part = parameter_of(sd, sd._tables[number]), rows[part.there]
+            if part.stays:
+                writes.append((parameter, of_part, block))
+            else:
+                write_rows(parameter, of_part, block)
+                begin_state(sd, sd._tables[number], of_part)
+        changes.call(sd._index.commit, placed)
+        for parameter, of_part, block in writes:
+            note_rows(changes, parameter, of_part, block)
+        free_rows(sd, changes, placed.freed)
+        if and_then is not None:
+            and_then(changes)
+        changes.make()
+    except BaseException:
+        while not changes.made and len(sd._tables) > tables:
+            remove_last_table(sd)
+        raise
 
-    # -- removing ------------------------------------------------------------------------------------------------------
 
-    def select(self, mask: Mask) -> list[str]:
-        """Return the names, in order, at whose places a mask is true. **O(n)**.
+# -- removing ----------------------------------------------------------------------------------------------------------
 
-        Parameters
-        ----------
-        mask
-            bool ``[n]``: a tensor, an array, a column of another library, or a list.
 
-        Raises
-        ------
-        TypeError
-            If it holds anything but bool.
-        ValueError
-            If it is of another length.
+def select(self: StackedParameterDict, mask: Mask) -> list[str]:
+    """Return the names, in order, at whose places a mask is true. **O(n)**.
 
-        Examples
-        --------
-        >>> import torch, pdrs
-        >>> sd = pdrs.StackedParameterDict.from_tensor(["a", "b", "c"], torch.tensor([[3.0], [0.1], [-2.0]]))
-        >>> sd.select(sd.norms() > 1)
-        ['a', 'c']
+    Parameters
+    ----------
+    mask
+        bool ``[n]``: a tensor, an array, a column of another library, or a list.
 
-        """
-        with self._lock:
-            return self._index.select(mask)
+    Raises
+    ------
+    TypeError
+        If it holds anything but bool.
+    ValueError
+        If it is of another length.
 
-    @untraced
-    def drop(self, names: Names | Mask) -> None:
-        """Remove many entries at once; the order of the others stays. **O(m)** for ``m`` names.
+    Examples
+    --------
+    >>> import torch, pdrs
+    >>> sd = pdrs.StackedParameterDict.from_tensor(["a", "b", "c"], torch.tensor([[3.0], [0.1], [-2.0]]))
+    >>> sd.select(sd.norms() > 1)
+    ['a', 'c']
 
-        Their rows, gradients and what attached optimizers remember of them become zero.
+    """
+    with self._lock:
+        return self._index.select(mask)
 
-        Parameters
-        ----------
-        names
-            Names that are there, each once; or a mask, as :meth:`select` takes it, which is **O(n)**.
 
-        Raises
-        ------
-        KeyError
-            If a name is not there, or is listed twice; then none has been removed.
-        TypeError, ValueError
-            If these are neither names nor a mask for all names.
+@untraced
+def drop(self: StackedParameterDict, names: Names | Mask, *, missing: Literal["error", "skip"] = "error") -> None:
+    """Remove many entries at once; the order of the others stays. **O(m)** for ``m`` names.
 
-        Examples
-        --------
-        Prune the names with the smallest norms:
+    Their rows, gradients and what attached optimizers remember of them become zero.
 
-        >>> import torch, pdrs
-        >>> sd = pdrs.StackedParameterDict.from_tensor(["a", "b", "c"], torch.tensor([[3.0], [0.1], [-2.0]]))
-        >>> sd.drop(sd.norms() < 1)
-        >>> list(sd)
-        ['a', 'c']
+    Parameters
+    ----------
+    names
+        Names that are there, each once; or a mask, as :meth:`StackedParameterDict.select` takes it, which is **O(n)**.
 
-        """
-        with self._lock:
-            gone = self._index.select(names) if is_mask(names) else as_list(names)
-            with self._lock.change():
-                ids = self._index.indices(gone, missing=-1)
-                changes = Changes()
-                changes.call(remove_names, self._index, gone)  # which refuses what cannot be removed
-                self._free(changes, np.unique(ids[ids >= 0]) if ids.min(initial=0) < 0 else ids)
-                changes.make()
+    Raises
+    ------
+    KeyError
+        If a name is missing, or is listed twice. Then none has been removed.
+    TypeError, ValueError
+        If these are neither names nor a mask for all names.
 
-    @untraced
-    def _free(self, changes: Changes, ids: Rows) -> None:
-        """Take back rows whose names are gone, and clear them, and what belongs to them."""
-        self._moved(changes)
-        numbers = table_of(ids)
-        for number in np.unique(numbers):
-            table = self._tables[number]
-            rows = row_of(ids[numbers == number])
-            table.rows.reserve_free()  # which may fail, and giving back must not
-            changes.call(table.rows.give_back_many, rows)
-            self._clear_rows(changes, table, rows)
+    Examples
+    --------
+    Prune the names with the smallest norms:
+
+    >>> import torch, pdrs
+    >>> sd = pdrs.StackedParameterDict.from_tensor(["a", "b", "c"], torch.tensor([[3.0], [0.1], [-2.0]]))
+    >>> sd.drop(sd.norms() < 1)
+    >>> list(sd)
+    ['a', 'c']
+
+    """
+    if missing not in ("error", "skip"):
+        raise ValueError(f"missing must be 'error' or 'skip', got {missing!r}")
+    with self._lock:
+        if is_mask(names):
+            gone = self._index.select(names)
+        else:
+            gone = as_list(names)
+            absent = self._index.places(gone).missing()
+            if len(absent):
+                if missing == "error":
+                    raise missing_error(gone, absent)
+                lacking = set(absent.tolist())
+                gone = [name for at, name in enumerate(gone) if at not in lacking]
+        with self._lock.change():
+            remove(self, self._index.plan_remove(gone))
+
+
+@untraced
+def retain(self: StackedParameterDict, names: Names | Mask, *, missing: Literal["error", "skip"] = "error") -> None:
+    """Remove all entries except some; the order of these stays. **O(n)**.
+
+    Parameters
+    ----------
+    names
+        Names to keep; or a mask, as :meth:`StackedParameterDict.select` takes it.
+    missing
+        Whether names that are not there are an error or are skipped.
+
+    Raises
+    ------
+    KeyError
+        If a name is missing. Then nothing has been removed.
+    TypeError, ValueError
+        If these are neither names nor a mask for all names.
+
+    Examples
+    --------
+    >>> import torch, pdrs
+    >>> sd = pdrs.StackedParameterDict.from_tensor(["a", "b", "c"], torch.eye(3))
+    >>> sd.retain(["c", "a"])
+    >>> list(sd)
+    ['a', 'c']
+
+    """
+    if missing not in ("error", "skip"):
+        raise ValueError(f"missing must be 'error' or 'skip', got {missing!r}")
+    with self._lock.change():
+        index = self._index
+        if is_mask(names):
+            kept = as_mask(names, len(index))
+        else:
+            wanted = as_list(names)
+            places, kept = index.places(wanted), np.zeros(len(index), np.bool_)
+            if missing == "error" and len(absent := places.missing()):
+                raise missing_error(wanted, absent)
+            of_table = {number: rows for number, _, rows in places.by_table()}
+            for number, there, rows in index.places().by_table():
+                if number in of_table:
+                    is_wanted = np.zeros(index.used(number), np.bool_)
+                    is_wanted[of_table[number]] = True
+                    kept[there] = is_wanted[rows]
+        remove(self, index.plan_remove(index.select(~kept)))
+
+
+@untraced
+def remove(sd: StackedParameterDict, plan: RowPlan) -> None:
+    """Remove names, within a change."""
+    changes = Changes()
+    changes.call(sd._index.commit, plan)
+    free_rows(sd, changes, plan.freed)
+    changes.make()
+
+
+@untraced
+def free_rows(sd: StackedParameterDict, changes: Changes, freed: Places) -> None:
+    """Note that rows which names lose become zero, and that what belongs to them goes, too."""
+    for number, _, rows in freed.by_table():
+        clear_rows(sd, changes, sd._tables[number], rows)
 
 
 class _Class:
@@ -379,10 +574,12 @@ class _Class:
 
 
 class _Part:
-    """Entries that go to one table: their places in the list of names, their values, and the ids that they have."""
+    """Entries that go to one table: their places in the list of names, their values, and the table that has them."""
 
-    def __init__(self, kind: Kind, there: Rows, held: Rows, values: list[Tensor] | Tensor, stays: bool = False) -> None:
-        self.kind, self.there, self.held, self.values, self.stays = kind, there, held, values, stays
+    def __init__(
+        self, kind: Kind, there: Rows, values: list[Tensor] | Tensor, held: int = -1, stays: bool = False
+    ) -> None:
+        self.kind, self.there, self.values, self.held, self.stays = kind, there, values, held, stays
 
 
 def partition(columns: list[Rows]) -> list[tuple[Rows, Rows]]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Parameter
 
-from pdrs._core import IndexMap, pack_names, unpack_names
+from pdrs._core import IndexMap, Places, RowIndex, pack_names, unpack_names
 
 __all__ = [
     "Header",
@@ -108,16 +108,16 @@ def same_bytes(one: Tensor, other: Tensor) -> bool:
     return torch.equal(*words) and torch.equal(one[whole:], other[whole:])
 
 
-def pack(index: IndexMap, header: Header, ids: NDArray[np.int64] | None = None) -> Tensor:
-    """Return the names of an index, their ids and a header: uint8 ``[bytes]``. **O(n)**.
+def pack(index: IndexMap | RowIndex, header: Header, places: Places | None = None) -> Tensor:
+    """Return the names of an index, their places and a header: uint8 ``[bytes]``. **O(n)**.
 
-    The ids are the index's rows, or others, one for each name.
+    The places are those of a :class:`RowIndex`, or, for an IndexMap, one for each name.
     """
-    return torch.from_numpy(pack_names(index, list(header.tables), list(header.patterns), ids))
+    return torch.from_numpy(pack_names(index, list(header.tables), list(header.patterns), places))
 
 
-def unpack(packed: Tensor, prefix: str | None = None) -> tuple[IndexMap, NDArray[np.int64], Header]:
-    """Return the index, its ids in order, and the header that were packed. **O(n)**.
+def unpack(packed: Tensor, prefix: str | None = None) -> tuple[IndexMap, Header]:
+    """Return the names, for :meth:`RowIndex.of_ids`, and the header that were packed. **O(n)**.
 
     Parameters
     ----------
@@ -139,8 +139,8 @@ def unpack(packed: Tensor, prefix: str | None = None) -> tuple[IndexMap, NDArray
         raise ValueError(
             f"the names were packed by a later version of pdrs (layout {version}, this one reads {_VERSION})"
         )
-    index, ids, tables, patterns = unpack_names(data, prefix)
-    return index, ids, Header(tuple(TableHeader(*table) for table in tables), tuple(patterns))
+    names, tables, patterns = unpack_names(data, prefix)
+    return names, Header(tuple(TableHeader(*table) for table in tables), tuple(patterns))
 
 
 def check_header(header: Header) -> None:

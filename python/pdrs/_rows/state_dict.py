@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
-from torch.nn.modules.module import _IncompatibleKeys
 
-from pdrs._core import TableRows, sort_tensors
+from pdrs._core import IndexMap, RowIndex, sort_tensors
 from pdrs._rows import optimizer_state
-from pdrs._rows.insert import partition
+from pdrs._rows.insert import insert_values, partition
 from pdrs._rows.names_codec import (
     Header,
     TableHeader,
@@ -28,9 +27,10 @@ from pdrs._rows.names_codec import (
     unpack,
     used_rows,
 )
-from pdrs._rows.row_ids import row_of, table_of
-from pdrs._rows.store import Table, is_sharded
-from pdrs._rows.train import TrainedRows
+from pdrs._rows.optimizers import attached, refuse_strangers
+from pdrs._rows.room import lent_whole, rearrange, resize
+from pdrs._rows.store import add_table, adopt, device_of, remove_last_table
+from pdrs._rows.table import Table, is_sharded, parameter_of, refuse_foreign
 from pdrs._rows.write import stack, write_rows
 from pdrs._torch import huge_pages
 from pdrs._torch.modes import is_intercepted
@@ -38,338 +38,267 @@ from pdrs._torch.stand_in import StandIn
 from pdrs._torch.transaction import Changes
 from pdrs._torch.untraced import untraced
 
-__all__ = ["SavedRows"]
+if TYPE_CHECKING:
+    from pdrs.stacked import StackedParameterDict
 
-_EXTRA_STATE = "_extra_state"  # the key that torch gives what `get_extra_state` returns
+__all__ = [
+    "EXTRA_STATE",
+    "LentTables",
+    "conform",
+    "header_of",
+    "keys_under",
+    "load_named",
+    "load_others",
+    "load_packed",
+    "load_whole",
+    "names_as_packed",
+    "note_load",
+    "take_packed",
+    "were_packed",
+]
+
+EXTRA_STATE = "_extra_state"  # the key that torch gives what `get_extra_state` returns
 
 
-class SavedRows(TrainedRows):
-    """Named rows that can be saved and loaded."""
+def names_as_packed(sd: StackedParameterDict) -> Tensor:
+    """Return what :meth:`StackedParameterDict.get_extra_state` returns; it is kept until it changes."""
+    with sd._lock.read():
+        packed = _packed_before(sd)
+        if packed is None:
+            with torch.inference_mode(False):  # where torch would not count
+                packed = pack(sd._index, header_of(sd))
+            sd.__dict__["_packed"] = (packed, *_count(sd, packed))
+        return packed
 
-    if TYPE_CHECKING:
-        # The names as they were last packed, and what was counted then: kept, because models are saved again and again,
-        # and because to compare bytes is the fastest way to find out that what is loaded has the same names.
-        # Distributed checkpoints are loaded into the tensors of a state dict in place: torch counts what is written to
-        # them.
-        _packed: tuple[Tensor, int, int, int, Header] | None
-        # Packed names of someone else's that were found to be the same, and what was counted then.
-        _same: tuple[weakref.ref[Tensor], int, int, int, Header] | None
-        # What `load_state_dict` has taken the names from, until it is done.
-        _taken: Tensor | None
-        # Texts beside the tensors of the file that it was opened from. They are no part of its state.
-        metadata: dict[str, str]
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.__dict__.update(_packed=None, _same=None, _taken=None, metadata={})
+def _packed_before(sd: StackedParameterDict) -> Tensor | None:
+    if sd._packed is None:
+        return None
+    packed = sd._packed[0]
+    return packed if sd._packed[1:] == _count(sd, packed) else None
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what is only remembered to be faster."""
-        return super().__getstate__() | {"_packed": None, "_same": None}
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Return what ``pickle`` writes: names and tables as they are at one time, whatever other threads do."""
-        with self._lock.read():
-            for table in self._tables:
-                self._clear_free(table)
-            reduced = super().__reduce_ex__(protocol)
-            state = reduced[2] if isinstance(reduced, tuple) and len(reduced) > 2 else None
-            if not isinstance(state, dict) or state.get("_index") is not self._index:
-                return reduced
-            state = state | {"_index": self._index.copy()}
-            # Behind all others, so that it is asked when these have been written.
-            state["_lent"] = _Lent(self)
-            return (*reduced[:2], state, *reduced[3:])
+def _count(sd: StackedParameterDict, packed: Tensor) -> tuple[int, int, int, Header]:
+    """Return what changes when packed names, or ours, do."""
+    return packed._version, sd._index.moves, sd._index.inserts, header_of(sd)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore what was pickled or copied."""
-        super().__setstate__({key: value for key, value in state.items() if key != "_lent"})
 
-    # -- saving --------------------------------------------------------------------------------------------------------
+def header_of(sd: StackedParameterDict) -> Header:
+    """Return what is packed beside the names."""
+    tables = tuple(
+        TableHeader(table.attribute, table.group, parameter_of(sd, table).requires_grad, sd._index.used(number))
+        for number, table in enumerate(sd._tables)
+    )
+    return Header(tables, sd._patterns)
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        # Tables and names, as they are at one time.
-        with self._lock.read():
-            for table in self._tables:
-                self._clear_free(table)
-            super()._save_to_state_dict(destination, prefix, keep_vars)
-            for table in self._tables:
-                saved = destination.get(prefix + table.attribute)
-                if not keep_vars and isinstance(saved, Tensor):
-                    self._lend(table, saved)
 
-    def get_extra_state(self) -> Tensor:
-        """Return the names, their rows, and what there is to know of the tables: uint8 ``[bytes]``. **O(n)**."""
-        with self._lock.read():
-            packed = self._packed_before()
-            if packed is None:
-                with torch.inference_mode(False):  # where torch would not count
-                    packed = pack(self._index, self._header())
-                self.__dict__["_packed"] = (packed, *self._count(packed))
-            return packed
+def take_packed(sd: StackedParameterDict, state: Any) -> None:
+    """Do what :meth:`StackedParameterDict.set_extra_state` does."""
+    if not is_packed(state):
+        raise ValueError("expected the packed names of a StackedParameterDict")
+    with sd._lock:
+        if state is not sd._taken:
+            with sd._lock.change():
+                _refuse_tables_by_name(sd, state)
+                conform(sd, state, {})
 
-    def _packed_before(self) -> Tensor | None:
-        if self._packed is None:
-            return None
-        packed = self._packed[0]
-        return packed if self._packed[1:] == self._count(packed) else None
 
-    def _count(self, packed: Tensor) -> tuple[int, int, int, Header]:
-        """Return what changes when packed names, or ours, do."""
-        return packed._version, self._moves, self._inserts, self._header()
-
-    def _header(self) -> Header:
-        tables = tuple(
-            TableHeader(table.attribute, table.group, self._parameter(table).requires_grad, table.rows.used)
-            for table in self._tables
-        )
-        return Header(tables, self._patterns)
-
-    def named_state_dict(self) -> dict[str, Tensor]:
-        """Return a dict of names and rows, as a ParameterDict's ``state_dict`` is. **O(n)**.
-
-        The rows are detached views of the tables; those of sharded ones are copies, for which all processes must ask.
-        Both classes of ParameterDict load it, and so does this one.
-        """
-        with self._lock.read():
-            tables = [self._lent_whole(table).unbind() for table in self._tables]
-            return {name: tables[table_of(id_)][row_of(id_)] for name, id_ in self._index.items()}
-
-    # -- loading -------------------------------------------------------------------------------------------------------
-
-    def set_extra_state(self, state: Any) -> None:
-        """Take over names and rows; tables are made, removed and resized. **O(n)**, or little if they are the same."""
-        if not is_packed(state):
-            raise ValueError("expected the packed names of a StackedParameterDict")
-        with self._lock:
-            if state is not self._taken:
-                with self._lock.change():
-                    self._refuse_tables_by_name(state)
-                    self._conform(state, {})
-
-    def _refuse_tables_by_name(self, packed: Tensor) -> None:
-        # Tools that load a tensor at a time, such as `from_pretrained`, load into the tables that are there.
-        own = {table.attribute for table in self._tables}
-        lacking = [] if packed.is_meta else [name for name in used_rows(packed) if name not in own]
-        if lacking:
-            raise ValueError(
-                f"the table '{lacking[0]}' is missing: expected a dictionary that has it, because the names are loaded "
-                f"without their tables, got {sorted(own) or 'no tables'}. Load all at once with load_state_dict or "
-                "pdrs.load. Or make the dictionary in the dtype that was saved, reserve rows if it is empty, and "
-                "convert it afterwards"
-            )
-
-    @untraced
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load a state dict as torch does; one of a ParameterDict that fits, much faster, unless there are hooks."""
-        own = type(self)._load_from_state_dict is SavedRows._load_from_state_dict
-        if own and not assign and not torch.compiler.is_compiling():
-            with self._lock.change():
-                if _load_whole(self, state_dict):
-                    self._note_load()
-                    return _IncompatibleKeys([], [])
-        return super().load_state_dict(state_dict, strict, assign)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        # Before the names are read: a hook may rename keys of an old checkpoint.
-        for hook in self._load_state_dict_pre_hooks.values():
-            hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        names: Any = state_dict.get(prefix + _EXTRA_STATE)
-        if not is_packed(names):
-            if _were_packed(names):
-                error_msgs.append(f"While loading the names of {prefix or 'the dictionary'}: they are damaged")
-                return
-            problems = missing_keys, unexpected_keys, error_msgs
-            with self._lock.change():
-                state_dict = self._load_others(state_dict, prefix, local_metadata, strict, *problems)
-                assign = local_metadata.get("assign_to_params_buffers", False)
-                _load_named(self, state_dict, prefix, strict, assign, *problems)
-                self._note_load()
-            return
-        saved = {key[len(prefix) :]: state_dict[key] for key in _under(state_dict, prefix)}
-        with self._lock.change():
-            try:
-                self._conform(names, saved)
-            except (ValueError, RuntimeError) as error:
-                error_msgs.append(f"While loading the names of {prefix or 'the dictionary'}: {error}")
-                return
-            if names.device.type != "meta":
-                # torch hands it to `set_extra_state`, which has nothing left to do.
-                saved[_EXTRA_STATE] = names
-            state_dict = {prefix + key: value for key, value in saved.items()}
-            hooks = self.__dict__["_load_state_dict_pre_hooks"]
-            self.__dict__.update(_taken=saved.get(_EXTRA_STATE), _load_state_dict_pre_hooks=OrderedDict())
-            try:
-                with self._swappable():
-                    super()._load_from_state_dict(
-                        state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-                    )
-            finally:
-                self.__dict__.update(_taken=None, _load_state_dict_pre_hooks=hooks)
-            self._adopt()
-            self._note_load()
-            for table in self._tables:
-                self._clear_free(table, spare=True)
-
-    def _note_load(self) -> None:
-        for table in self._tables:
-            table.loaded = True
-
-    def _load_others(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> Mapping[str, Any]:
-        """Load what a subclass has beside tables as torch does, and return the rest of the state dict."""
-        tables = {table.attribute for table in self._tables}
-        others = {name: parameter for name, parameter in self._parameters.items() if name not in tables}
-        if not (others or self._buffers or self._modules):
-            return state_dict
-        owned = {key for key in _under(state_dict, prefix) if self._is_owned(key[len(prefix) :], others)}
-        missing: list[str] = []
-        Module._load_from_state_dict(
-            StandIn(self, others),  # type: ignore[arg-type]  # a stand-in
-            {key: state_dict[key] for key in owned},
-            prefix,
-            local_metadata,
-            strict,
-            missing,
-            unexpected_keys,
-            error_msgs,
-        )
-        missing_keys += [key for key in missing if key != prefix + _EXTRA_STATE]
-        return {key: value for key, value in state_dict.items() if key not in owned}
-
-    def _is_owned(self, key: str, others: Mapping[str, Any]) -> bool:
-        return key in others or key in self._buffers or key.split(".", 1)[0] in self._modules
-
-    @untraced
-    def _conform(self, packed: Any, saved: dict[str, Any]) -> None:
-        """Become a dictionary of the packed names and rows, with tables as large as the saved ones; values are not set.
-
-        Nothing has changed if the names are damaged, a table is missing, a detached optimizer has state for rows, or
-        memory runs out.
-        """
-        if packed.device.type == "meta":
-            return
-        if self._has_the_names(packed):
-            self._fit_capacities(saved)
-            return
-        index, ids, header = unpack(packed)
-        check_header(header)
-        old = {table.attribute: (number, table) for number, table in enumerate(self._tables)}
-        for attribute, *_ in header.tables:
-            if attribute not in old and hasattr(self, attribute):
-                raise ValueError(f"the table '{attribute}' cannot be made: there is another attribute of that name")
-        numbers, rows = table_of(ids), row_of(ids)
-        before = self._index.indices(list(index), missing=-1)
-        plan = []
-        for number, (attribute, group, trainable, used) in enumerate(header.tables):
-            there = numbers == number
-            tensor = saved.get(attribute)
-            if isinstance(tensor, Tensor) and tensor.dim() and used > len(tensor):
-                raise ValueError(f"the table '{attribute}' has {len(tensor)} rows, and {used} are in use")
-            if isinstance(tensor, Tensor) and tensor.dim():
-                refuse_unpaid(attribute, tensor, len(index))
-            of_table = TableRows.of_live(used, rows[there])
-            if tensor is None and attribute in old:
-                tensor = self._parameter(old[attribute][1])
-            capacity = max(used, len(tensor) if isinstance(tensor, Tensor) and tensor.dim() else 0)
-            plan.append((attribute, group, trainable, there, of_table, tensor, capacity))
-        for table in self._tables:
-            self._refuse_strangers(table, self._parameter(table), self._attached(), "load other names into a table")
-        made: list[Table] = []
-        changes = Changes()
-        tables = len(self._tables)
-        try:
-            for attribute, group, trainable, there, _, tensor, capacity in plan:
-                if attribute not in old:
-                    made.append(self._new_table(attribute, group, trainable, tensor, capacity))
-                    continue
-                was, table = old[attribute]
-                source = np.full(capacity, -1)
-                kept = there & (before >= 0) & (table_of(before) == was)
-                source[rows[kept]] = row_of(before[kept])
-                parameter = self._parameter(table)
-                is_other = capacity != len(parameter) or bool((source != np.arange(capacity)).any())
-                if is_other and not self._is_only_values(table, capacity):
-                    self._rearrange(changes, table, capacity, torch.from_numpy(source))
-                made.append(table)
-            for table, (_, group, _, _, of_table, _, _) in zip(made, plan, strict=True):
-                changes.set_attributes(table, group=group, rows=of_table)
-            kept = {table.attribute: self._parameters[table.attribute] for table in made}
-            gone = [self._parameter(table) for table in self._tables if table not in made]
-            tables_of_both = {table.attribute for table in self._tables}
-            others = {name: one for name, one in self._parameters.items() if name not in tables_of_both}
-            # In the saved order, by which an optimizer's state dict knows them.
-            changes.replace_all(self._parameters, others | kept)
-            for optimizer in self._attached():
-                optimizer_state.put_in_order(changes, optimizer, [self._parameter(table) for table in made], gone)
-            changes.set_attributes(self, _tables=made, _index=index, _patterns=header.patterns)
-            self._moved(changes)
-            changes.make()
-        except BaseException:
-            while not changes.made and len(self._tables) > tables:
-                self._remove_last_table()
-            raise
-
-    def _has_the_names(self, packed: Tensor) -> bool:
-        """Whether packed names are ours, in the same rows of the same tables."""
-        if self._same is not None and self._same[0]() is packed and self._same[1:] == self._count(packed):
-            return True
-        ours = self.get_extra_state()
-        same = ours is packed or same_bytes(ours, packed.cpu())
-        if same and not packed.is_inference():  # of which torch does not count what is written to them
-            self.__dict__["_same"] = (weakref.ref(packed), *self._count(packed))
-        return same
-
-    def _is_only_values(self, table: Table, capacity: int) -> bool:
-        """Whether a table is sharded, but nothing else than the values that are to come belongs to its rows."""
-        parameter = self._parameter(table)
-        if not is_sharded(parameter) or capacity != len(parameter) or table.frozen is not None:
-            return False
-        return parameter.grad is None and not any(
-            True for optimizer in self._attached() for _ in optimizer_state.of_rows(optimizer, parameter)
+def _refuse_tables_by_name(sd: StackedParameterDict, packed: Tensor) -> None:
+    # Tools that load a tensor at a time, such as `from_pretrained`, load into the tables that are there.
+    own = {table.attribute for table in sd._tables}
+    lacking = [] if packed.is_meta else [name for name in used_rows(packed) if name not in own]
+    if lacking:
+        raise ValueError(
+            f"the table '{lacking[0]}' is missing: expected a dictionary that has it, because the names are loaded "
+            f"without their tables, got {sorted(own) or 'no tables'}. Load all at once with load_state_dict or "
+            "pdrs.load. Or make the dictionary in the dtype that was saved, reserve rows if it is empty, and "
+            "convert it afterwards"
         )
 
-    def _fit_capacities(self, saved: Mapping[str, Any]) -> None:
-        for table in self._tables:
-            tensor = saved.get(table.attribute)
-            if isinstance(tensor, Tensor) and tensor.dim() and table.rows.used <= len(tensor):
-                refuse_unpaid(table.attribute, tensor, len(self._index))
-                self._resize(table, len(tensor))
 
-    def _new_table(self, attribute: str, group: int, trainable: bool, tensor: Any, capacity: int) -> Table:
+def load_packed(sd: StackedParameterDict, names: Tensor, state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Become a dictionary of the names in a state dict, and return the part of it that torch is to load.
+
+    ValueError or RuntimeError if that cannot be; then nothing has changed.
+    """
+    saved = {key[len(prefix) :]: state_dict[key] for key in keys_under(state_dict, prefix)}
+    conform(sd, names, saved)
+    if names.device.type != "meta":
+        # torch hands it to `set_extra_state`, which has nothing left to do.
+        saved[EXTRA_STATE] = names
+    return {prefix + key: value for key, value in saved.items()}
+
+
+def note_load(sd: StackedParameterDict) -> None:
+    for table in sd._tables:
+        table.loaded = True
+
+
+def load_others(
+    sd: StackedParameterDict,
+    state_dict: Mapping[str, Any],
+    prefix: str,
+    local_metadata: Mapping[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> Mapping[str, Any]:
+    """Load what a subclass has beside tables as torch does, and return the rest of the state dict."""
+    tables = {table.attribute for table in sd._tables}
+    others = {name: parameter for name, parameter in sd._parameters.items() if name not in tables}
+    if not (others or sd._buffers or sd._modules):
+        return state_dict
+    owned = {key for key in keys_under(state_dict, prefix) if _is_owned(sd, key[len(prefix) :], others)}
+    missing: list[str] = []
+    Module._load_from_state_dict(
+        StandIn(sd, others),  # type: ignore[arg-type]  # a stand-in
+        {key: state_dict[key] for key in owned},
+        prefix,
+        local_metadata,
+        strict,
+        missing,
+        unexpected_keys,
+        error_msgs,
+    )
+    missing_keys += [key for key in missing if key != prefix + EXTRA_STATE]
+    return {key: value for key, value in state_dict.items() if key not in owned}
+
+
+def _is_owned(sd: StackedParameterDict, key: str, others: Mapping[str, Any]) -> bool:
+    return key in others or key in sd._buffers or key.split(".", 1)[0] in sd._modules
+
+
+@untraced
+def conform(sd: StackedParameterDict, packed: Any, saved: dict[str, Any]) -> None:
+    """Become a dictionary of the packed names and rows, with tables as large as the saved ones; values are not set.
+
+    Nothing has changed if the names are damaged, a table is missing, a detached optimizer has state for rows, or
+    memory runs out.
+    """
+    if packed.device.type == "meta":
+        return
+    if _has_the_names(sd, packed):
+        _fit_capacities(sd, saved)
+        return
+    names, header = unpack(packed)
+    check_header(header)
+    old = {table.attribute: (number, table) for number, table in enumerate(sd._tables)}
+    for attribute, *_ in header.tables:
+        if attribute not in old and hasattr(sd, attribute):
+            raise ValueError(f"the table '{attribute}' cannot be made: there is another attribute of that name")
+    index = _index_of(sd, names, header, saved)
+    places, before = index.places(), sd._index.places(index.names())
+    numbers, rows, before_numbers, before_rows = places.tables, places.rows, before.tables, before.rows
+    plan = []
+    for number, (attribute, group, trainable, used) in enumerate(header.tables):
+        there = numbers == number
+        tensor = saved.get(attribute)
+        if tensor is None and attribute in old:
+            tensor = parameter_of(sd, old[attribute][1])
+        capacity = max(used, len(tensor) if isinstance(tensor, Tensor) and tensor.dim() else 0)
+        plan.append((attribute, group, trainable, there, tensor, capacity))
+    for table in sd._tables:
+        refuse_strangers(sd, table, parameter_of(sd, table), attached(sd), "load other names into a table")
+    made: list[Table] = []
+    changes = Changes()
+    tables = len(sd._tables)
+    try:
+        for attribute, group, trainable, there, tensor, capacity in plan:
+            if attribute not in old:
+                made.append(_new_table(sd, attribute, group, trainable, tensor, capacity))
+                continue
+            was, table = old[attribute]
+            source = np.full(capacity, -1)
+            kept = there & (before_numbers == was)
+            source[rows[kept]] = before_rows[kept]
+            parameter = parameter_of(sd, table)
+            is_other = capacity != len(parameter) or bool((source != np.arange(capacity)).any())
+            if is_other and not _is_only_values(sd, table, capacity):
+                rearrange(sd, changes, table, capacity, torch.from_numpy(source))
+            made.append(table)
+        for table, (_, group, *_) in zip(made, plan, strict=True):
+            changes.set_attributes(table, group=group)
+        kept = {table.attribute: sd._parameters[table.attribute] for table in made}
+        gone = [parameter_of(sd, table) for table in sd._tables if table not in made]
+        tables_of_both = {table.attribute for table in sd._tables}
+        others = {name: one for name, one in sd._parameters.items() if name not in tables_of_both}
+        # In the saved order, by which an optimizer's state dict knows them.
+        changes.replace_all(sd._parameters, others | kept)
+        for optimizer in attached(sd):
+            optimizer_state.put_in_order(changes, optimizer, [parameter_of(sd, table) for table in made], gone)
+        changes.set_attributes(sd, _tables=made, _index=index, _patterns=header.patterns)
+        changes.make()
+    except BaseException:
+        while not changes.made and len(sd._tables) > tables:
+            remove_last_table(sd)
+        raise
+
+
+def _index_of(sd: StackedParameterDict, names: IndexMap, header: Header, saved: Mapping[str, Any]) -> RowIndex:
+    """Return the index of names that were packed, after a look at whether the tables have so many rows."""
+    own = {table.attribute: table for table in sd._tables}
+    for table in header.tables:
+        tensor = saved.get(table.attribute)
+        if tensor is None and table.attribute in own:
+            tensor = parameter_of(sd, own[table.attribute])
         if not isinstance(tensor, Tensor) or tensor.dim() == 0:
-            raise ValueError(f"the table '{attribute}' is missing")
-        with torch.inference_mode(False):
-            data = huge_pages.full((capacity, *tensor.shape[1:]), 0, dtype=tensor.dtype, device=self._device())
-        return self._tables[self._add_table(attribute, Parameter(data, requires_grad=trainable), group)]
+            raise ValueError(f"the table '{table.attribute}' is missing")
+        if table.attribute in saved:
+            if table.used > len(tensor):
+                raise ValueError(f"the table '{table.attribute}' has {len(tensor)} rows, and {table.used} are in use")
+            refuse_unpaid(table.attribute, tensor, len(names))
+    return RowIndex.of_ids(names, [table.used for table in header.tables])
 
 
-class _Lent:
+def _has_the_names(sd: StackedParameterDict, packed: Tensor) -> bool:
+    """Whether packed names are ours, in the same rows of the same tables."""
+    if sd._same is not None and sd._same[0]() is packed and sd._same[1:] == _count(sd, packed):
+        return True
+    ours = names_as_packed(sd)
+    same = ours is packed or same_bytes(ours, packed.cpu())
+    if same and not packed.is_inference():  # of which torch does not count what is written to them
+        sd.__dict__["_same"] = (weakref.ref(packed), *_count(sd, packed))
+    return same
+
+
+def _is_only_values(sd: StackedParameterDict, table: Table, capacity: int) -> bool:
+    """Whether a table is sharded, but nothing else than the values that are to come belongs to its rows."""
+    parameter = parameter_of(sd, table)
+    if not is_sharded(parameter) or capacity != len(parameter) or table.frozen is not None:
+        return False
+    return parameter.grad is None and not any(
+        True for optimizer in attached(sd) for _ in optimizer_state.of_rows(optimizer, parameter)
+    )
+
+
+def _fit_capacities(sd: StackedParameterDict, saved: Mapping[str, Any]) -> None:
+    for number, table in enumerate(sd._tables):
+        tensor = saved.get(table.attribute)
+        if isinstance(tensor, Tensor) and tensor.dim() and sd._index.used(number) <= len(tensor):
+            refuse_unpaid(table.attribute, tensor, len(sd._index))
+            resize(sd, table, len(tensor))
+
+
+def _new_table(
+    sd: StackedParameterDict, attribute: str, group: int, trainable: bool, tensor: Any, capacity: int
+) -> Table:
+    if not isinstance(tensor, Tensor) or tensor.dim() == 0:
+        raise ValueError(f"the table '{attribute}' is missing")
+    with torch.inference_mode(False):
+        data = huge_pages.full((capacity, *tensor.shape[1:]), 0, dtype=tensor.dtype, device=device_of(sd))
+    return sd._tables[add_table(sd, attribute, Parameter(data, requires_grad=trainable), group)]
+
+
+class LentTables:
     """In a pickle that is being made: keeps the memory of tables as it is, and raises if they have got other memory."""
 
-    def __init__(self, owner: SavedRows) -> None:
+    def __init__(self, owner: StackedParameterDict) -> None:
         self._tables = []
         for table in owner._tables:
             parameter = owner._parameters.get(table.attribute)
             if isinstance(parameter, Parameter) and type(parameter.data) is Tensor:
-                self._tables.append((parameter, owner._lent_whole(table)))
+                self._tables.append((parameter, lent_whole(owner, table)))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         for parameter, tensor in self._tables:
@@ -384,16 +313,16 @@ class _Lent:
         """Return nothing, because a copy is made under the lock."""
 
 
-def _were_packed(names: Any) -> bool:
+def were_packed(names: Any) -> bool:
     # Bytes that begin otherwise than packed names do. As an entry, they would make entries of the tables, too.
     return isinstance(names, Tensor) and names.dtype == torch.uint8 and names.dim() == 1
 
 
-def _under(state_dict: Mapping[str, Any], prefix: str) -> list[str]:
+def keys_under(state_dict: Mapping[str, Any], prefix: str) -> list[str]:
     return [key for key in state_dict if key.startswith(prefix)] if prefix else list(state_dict)
 
 
-def _load_whole(sd: SavedRows, state_dict: Any) -> bool:
+def load_whole(sd: StackedParameterDict, state_dict: Any) -> bool:
     """Load what a ParameterDict saved, if it has all names of the only table, and tensors of its shape.
 
     Of anything else nothing is loaded, and the result is false. torch's way begins with a copy of the whole state dict,
@@ -404,7 +333,7 @@ def _load_whole(sd: SavedRows, state_dict: Any) -> bool:
         or len(sd._tables) != 1
         or len(sd._parameters) != 1
         or not 0 < len(state_dict) == len(sd._index)
-        or _EXTRA_STATE in state_dict
+        or EXTRA_STATE in state_dict
         or sd._modules
         or sd._buffers
         or sd._load_state_dict_pre_hooks
@@ -419,19 +348,19 @@ def _load_whole(sd: SavedRows, state_dict: Any) -> bool:
         return False
     if parameter.device.type == "meta":
         return False
-    ids = sd._index.indices(names, missing=-1)
-    if ids.min() < 0:
+    places = sd._index.places(names)
+    if places.only_table() < 0:
         return False
     classes, _ = sort_tensors(values)
     if classes.any() or values[0].shape != parameter.shape[1:]:
         return False
-    write_rows(parameter, row_of(ids), stack(values, values[0].detach()[None]))
+    write_rows(parameter, places.rows, stack(values, values[0].detach()[None]))
     return True
 
 
 @untraced
-def _load_named(
-    sd: SavedRows,
+def load_named(
+    sd: StackedParameterDict,
     state_dict: Mapping[str, Any],
     prefix: str,
     strict: bool,
@@ -441,7 +370,7 @@ def _load_named(
     error_msgs: list[str],
 ) -> None:
     """Load what a ParameterDict saved: an empty dictionary takes over the names, another one must have them."""
-    keys = _under(state_dict, prefix)
+    keys = keys_under(state_dict, prefix)
     names = [key[len(prefix) :] for key in keys] if prefix else keys
     values = list(map(state_dict.__getitem__, keys))
     classes, firsts = sort_tensors(values)
@@ -454,26 +383,27 @@ def _load_named(
     ]
     if len(sd._index) == 0:
         taken = sorted(set(range(len(keys))).difference(odd))
-        sd._insert([names[at] for at in taken], [_as_entry(values[at]) for at in taken])
+        insert_values(sd, [names[at] for at in taken], [_as_entry(values[at]) for at in taken])
         return
-    ids = sd._index.indices(names, missing=-1)
+    found = sd._index.places(names)
+    numbers, rows = found.tables, found.rows
     if strict:
-        unexpected_keys += [keys[at] for at in np.flatnonzero(ids < 0)]
-        if (ids >= 0).sum() < len(sd._index):
+        unexpected_keys += [keys[at] for at in found.missing()]
+        if len(found.found()) < len(sd._index):
             given = set(names)
             missing_keys += [prefix + name for name in sd._index if name not in given]
-    for number in np.unique(table_of(ids[ids >= 0])):
-        sd._refuse_foreign(sd._tables[number], "load the layout of a ParameterDict")
-    for (class_, number), there in partition([classes, table_of(ids)]):
+    for number, _, _ in found.by_table():
+        refuse_foreign(sd, sd._tables[number], "load the layout of a ParameterDict")
+    for (class_, number), there in partition([classes, numbers]):
         if number < 0:
             continue
-        parameter = sd._parameter(sd._tables[number])
+        parameter = parameter_of(sd, sd._tables[number])
         places = there.tolist()
         if parameter.device.type == "meta":
             parameter = _off_meta(sd, sd._tables[number], assign, (values[at] for at in places))
         if class_ >= 0 and values[firsts[class_]].shape == parameter.shape[1:]:
             chosen = values if len(places) == len(values) else [values[at] for at in places]
-            write_rows(parameter, row_of(ids[there]), stack(chosen, chosen[0].detach()[None]))
+            write_rows(parameter, rows[there], stack(chosen, chosen[0].detach()[None]))
             continue
         for at in places:
             value = values[at]
@@ -481,7 +411,7 @@ def _load_named(
                 continue
             if value.shape == parameter.shape[1:]:
                 try:
-                    write_rows(parameter, row_of(ids[at : at + 1]), value.detach()[None])
+                    write_rows(parameter, rows[at : at + 1], value.detach()[None])
                 except Exception as error:  # as torch does, which reports it with all others
                     error_msgs.append(
                         f'While copying the parameter named "{keys[at]}", whose dimensions in the model are '
@@ -495,9 +425,9 @@ def _load_named(
                 )
 
 
-def _off_meta(sd: SavedRows, table: Table, assign: bool, values: Iterable[Any]) -> Tensor:
+def _off_meta(sd: StackedParameterDict, table: Table, assign: bool, values: Iterable[Any]) -> Tensor:
     """Return the Parameter of a table on the meta device: one with memory, in its place, if values are assigned."""
-    parameter = sd._parameter(table)
+    parameter = parameter_of(sd, table)
     place = next((value.device for value in values if isinstance(value, Tensor) and not value.is_meta), None)
     if place is None:
         return parameter
@@ -510,7 +440,7 @@ def _off_meta(sd: SavedRows, table: Table, assign: bool, values: Iterable[Any]) 
         return parameter
     data = torch.zeros(parameter.shape, dtype=parameter.dtype, device=place)
     made = sd._parameters[table.attribute] = Parameter(data, requires_grad=parameter.requires_grad)
-    sd._adopt()
+    adopt(sd)
     return made
 
 

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Optimizer, SparseAdam
 
 if TYPE_CHECKING:
-    from pdrs._rows.store import Table, Tables
+    from pdrs._rows.table import Table
+    from pdrs.stacked import StackedParameterDict
 
 __all__ = ["AbsentNamesWarning", "UntrainedTableWarning", "after_step", "before_step", "hold", "watch"]
 
@@ -45,13 +46,13 @@ class UntrainedTableWarning(UserWarning):
 class _Watch:
     """A table of a dictionary, and what was seen of it."""
 
-    def __init__(self, owner: Tables, table: Table) -> None:
+    def __init__(self, owner: StackedParameterDict, table: Table) -> None:
         # Not the Parameter: torch swaps none that something refers to weakly.
         self._owner, self._table = ref(owner), ref(table)
         self.steps = 0
         self.row: tuple[int, Tensor] | None = None
 
-    def find(self) -> tuple[Tables, Table, Tensor] | None:
+    def find(self) -> tuple[StackedParameterDict, Table, Tensor] | None:
         owner, table = self._owner(), self._table()
         parameter = owner._parameters.get(table.attribute) if owner is not None and table is not None else None
         if owner is None or table is None or parameter is None or type(parameter.data) is not Tensor:
@@ -74,7 +75,7 @@ _untrained: dict[int, _Watch] = {}
 _plans: WeakKeyDictionary[Any, _Plan] = WeakKeyDictionary()
 
 
-def watch(owner: Tables, table: Table, parameter: Tensor) -> None:
+def watch(owner: StackedParameterDict, table: Table, parameter: Tensor) -> None:
     """Look at a table from now on."""
     known = _watches.get(id(parameter))
     found = known.find() if known is not None else None
@@ -115,13 +116,18 @@ def before_step(optimizer: Any, _arguments: Any = None, _keywords: Any = None) -
         found = one.find()
         if found is None or found[0].__dict__.get("_warned_of_absent"):
             continue
-        _, table, parameter = found
-        if parameter.is_meta or (parameter.is_cuda and torch.cuda.is_current_stream_capturing()):
+        owner, table, parameter = found
+        if (
+            table not in owner._tables
+            or parameter.is_meta
+            or (parameter.is_cuda and torch.cuda.is_current_stream_capturing())
+        ):
             continue
-        used = table.rows.used
+        number = owner._tables.index(table)
+        used = owner._index.used(number)
         stride = max(1, used // _ROWS)
         rows = np.arange(plan.steps % stride, used, stride)
-        rows = rows[~np.isin(rows, table.rows.free())]
+        rows = rows[owner._index.is_taken(number, rows)]
         index = torch.from_numpy(rows).to(parameter.device)
         if table.frozen is not None:
             index = index[~table.frozen[index]]

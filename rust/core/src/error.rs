@@ -13,6 +13,18 @@ pub enum Error {
         /// The largest number that it can hold.
         limit: usize,
     },
+    /// An index cannot have more tables.
+    Tables {
+        /// The largest number that it can have.
+        limit: usize,
+    },
+    /// A table cannot have given so many rows.
+    Rows {
+        /// The number of rows.
+        wanted: u64,
+        /// The largest number that can be given.
+        limit: u64,
+    },
     /// There is no memory for what was asked for.
     Memory,
     /// A slab would have more bytes than an `i64` can count.
@@ -78,6 +90,8 @@ impl fmt::Display for Error {
             Self::Full { wanted, limit } => {
                 write!(f, "an IndexMap holds at most {limit} names, and {wanted} were asked for")
             }
+            Self::Tables { limit } => write!(f, "an index has at most {limit} tables"),
+            Self::Rows { wanted, limit } => write!(f, "a table has at most {limit} rows, and {wanted} were asked for"),
             Self::Memory => write!(f, "out of memory"),
             Self::TooLarge => write!(f, "all tensors together have more than {} bytes", i64::MAX),
             Self::BlockSize { got, multiple_of } => {

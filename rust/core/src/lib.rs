@@ -19,4 +19,4 @@ pub mod slab;
 pub use error::{Damage, Error, Result};
 pub use index_map::{IndexMap, Iter, MAX_ENTRIES};
 pub use key::{Hashed, Matches};
-pub use rows::Rows;
+pub use rows::{MAX_TABLES, OfTable, Place, Places, Plan, Refusal, RowIndex, Rows};

@@ -51,13 +51,17 @@ mod _core {
     #[pymodule_export]
     use super::python::type_slots::use_native_slots;
     #[pymodule_export]
+    use super::stacked::one_entry::{pop_end_entry_row, pop_entry_row, set_entry_row};
+    #[pymodule_export]
+    use super::stacked::places::Places;
+    #[pymodule_export]
+    use super::stacked::plan::RowPlan;
+    #[pymodule_export]
     use super::stacked::row::{sort_tensors, zero_row, zero_row_of_state, zero_rows};
     #[pymodule_export]
-    use super::stacked::row_index::{
-        find_rows, insert_ids, missing_names, names_behind, pop_end_row, pop_row, remove_names, replace_ids, set_row,
-    };
+    use super::stacked::row_index::RowIndex;
     #[pymodule_export]
-    use super::stacked::table_rows::TableRows;
+    use super::stacked::walk::RowIterator;
     #[pymodule_export]
     use super::torch::own_functions::{are_functions_own, is_own, watch_functions};
 

@@ -12,6 +12,37 @@ fn make_room<T>(listed: &mut Vec<T>, hashes: &mut Vec<u32>) -> Result<()> {
     hashes.try_reserve(1).map_err(|_| Error::Memory)
 }
 
+/// The number of the first of so many keys that is equal to one before it; `None` if all are distinct. **O(m)**.
+///
+/// # Errors
+///
+/// [`Error::Memory`]; [`Error::Full`] for more keys than a map can hold.
+pub(crate) fn first_repeated<'a, K: Matches<K> + 'a>(
+    count: usize,
+    key: impl Fn(usize) -> &'a K,
+) -> Result<Option<usize>> {
+    if count > MAX_ENTRIES {
+        return Err(Error::Full { wanted: count, limit: MAX_ENTRIES });
+    }
+    if count < 2 {
+        return Ok(None);
+    }
+    let hashes = memory::collect((0..count).map(|at| stored_hash(key(at))))?;
+    let are_same = |one: u32, other: u32| key(one as usize).matches(key(other as usize));
+    if Words::of_distinct(&hashes, are_same)?.is_some() {
+        return Ok(None);
+    }
+    let mut words = Words::default();
+    words.reserve(count)?;
+    for (hash, at) in hashes.into_iter().zip(0..) {
+        match words.search(hash, |found| are_same(found, at)) {
+            Ok(_) => return Ok(Some(at as usize)),
+            Err(empty) => words.fill(empty, hash, at),
+        }
+    }
+    Ok(None)
+}
+
 /// Entries that are no map, in their order.
 type Refused<K, V> = Vec<(K, V)>;
 

@@ -40,6 +40,15 @@ impl<K: Hashed, V> IndexMap<K, V> {
         Q: Hashed,
         K: Matches<Q>,
     {
+        self.find_many(queries, |at, found| each(at, found.map(|(_, value)| value)));
+    }
+
+    /// The same, with the position of each entry.
+    pub(crate) fn find_many<Q>(&self, queries: &[Q], mut each: impl FnMut(usize, Option<(usize, &V)>))
+    where
+        Q: Hashed,
+        K: Matches<Q>,
+    {
         if self.is_empty() {
             (0..queries.len()).for_each(|at| each(at, None));
             return;
@@ -63,8 +72,8 @@ impl<K: Hashed, V> IndexMap<K, V> {
             }
             for (at, query) in batch.iter().enumerate() {
                 let found = match entry(positions[at]) {
-                    Some((key, _)) if !key.matches(query) => self.get_hashed(hashes[at], query),
-                    first => first.map(|(_, value)| value),
+                    Some((key, _)) if !key.matches(query) => self.find_hashed(hashes[at], query),
+                    first => first.map(|(_, value)| (positions[at], value)),
                 };
                 each(begin + at, found);
             }

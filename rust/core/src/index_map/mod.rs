@@ -20,6 +20,7 @@
 
 mod bulk_build;
 mod bulk_read;
+mod planned;
 
 use std::collections::VecDeque;
 
@@ -27,6 +28,8 @@ use crate::error::{Error, Result};
 use crate::hash_table::Words;
 use crate::key::{Hashed, Matches};
 use crate::memory;
+
+pub(crate) use bulk_build::first_repeated;
 
 /// The largest number of entries of a map: half of the ids, because up to half of the entries may be holes.
 pub const MAX_ENTRIES: usize = (1 << 31) - 64;
@@ -112,6 +115,18 @@ impl<K, V> IndexMap<K, V> {
         }
         self.entries.try_reserve(additional).map_err(|_| Error::Memory)?;
         self.words.reserve(wanted)
+    }
+
+    /// Makes sure that so many more entries, or entries that move, have an id.
+    pub(crate) fn make_ids(&mut self, additional: usize) -> Result<()> {
+        // Where there was no memory to close them, there may be more holes than ids for holes.
+        if self.entries.len().saturating_add(additional) > 2 * MAX_ENTRIES {
+            self.compact();
+            if self.entries.len().saturating_add(additional) > 2 * MAX_ENTRIES {
+                return Err(Error::Memory);
+            }
+        }
+        Ok(())
     }
 
     /// The first entry in order. **O(1)**.
@@ -285,16 +300,17 @@ impl<K: Hashed, V> IndexMap<K, V> {
         if self.is_empty() { None } else { self.search(hash, query).ok() }
     }
 
-    fn get_hashed<Q>(&self, hash: u32, query: &Q) -> Option<&V>
+    fn find_hashed<Q>(&self, hash: u32, query: &Q) -> Option<(usize, &V)>
     where
         Q: ?Sized,
         K: Matches<Q>,
     {
-        let (_, value) = self.entries[self.position_in(self.find(hash, query)?)].as_ref()?;
-        Some(value)
+        let position = self.position_in(self.find(hash, query)?);
+        let (_, value) = self.entries[position].as_ref()?;
+        Some((position, value))
     }
 
-    fn position_of<Q>(&self, query: &Q) -> Option<usize>
+    pub(crate) fn position_of<Q>(&self, query: &Q) -> Option<usize>
     where
         Q: Hashed + ?Sized,
         K: Matches<Q>,
@@ -463,14 +479,8 @@ impl<K: Matches<K>, V> IndexMap<K, V> {
     }
 
     /// Makes sure that one more entry, or one that moves, has a place and an id.
-    fn make_place(&mut self) -> Result<()> {
-        // Where there was no memory to close them, there may be more holes than ids for holes.
-        if self.entries.len() >= 2 * MAX_ENTRIES {
-            self.compact();
-            if self.entries.len() >= 2 * MAX_ENTRIES {
-                return Err(Error::Memory);
-            }
-        }
+    pub(crate) fn make_place(&mut self) -> Result<()> {
+        self.make_ids(1)?;
         memory::make_room(&mut self.entries)
     }
 
@@ -587,10 +597,16 @@ impl<K: Matches<K>, V> IndexMap<K, V> {
         let Some(slot) = self.find(hash, query) else {
             return Ok(false);
         };
+        self.move_slot(slot, hash, last);
+        Ok(true)
+    }
+
+    /// Moves the entry in a slot behind or in front of all others, for which there is room.
+    fn move_slot(&mut self, slot: usize, hash: u32, last: bool) {
         let position = self.position_in(slot);
         let there = if last { self.entries.len() - 1 } else { 0 };
         if position == there {
-            return Ok(true);
+            return;
         }
         let entry = self.entries[position].take();
         let id = if last {
@@ -604,7 +620,6 @@ impl<K: Matches<K>, V> IndexMap<K, V> {
         self.words.fill(slot, hash, id);
         self.generation += 1;
         self.tidy();
-        Ok(true)
     }
 }
 

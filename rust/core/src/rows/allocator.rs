@@ -40,8 +40,22 @@ impl Rows {
     ///
     /// [`Error::Memory`](crate::Error::Memory).
     pub fn of_live(used: u64, mut live: impl Iterator<Item = u64>) -> Result<Option<Self>> {
-        let mut free = RowSet::all_below(used)?;
-        Ok(live.all(|row| free.remove(row)).then_some(Self { used, free }))
+        let mut rows = Self::all_free(used)?;
+        Ok(live.all(|row| rows.claim(row)).then_some(rows))
+    }
+
+    /// The rows of a table of whose first `used` rows none belongs to a name. **O(used / 64)**.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`](crate::Error::Memory).
+    pub(crate) fn all_free(used: u64) -> Result<Self> {
+        Ok(Self { used, free: RowSet::all_below(used)? })
+    }
+
+    /// Gives one row that is free; whether it was. **O(1)**.
+    pub(crate) fn claim(&mut self, row: u64) -> bool {
+        self.free.remove(row)
     }
 
     /// The same rows once more. **O(used / 64)**.

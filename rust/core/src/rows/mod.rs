@@ -1,6 +1,12 @@
-//! Rows of tables: which are free, and which belong to names.
+//! Rows of tables: which are free, which belong to names, and how that changes.
 
 mod allocator;
 mod bit_set;
+mod index;
+mod places;
+mod plan;
 
 pub use allocator::Rows;
+pub use index::RowIndex;
+pub use places::{MAX_TABLES, OfTable, Place, Places};
+pub use plan::{Plan, Refusal};

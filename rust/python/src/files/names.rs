@@ -7,9 +7,13 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyString;
 
+use std::sync::Arc;
+
 use crate::index_map::IndexMap;
 use crate::python::memory::{self, OrRaise};
 use crate::python::name::Name;
+use crate::stacked::places::Places;
+use crate::stacked::row_index::RowIndex;
 
 /// A table as Python has it: attribute, group, whether it is trainable, and the number of used rows.
 type TableTuple<'py> = (Bound<'py, PyString>, u64, bool, u64);
@@ -30,49 +34,47 @@ fn to_header(tables: Vec<TableTuple<'_>>, patterns: &[Bound<'_, PyString>]) -> H
     Header { tables: tables.into_iter().map(to_table).collect(), patterns: patterns.iter().map(to_utf8).collect() }
 }
 
-/// The number of names, and their rows, unless the n-th name has row n.
-fn listed_rows(py: Python<'_>, index: &IndexMap) -> PyResult<(usize, Option<Vec<u64>>)> {
-    let (mut count, mut plain) = (0, true);
-    index.for_each_row(py, |row| {
-        plain &= row == count;
-        count += 1;
-    });
-    let count = count.unsigned_abs() as usize;
-    if plain {
-        return Ok((count, None));
-    }
-    let mut listed = memory::with_capacity(count)?;
-    // No more than there were, should another thread add some.
-    index.for_each_row(py, |row| {
-        if listed.len() < count {
-            listed.push(row.cast_unsigned());
-        }
-    });
-    Ok((count, Some(listed)))
+/// Names in order, with their places or without.
+#[derive(FromPyObject)]
+pub(crate) enum Named<'py> {
+    #[pyo3(transparent)]
+    Rows(Bound<'py, RowIndex>),
+    #[pyo3(transparent)]
+    Names(Bound<'py, IndexMap>),
 }
 
-/// The packed names of an index, with its rows or others as ids.
+impl Named<'_> {
+    fn for_each(&self, py: Python<'_>, mut take: impl FnMut(&Name)) {
+        match self {
+            Self::Rows(index) => index.get().lock(py).names().for_each(|name, _| take(name)),
+            Self::Names(index) => index.get().for_each(py, |name, _| take(name)),
+        }
+    }
+}
+
+/// The packed names of an index, with its places or others.
 #[pyfunction]
-#[pyo3(signature = (index, tables, patterns, ids = None))]
+#[pyo3(signature = (index, tables, patterns, places = None))]
 pub(crate) fn pack_names<'py>(
-    index: &Bound<'py, IndexMap>,
+    py: Python<'py>,
+    index: Named<'py>,
     tables: Vec<TableTuple<'py>>,
     patterns: Vec<Bound<'py, PyString>>,
-    ids: Option<PyReadonlyArray1<'py, i64>>,
+    places: Option<Bound<'py, Places>>,
 ) -> PyResult<Bound<'py, PyArray1<u8>>> {
-    let py = index.py();
     let header = to_header(tables, &patterns);
-    let (count, listed) = match ids {
-        None => listed_rows(py, index.get())?,
-        Some(ids) => {
-            let listed: Vec<_> = memory::collect(ids.as_array().iter().map(|id| id.cast_unsigned()))?;
-            let plain = listed.iter().enumerate().all(|(at, id)| at as u64 == *id);
-            (listed.len(), (!plain).then_some(listed))
-        }
+    let places = match (&places, &index) {
+        (Some(places), _) => places.get().found().clone(),
+        (None, Named::Rows(index)) => Arc::new(index.get().lock(py).places().or_raise()?),
+        (None, Named::Names(_)) => return Err(PyValueError::new_err("an IndexMap has no places: expected some")),
     };
-    let mut encoder = Encoder::new(&header, count, listed.map(Vec::into_iter), 16 * count).or_raise()?;
+    let ids = || places.iter().map(|place| place.map_or(0, pdrs_core::Place::id));
+    let is_plain = ids().enumerate().all(|(at, id)| at as u64 == id);
+    let listed = if is_plain { None } else { Some(memory::collect(ids())?.into_iter()) };
+    let count = places.len();
+    let mut encoder = Encoder::new(&header, count, listed, 16 * count).or_raise()?;
     let (mut buffer, mut pushed, mut refused) = (Vec::new(), 0, None);
-    index.get().for_each(py, |name, _| {
+    index.for_each(py, |name| {
         pushed += 1;
         if refused.is_none()
             && let Err(error) = name.with_utf8(py, &mut buffer, |text| encoder.push(text))
@@ -81,7 +83,7 @@ pub(crate) fn pack_names<'py>(
         }
     });
     if pushed != count {
-        return Err(PyValueError::new_err(format!("got {pushed} names and {count} ids")));
+        return Err(PyValueError::new_err(format!("got {pushed} names and {count} places")));
     }
     if let Some(error) = refused {
         return Err(memory::refused(error));
@@ -89,7 +91,7 @@ pub(crate) fn pack_names<'py>(
     Ok(PyArray1::from_vec(py, encoder.finish()))
 }
 
-/// The index of packed names, each after a prefix, their ids, the tables and the patterns.
+/// The packed names, each after a prefix, with their ids, the tables and the patterns.
 #[pyfunction]
 #[pyo3(signature = (packed, prefix = None))]
 #[allow(clippy::type_complexity)]
@@ -97,27 +99,21 @@ pub(crate) fn unpack_names<'py>(
     py: Python<'py>,
     packed: PyReadonlyArray1<'py, u8>,
     prefix: Option<&Bound<'py, PyString>>,
-) -> PyResult<(IndexMap, Bound<'py, PyArray1<i64>>, Vec<TableTuple<'py>>, Vec<Bound<'py, PyString>>)> {
+) -> PyResult<(IndexMap, Vec<TableTuple<'py>>, Vec<Bound<'py, PyString>>)> {
     let packed = packed.as_slice()?;
     let (header, names) = py.detach(|| codec::decode(packed)).or_raise()?;
-    let (index, ids) = to_index(py, &names, prefix)?;
+    let index = to_index(py, &names, prefix)?;
     let from_table = |table: Table| Ok((from_utf8(py, &table.attribute)?, table.group, table.trainable, table.used));
     let tables = memory::try_collect(header.tables.into_iter().map(from_table))?;
     let patterns = memory::try_collect(header.patterns.iter().map(|pattern| from_utf8(py, pattern)))?;
-    Ok((index, ids, tables, patterns))
+    Ok((index, tables, patterns))
 }
 
-fn to_index<'py>(
-    py: Python<'py>,
-    names: &Names<'_>,
-    prefix: Option<&Bound<'py, PyString>>,
-) -> PyResult<(IndexMap, Bound<'py, PyArray1<i64>>)> {
-    let mut ids = memory::with_capacity(names.len())?;
+fn to_index(py: Python<'_>, names: &Names<'_>, prefix: Option<&Bound<'_, PyString>>) -> PyResult<IndexMap> {
     let mut joined = prefix.map(to_utf8).unwrap_or_default();
     let behind = joined.len();
     let entries = names.iter().map(|(name, id)| {
         let id = id.cast_signed();
-        ids.push(id);
         if behind == 0 {
             return Ok((Name::from_utf8(py, name)?, id));
         }
@@ -131,7 +127,7 @@ fn to_index<'py>(
         let name = twice.map(|(name, _)| String::from_utf8_lossy(name).into_owned()).unwrap_or_default();
         return Err(PyValueError::new_err(format!("the packed names are damaged: {name:?} is listed twice")));
     }
-    Ok((index, PyArray1::from_vec(py, ids)))
+    Ok(index)
 }
 
 /// The delta from packed names to others.

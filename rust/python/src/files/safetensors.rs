@@ -12,7 +12,7 @@ use crate::files::shard_index::ShardIndex;
 use crate::index_map::IndexMap;
 use crate::python::memory::{self, OrRaise, new_list, new_text};
 use crate::python::name::Name;
-use crate::stacked::row_index::ROW_BITS;
+use pdrs_core::names::codec::ROW_BITS;
 
 #[pyclass(frozen, module = "pdrs._core")]
 pub(crate) struct SafetensorsHeader {

@@ -17,7 +17,7 @@ use pyo3::types::{PyBytes, PyDict, PyList, PyString, PyTuple, PyType};
 
 use crate::python::memory::{self, OrRaise, new_list, new_number, new_pair, refused};
 use crate::python::name::{Name, Query, exact_text, find_listed, to_text};
-use crate::python::names::{listed, to_names};
+use crate::python::names::{ExactNames, listed, to_names};
 
 /// How many entries `repr` shows at each end of a long map.
 const SHOWN: usize = 5;
@@ -145,9 +145,9 @@ impl IndexMap {
         self.read(py).map.for_each(|name, row| take(name, *row));
     }
 
-    /// Looks at every row in order, under the lock: `take` must run no Python code.
-    pub(crate) fn for_each_row(&self, py: Python<'_>, mut take: impl FnMut(i64)) {
-        self.read(py).map.iter().for_each(|(_, row)| take(*row));
+    /// Looks at the map under the lock: `take` must run no Python code.
+    pub(crate) fn with_map<T>(&self, py: Python<'_>, take: impl FnOnce(&Map<Name, i64>) -> T) -> T {
+        take(&self.read(py).map)
     }
 
     pub(crate) fn len(&self, py: Python<'_>) -> usize {
@@ -268,35 +268,9 @@ impl IndexMap {
         Ok(())
     }
 
-    /// The places in `names` of those that are not there.
-    pub(crate) fn missing_of(&self, py: Python<'_>, names: &[Name]) -> PyResult<Vec<usize>> {
-        let mut missing = Ok(Vec::new());
-        self.read(py).map.get_many(names, |at, row| {
-            if row.is_none()
-                && let Ok(list) = &mut missing
-                && let Err(error) = pdrs_core::memory::push(list, at)
-            {
-                missing = Err(error);
-            }
-        });
-        missing.or_raise()
-    }
-
-    /// The rows of names in their order, -1 for those that are not there.
-    pub(crate) fn rows_or_minus_one(&self, names: &Bound<'_, PyAny>) -> PyResult<Vec<i64>> {
-        let names = &listed(names)?;
-        if let Some(rows) = self.rows_of_listed(names)? {
-            return Ok(rows);
-        }
-        let (py, names) = (names.py(), to_names(names)?);
-        let mut rows = memory::with_capacity(names.len())?;
-        self.read(py).map.get_many(&names, |_, row| rows.push(row.copied().unwrap_or(-1)));
-        Ok(rows)
-    }
-
     /// The same for a list or tuple of nothing but exact `str`; `None` for anything else.
     fn rows_of_listed(&self, names: &Bound<'_, PyAny>) -> PyResult<Option<Vec<i64>>> {
-        find_listed(&self.read(names.py()).map, names, -1).or_raise()
+        find_listed(&self.read(names.py()).map, names, |row| row.unwrap_or(-1)).or_raise()
     }
 
     /// The last or first name and its row.
@@ -304,29 +278,6 @@ impl IndexMap {
         let state = self.read(py);
         let (name, row) = if last { state.map.last() } else { state.map.first() }?;
         Some((name.clone_ref(py), *row))
-    }
-
-    /// Removes names that are there, and gives their rows; those that are not are passed over.
-    pub(crate) fn remove_all(&self, py: Python<'_>, names: &[Name]) -> PyResult<Vec<i64>> {
-        let mut rows = memory::with_capacity(names.len())?;
-        let mut locked = self.write(py);
-        rows.extend(names.iter().filter_map(|name| Some(locked.state.map.remove(name)?.1)));
-        Ok(rows)
-    }
-
-    /// Gives the names, in their order, other rows, of which there must be as many; whether there were.
-    pub(crate) fn replace_rows(&self, py: Python<'_>, rows: &[i64]) -> bool {
-        let mut locked = self.write(py);
-        let State { map, next_row } = &mut *locked.state;
-        if map.len() != rows.len() {
-            return false;
-        }
-        let mut rows = rows.iter();
-        map.for_each_value(|row| {
-            *row = rows.next().copied().unwrap_or(*row);
-            *next_row = (*next_row).max(row.saturating_add(1));
-        });
-        true
     }
 
     pub(crate) fn missing(name: Bound<'_, PyString>) -> PyErr {
@@ -362,22 +313,15 @@ fn checked_row(row: i64) -> PyResult<i64> {
 
 /// A map of a list of distinct names, each with the next row; `None` if something else is in the list.
 fn number_distinct(names: &Bound<'_, PyAny>) -> PyResult<Option<Map<Name, i64>>> {
-    let Ok(list) = names.cast_exact::<PyList>() else {
+    let Some(mut exact) = ExactNames::of(names) else {
         return Ok(None);
     };
-    let mut all_exact = true;
-    // Neither to hash an exact `str` nor to drop one runs Python code, so nothing changes the list meanwhile.
-    let exact = list.iter().map_while(|name| {
-        let text = name.cast_into_exact::<PyString>();
-        all_exact &= text.is_ok();
-        text.ok().map(Name::new)
-    });
-    let map = Map::from_distinct(exact.zip(0..)).or_raise()?.ok();
-    Ok(map.filter(|_| all_exact))
+    let map = Map::from_distinct(exact.by_ref().zip(0..)).or_raise()?.ok();
+    Ok(map.filter(|_| exact.are_all()))
 }
 
 /// An argument that may be left out, and is not taken for left out if it is None.
-struct Given<'py>(Option<Bound<'py, PyAny>>);
+pub(crate) struct Given<'py>(pub(crate) Option<Bound<'py, PyAny>>);
 
 impl<'py> FromPyObject<'_, 'py> for Given<'py> {
     type Error = std::convert::Infallible;

@@ -155,15 +155,15 @@ impl Matches<Listed<'_>> for Name {
     }
 }
 
-/// The values of the names in a list or tuple of nothing but exact `str`, in their order, `missing` for those that are
-/// not there; `None` for anything else.
+/// What `convert` makes of the value of each name in a list or tuple of nothing but exact `str`, in their order, or of
+/// `None` for one that is not there; `None` for anything else.
 ///
 /// The names stay in the list: to take a reference to each and give it back would write to all of them.
-pub(crate) fn find_listed<V: Copy>(
+pub(crate) fn find_listed<V: Copy, T>(
     map: &Map<Name, V>,
     names: &Bound<'_, PyAny>,
-    missing: V,
-) -> pdrs_core::Result<Option<Vec<V>>> {
+    convert: impl Fn(Option<V>) -> T,
+) -> pdrs_core::Result<Option<Vec<T>>> {
     // Without a GIL it keeps other threads from changing the list; with one it does nothing.
     with_critical_section(names, || {
         // SAFETY: a list and a tuple hold as many pointers to live objects as they are long, in a row (a list without
@@ -185,7 +185,7 @@ pub(crate) fn find_listed<V: Copy>(
         let mut all_found = true;
         map.get_many(listed, |_, value| {
             all_found &= value.is_some();
-            values.push(value.copied().unwrap_or(missing));
+            values.push(convert(value.copied()));
         });
         Ok((all_found || listed.iter().all(Listed::is_exact_text)).then_some(values))
     })

@@ -2,7 +2,8 @@
 
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyList, PyTuple};
+use pyo3::types::list::BoundListIterator;
+use pyo3::types::{PyList, PyString, PyTuple};
 
 use crate::index_map::AHEAD;
 use crate::python::memory;
@@ -20,13 +21,59 @@ pub(crate) fn listed<'py>(names: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAn
     LISTED.import(names.py(), "pdrs._torch.names", "listed")?.call1((names,))
 }
 
+/// The names in a list, up to the first that is no exact `str`.
+///
+/// Neither to hash nor to drop one runs Python code, so nothing changes the list meanwhile.
+pub(crate) struct ExactNames<'py> {
+    names: BoundListIterator<'py>,
+    has_other: bool,
+}
+
+impl<'py> ExactNames<'py> {
+    /// `None` if this is no exact list.
+    pub(crate) fn of(names: &Bound<'py, PyAny>) -> Option<Self> {
+        let list = names.cast_exact::<PyList>().ok()?;
+        Some(Self { names: list.iter(), has_other: false })
+    }
+
+    /// Whether nothing else was met.
+    pub(crate) fn are_all(&self) -> bool {
+        !self.has_other
+    }
+}
+
+impl Iterator for ExactNames<'_> {
+    type Item = Name;
+
+    fn next(&mut self) -> Option<Name> {
+        let text = self.names.next()?.cast_into_exact::<PyString>();
+        self.has_other |= text.is_err();
+        text.ok().map(Name::new)
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        (0, self.names.size_hint().1)
+    }
+}
+
 /// The names as exact `str`; a `TypeError` that says what came instead, and where, otherwise.
 pub(crate) fn to_names(names: &Bound<'_, PyAny>) -> PyResult<Vec<Name>> {
+    to_names_that(names, |_| Ok(()))
+}
+
+/// The same; `check` may refuse one.
+pub(crate) fn to_names_that<'py>(
+    names: &Bound<'py, PyAny>,
+    check: impl Fn(&Bound<'py, PyString>) -> PyResult<()>,
+) -> PyResult<Vec<Name>> {
     let names = listed(names)?;
     let mut converted = memory::with_capacity(names.len()?)?;
-    let mut take = |name: &Bound<'_, PyAny>| {
+    let mut take = |name: &Bound<'py, PyAny>| {
         match exact_text(name)? {
-            Some(text) => memory::push(&mut converted, Name::new(text))?,
+            Some(text) => {
+                check(&text)?;
+                memory::push(&mut converted, Name::new(text))?;
+            }
             None => return Err(refused(name, converted.len())),
         }
         Ok(())

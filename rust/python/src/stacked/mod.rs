@@ -1,5 +1,8 @@
 //! What a `StackedParameterDict` asks for natively.
 
+pub(crate) mod one_entry;
+pub(crate) mod places;
+pub(crate) mod plan;
 pub(crate) mod row;
 pub(crate) mod row_index;
-pub(crate) mod table_rows;
+pub(crate) mod walk;

@@ -1,451 +1,462 @@
-//! What a `StackedParameterDict` asks of its index for many names in one call.
+//! `RowIndex`: the names of a `StackedParameterDict` and the rows of all its tables, as Python sees them.
+//!
+//! It lies behind a lock that is held only for pure Rust work: nothing that runs Python code, and nothing that makes an
+//! object that Python's garbage collector tracks, happens while it is held.
 
-use std::collections::HashSet;
+use std::sync::{Mutex, MutexGuard};
 
 use numpy::{PyArray1, PyReadonlyArray1};
-use pyo3::exceptions::{PyKeyError, PyValueError};
+use pdrs_core::{IndexMap as Map, Place, Places as Found, Plan, Refusal, RowIndex as Index, Rows};
+use pyo3::exceptions::{PyIndexError, PyKeyError, PyOverflowError, PyRuntimeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyList, PyString};
+use pyo3::sync::{MutexExt, PyOnceLock};
+use pyo3::types::{PyBytes, PyList, PyString, PyTuple};
 
-use crate::index_map::IndexMap;
-use crate::python::instance::attributes;
-use crate::python::lock::{Holding, Lock, one_step};
-use crate::python::memory;
-use crate::python::name::{Name, to_text};
-use crate::python::names::to_names;
-use crate::python::one_step::call_all;
-use crate::stacked::row::{Fit, RowValue, ZeroedRow, copy_row};
-use crate::stacked::table_rows::TableRows;
-use crate::torch::Torch;
+use crate::index_map::{Given, IndexMap};
+use crate::python::memory::{self, OrRaise, new_list, new_number, new_pair};
+use crate::python::name::{Name, Query, exact_text, find_listed, to_text};
+use crate::python::names::{ExactNames, listed, to_names, to_names_that};
+use crate::stacked::places::Places;
+use crate::stacked::plan::{OrRefuse, RowPlan, no_table, refused_removal};
+use crate::stacked::walk::RowIterator;
 
-pub(crate) use pdrs_core::names::codec::ROW_BITS;
-
-/// Inserts names with their ids, in order: new ones at the end; those that are there keep their place.
-#[pyfunction]
-pub(crate) fn insert_ids(
-    index: &Bound<'_, IndexMap>,
-    names: &Bound<'_, PyAny>,
-    ids: PyReadonlyArray1<'_, i64>,
-) -> PyResult<()> {
-    let names = to_names(names)?;
-    let ids = ids.as_array();
-    if names.len() != ids.len() {
-        return Err(PyValueError::new_err(format!("got {} names and {} ids", names.len(), ids.len())));
-    }
-    index.get().insert_all(index.py(), memory::collect(names.into_iter().zip(ids.iter().copied()))?)
+#[pyclass(frozen, mapping, module = "pdrs._core")]
+pub(crate) struct RowIndex {
+    state: Mutex<Index<Name>>,
 }
 
-/// The names that are not in the index, in order, each once.
-#[pyfunction]
-pub(crate) fn missing_names<'py>(
-    index: &Bound<'py, IndexMap>,
-    names: &Bound<'py, PyAny>,
-) -> PyResult<Bound<'py, PyList>> {
-    let py = index.py();
-    let names = to_names(names)?;
-    let found = PyList::empty(py);
-    let missing = index.get().missing_of(py, &names)?;
-    let mut seen = room_for(missing.len())?;
-    for at in missing {
-        if seen.insert(Key(&names[at])) {
-            found.append(names[at].text(py))?;
+/// `KeyError` for the name that no entry can have.
+fn refuse_empty(name: &Bound<'_, PyString>) -> PyResult<()> {
+    if name.is_empty()? { Err(empty_name()) } else { Ok(()) }
+}
+
+fn empty_name() -> PyErr {
+    PyKeyError::new_err("parameter name can't be empty string \"\"")
+}
+
+/// Names of entries, none of them empty.
+fn to_entry_names(names: &Bound<'_, PyAny>) -> PyResult<Vec<Name>> {
+    to_names_that(names, refuse_empty)
+}
+
+/// How many rows each table has given.
+fn to_counts(used: &Bound<'_, PyAny>) -> PyResult<Vec<u64>> {
+    let mut counts = Vec::new();
+    for used in used.try_iter()? {
+        let used: i64 = used?.extract()?;
+        let refused = || PyValueError::new_err(format!("the rows of a table must be 0 or more, got {used}"));
+        memory::push(&mut counts, u64::try_from(used).map_err(|_| refused())?)?;
+    }
+    Ok(counts)
+}
+
+fn table_of(state: &Index<Name>, table: i64) -> PyResult<&Rows> {
+    let rows = usize::try_from(table).ok().and_then(|table| state.tables().get(table));
+    rows.ok_or_else(|| no_table(table))
+}
+
+fn to_array(py: Python<'_>, rows: impl Iterator<Item = u64>) -> PyResult<Bound<'_, PyArray1<i64>>> {
+    Ok(PyArray1::from_vec(py, memory::collect(rows.map(u64::cast_signed))?))
+}
+
+fn too_many(count: u64) -> PyErr {
+    PyOverflowError::new_err(format!("a table cannot have {count} rows more than it has"))
+}
+
+/// The bytes of numbers, little endian; `None` for none, because old protocols of pickle write no bytes as a call.
+fn to_bytes(py: Python<'_>, numbers: Vec<i64>) -> PyResult<Option<Bound<'_, PyBytes>>> {
+    if numbers.is_empty() {
+        return Ok(None);
+    }
+    let fill = |bytes: &mut [u8]| {
+        for (place, number) in bytes.chunks_exact_mut(8).zip(&numbers) {
+            place.copy_from_slice(&number.to_le_bytes());
+        }
+        Ok(())
+    };
+    PyBytes::new_with(py, 8 * numbers.len(), fill).map(Some)
+}
+
+impl RowIndex {
+    fn new_of(index: Index<Name>) -> Self {
+        Self { state: Mutex::new(index) }
+    }
+
+    pub(crate) fn lock(&self, py: Python<'_>) -> MutexGuard<'_, Index<Name>> {
+        self.state.lock_py_attached(py).unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// The place of a name, if it is there.
+    pub(crate) fn place(&self, name: &Bound<'_, PyString>) -> Option<Place> {
+        self.lock(name.py()).names().get(&Query::from(name)).copied()
+    }
+
+    fn plan(
+        &self,
+        py: Python<'_>,
+        make: impl FnOnce(&mut Index<Name>) -> Result<Plan<Name>, Refusal<Name>>,
+    ) -> Result<RowPlan, Refusal<Name>> {
+        make(&mut self.lock(py)).map(RowPlan::new)
+    }
+
+    fn to_list(py: Python<'_>, names: Vec<Name>) -> PyResult<Bound<'_, PyList>> {
+        new_list(py, names.into_iter().map(|name| Ok(name.into_text(py))))
+    }
+
+    fn all_names(state: &Index<Name>, py: Python<'_>) -> PyResult<Vec<Name>> {
+        let mut names = memory::with_capacity(state.names().len())?;
+        state.names().for_each(|name, _| names.push(name.clone_ref(py)));
+        Ok(names)
+    }
+
+    fn duplicate(&self, py: Python<'_>) -> PyResult<Self> {
+        Ok(Self::new_of(self.lock(py).copy(|name| name.clone_ref(py)).or_raise()?))
+    }
+}
+
+#[pymethods]
+impl RowIndex {
+    #[new]
+    fn new() -> Self {
+        Self::new_of(Index::new())
+    }
+
+    #[staticmethod]
+    fn of(names: &Bound<'_, PyAny>, places: &Bound<'_, Places>, used: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let made = Index::of(to_entry_names(names)?, places.get().found(), &to_counts(used)?);
+        made.or_refuse(names.py()).map(Self::new_of)
+    }
+
+    #[staticmethod]
+    fn of_one_table(names: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let (py, names) = (names.py(), &listed(names)?);
+        let mut exact = ExactNames::of(names);
+        let made = match exact.as_mut().map(|exact| (Index::of_one_table(exact.by_ref()), exact.are_all())) {
+            Some((made, true)) => made.or_refuse(py)?,
+            _ => Index::of_one_table(to_names(names)?.into_iter()).or_refuse(py)?,
+        };
+        if made.names().contains(&Query::from(&PyString::new(py, ""))) {
+            return Err(empty_name());
+        }
+        Ok(Self::new_of(made))
+    }
+
+    #[staticmethod]
+    fn of_ids(index: &Bound<'_, IndexMap>, used: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let py = index.py();
+        let used = to_counts(used)?;
+        let place_of = |id: &i64| Place::of_id(id.cast_unsigned());
+        let made = index.get().with_map(py, |map| Index::of_map(map, &used, |name| name.clone_ref(py), place_of));
+        made.or_refuse(py).map(Self::new_of)
+    }
+
+    #[getter]
+    fn moves(&self, py: Python<'_>) -> u64 {
+        self.lock(py).moves()
+    }
+
+    #[getter]
+    fn inserts(&self, py: Python<'_>) -> u64 {
+        self.lock(py).inserts()
+    }
+
+    fn __len__(&self, py: Python<'_>) -> usize {
+        self.lock(py).names().len()
+    }
+
+    fn __contains__(&self, name: &Bound<'_, PyAny>) -> PyResult<bool> {
+        if let Ok(text) = name.cast_exact::<PyString>() {
+            return Ok(self.place(text).is_some());
+        }
+        match exact_text(name)? {
+            Some(text) => Ok(self.place(&text).is_some()),
+            // As in a dict: what cannot be hashed is an error, what can is simply not there.
+            None => name.hash().map(|_| false),
         }
     }
-    Ok(found)
-}
 
-/// The number of the table that names lie in, and their rows there, in order; or, if they do not all lie in one, -1 and
-/// their ids, each -1 for a name that is not there.
-#[pyfunction]
-pub(crate) fn find_rows<'py>(
-    index: &Bound<'py, IndexMap>,
-    names: &Bound<'py, PyAny>,
-) -> PyResult<(i64, Bound<'py, PyArray1<i64>>)> {
-    let py = index.py();
-    let mut ids = index.get().rows_or_minus_one(names)?;
-    // The ids of a table, and no others, agree in the bits above the row.
-    let first = ids.first().copied().unwrap_or(-1);
-    let differing = ids.iter().fold(0, |bits, id| bits | (id ^ first));
-    if first < 0 || differing >> ROW_BITS != 0 {
-        return Ok((-1, PyArray1::from_vec(py, ids)));
+    fn __iter__(slf: &Bound<'_, Self>) -> RowIterator {
+        RowIterator::new(slf, false, false)
     }
-    for id in &mut ids {
-        *id &= (1 << ROW_BITS) - 1;
-    }
-    Ok((first >> ROW_BITS, PyArray1::from_vec(py, ids)))
-}
 
-/// Those names that begin so and go on, without their beginning, and their ids.
-#[pyfunction]
-pub(crate) fn names_behind<'py>(
-    index: &Bound<'py, IndexMap>,
-    ids: PyReadonlyArray1<'py, i64>,
-    beginning: &Bound<'py, PyString>,
-) -> PyResult<(IndexMap, Bound<'py, PyArray1<i64>>)> {
-    let py = index.py();
-    let (mut buffer, mut kept, mut failed) = (Vec::new(), Vec::new(), None);
-    let beginning = Name::new(beginning.clone()).with_utf8(py, &mut buffer, <[u8]>::to_vec);
-    let mut ids = ids.as_array().into_iter();
-    index.get().for_each(py, |name, _| {
-        let id = ids.next();
-        name.with_utf8(py, &mut buffer, |text| {
-            if let (Some(rest), Some(id)) = (text.strip_prefix(&*beginning).filter(|rest| !rest.is_empty()), id)
-                && failed.is_none()
+    fn __reversed__(slf: &Bound<'_, Self>) -> RowIterator {
+        RowIterator::new(slf, true, false)
+    }
+
+    #[pyo3(signature = (*, reverse = false))]
+    fn entries(slf: &Bound<'_, Self>, reverse: bool) -> RowIterator {
+        RowIterator::new(slf, reverse, true)
+    }
+
+    fn find<'py>(&self, name: &Bound<'py, PyAny>) -> PyResult<Option<Bound<'py, PyTuple>>> {
+        let py = name.py();
+        let Some(place) = self.place(&to_text(name)?) else {
+            return Ok(None);
+        };
+        let table = new_number(py, (place.table() as u64).cast_signed())?;
+        new_pair(py, table, new_number(py, place.row().cast_signed())?).map(Some)
+    }
+
+    #[pyo3(signature = (names = Given(None)), text_signature = "($self, names=...)")]
+    fn places(&self, py: Python<'_>, names: Given<'_>) -> PyResult<Places> {
+        let Given(Some(names)) = names else {
+            return Ok(self.lock(py).places().or_raise()?.into());
+        };
+        let names = &listed(&names)?;
+        let found = find_listed(self.lock(py).names(), names, std::convert::identity).or_raise()?;
+        if let Some(places) = found {
+            return Ok(Found::from(places).into());
+        }
+        let names = to_names(names)?;
+        let mut places = memory::with_capacity(names.len())?;
+        self.lock(py).names().get_many(&names, |_, place| places.push(place.copied()));
+        Ok(Found::from(places).into())
+    }
+
+    fn names<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
+        let names = Self::all_names(&self.lock(py), py)?;
+        Self::to_list(py, names)
+    }
+
+    fn missing<'py>(&self, names: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyList>> {
+        let py = names.py();
+        let names = to_names(names)?;
+        let mut missing = Map::new();
+        {
+            let state = self.lock(py);
+            let mut refused = None;
+            state.names().get_many(&names, |at, place| {
+                if place.is_none() && refused.is_none() {
+                    refused = missing.get_or_insert_with(names[at].clone_ref(py), || ()).err();
+                }
+            });
+            refused.map_or(Ok(()), Err).or_raise()?;
+        }
+        Self::to_list(py, memory::collect(missing.iter().map(|(name, ())| name.clone_ref(py)))?)
+    }
+
+    fn select<'py>(&self, py: Python<'py>, mask: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyList>> {
+        static AS_MASK: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+        let mask = AS_MASK.import(py, "pdrs._torch.names", "as_mask")?.call1((mask, self.__len__(py)))?;
+        let mask = mask.extract::<PyReadonlyArray1<'_, bool>>()?;
+        let mask = mask.as_array();
+        let chosen = {
+            let state = self.lock(py);
+            if state.names().len() != mask.len() {
+                return Err(PyRuntimeError::new_err("dictionary changed while names were selected"));
+            }
+            let chosen = state.names().iter().zip(mask).filter(|(_, chosen)| **chosen);
+            memory::collect(chosen.map(|((name, _), _)| name.clone_ref(py)))?
+        };
+        Self::to_list(py, chosen)
+    }
+
+    fn with_prefix<'py>(&self, prefix: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyList>> {
+        let py = prefix.py();
+        let mut buffer = Vec::new();
+        let prefix = Name::new(to_text(prefix)?).with_utf8(py, &mut buffer, <[u8]>::to_vec);
+        let mut kept = Ok(Vec::new());
+        self.lock(py).names().for_each(|name, _| {
+            if name.with_utf8(py, &mut buffer, |text| text.starts_with(&prefix))
+                && let Ok(list) = &mut kept
+                && let Err(error) = pdrs_core::memory::push(list, name.clone_ref(py))
             {
-                let rest = memory::collect(rest.iter().copied());
-                failed = rest.and_then(|rest| memory::push(&mut kept, (rest, *id))).err();
+                kept = Err(error);
             }
         });
-    });
-    if let Some(error) = failed {
-        return Err(error);
+        Self::to_list(py, kept.or_raise()?)
     }
-    let entries = kept.iter().map(|(name, id)| Ok((Name::from_utf8(py, name)?, *id)));
-    let narrowed = IndexMap::collect(kept.len(), entries)?;
-    let kept_ids = memory::collect(kept.iter().map(|(_, id)| *id))?;
-    Ok((narrowed, PyArray1::from_vec(py, kept_ids)))
-}
 
-/// Removes many names and gives their ids in order; a `KeyError`, with nothing removed, if one is not there, or is
-/// listed twice.
-#[pyfunction]
-pub(crate) fn remove_names<'py>(
-    index: &Bound<'py, IndexMap>,
-    names: &Bound<'py, PyAny>,
-) -> PyResult<Bound<'py, PyArray1<i64>>> {
-    let py = index.py();
-    let names = to_names(names)?;
-    let missing = |at: usize| IndexMap::missing(names[at].text(py));
-    if let Some(at) = index.get().missing_of(py, &names)?.first() {
-        return Err(missing(*at));
-    }
-    let mut seen = room_for(names.len())?;
-    if let Some(at) = (0..names.len()).find(|at| !seen.insert(Key(&names[*at]))) {
-        return Err(PyKeyError::new_err(format!("{} is listed twice", names[at].text(py).repr()?)));
-    }
-    Ok(PyArray1::from_vec(py, index.get().remove_all(py, &names)?))
-}
-
-/// Sets an entry of a `StackedParameterDict`, whose lock is held, if nothing about it is unusual: a tensor on the CPU for
-/// a name that has a row of this kind, or for a new one and a table of this kind and `group` that has room.
-///
-/// `false`, and nothing has been set, otherwise. What belonged to a row that gets a new name is left to Python.
-#[pyfunction]
-pub(crate) fn set_row(
-    stacked: &Bound<'_, PyAny>,
-    name: &Bound<'_, PyAny>,
-    value: &Bound<'_, PyAny>,
-    group: i64,
-) -> PyResult<bool> {
-    let py = stacked.py();
-    let torch = Torch::get(py)?;
-    let Ok(name) = name.cast_exact::<PyString>() else {
-        return Ok(false);
-    };
-    let Some(value) = RowValue::new(torch, value)? else {
-        return Ok(false);
-    };
-    if name.is_empty()? {
-        return Ok(false);
-    }
-    let state = attributes(stacked)?;
-    lock_of(&state)?.get().refuse_change()?;
-    let moves = moves_of(&state)?;
-    let index = of_state(&state, intern!(py, "_index"))?.cast_into::<IndexMap>()?;
-    let set = match index.get().find(name) {
-        Some(id) => replace_row(&state, id, moves, &value, group)?,
-        None => insert_row(stacked, &state, index.get(), name, moves, &value, group)?,
-    };
-    if set {
-        count(&state, intern!(py, "_inserts"))?;
-    }
-    Ok(set)
-}
-
-fn replace_row(state: &Bound<'_, PyDict>, id: i64, moves: u64, value: &RowValue<'_, '_>, group: i64) -> PyResult<bool> {
-    let torch = Torch::get(state.py())?;
-    let (number, row) = place(id);
-    let table = of_state(state, intern!(state.py(), "_tables"))?.cast::<PyList>()?.get_item(number)?;
-    match parameter_of(state, &table)? {
-        Some(parameter) if is_of_group(&table, group)? => {
-            let fits = matches!(value.fits(torch, &parameter, false)?, Fit::Rows(_));
-            // Python code has run that may have moved the row.
-            one_step(state.py(), || Ok(fits && moves_of(state)? == moves && value.write(torch, &parameter, row)?))
+    /// An index of the names that begin so and go on, without their beginning. The tables are the same.
+    fn below(&self, prefix: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let py = prefix.py();
+        let (mut buffer, mut kept, mut failed) = (Vec::new(), Vec::new(), None);
+        let prefix = Name::new(to_text(prefix)?).with_utf8(py, &mut buffer, <[u8]>::to_vec);
+        let used: Vec<u64> = {
+            let state = self.lock(py);
+            state.names().for_each(|name, place| {
+                name.with_utf8(py, &mut buffer, |text| {
+                    if let Some(rest) = text.strip_prefix(&*prefix).filter(|rest| !rest.is_empty())
+                        && failed.is_none()
+                    {
+                        let rest = pdrs_core::memory::collect(rest.iter().copied());
+                        failed = rest.and_then(|rest| pdrs_core::memory::push(&mut kept, (rest, Some(*place)))).err();
+                    }
+                });
+            });
+            state.tables().iter().map(Rows::used).collect()
+        };
+        if let Some(error) = failed {
+            return Err(memory::refused(error));
         }
-        _ => Ok(false),
+        let names = memory::try_collect(kept.iter().map(|(name, _)| Name::from_utf8(py, name)))?;
+        let places: Found = memory::collect(kept.iter().map(|(_, place)| *place))?.into();
+        Index::of(names, &places, &used).or_refuse(py).map(Self::new_of)
     }
-}
 
-fn insert_row(
-    stacked: &Bound<'_, PyAny>,
-    state: &Bound<'_, PyDict>,
-    index: &IndexMap,
-    name: &Bound<'_, PyString>,
-    moves: u64,
-    value: &RowValue<'_, '_>,
-    group: i64,
-) -> PyResult<bool> {
-    let py = state.py();
-    let torch = Torch::get(py)?;
-    let tables = of_state(state, intern!(py, "_tables"))?.cast_into::<PyList>()?;
-    for (number, table) in tables.iter().enumerate() {
-        if !is_of_group(&table, group)? {
-            continue;
-        }
-        let Some(parameter) = parameter_of(state, &table)? else {
-            return Ok(false);
-        };
-        let capacity = match value.fits(torch, &parameter, true)? {
-            Fit::Rows(capacity) => capacity,
-            Fit::Other => continue,
-            Fit::Unusual => return Ok(false),
-        };
-        let rows = table.getattr(intern!(py, "rows"))?.cast_into::<TableRows>()?;
-        let Some((row, is_reused)) = rows.get().peek(py, capacity) else {
-            return Ok(false);
-        };
-        let is_bare = !is_reused
-            && of_state(state, intern!(py, "_optimizers"))?.is_empty()?
-            && state.get_item(intern!(py, "_averages"))?.is_none()
-            && table.getattr(intern!(py, "frozen"))?.is_none()
-            && torch.gradient(&parameter)?.is_none();
-        if !is_bare {
-            // If there is more to do when the row has its value, Python does all of it.
-            let is_all = !stacked.call_method1(intern!(py, "_make_ready"), (&table, row))?.is_truthy()?;
-            if !is_all || !matches!(value.fits(torch, &parameter, true)?, Fit::Rows(_)) {
-                return Ok(false);
+    fn names_of<'py>(
+        &self,
+        py: Python<'py>,
+        table: i64,
+        rows: PyReadonlyArray1<'py, i64>,
+    ) -> PyResult<Bound<'py, PyList>> {
+        let rows = rows.as_array();
+        let named = {
+            let state = self.lock(py);
+            let number = usize::try_from(table).map_err(|_| no_table(table))?;
+            match state.names_of(number, rows.iter().map(|row| row.cast_unsigned())) {
+                Ok(named) => memory::collect(named.into_iter().map(|name| name.map(|name| name.clone_ref(py))))?,
+                Err(Refusal::Place { at }) => {
+                    let used = state.tables()[number].used();
+                    return Err(PyIndexError::new_err(format!("table {table} has {used} rows, got row {}", rows[at])));
+                }
+                Err(refusal) => {
+                    drop(state);
+                    return Err(refusal).or_refuse(py);
+                }
             }
-        }
-        return one_step(py, || {
-            // Python code has run that may have moved rows, given this one, or inserted the name.
-            let is_next =
-                moves_of(state)? == moves && rows.get().peek(py, capacity).is_some_and(|(next, _)| next == row);
-            if !is_next || index.find(name).is_some() || !value.write(torch, &parameter, row)? {
-                return Ok(false);
-            }
-            index.set(py, Name::new(name.clone()), ((number as u64) << ROW_BITS | row).cast_signed())?;
-            rows.get().take(py, 1)?;
-            Ok(true)
-        });
-    }
-    Ok(false)
-}
-
-fn is_of_group(table: &Bound<'_, PyAny>, group: i64) -> PyResult<bool> {
-    Ok(table.getattr(intern!(table.py(), "group"))?.extract::<i64>()? == group)
-}
-
-/// Removes a name of a `StackedParameterDict`, takes its row back, and gives a copy of it; `None` if it is not there.
-#[pyfunction]
-pub(crate) fn pop_row<'py>(
-    stacked: &Bound<'py, PyAny>,
-    name: &Bound<'py, PyAny>,
-) -> PyResult<Option<Bound<'py, PyAny>>> {
-    let name = to_text(name)?;
-    let state = attributes(stacked)?;
-    let lock = held(&state)?;
-    lock.lock().refuse_change()?;
-    let index = of_state(&state, intern!(state.py(), "_index"))?.cast_into::<IndexMap>()?;
-    loop {
-        let moves = moves_of(&state)?;
-        let Some(id) = index.get().find(&name) else {
-            return Ok(None);
         };
-        if let Some(row) = take_row(stacked, &state, id, moves, || index.get().discard(&name))? {
-            return Ok(Some(row));
-        }
-    }
-}
-
-/// The same for the first or last name, which it gives, too.
-#[pyfunction]
-pub(crate) fn pop_end_row<'py>(
-    stacked: &Bound<'py, PyAny>,
-    last: bool,
-) -> PyResult<Option<(Bound<'py, PyString>, Bound<'py, PyAny>)>> {
-    let py = stacked.py();
-    let state = attributes(stacked)?;
-    let lock = held(&state)?;
-    lock.lock().refuse_change()?;
-    let index = of_state(&state, intern!(py, "_index"))?.cast_into::<IndexMap>()?;
-    loop {
-        let moves = moves_of(&state)?;
-        let Some((name, id)) = index.get().end_entry(py, last) else {
-            return Ok(None);
+        let to_object = |name: Option<Name>| match name {
+            Some(name) => name.into_text(py).into_any(),
+            None => py.None().into_bound(py),
         };
-        let name = name.into_text(py);
-        if let Some(row) = take_row(stacked, &state, id, moves, || index.get().discard_end(py, &name, last))? {
-            return Ok(Some((name, row)));
+        new_list(py, named.into_iter().map(|name| Ok(to_object(name))))
+    }
+
+    fn copy(&self, py: Python<'_>) -> PyResult<Self> {
+        self.duplicate(py)
+    }
+
+    fn __copy__(&self, py: Python<'_>) -> PyResult<Self> {
+        self.duplicate(py)
+    }
+
+    fn __deepcopy__(&self, py: Python<'_>, _memo: &Bound<'_, PyAny>) -> PyResult<Self> {
+        self.duplicate(py)
+    }
+
+    fn __sizeof__(&self, py: Python<'_>) -> usize {
+        size_of::<Self>() + self.lock(py).names().allocated_bytes()
+    }
+
+    fn __reduce__<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        let (names, places, used) = {
+            let state = self.lock(py);
+            let used: Vec<u64> = memory::collect(state.tables().iter().map(Rows::used))?;
+            (Self::all_names(&state, py)?, state.places().or_raise()?, used)
+        };
+        let make = py.import(intern!(py, "pdrs._pickle"))?.getattr(intern!(py, "row_index"))?;
+        let tables = to_bytes(py, places.tables().or_raise()?)?;
+        let rows = to_bytes(py, places.rows().or_raise()?)?;
+        let used = new_list(py, used.into_iter().map(|used| new_number(py, used.cast_signed())))?;
+        let arguments = (Self::to_list(py, names)?, tables, rows, memory::to_tuple(&used)?);
+        (make, arguments).into_pyobject(py)
+    }
+
+    fn add_table(&self, py: Python<'_>) -> PyResult<usize> {
+        self.lock(py).add_table().or_raise()
+    }
+
+    fn pop_table(&self, py: Python<'_>) -> PyResult<()> {
+        let mut state = self.lock(py);
+        if state.pop_table().is_some() {
+            return Ok(());
         }
+        let what = if state.tables().is_empty() { "there is no table" } else { "the last table has names" };
+        Err(PyValueError::new_err(what))
     }
-}
 
-/// Copies the row of an id, removes its name, clears the row and all that belongs to it, takes it back, and gives the
-/// copy: all of this, or, if something fails, nothing. `None` if there were other changes meanwhile.
-///
-/// What is unusual is left to Python: a copy that torch must make, and what is cleared in other ways than by zeros.
-fn take_row<'py>(
-    stacked: &Bound<'py, PyAny>,
-    state: &Bound<'py, PyDict>,
-    id: i64,
-    moves: u64,
-    remove: impl FnOnce() -> bool,
-) -> PyResult<Option<Bound<'py, PyAny>>> {
-    let py = state.py();
-    let torch = Torch::get(py)?;
-    let (number, row) = place(id);
-    let table = of_state(state, intern!(py, "_tables"))?.cast::<PyList>()?.get_item(number)?;
-    let parameter = parameter_of(state, &table)?.filter(|parameter| torch.is_plain(parameter));
-    let copied = match &parameter {
-        Some(parameter) => copy_row(torch, parameter, row)?,
-        None => None,
-    };
-    let copied = match copied {
-        Some(copied) => copied,
-        None => stacked.call_method1(intern!(py, "_copy_of_row"), (&table, row))?,
-    };
-    let mut zeroed = ZeroedRow::new(row);
-    let is_usual = match &parameter {
-        Some(parameter) => add_all(torch, stacked, state, &table, parameter, &mut zeroed)?,
-        None => false,
-    };
-    // Kept until all is done, with what it replaces.
-    let changes = if is_usual { None } else { Some(stacked.call_method1(intern!(py, "_clearing"), (&table, row))?) };
-    let calls: Vec<_> = match &changes {
-        Some(changes) => changes.getattr(intern!(py, "calls"))?.cast::<PyList>()?.iter().collect(),
-        None => Vec::new(),
-    };
-    let rows = table.getattr(intern!(py, "rows"))?.cast_into::<TableRows>()?;
-    rows.get().reserve_free(py)?;
-    let mut given = Vec::with_capacity(calls.len());
-    let is_taken = one_step(py, || {
-        if moves_of(state)? != moves {
-            return Ok(false);
+    #[getter]
+    fn table_count(&self, py: Python<'_>) -> usize {
+        self.lock(py).tables().len()
+    }
+
+    fn used(&self, py: Python<'_>, table: i64) -> PyResult<u64> {
+        Ok(table_of(&self.lock(py), table)?.used())
+    }
+
+    fn count(&self, py: Python<'_>, table: i64) -> PyResult<u64> {
+        Ok(table_of(&self.lock(py), table)?.len())
+    }
+
+    fn free<'py>(&self, py: Python<'py>, table: i64) -> PyResult<Bound<'py, PyArray1<i64>>> {
+        to_array(py, table_of(&self.lock(py), table)?.free())
+    }
+
+    fn next<'py>(&self, py: Python<'py>, table: i64, count: u64) -> PyResult<Bound<'py, PyArray1<i64>>> {
+        let state = self.lock(py);
+        let rows = table_of(&state, table)?;
+        if rows.used().checked_add(count).is_none_or(|end| i64::try_from(end).is_err()) {
+            return Err(too_many(count));
         }
-        call_all(&calls, &mut given)?;
-        if !remove() {
-            return Ok(false);
+        to_array(py, rows.next(count))
+    }
+
+    fn reused(&self, py: Python<'_>, table: i64, count: u64) -> PyResult<u64> {
+        Ok(table_of(&self.lock(py), table)?.reused(count))
+    }
+
+    fn is_taken<'py>(
+        &self,
+        py: Python<'py>,
+        table: i64,
+        rows: PyReadonlyArray1<'py, i64>,
+    ) -> PyResult<Bound<'py, PyArray1<bool>>> {
+        let state = self.lock(py);
+        let ours = table_of(&state, table)?;
+        let is_taken =
+            |row: &i64| (0..ours.used()).contains(&row.cast_unsigned()) && !ours.is_free(row.cast_unsigned());
+        let taken = memory::collect(rows.as_array().iter().map(is_taken))?;
+        drop(state);
+        Ok(PyArray1::from_vec(py, taken))
+    }
+
+    fn capacity_for(&self, py: Python<'_>, table: i64, count: u64, capacity: u64) -> PyResult<u64> {
+        table_of(&self.lock(py), table)?.capacity_for(count, capacity).ok_or_else(|| too_many(count))
+    }
+
+    fn plan_insert(&self, names: &Bound<'_, PyAny>, tables: PyReadonlyArray1<'_, i64>) -> PyResult<RowPlan> {
+        let (py, names) = (names.py(), to_entry_names(names)?);
+        let to_number = |table: &i64| usize::try_from(*table).map_err(|_| no_table(table));
+        let tables = memory::try_collect(tables.as_array().iter().map(to_number))?;
+        self.plan(py, |state| state.plan_insert(names, &tables)).or_refuse(py)
+    }
+
+    fn plan_remove(&self, names: &Bound<'_, PyAny>) -> PyResult<RowPlan> {
+        let (py, names) = (names.py(), to_names(names)?);
+        self.plan(py, |state| state.plan_remove(names)).map_err(|refusal| refused_removal(py, refusal))
+    }
+
+    fn plan_clear(&self, py: Python<'_>) -> PyResult<RowPlan> {
+        self.plan(py, |state| Ok(state.plan_clear()?)).or_refuse(py)
+    }
+
+    fn plan_places(&self, places: &Bound<'_, Places>, used: &Bound<'_, PyAny>) -> PyResult<RowPlan> {
+        let (py, places, used) = (places.py(), places.get().found().clone(), to_counts(used)?);
+        self.plan(py, |state| state.plan_places(places, &used)).or_refuse(py)
+    }
+
+    fn plan_rename(&self, old: &Bound<'_, PyAny>, new: &Bound<'_, PyAny>) -> PyResult<RowPlan> {
+        let (py, old, new) = (old.py(), to_text(old)?, to_text(new)?);
+        refuse_empty(&new)?;
+        self.plan(py, |state| state.plan_rename(Name::new(old), Name::new(new))).or_refuse(py)
+    }
+
+    fn plan_move_to_end(&self, name: &Bound<'_, PyAny>, last: bool) -> PyResult<RowPlan> {
+        let (py, name) = (name.py(), to_text(name)?);
+        self.plan(py, |state| state.plan_move_to_end(Name::new(name), last)).or_refuse(py)
+    }
+
+    fn commit(&self, plan: &Bound<'_, RowPlan>) -> PyResult<()> {
+        let py = plan.py();
+        let mut plan = plan.get().lock(py);
+        // To drop an exact `str` runs no Python code.
+        if self.lock(py).commit(&mut plan, drop) {
+            return Ok(());
         }
-        rows.get().give_back(py, row)?;
-        state.set_item(intern!(py, "_moves"), moves + 1)?;
-        if changes.is_none() {
-            zeroed.write(torch, py)?;
-        }
-        PyResult::Ok(true)
-    })?;
-    Ok(is_taken.then_some(copied))
-}
-
-/// Adds all tensors in which a row of a table is to be zero when its name is gone; `false` if something else is to be
-/// done.
-fn add_all<'py>(
-    torch: &Torch,
-    stacked: &Bound<'py, PyAny>,
-    state: &Bound<'py, PyDict>,
-    table: &Bound<'py, PyAny>,
-    parameter: &Bound<'py, PyAny>,
-    zeroed: &mut ZeroedRow<'py>,
-) -> PyResult<bool> {
-    let py = state.py();
-    let mask = table.getattr(intern!(py, "frozen"))?;
-    // A tensor that is no Parameter may have no gradient of its own, and warn who asks.
-    let is_usual = torch.is_parameter(parameter)
-        && table.getattr(intern!(py, "lent"))?.is_none()
-        && zeroed.add(torch, parameter)?
-        && (mask.is_none() || zeroed.add(torch, &mask)?);
-    if !is_usual {
-        return Ok(false);
-    }
-    let gradient = torch.gradient(parameter)?;
-    if !gradient.is_none() && !zeroed.add(torch, &gradient)? {
-        return Ok(false);
-    }
-    if of_state(state, intern!(py, "_optimizers"))?.is_empty()? {
-        return Ok(true);
-    }
-    let states = stacked.call_method1(intern!(py, "_states_of_zeros"), (parameter,))?;
-    let Ok(states) = states.cast_into::<PyList>() else {
-        return Ok(false);
-    };
-    for of_optimizer in states {
-        if !zeroed.add_state(torch, parameter, of_optimizer.cast::<PyDict>()?)? {
-            return Ok(false);
-        }
-    }
-    Ok(true)
-}
-
-/// The number of the table and the row that an id names.
-fn place(id: i64) -> (usize, u64) {
-    let id = id.cast_unsigned();
-    ((id >> ROW_BITS) as usize, id & ((1 << ROW_BITS) - 1))
-}
-
-/// How often rows of names have moved or come back.
-fn moves_of(state: &Bound<'_, PyDict>) -> PyResult<u64> {
-    of_state(state, intern!(state.py(), "_moves"))?.extract()
-}
-
-/// Adds one to a number that counts changes.
-fn count(state: &Bound<'_, PyDict>, what: &Bound<'_, PyString>) -> PyResult<()> {
-    state.set_item(what, of_state(state, what)?.extract::<u64>()? + 1)
-}
-
-/// The Parameter of a table; `None` if something else has taken its place.
-fn parameter_of<'py>(state: &Bound<'py, PyDict>, table: &Bound<'py, PyAny>) -> PyResult<Option<Bound<'py, PyAny>>> {
-    let parameters = of_state(state, intern!(state.py(), "_parameters"))?;
-    parameters.cast::<PyDict>()?.get_item(table.getattr(intern!(state.py(), "attribute"))?)
-}
-
-fn held<'py>(state: &Bound<'py, PyDict>) -> PyResult<Holding<'py>> {
-    Lock::hold(lock_of(state)?)
-}
-
-fn lock_of<'py>(state: &Bound<'py, PyDict>) -> PyResult<Bound<'py, Lock>> {
-    Ok(of_state(state, intern!(state.py(), "_lock"))?.cast_into()?)
-}
-
-fn of_state<'py>(state: &Bound<'py, PyDict>, name: &Bound<'py, PyString>) -> PyResult<Bound<'py, PyAny>> {
-    state.get_item(name)?.ok_or_else(|| PyKeyError::new_err(name.clone().unbind()))
-}
-
-/// Gives all names, in their order, other ids.
-#[pyfunction]
-pub(crate) fn replace_ids(index: &Bound<'_, IndexMap>, ids: PyReadonlyArray1<'_, i64>) -> PyResult<()> {
-    // In one piece, as they nearly always are, they need no memory: this is one of several changes, which must not fail.
-    let apart = if ids.as_slice().is_ok() { Vec::new() } else { memory::collect(ids.as_array().iter().copied())? };
-    let ids = ids.as_slice().unwrap_or(&apart);
-    if let Some(id) = ids.iter().find(|id| **id < 0) {
-        return Err(PyValueError::new_err(format!("an id must be 0 or more, got {id}")));
-    }
-    if index.get().replace_rows(index.py(), ids) {
-        return Ok(());
-    }
-    Err(PyValueError::new_err(format!("got {} ids for another number of names", ids.len())))
-}
-
-/// An empty set with room for so many names.
-fn room_for<'a>(names: usize) -> PyResult<HashSet<Key<'a>>> {
-    let mut seen = HashSet::new();
-    seen.try_reserve(names).map_err(|_| memory::refused(pdrs_core::Error::Memory))?;
-    Ok(seen)
-}
-
-/// A name in a set of the standard library.
-struct Key<'a>(&'a Name);
-
-impl std::hash::Hash for Key<'_> {
-    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
-        state.write_u64(self.0.full_hash());
+        Err(PyRuntimeError::new_err(
+            "the index has changed since this was planned, or it was planned for another index",
+        ))
     }
 }
-
-impl PartialEq for Key<'_> {
-    fn eq(&self, other: &Self) -> bool {
-        use pdrs_core::Matches;
-        self.0.matches(other.0)
-    }
-}
-
-impl Eq for Key<'_> {}

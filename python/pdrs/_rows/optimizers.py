@@ -1,0 +1,102 @@
+"""The optimizers of a dictionary: those that are attached, whose state follows the rows, and strangers."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from pdrs._rows import optimizer_state
+from pdrs._rows.initial_state import Beginning, declare
+from pdrs._rows.table import Table, parameter_of
+from pdrs._torch.untraced import untraced
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from pdrs.stacked import StackedParameterDict
+
+__all__ = ["attach_optimizer", "attached", "detach_optimizer", "refuse_strangers"]
+
+
+def attached(sd: StackedParameterDict) -> list[Optimizer]:
+    references = sd._optimizers
+    alive = [optimizer for reference in references if (optimizer := reference()) is not None]
+    if len(alive) < len(references):
+        sd.__dict__["_optimizers"] = [reference for reference in references if reference() is not None]
+    return alive
+
+
+@untraced
+def refuse_strangers(
+    sd: StackedParameterDict, table: Table, parameter: Tensor, optimizers: list[Optimizer], what: str
+) -> None:
+    """Raise if an optimizer that is not attached has state by row for a table."""
+    if table.loaded:
+        optimizer_state.look_for_optimizers()
+        table.loaded = False
+    optimizer_state.refuse_strangers(parameter, optimizers, what)
+
+
+@untraced
+def attach_optimizer(
+    self: StackedParameterDict, optimizer: Optimizer, *, initial_state: Mapping[str, Beginning] | None = None
+) -> None:
+    """Let the state of an optimizer follow the names: grown, cleared and moved with the rows. **O(tables)**.
+
+    State that has a row for each row of a table (the moments of Adam, the sums of Adagrad, momentum) belongs to the
+    names from now on. It grows with the table, begins anew for a new name, and moves with ``compact`` and
+    ``load_state_dict``. Numbers such as the count of steps stay.
+
+    A new table joins the first attached optimizer that has the table's group of options, or else tables of this
+    dictionary. It joins other optimizers only if they have the same tables.
+
+    The optimizer is not kept alive. Copies and pickles of the dictionary have no attached optimizers. An optimizer
+    and its wrapper (of accelerate, Lightning, Hugging Face) are one: either may be given.
+
+    Parameters
+    ----------
+    optimizer
+        One that has tables of this dictionary.
+    initial_state
+        What its state begins with for a new name, by the keys of the state: a number, or ``"value"`` for a copy of
+        the parameter. Needed only if pdrs cannot tell. It knows torch's optimizers. For others, an optimizer of the
+        same class and options takes a step on a small parameter.
+
+    Raises
+    ------
+    TypeError
+        If it is no optimizer.
+    ValueError
+        If the optimizer has none of the tables, and there are some.
+    RuntimeError
+        If its state cannot follow the rows: it must be numbers, and plain tensors with a row for each of a table.
+        State that comes later raises at the first change. So does state whose beginning pdrs cannot tell.
+    """
+    if not (hasattr(optimizer, "param_groups") and hasattr(optimizer, "state")):
+        raise TypeError(f"expected an optimizer, got {type(optimizer).__name__}")
+    with self._lock.change():
+        tables = [parameter_of(self, table) for table in self._tables]
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if tables and not any(id(parameter) in held for parameter in tables):
+            raise ValueError("the optimizer has no parameter of this dictionary: make it of dictionary.parameters()")
+        parts = optimizer_state.parts_of(optimizer)
+        for part in parts:
+            for parameter in tables:
+                for _ in optimizer_state.of_rows(part, parameter):
+                    pass
+        for part in parts:
+            declare(part, initial_state or {})
+            if not optimizer_state.is_among(part, attached(self)):
+                self._optimizers.append(weakref.ref(part))
+
+
+@untraced
+def detach_optimizer(self: StackedParameterDict, optimizer: Optimizer) -> None:
+    """Let the state of an attached optimizer be as it is from now on; one that is not attached is passed over."""
+    with self._lock.change():
+        parts = optimizer_state.parts_of(optimizer)
+        kept = [one for one in attached(self) if not optimizer_state.is_among(one, parts)]
+        self.__dict__["_optimizers"] = list(map(weakref.ref, kept))

@@ -1,0 +1,405 @@
+//! Changes of a [`RowIndex`] that are planned first and then committed in one step.
+//!
+//! What can fail happens while a plan is made: names are looked up, places chosen, memory reserved. A plan belongs to the
+//! index as it was then. After any other change it is refused.
+
+use std::sync::Arc;
+
+use crate::error::{Error, Result};
+use crate::index_map::{IndexMap, MAX_ENTRIES, first_repeated};
+use crate::key::Matches;
+use crate::memory;
+use crate::rows::allocator::Rows;
+use crate::rows::index::{RowIndex, certain, distinct, draw, tables_of};
+use crate::rows::places::{Place, Places};
+
+/// Why a plan cannot be made. Nothing has changed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Refusal<K> {
+    /// There is no memory, or there are too many.
+    Limit(Error),
+    /// A name is not there.
+    Missing(K),
+    /// A name is there already.
+    Present(K),
+    /// A name is listed twice.
+    Repeated(K),
+    /// There are not as many places, or tables, as names.
+    Lengths {
+        /// The number of names.
+        names: usize,
+        /// The number of places.
+        places: usize,
+    },
+    /// There are not as many numbers of rows as tables.
+    Tables {
+        /// The number of tables.
+        tables: usize,
+        /// The number of numbers.
+        used: usize,
+    },
+    /// There is no table of this number.
+    NoTable(usize),
+    /// A place is missing, outside its table, or that of another name.
+    Place {
+        /// Its position.
+        at: usize,
+    },
+}
+
+impl<K> From<Error> for Refusal<K> {
+    fn from(error: Error) -> Self {
+        Self::Limit(error)
+    }
+}
+
+type Planned<K> = std::result::Result<Plan<K>, Refusal<K>>;
+
+/// A change that can be committed without failing.
+pub struct Plan<K> {
+    /// The version of the index that it was made for.
+    version: u64,
+    places: Arc<Places>,
+    new: Vec<usize>,
+    freed: Arc<Places>,
+    change: Change<K>,
+}
+
+enum Change<K> {
+    Committed,
+    Insert { added: Added<K>, moved: Vec<(usize, Place)>, taken: Vec<(usize, u64)> },
+    Remove { positions: Vec<usize> },
+    Clear { tables: Vec<Rows> },
+    Replace { tables: Vec<Rows> },
+    Rename { position: usize, name: K },
+    MoveToEnd { position: usize, last: bool },
+}
+
+/// Where names will lie.
+struct Choice {
+    places: Vec<Option<Place>>,
+    /// The positions, in the list of names, of those that get a new row.
+    new: Vec<usize>,
+    /// The rows that names which are there lose.
+    freed: Vec<Option<Place>>,
+    /// The position in the index and the new place of each of these.
+    moved: Vec<(usize, Place)>,
+    /// How many rows each table gives.
+    counts: Vec<u64>,
+}
+
+enum Added<K> {
+    /// All names of an index that has none yet.
+    First(IndexMap<K, Place>),
+    More(Vec<(K, Place)>),
+}
+
+impl<K> Plan<K> {
+    fn new(version: u64, change: Change<K>) -> Self {
+        let (places, freed) = (Arc::new(Places::default()), Arc::new(Places::default()));
+        Self { version, places, new: Vec::new(), freed, change }
+    }
+
+    /// The place that each name will have: in the order in which they were listed, or, where none were, in theirs.
+    #[must_use]
+    pub fn places(&self) -> &Arc<Places> {
+        &self.places
+    }
+
+    /// The positions, in the list of names to insert, of those that get a new row.
+    #[must_use]
+    pub fn new_rows(&self) -> &[usize] {
+        &self.new
+    }
+
+    /// The rows that belong to a name before the commit, and to none afterwards; in the order of the names.
+    #[must_use]
+    pub fn freed(&self) -> &Arc<Places> {
+        &self.freed
+    }
+}
+
+impl<K: Matches<K>> RowIndex<K> {
+    /// Plans that each of some distinct names lies in the table that is listed for it. **O(m)**.
+    ///
+    /// A name that lies there already keeps its row. Others get the next rows of their tables, in the order of the list.
+    /// Names that are new go to the end, in order.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal::Repeated`], [`Refusal::Lengths`], [`Refusal::NoTable`], [`Error::Memory`], [`Error::Full`],
+    /// [`Error::Rows`].
+    pub fn plan_insert(&mut self, mut names: Vec<K>, tables: &[usize]) -> Planned<K> {
+        if names.len() != tables.len() {
+            return Err(Refusal::Lengths { names: names.len(), places: tables.len() });
+        }
+        if let Some(table) = tables.iter().find(|table| **table >= self.tables.len()) {
+            return Err(Refusal::NoTable(*table));
+        }
+        if names.len() > MAX_ENTRIES {
+            return Err(Error::Full { wanted: names.len(), limit: MAX_ENTRIES }.into());
+        }
+        self.names.make_ids(names.len())?;
+        let mut held = memory::with_capacity(names.len())?;
+        self.names.find_many(&names, |_, found| held.push(found.map(|(position, place)| (position, *place))));
+        if let Some(at) = first_shared(&held, |held| held.map(|(_, place)| place))? {
+            return Err(Refusal::Repeated(names.swap_remove(at)));
+        }
+        let Choice { places, new, freed, moved, counts } = self.choose(&held, tables)?;
+        let entries = names.into_iter().zip(&places).map(|(name, place)| (name, certain(*place)));
+        let added = if self.names.is_empty() {
+            Added::First(distinct(entries)?)
+        } else {
+            let mut added = memory::with_capacity(new.len() - moved.len())?;
+            added.extend(entries.zip(&held).filter(|(_, held)| held.is_none()).map(|(entry, _)| entry));
+            if let Some(at) = first_repeated(added.len(), |at| &added[at].0)? {
+                return Err(Refusal::Repeated(added.swap_remove(at).0));
+            }
+            self.names.reserve(added.len())?;
+            Added::More(added)
+        };
+        self.reserve_free(&freed)?;
+        let taken = memory::collect(counts.into_iter().enumerate().filter(|(_, count)| *count > 0))?;
+        let mut plan = Plan::new(self.version, Change::Insert { added, moved, taken });
+        (plan.places, plan.new, plan.freed) = (Arc::new(places.into()), new, Arc::new(freed.into()));
+        Ok(plan)
+    }
+
+    /// Chooses a place in the table that is listed for each name; `held` are the entries that are there.
+    fn choose(&self, held: &[Option<(usize, Place)>], tables: &[usize]) -> Result<Choice> {
+        let stays = |held: Option<(usize, Place)>, table| held.is_some_and(|(_, place)| place.table() == table);
+        let mut counts = memory::filled(0_u64, self.tables.len())?;
+        let (mut count_new, mut count_moved) = (0, 0);
+        for (held, &table) in held.iter().zip(tables).filter(|(held, table)| !stays(**held, **table)) {
+            counts[table] += 1;
+            count_new += 1;
+            count_moved += usize::from(held.is_some());
+        }
+        let mut places = memory::with_capacity(held.len())?;
+        let mut new = memory::with_capacity(count_new)?;
+        let mut freed = memory::with_capacity(count_moved)?;
+        let mut moved = memory::with_capacity(count_moved)?;
+        let mut next = self.next_rows(&counts)?;
+        for (at, (held, &table)) in held.iter().zip(tables).enumerate() {
+            if stays(*held, table) {
+                places.push(held.map(|(_, place)| place));
+                continue;
+            }
+            let place = next[table].next().and_then(|row| Place::new(table, row));
+            places.push(place);
+            new.push(at);
+            if let Some((position, old)) = *held {
+                freed.push(Some(old));
+                moved.push((position, certain(place)));
+            }
+        }
+        drop(next);
+        Ok(Choice { places, new, freed, moved, counts })
+    }
+
+    /// Plans to remove some distinct names; the order of the others stays, and their rows become free. **O(m log m)**,
+    /// or **O(m)** if their rows ascend.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal::Missing`], [`Refusal::Repeated`], [`Error::Memory`].
+    pub fn plan_remove(&mut self, mut names: Vec<K>) -> Planned<K> {
+        let mut positions = memory::with_capacity(names.len())?;
+        let mut freed = memory::with_capacity(names.len())?;
+        let mut missing = None;
+        self.names.find_many(&names, |at, found| match found {
+            Some((position, place)) => {
+                positions.push(position);
+                freed.push(Some(*place));
+            }
+            None => missing = missing.or(Some(at)),
+        });
+        if let Some(at) = missing {
+            return Err(Refusal::Missing(names.swap_remove(at)));
+        }
+        if let Some(at) = first_shared(&freed, |place| place)? {
+            return Err(Refusal::Repeated(names.swap_remove(at)));
+        }
+        self.reserve_free(&freed)?;
+        let mut plan = Plan::new(self.version, Change::Remove { positions });
+        plan.freed = Arc::new(freed.into());
+        Ok(plan)
+    }
+
+    /// Plans to remove all names; the tables keep the number of rows that they have given. **O(n)**, and
+    /// **O(used / 64)**.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`].
+    pub fn plan_clear(&self) -> Result<Plan<K>> {
+        let freed = self.places()?;
+        let mut tables = memory::with_capacity(self.tables.len())?;
+        for rows in &self.tables {
+            tables.push(Rows::all_free(rows.used())?);
+        }
+        let mut plan = Plan::new(self.version, Change::Clear { tables });
+        plan.freed = Arc::new(freed);
+        Ok(plan)
+    }
+
+    /// Plans other places for all names, in their order, and other numbers of rows that the tables have given.
+    /// **O(n)**, and **O(used / 64)**.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal::Lengths`] if there are not as many places as names; [`Refusal::Tables`] if there are not as many
+    /// numbers as tables; [`Refusal::Place`] for a place that is missing, outside, or that of a name before; [`Error::Memory`],
+    /// [`Error::Rows`].
+    pub fn plan_places(&self, places: Arc<Places>, used: &[u64]) -> Planned<K> {
+        if used.len() != self.tables.len() {
+            return Err(Refusal::Tables { tables: self.tables.len(), used: used.len() });
+        }
+        if places.len() != self.names.len() {
+            return Err(Refusal::Lengths { names: self.names.len(), places: places.len() });
+        }
+        let tables = tables_of(&places, used)?;
+        let is_free = |place: Place| tables[place.table()].is_free(place.row());
+        let freed = memory::collect(
+            self.names.iter().map(|(_, place)| Some(*place)).filter(|place| place.is_some_and(is_free)),
+        )?;
+        let mut plan = Plan::new(self.version, Change::Replace { tables });
+        (plan.places, plan.freed) = (places, Arc::new(freed.into()));
+        Ok(plan)
+    }
+
+    /// Plans another name for an entry, which keeps its row and its place in the order. **O(1)**.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal::Missing`] if the old name is not there, [`Refusal::Present`] if the new one is.
+    pub fn plan_rename(&self, old: K, new: K) -> Planned<K> {
+        let Some(position) = self.names.position_of(&old) else {
+            return Err(Refusal::Missing(old));
+        };
+        if self.names.contains(&new) {
+            return Err(Refusal::Present(new));
+        }
+        Ok(Plan::new(self.version, Change::Rename { position, name: new }))
+    }
+
+    /// Plans to move a name behind, or in front of, all others. **O(1)**.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal::Missing`], [`Error::Memory`].
+    pub fn plan_move_to_end(&mut self, name: K, last: bool) -> Planned<K> {
+        self.names.make_place()?;
+        let Some(position) = self.names.position_of(&name) else {
+            return Err(Refusal::Missing(name));
+        };
+        Ok(Plan::new(self.version, Change::MoveToEnd { position, last }))
+    }
+
+    /// Does what was planned, and hands the names that are gone to `discarded`. `false`, and nothing has changed, if
+    /// the index has changed since the plan was made, or the plan is of another index. It needs no memory.
+    ///
+    /// **O(m)** for `m` names that are listed in the plan; **O(n)** if it is one for all.
+    #[must_use]
+    pub fn commit(&mut self, plan: &mut Plan<K>, mut discarded: impl FnMut(K)) -> bool {
+        if plan.version != self.version {
+            return false;
+        }
+        self.version = draw();
+        if plan.change.is_insertion() {
+            self.inserts = draw();
+        }
+        if plan.change.is_move() || !plan.freed.is_empty() {
+            self.moves = draw();
+        }
+        match std::mem::replace(&mut plan.change, Change::Committed) {
+            Change::Committed => {}
+            Change::Insert { added, moved, taken } => {
+                for (position, place) in moved {
+                    self.names.set_value_at(position, place);
+                }
+                match added {
+                    Added::First(map) => self.names.become_filled(map),
+                    Added::More(entries) => self.names.append_new(entries),
+                }
+                for (table, count) in taken {
+                    self.tables[table].take(count);
+                }
+                self.free(&plan.freed);
+            }
+            Change::Remove { positions } => {
+                self.names.remove_at(&positions, discarded);
+                self.free(&plan.freed);
+            }
+            Change::Clear { tables } => {
+                self.names.remove_all(discarded);
+                self.tables = tables;
+            }
+            Change::Replace { tables } => {
+                let mut places = plan.places.iter().flatten();
+                self.names.for_each_value(|place| *place = places.next().unwrap_or(*place));
+                self.tables = tables;
+            }
+            Change::Rename { position, name } => discarded(self.names.rename_at(position, name)),
+            Change::MoveToEnd { position, last } => self.names.move_at(position, last),
+        }
+        true
+    }
+
+    /// For each table an iterator of its next rows, of which so many will be asked for.
+    fn next_rows(&self, counts: &[u64]) -> Result<Vec<impl Iterator<Item = u64> + use<'_, K>>> {
+        let mut next = memory::with_capacity(counts.len())?;
+        for (rows, count) in self.tables.iter().zip(counts) {
+            let used = rows.used() + (count - rows.reused(*count));
+            if used > MAX_ENTRIES as u64 {
+                return Err(Error::Rows { wanted: used, limit: MAX_ENTRIES as u64 });
+            }
+            next.push(rows.next(*count));
+        }
+        Ok(next)
+    }
+
+    /// Makes sure that rows can come back without memory for it.
+    fn reserve_free(&mut self, freed: &[Option<Place>]) -> Result<()> {
+        if freed.is_empty() {
+            return Ok(());
+        }
+        let mut ends = memory::filled(0, self.tables.len())?;
+        for place in freed.iter().flatten() {
+            ends[place.table()] = ends[place.table()].max(place.row() + 1);
+        }
+        self.tables.iter_mut().zip(ends).try_for_each(|(rows, end)| rows.reserve_free_below(end))
+    }
+
+    fn free(&mut self, freed: &Places) {
+        for place in freed.iter().flatten() {
+            self.tables[place.table()].give_back(place.row());
+        }
+    }
+}
+
+impl<K> Change<K> {
+    /// Whether it adds names, sets entries, or changes the order.
+    fn is_insertion(&self) -> bool {
+        matches!(self, Self::Insert { .. } | Self::Rename { .. } | Self::MoveToEnd { .. })
+    }
+
+    /// Whether it changes the rows of names that were there, besides those that are freed.
+    fn is_move(&self) -> bool {
+        matches!(self, Self::Replace { .. } | Self::Rename { .. })
+    }
+}
+
+/// The first position of a place that stands before; `None` if all that are not missing are distinct.
+///
+/// **O(m)** where they ascend, otherwise **O(m log m)**.
+fn first_shared<T: Copy>(items: &[T], place: impl Fn(T) -> Option<Place>) -> Result<Option<usize>> {
+    let ids = || items.iter().enumerate().filter_map(|(at, item)| Some((place(*item)?.id(), at)));
+    if ids().is_sorted_by(|one, other| one.0 < other.0) {
+        return Ok(None);
+    }
+    let mut sorted = memory::collect(ids())?;
+    sorted.sort_unstable();
+    let repeated = sorted.windows(2).filter(|pair| pair[0].0 == pair[1].0).map(|pair| pair[1].1);
+    Ok(repeated.min())
+}
