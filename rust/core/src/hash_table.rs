@@ -24,6 +24,16 @@ pub(crate) struct Words {
     words: Vec<u64>,
 }
 
+/// Slots for words that are not there yet.
+pub(crate) struct Slots {
+    /// The hash and the number of each, in an order that goes through the table once.
+    words: Vec<u64>,
+    /// The slot of each.
+    at: Vec<u32>,
+    /// The number of words of the table that they are slots of.
+    table_len: usize,
+}
+
 fn word(hash: u32, id: u32) -> u64 {
     u64::from(hash) << 32 | u64::from(id)
 }
@@ -82,6 +92,43 @@ impl Words {
             *place += 1;
         }
         Ok(sorted)
+    }
+
+    /// Slots for entries with these hashes, none of which is there; `None` if `are_same` says so of two numbers in the
+    /// list. There must be room. Nothing has changed.
+    pub(crate) fn slots_of_new(
+        &mut self,
+        hashes: &[u32],
+        are_same: impl Fn(u32, u32) -> bool,
+    ) -> Result<Option<Slots>> {
+        let words = self.by_region(hashes)?;
+        let mut at = memory::with_capacity(words.len())?;
+        // Each word is written, with its number as the id, so that the next ones find its slot taken.
+        for &new in &words {
+            // What has the same number as id and is no new word is another entry, which is not the same.
+            let is_repeated =
+                |found| found != id_of(new) && (found as usize) < hashes.len() && are_same(found, id_of(new));
+            let Err(empty) = self.search(hash_of(new), is_repeated) else { break };
+            self.words[empty] = new;
+            at.push(empty as u32);
+        }
+        for slot in &at {
+            self.words[*slot as usize] = 0;
+        }
+        let are_distinct = at.len() == words.len();
+        Ok(are_distinct.then_some(Slots { words, at, table_len: self.words.len() }))
+    }
+
+    /// Writes words into their slots, with ids that count from `first_id`. Nothing but reservations may have happened
+    /// since the slots were found.
+    pub(crate) fn fill_slots(&mut self, found: &Slots, first_id: u32) {
+        let are_valid = found.table_len == self.words.len();
+        for (&new, &slot) in found.words.iter().zip(&found.at) {
+            let hash = hash_of(new);
+            let searched = || self.search(hash, |_| false).unwrap_or_else(|slot| slot);
+            let slot = if are_valid { slot as usize } else { searched() };
+            self.words[slot] = word(hash, first_id.wrapping_add(id_of(new)));
+        }
     }
 
     /// Makes room for `len` entries in all, at once.

@@ -13,7 +13,7 @@ use pdrs_core::names::delta;
 use pdrs_core::safetensors::{self, Dtype, Fault, HeaderWriter, IndexError, ShardIndex, Stack};
 use pdrs_core::slab::disjoint::{Lines, Stretches};
 use pdrs_core::slab::layout;
-use pdrs_core::{Error, IndexMap, Rows};
+use pdrs_core::{Error, IndexMap, Refusal, RowIndex, Rows};
 
 /// Refuses blocks of some size to a thread, from a number of them on.
 struct Limited;
@@ -201,6 +201,133 @@ fn rows_come_back_without_memory_once_it_was_reserved() {
     assert!(failed > 0 && copy == rows);
     let (made, failed) = at_every_limit(|| Rows::of_live(1 << 20, [5].into_iter()), is_memory);
     assert!(failed > 0 && made.unwrap().len() == 1);
+}
+
+fn index_of(count: usize) -> RowIndex<String> {
+    RowIndex::of_one_table(names(count).into_iter()).unwrap()
+}
+
+#[allow(clippy::needless_pass_by_value, reason = "as a function that is given an error")]
+fn is_limit(refusal: Refusal<String>) {
+    assert_eq!(refusal, Refusal::Limit(Error::Memory));
+}
+
+/// Makes something with all memory that there is.
+fn unlimited<T>(work: impl FnOnce() -> T) -> T {
+    let limit = LEFT.replace(usize::MAX);
+    let made = work();
+    LEFT.set(limit);
+    made
+}
+
+/// Some names are there, and some of these get a row of another table.
+fn to_insert(count: usize) -> (Vec<String>, Vec<i64>) {
+    unlimited(|| {
+        (names(2 * count).split_off(count / 2), [0, 0, 1].into_iter().cycle().take(count + count / 2).collect())
+    })
+}
+
+#[test]
+fn plans_are_made_whole_or_not_at_all_and_are_committed_without_memory() {
+    let mut index = index_of(3_000);
+    index.add_table().unwrap();
+    let unchanged = index.copy(String::clone).unwrap();
+    let insert = |index: &mut RowIndex<String>| {
+        let (names, tables) = to_insert(3_000);
+        index.plan_insert(names, &tables)
+    };
+    let is_unchanged = |index: &RowIndex<String>| {
+        index.check();
+        assert!(index.names().iter().eq(unchanged.names().iter()) && index.tables() == unchanged.tables());
+    };
+    let (mut plan, failed) = at_every_limit(|| insert(&mut index), is_limit);
+    assert!(failed > 6, "failed {failed} times");
+    is_unchanged(&index);
+    LEFT.set(0);
+    assert!(index.commit(&mut plan, drop));
+    LEFT.set(usize::MAX);
+    index.check();
+    assert_eq!(index.names().len(), 6_000);
+    let (mut plan, failed) = at_every_limit(|| index.plan_remove(to_insert(3_000).0), is_limit);
+    assert!(failed > 2, "failed {failed} times");
+    LEFT.set(0);
+    assert!(index.commit(&mut plan, drop));
+    LEFT.set(usize::MAX);
+    index.check();
+    assert_eq!(index.names().len(), 1_500);
+    let (mut plan, failed) = at_every_limit(|| index.plan_clear(), is_memory);
+    assert!(failed > 0, "failed {failed} times");
+    LEFT.set(0);
+    assert!(index.commit(&mut plan, drop));
+    LEFT.set(usize::MAX);
+    index.check();
+    let (mut plan, failed) = at_every_limit(|| insert(&mut index), is_limit);
+    assert!(failed > 4, "failed {failed} times");
+    LEFT.set(0);
+    assert!(index.commit(&mut plan, drop));
+    let removed = index.remove_end(true, *index.names().last().unwrap().1);
+    LEFT.set(usize::MAX);
+    index.check();
+    assert!(removed.unwrap().is_some() && index.names().len() == 4_499);
+}
+
+#[test]
+fn rows_of_a_large_table_become_free_without_memory_once_that_is_planned() {
+    let mut index = index_of(200_000);
+    index.add_table().unwrap();
+    let last = || unlimited(|| names(200_000).split_off(199_990));
+    let (mut plan, failed) = at_every_limit(|| index.plan_insert(last(), &[1; 10]), is_limit);
+    assert_eq!(failed, 1);
+    LEFT.set(0);
+    assert!(index.commit(&mut plan, drop));
+    LEFT.set(usize::MAX);
+    index.check();
+    assert_eq!(index.next_row(0, u64::MAX), Some((199_990, true)));
+    let mut other = index_of(200_000);
+    let end = *other.names().last().unwrap().1;
+    let (removed, failed) = at_every_limit(|| other.remove_end(true, end), is_memory);
+    assert!(failed == 1 && removed.as_deref() == Some("name.199999"));
+    other.check();
+    let mut other = index_of(200_000);
+    let (removed, failed) = at_every_limit(|| other.remove_one("name.199999", end), is_memory);
+    assert!(failed == 1 && removed.is_some());
+    other.check();
+}
+
+#[test]
+fn an_index_is_made_copied_and_asked_whole_or_not_at_all() {
+    let ((), failed) =
+        at_every_limit(|| RowIndex::of_one_table(unlimited(|| names(1_000)).into_iter()).map(drop), is_limit);
+    assert!(failed > 3, "failed {failed} times");
+    let twice = || names(500).into_iter().chain(names(500));
+    let mut refused = 0;
+    let ((), failed) = at_every_limit(
+        || {
+            let names: Vec<_> = unlimited(|| twice().collect());
+            match RowIndex::of_one_table(names.into_iter()) {
+                Err(Refusal::Repeated(_)) => Ok(()),
+                other => other.map(drop),
+            }
+        },
+        |refusal| {
+            refused += 1;
+            is_limit(refusal);
+        },
+    );
+    assert!(failed > 4 && refused == failed, "failed {failed} times");
+    let index = index_of(20_000);
+    let places = index.places().unwrap();
+    let ((), failed) = at_every_limit(|| index.places().map(drop), is_memory);
+    assert!(failed > 0);
+    let ((), failed) = at_every_limit(|| places.by_table().map(drop), is_memory);
+    assert_eq!(failed, 2);
+    let (copied, failed) = at_every_limit(|| index.copy(String::clone), is_memory);
+    assert!(failed > 1 && copied.names().iter().eq(index.names().iter()));
+    let ((), failed) = at_every_limit(|| index.names_of(0, 0..20_000).map(drop).map_err(|_| ()), |()| ());
+    assert_eq!(failed, 2);
+    let of = || RowIndex::of(unlimited(|| names(20_000)), &places, &[30_000]);
+    let (made, failed) = at_every_limit(of, is_limit);
+    assert!(failed > 4 && made.names().iter().eq(index.names().iter()), "failed {failed} times");
 }
 
 fn packed(count: u32) -> Vec<u8> {

@@ -1,7 +1,10 @@
 //! Changes whose memory was reserved and whose entries were found before: none of them can fail.
 
-use super::{BATCH, IndexMap, stored_hash};
+use super::{BATCH, IndexMap, first_repeated, stored_hash};
+use crate::error::Result;
+use crate::hash_table::Slots;
 use crate::key::Matches;
+use crate::memory;
 
 impl<K: Matches<K>, V> IndexMap<K, V> {
     /// Replaces the value of the entry at a position. **O(1)**.
@@ -10,22 +13,29 @@ impl<K: Matches<K>, V> IndexMap<K, V> {
         *old = value;
     }
 
-    /// Adds entries at the end whose keys are distinct and not there yet; there must be room for them. **O(m)**.
-    pub(crate) fn append_new(&mut self, entries: Vec<(K, V)>) {
-        let mut entries = entries.into_iter();
-        loop {
-            let batch = entries.as_slice();
-            if batch.is_empty() {
-                return;
-            }
-            batch.iter().skip(BATCH).take(BATCH).for_each(|(key, _)| key.prefetch());
-            self.words.touch(batch.iter().take(BATCH).map(|(key, _)| stored_hash(key)));
-            for (key, value) in entries.by_ref().take(BATCH) {
-                let hash = stored_hash(&key);
-                let empty = self.words.search(hash, |_| false).unwrap_or_else(|slot| slot);
-                self.append_at(empty, hash, key, value);
-            }
+    /// Makes room for keys that are not there, and finds where their words will stand. Gives instead the number of the
+    /// first that is equal to one before it, if there is one. **O(m)**.
+    pub(crate) fn slots_of_new(&mut self, keys: &[K]) -> Result<std::result::Result<Slots, usize>> {
+        self.reserve(keys.len())?;
+        let hashes = memory::collect(keys.iter().map(stored_hash))?;
+        let are_same = |one: u32, other: u32| keys[one as usize].matches(&keys[other as usize]);
+        if let Some(slots) = self.words.slots_of_new(&hashes, are_same)? {
+            return Ok(Ok(slots));
         }
+        drop(hashes);
+        let repeated = first_repeated(keys.len(), |at| &keys[at])?;
+        Ok(Err(repeated.expect("a key is repeated")))
+    }
+
+    /// Adds keys at the end, whose slots were found, with a value for each. Nothing but reservations may have happened
+    /// since. **O(m)**.
+    pub(crate) fn append_new(&mut self, keys: Vec<K>, slots: &Slots, values: impl Iterator<Item = V>) {
+        let count = keys.len();
+        let first_id = self.base.wrapping_add(self.entries.len() as u32);
+        self.words.fill_slots(slots, first_id);
+        self.entries.extend(keys.into_iter().zip(values).map(Some));
+        self.len += count;
+        self.generation += count as u64;
     }
 
     /// Puts the entries of another map in place of none.

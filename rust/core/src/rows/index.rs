@@ -122,15 +122,16 @@ impl<K> RowIndex<K> {
     /// [`Refusal::NoTable`], [`Refusal::Place`] for a row that the table has never given, [`Error::Memory`].
     pub fn names_of(
         &self,
-        table: usize,
-        rows: impl ExactSizeIterator<Item = u64> + Clone,
+        table: i64,
+        rows: impl Iterator<Item = u64> + Clone,
     ) -> std::result::Result<Vec<Option<&K>>, Refusal<K>> {
-        let used = self.tables.get(table).ok_or(Refusal::NoTable(table))?.used();
+        let number = usize::try_from(table).unwrap_or(usize::MAX);
+        let used = self.tables.get(number).ok_or(Refusal::NoTable(table))?.used();
         if let Some(at) = rows.clone().position(|row| row >= used) {
             return Err(Refusal::Place { at });
         }
         let mut named: Vec<Option<&K>> = memory::filled(None, usize::try_from(used).unwrap_or(usize::MAX))?;
-        for (name, place) in self.names.iter().filter(|(_, place)| place.table() == table) {
+        for (name, place) in self.names.iter().filter(|(_, place)| place.table() == number) {
             named[place.row() as usize] = Some(name);
         }
         Ok(memory::collect(rows.map(|row| named[row as usize]))?)

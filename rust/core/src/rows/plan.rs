@@ -6,7 +6,8 @@
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-use crate::index_map::{IndexMap, MAX_ENTRIES, first_repeated};
+use crate::hash_table::Slots;
+use crate::index_map::{IndexMap, MAX_ENTRIES};
 use crate::key::Matches;
 use crate::memory;
 use crate::rows::allocator::Rows;
@@ -39,7 +40,7 @@ pub enum Refusal<K> {
         used: usize,
     },
     /// There is no table of this number.
-    NoTable(usize),
+    NoTable(i64),
     /// A place is missing, outside its table, or that of another name.
     Place {
         /// Its position.
@@ -60,14 +61,14 @@ pub struct Plan<K> {
     /// The version of the index that it was made for.
     version: u64,
     places: Arc<Places>,
-    new: Vec<usize>,
+    new: NewRows,
     freed: Arc<Places>,
     change: Change<K>,
 }
 
 enum Change<K> {
     Committed,
-    Insert { added: Added<K>, moved: Vec<(usize, Place)>, taken: Vec<(usize, u64)> },
+    Insert { added: Added<K>, moved: Vec<Moved>, taken: Vec<(usize, u64)> },
     Remove { positions: Vec<usize> },
     Clear { tables: Vec<Rows> },
     Replace { tables: Vec<Rows> },
@@ -75,29 +76,32 @@ enum Change<K> {
     MoveToEnd { position: usize, last: bool },
 }
 
-/// Where names will lie.
-struct Choice {
-    places: Vec<Option<Place>>,
-    /// The positions, in the list of names, of those that get a new row.
-    new: Vec<usize>,
-    /// The rows that names which are there lose.
-    freed: Vec<Option<Place>>,
-    /// The position in the index and the new place of each of these.
-    moved: Vec<(usize, Place)>,
-    /// How many rows each table gives.
-    counts: Vec<u64>,
+/// Which of the names that are listed get a new row.
+enum NewRows {
+    /// All of so many, which need no list.
+    All(usize),
+    /// Those at some positions, ascending.
+    Some(Vec<usize>),
+}
+
+/// A name that is there and gets a row of another table.
+struct Moved {
+    /// Its position in the list of names.
+    at: usize,
+    /// Its position in the index.
+    position: usize,
 }
 
 enum Added<K> {
     /// All names of an index that has none yet.
     First(IndexMap<K, Place>),
-    More(Vec<(K, Place)>),
+    More(Vec<K>, Slots),
 }
 
 impl<K> Plan<K> {
     fn new(version: u64, change: Change<K>) -> Self {
         let (places, freed) = (Arc::new(Places::default()), Arc::new(Places::default()));
-        Self { version, places, new: Vec::new(), freed, change }
+        Self { version, places, new: NewRows::All(0), freed, change }
     }
 
     /// The place that each name will have: in the order in which they were listed, or, where none were, in theirs.
@@ -106,10 +110,29 @@ impl<K> Plan<K> {
         &self.places
     }
 
-    /// The positions, in the list of names to insert, of those that get a new row.
+    /// The positions, in the list of names to insert, of those that get a new row, ascending.
     #[must_use]
-    pub fn new_rows(&self) -> &[usize] {
-        &self.new
+    pub fn new_rows(&self) -> impl ExactSizeIterator<Item = usize> + '_ {
+        let (count, listed) = match &self.new {
+            NewRows::All(count) => (*count, None),
+            NewRows::Some(listed) => (listed.len(), Some(listed)),
+        };
+        (0..count).map(move |at| listed.map_or(at, |listed| listed[at]))
+    }
+
+    /// The positions, in the list of names to insert, of those that are added.
+    fn added<'a>(&'a self, moved: &'a [Moved]) -> impl Iterator<Item = usize> + 'a {
+        let mut moved = moved.iter().map(|moved| moved.at).peekable();
+        self.new_rows().filter(move |at| moved.next_if_eq(at).is_none())
+    }
+
+    /// Keeps those of the listed names that are added. No memory is needed.
+    fn keep_added(&self, names: &mut Vec<K>, moved: &[Moved]) {
+        let (mut at, mut added) = (0, self.added(moved).peekable());
+        names.retain(|_| {
+            at += 1;
+            added.next_if_eq(&(at - 1)).is_some()
+        });
     }
 
     /// The rows that belong to a name before the commit, and to none afterwards; in the order of the names.
@@ -117,6 +140,16 @@ impl<K> Plan<K> {
     pub fn freed(&self) -> &Arc<Places> {
         &self.freed
     }
+}
+
+/// Where the names to insert will lie, besides their places.
+struct Choice {
+    new: NewRows,
+    /// The rows that names which are there lose.
+    freed: Vec<Option<Place>>,
+    moved: Vec<Moved>,
+    /// How many rows each table gives.
+    counts: Vec<u64>,
 }
 
 impl<K: Matches<K>> RowIndex<K> {
@@ -129,72 +162,74 @@ impl<K: Matches<K>> RowIndex<K> {
     ///
     /// [`Refusal::Repeated`], [`Refusal::Lengths`], [`Refusal::NoTable`], [`Error::Memory`], [`Error::Full`],
     /// [`Error::Rows`].
-    pub fn plan_insert(&mut self, mut names: Vec<K>, tables: &[usize]) -> Planned<K> {
+    pub fn plan_insert(&mut self, mut names: Vec<K>, tables: &[i64]) -> Planned<K> {
         if names.len() != tables.len() {
             return Err(Refusal::Lengths { names: names.len(), places: tables.len() });
         }
-        if let Some(table) = tables.iter().find(|table| **table >= self.tables.len()) {
+        let is_table = |table: i64| usize::try_from(table).is_ok_and(|table| table < self.tables.len());
+        if let Some(table) = tables.iter().find(|table| !is_table(**table)) {
             return Err(Refusal::NoTable(*table));
         }
         if names.len() > MAX_ENTRIES {
             return Err(Error::Full { wanted: names.len(), limit: MAX_ENTRIES }.into());
         }
         self.names.make_ids(names.len())?;
-        let mut held = memory::with_capacity(names.len())?;
-        self.names.find_many(&names, |_, found| held.push(found.map(|(position, place)| (position, *place))));
-        if let Some(at) = first_shared(&held, |held| held.map(|(_, place)| place))? {
+        let mut places = memory::with_capacity(names.len())?;
+        self.names.get_many(&names, |_, place| places.push(place.copied()));
+        if let Some(at) = first_shared(&places)? {
             return Err(Refusal::Repeated(names.swap_remove(at)));
         }
-        let Choice { places, new, freed, moved, counts } = self.choose(&held, tables)?;
-        let entries = names.into_iter().zip(&places).map(|(name, place)| (name, certain(*place)));
-        let added = if self.names.is_empty() {
-            Added::First(distinct(entries)?)
+        let Choice { new, freed, moved, counts } = self.choose(&names, &mut places, tables)?;
+        let is_first = self.names.is_empty();
+        let places = Arc::new(Places::from(places));
+        let mut plan = Plan { version: self.version, places, new, freed: Arc::default(), change: Change::Committed };
+        let added = if is_first {
+            Added::First(distinct(names.into_iter().zip(plan.places.iter().map(certain)))?)
         } else {
-            let mut added = memory::with_capacity(new.len() - moved.len())?;
-            added.extend(entries.zip(&held).filter(|(_, held)| held.is_none()).map(|(entry, _)| entry));
-            if let Some(at) = first_repeated(added.len(), |at| &added[at].0)? {
-                return Err(Refusal::Repeated(added.swap_remove(at).0));
+            plan.keep_added(&mut names, &moved);
+            match self.names.slots_of_new(&names)? {
+                Ok(slots) => Added::More(names, slots),
+                Err(at) => return Err(Refusal::Repeated(names.swap_remove(at))),
             }
-            self.names.reserve(added.len())?;
-            Added::More(added)
         };
         self.reserve_free(&freed)?;
         let taken = memory::collect(counts.into_iter().enumerate().filter(|(_, count)| *count > 0))?;
-        let mut plan = Plan::new(self.version, Change::Insert { added, moved, taken });
-        (plan.places, plan.new, plan.freed) = (Arc::new(places.into()), new, Arc::new(freed.into()));
+        plan.freed = Arc::new(freed.into());
+        plan.change = Change::Insert { added, moved, taken };
         Ok(plan)
     }
 
-    /// Chooses a place in the table that is listed for each name; `held` are the entries that are there.
-    fn choose(&self, held: &[Option<(usize, Place)>], tables: &[usize]) -> Result<Choice> {
-        let stays = |held: Option<(usize, Place)>, table| held.is_some_and(|(_, place)| place.table() == table);
+    /// Chooses a place in the table that is listed for each name; `places` are those that names have.
+    fn choose(&self, names: &[K], places: &mut [Option<Place>], tables: &[i64]) -> Result<Choice> {
+        let stays = |place: Option<Place>, table| place.is_some_and(|place| place.table() == table);
+        let tables = || tables.iter().map(|table| table.cast_unsigned() as usize);
         let mut counts = memory::filled(0_u64, self.tables.len())?;
         let (mut count_new, mut count_moved) = (0, 0);
-        for (held, &table) in held.iter().zip(tables).filter(|(held, table)| !stays(**held, **table)) {
+        for (place, table) in places.iter().zip(tables()).filter(|(place, table)| !stays(**place, *table)) {
             counts[table] += 1;
             count_new += 1;
-            count_moved += usize::from(held.is_some());
+            count_moved += usize::from(place.is_some());
         }
-        let mut places = memory::with_capacity(held.len())?;
-        let mut new = memory::with_capacity(count_new)?;
-        let mut freed = memory::with_capacity(count_moved)?;
-        let mut moved = memory::with_capacity(count_moved)?;
+        let is_listed = count_new < names.len();
+        let mut new = memory::with_capacity(if is_listed { count_new } else { 0 })?;
+        let (mut freed, mut moved) = (memory::with_capacity(count_moved)?, memory::with_capacity(count_moved)?);
         let mut next = self.next_rows(&counts)?;
-        for (at, (held, &table)) in held.iter().zip(tables).enumerate() {
-            if stays(*held, table) {
-                places.push(held.map(|(_, place)| place));
+        for (at, (place, table)) in places.iter_mut().zip(tables()).enumerate() {
+            if stays(*place, table) {
                 continue;
             }
-            let place = next[table].next().and_then(|row| Place::new(table, row));
-            places.push(place);
-            new.push(at);
-            if let Some((position, old)) = *held {
-                freed.push(Some(old));
-                moved.push((position, certain(place)));
+            if is_listed {
+                new.push(at);
             }
+            if place.is_some() {
+                freed.push(*place);
+                moved.extend(self.names.position_of(&names[at]).map(|position| Moved { at, position }));
+            }
+            *place = next[table].next().and_then(|row| Place::new(table, row));
         }
         drop(next);
-        Ok(Choice { places, new, freed, moved, counts })
+        let new = if is_listed { NewRows::Some(new) } else { NewRows::All(names.len()) };
+        Ok(Choice { new, freed, moved, counts })
     }
 
     /// Plans to remove some distinct names; the order of the others stays, and their rows become free. **O(m log m)**,
@@ -217,7 +252,7 @@ impl<K: Matches<K>> RowIndex<K> {
         if let Some(at) = missing {
             return Err(Refusal::Missing(names.swap_remove(at)));
         }
-        if let Some(at) = first_shared(&freed, |place| place)? {
+        if let Some(at) = first_shared(&freed)? {
             return Err(Refusal::Repeated(names.swap_remove(at)));
         }
         self.reserve_free(&freed)?;
@@ -315,12 +350,15 @@ impl<K: Matches<K>> RowIndex<K> {
         match std::mem::replace(&mut plan.change, Change::Committed) {
             Change::Committed => {}
             Change::Insert { added, moved, taken } => {
-                for (position, place) in moved {
-                    self.names.set_value_at(position, place);
+                for Moved { at, position } in &moved {
+                    self.names.set_value_at(*position, certain(plan.places.get(*at).flatten()));
                 }
                 match added {
                     Added::First(map) => self.names.become_filled(map),
-                    Added::More(entries) => self.names.append_new(entries),
+                    Added::More(names, slots) => {
+                        let places = plan.added(&moved).map(|at| certain(plan.places.get(at).flatten()));
+                        self.names.append_new(names, &slots, places);
+                    }
                 }
                 for (table, count) in taken {
                     self.tables[table].take(count);
@@ -393,8 +431,8 @@ impl<K> Change<K> {
 /// The first position of a place that stands before; `None` if all that are not missing are distinct.
 ///
 /// **O(m)** where they ascend, otherwise **O(m log m)**.
-fn first_shared<T: Copy>(items: &[T], place: impl Fn(T) -> Option<Place>) -> Result<Option<usize>> {
-    let ids = || items.iter().enumerate().filter_map(|(at, item)| Some((place(*item)?.id(), at)));
+fn first_shared(places: &[Option<Place>]) -> Result<Option<usize>> {
+    let ids = || places.iter().enumerate().filter_map(|(at, place)| Some((place.as_ref()?.id(), at)));
     if ids().is_sorted_by(|one, other| one.0 < other.0) {
         return Ok(None);
     }

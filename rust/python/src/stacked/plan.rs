@@ -37,7 +37,7 @@ impl RowPlan {
 
     #[getter(new)]
     fn new_rows<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray1<i64>>> {
-        let new = memory::collect(self.lock(py).new_rows().iter().map(|at| (*at as u64).cast_signed()))?;
+        let new = memory::collect(self.lock(py).new_rows().map(|at| (at as u64).cast_signed()))?;
         Ok(PyArray1::from_vec(py, new))
     }
 

@@ -304,11 +304,10 @@ impl RowIndex {
         let rows = rows.as_array();
         let named = {
             let state = self.lock(py);
-            let number = usize::try_from(table).map_err(|_| no_table(table))?;
-            match state.names_of(number, rows.iter().map(|row| row.cast_unsigned())) {
+            match state.names_of(table, rows.iter().map(|row| row.cast_unsigned())) {
                 Ok(named) => memory::collect(named.into_iter().map(|name| name.map(|name| name.clone_ref(py))))?,
                 Err(Refusal::Place { at }) => {
-                    let used = state.tables()[number].used();
+                    let used = table_of(&state, table)?.used();
                     return Err(PyIndexError::new_err(format!("table {table} has {used} rows, got row {}", rows[at])));
                 }
                 Err(refusal) => {
@@ -418,9 +417,10 @@ impl RowIndex {
 
     fn plan_insert(&self, names: &Bound<'_, PyAny>, tables: PyReadonlyArray1<'_, i64>) -> PyResult<RowPlan> {
         let (py, names) = (names.py(), to_entry_names(names)?);
-        let to_number = |table: &i64| usize::try_from(*table).map_err(|_| no_table(table));
-        let tables = memory::try_collect(tables.as_array().iter().map(to_number))?;
-        self.plan(py, |state| state.plan_insert(names, &tables)).or_refuse(py)
+        let apart =
+            if tables.as_slice().is_ok() { Vec::new() } else { memory::collect(tables.as_array().iter().copied())? };
+        let tables = tables.as_slice().unwrap_or(&apart);
+        self.plan(py, |state| state.plan_insert(names, tables)).or_refuse(py)
     }
 
     fn plan_remove(&self, names: &Bound<'_, PyAny>) -> PyResult<RowPlan> {

@@ -1,0 +1,492 @@
+//! `RowIndex` against a vector of names and rows that is searched from end to end.
+//!
+//! The bugs that this hunts: a row that two names have, or that is lost; a name whose row changes unnoticed; a plan that
+//! is committed to an index that has changed since; a refusal that has changed something; rows given in an order that
+//! depends on more than which are free. Names are few, and in one run all collide.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use pdrs_core::{Error, Hashed, Matches, OfTable, Place, Places, Plan, Refusal, RowIndex};
+use proptest::prelude::*;
+
+/// A small name whose hash keeps only `SPREAD` bits, so that 0 makes all names collide.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Key<const SPREAD: u32>(u8);
+
+impl<const SPREAD: u32> Hashed for Key<SPREAD> {
+    fn hash(&self) -> u32 {
+        u32::from(self.0).wrapping_mul(0x9E37_79B9).checked_shr(32 - SPREAD).unwrap_or(0)
+    }
+}
+
+impl<const SPREAD: u32> Matches<Self> for Key<SPREAD> {
+    fn matches(&self, query: &Self) -> bool {
+        self == query
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Operation {
+    AddTable,
+    PopTable,
+    Insert(Vec<(u8, usize)>),
+    InsertOne(u8, usize),
+    Remove(Vec<u8>),
+    RemoveOne(u8),
+    RemoveEnd(bool),
+    Clear,
+    /// Names go to tables by their number times this; rows count down from the end, with some free ones in front.
+    Places(usize, u64),
+    Rename(u8, u8),
+    MoveToEnd(u8, bool),
+    NoteSet,
+    Copy,
+    Rebuild,
+}
+
+fn key() -> impl Strategy<Value = u8> {
+    0_u8..48
+}
+
+fn operations() -> impl Strategy<Value = Vec<Operation>> {
+    use Operation::*;
+    let one = prop_oneof![
+        3 => Just(AddTable),
+        1 => Just(PopTable),
+        8 => prop::collection::vec((key(), 0_usize..5), 0..12).prop_map(Insert),
+        4 => (key(), 0_usize..5).prop_map(|(name, table)| InsertOne(name, table)),
+        6 => prop::collection::vec(key(), 0..4).prop_map(Remove),
+        4 => key().prop_map(RemoveOne),
+        2 => any::<bool>().prop_map(RemoveEnd),
+        1 => Just(Clear),
+        2 => (0_usize..5, 0_u64..3).prop_map(|(factor, spare)| Places(factor, spare)),
+        2 => (key(), key()).prop_map(|(old, new)| Rename(old, new)),
+        2 => (key(), any::<bool>()).prop_map(|(name, last)| MoveToEnd(name, last)),
+        1 => Just(NoteSet),
+        1 => Just(Copy),
+        1 => Just(Rebuild),
+    ];
+    prop::collection::vec(one, 1..80)
+}
+
+type At = (usize, u64);
+
+/// The model: nothing clever about it.
+#[derive(Debug, Clone, Default, PartialEq)]
+struct Model {
+    entries: Vec<(u8, At)>,
+    used: Vec<u64>,
+}
+
+impl Model {
+    fn position(&self, name: u8) -> Option<usize> {
+        self.entries.iter().position(|(one, _)| *one == name)
+    }
+
+    fn place(&self, name: u8) -> Option<At> {
+        self.position(name).map(|at| self.entries[at].1)
+    }
+
+    fn free(&self, table: usize) -> Vec<u64> {
+        (0..self.used[table]).filter(|row| self.entries.iter().all(|(_, at)| *at != (table, *row))).collect()
+    }
+
+    /// Inserts distinct names; the place of each, and the places that are lost.
+    fn insert(&mut self, names: &[(u8, usize)]) -> (Vec<At>, Vec<usize>, Vec<At>) {
+        let (mut places, mut new, mut freed) = (Vec::new(), Vec::new(), Vec::new());
+        let mut next: BTreeMap<usize, Vec<u64>> = BTreeMap::new();
+        for (at, &(name, table)) in names.iter().enumerate() {
+            let held = self.place(name);
+            if let Some(place) = held.filter(|(of, _)| *of == table) {
+                places.push(place);
+                continue;
+            }
+            // Rows that names lose in this very change are not given yet.
+            let free = next.entry(table).or_insert_with(|| {
+                let mut rows = self.free(table);
+                rows.retain(|row| !freed.contains(&(table, *row)));
+                rows.reverse();
+                rows
+            });
+            let row = free.pop().unwrap_or_else(|| {
+                self.used[table] += 1;
+                self.used[table] - 1
+            });
+            places.push((table, row));
+            new.push(at);
+            match self.position(name) {
+                Some(at) => self.entries[at].1 = (table, row),
+                None => self.entries.push((name, (table, row))),
+            }
+            freed.extend(held);
+        }
+        (places, new, freed)
+    }
+}
+
+fn plain(places: &Places) -> Vec<At> {
+    places.iter().map(|place| place.map(|place| (place.table(), place.row())).unwrap()).collect()
+}
+
+fn is_distinct(names: &[u8]) -> bool {
+    (1..names.len()).all(|at| !names[..at].contains(&names[at]))
+}
+
+/// Commits a plan; first makes sure that it is refused by another index, and by one that has changed since.
+fn commit<const SPREAD: u32>(index: &mut RowIndex<Key<SPREAD>>, mut plan: Plan<Key<SPREAD>>) -> Vec<u8> {
+    let mut other = index.copy(|name| *name).unwrap();
+    assert!(!other.commit(&mut plan, |_| panic!("nothing is changed")));
+    let mut gone = Vec::new();
+    assert!(index.commit(&mut plan, |name| gone.push(name.0)));
+    assert!(!index.commit(&mut plan, |_| panic!("it is committed once")));
+    gone
+}
+
+fn apply<const SPREAD: u32>(index: &mut RowIndex<Key<SPREAD>>, model: &mut Model, operation: Operation) {
+    match operation {
+        Operation::AddTable => {
+            assert_eq!(index.add_table(), Ok(model.used.len()));
+            model.used.push(0);
+        }
+        Operation::PopTable => {
+            let table = model.used.len().wrapping_sub(1);
+            let can_go = !model.used.is_empty() && model.entries.iter().all(|(_, at)| at.0 != table);
+            assert_eq!(index.pop_table().map(|rows| rows.used()), model.used.last().copied().filter(|_| can_go));
+            model.used.truncate(table.wrapping_add(usize::from(!can_go)));
+        }
+        Operation::Insert(names) => insert(index, model, &names),
+        Operation::InsertOne(name, table) => {
+            let Some((row, is_reused)) = index.next_row(table, u64::MAX) else {
+                return assert!(table >= model.used.len());
+            };
+            assert_eq!(is_reused, row < model.used[table]);
+            assert_eq!(index.next_row(table, row), None, "the table must grow before");
+            assert!(!index.insert_one(Key(name), table, row + 1).unwrap());
+            let is_new = model.place(name).is_none();
+            assert_eq!(index.insert_one(Key(name), table, row), Ok(is_new));
+            if is_new {
+                assert_eq!(model.insert(&[(name, table)]).0, [(table, row)]);
+            }
+        }
+        Operation::Remove(names) => remove(index, model, &names),
+        Operation::RemoveOne(name) => {
+            let place = model.place(name).unwrap_or_default();
+            let other = Place::new(place.0 + 1, place.1).unwrap();
+            assert_eq!(index.remove_one(&Key(name), other), Ok(None));
+            let removed = index.remove_one(&Key(name), Place::new(place.0, place.1).unwrap()).unwrap();
+            assert_eq!(removed.map(|name| name.0), model.position(name).map(|at| model.entries.remove(at).0));
+        }
+        Operation::RemoveEnd(last) => {
+            let at = if last { model.entries.len().wrapping_sub(1) } else { 0 };
+            let Some(&(name, (table, row))) = model.entries.get(at) else {
+                return assert_eq!(index.remove_end(last, Place::new(0, 0).unwrap()), Ok(None));
+            };
+            assert_eq!(index.remove_end(last, Place::new(table, row + 1).unwrap()), Ok(None));
+            assert_eq!(index.remove_end(last, Place::new(table, row).unwrap()), Ok(Some(Key(name))));
+            model.entries.remove(at);
+        }
+        Operation::Clear => {
+            let plan = index.plan_clear().unwrap();
+            assert!(plain(plan.freed()).into_iter().eq(model.entries.iter().map(|(_, at)| *at)));
+            assert!(commit(index, plan).into_iter().eq(model.entries.drain(..).map(|(name, _)| name)));
+        }
+        Operation::Places(factor, spare) => replace(index, model, factor, spare),
+        Operation::Rename(old, new) => match index.plan_rename(Key(old), Key(new)) {
+            Err(Refusal::Missing(Key(name))) => assert!(name == old && model.position(old).is_none()),
+            Err(refusal) => {
+                assert_eq!(refusal, Refusal::Present(Key(new)));
+                assert!(model.position(new).is_some());
+            }
+            Ok(plan) => {
+                assert_eq!(commit(index, plan), [old]);
+                let at = model.position(old).unwrap();
+                model.entries[at].0 = new;
+            }
+        },
+        Operation::MoveToEnd(name, last) => {
+            let Some(at) = model.position(name) else {
+                return assert_eq!(index.plan_move_to_end(Key(name), last).err(), Some(Refusal::Missing(Key(name))));
+            };
+            let plan = index.plan_move_to_end(Key(name), last).unwrap();
+            assert_eq!(commit(index, plan), []);
+            let entry = model.entries.remove(at);
+            model.entries.insert(if last { model.entries.len() } else { 0 }, entry);
+        }
+        Operation::NoteSet => index.note_set(),
+        Operation::Copy => *index = index.copy(|name| *name).unwrap(),
+        Operation::Rebuild => {
+            let names: Vec<_> = model.entries.iter().map(|(name, _)| Key(*name)).collect();
+            *index = RowIndex::of(names, &index.places().unwrap(), &model.used).unwrap();
+        }
+    }
+}
+
+fn insert<const SPREAD: u32>(index: &mut RowIndex<Key<SPREAD>>, model: &mut Model, listed: &[(u8, usize)]) {
+    let keys: Vec<_> = listed.iter().map(|(name, _)| Key(*name)).collect();
+    let tables: Vec<_> = listed.iter().map(|(_, table)| table.cast_signed() as i64).collect();
+    let names: Vec<_> = listed.iter().map(|(name, _)| *name).collect();
+    let planned = index.plan_insert(keys, &tables);
+    if let Some(table) = tables.iter().find(|table| **table >= model.used.len().cast_signed() as i64) {
+        return assert_eq!(planned.err(), Some(Refusal::NoTable(*table)));
+    }
+    if !is_distinct(&names) {
+        let Some(Refusal::Repeated(Key(name))) = planned.err() else { panic!("a name is listed twice") };
+        return assert!(names.iter().filter(|one| **one == name).nth(1).is_some());
+    }
+    let plan = planned.unwrap();
+    let before = model.clone();
+    compare(index, &before);
+    let (places, new, freed) = model.insert(listed);
+    assert_eq!(plain(plan.places()), places);
+    assert!(plan.new_rows().eq(new));
+    assert_eq!(plain(plan.freed()), freed);
+    assert_eq!(commit(index, plan), []);
+}
+
+fn remove<const SPREAD: u32>(index: &mut RowIndex<Key<SPREAD>>, model: &mut Model, names: &[u8]) {
+    let planned = index.plan_remove(names.iter().map(|name| Key(*name)).collect());
+    if let Some(name) = names.iter().find(|name| model.position(**name).is_none()) {
+        return assert_eq!(planned.err(), Some(Refusal::Missing(Key(*name))));
+    }
+    if !is_distinct(names) {
+        let first = (1..names.len()).find(|at| names[..*at].contains(&names[*at])).unwrap();
+        return assert_eq!(planned.err(), Some(Refusal::Repeated(Key(names[first]))));
+    }
+    let plan = planned.unwrap();
+    assert_eq!(plain(plan.freed()), names.iter().map(|name| model.place(*name).unwrap()).collect::<Vec<_>>());
+    assert_eq!(commit(index, plan), names);
+    model.entries.retain(|(name, _)| !names.contains(name));
+}
+
+fn replace<const SPREAD: u32>(index: &mut RowIndex<Key<SPREAD>>, model: &mut Model, factor: usize, spare: u64) {
+    let count = model.used.len().max(1);
+    let mut used = vec![spare; model.used.len()];
+    let mut places: Vec<At> = Vec::new();
+    for (number, _) in model.entries.iter().enumerate().rev() {
+        let table = number * factor % count;
+        places.push((table, used[table]));
+        used[table] += 1;
+    }
+    places.reverse();
+    let packed: Vec<_> = places.iter().map(|(table, row)| Place::new(*table, *row)).collect();
+    let plan = index.plan_places(Arc::new(packed.clone().into()), &used).unwrap();
+    let before: Vec<At> = model.entries.iter().map(|(_, at)| *at).collect();
+    for (entry, place) in model.entries.iter_mut().zip(&places) {
+        entry.1 = *place;
+    }
+    // What is wrong is refused: one too few, one missing, one outside, one twice, a table too many.
+    let mut wrong = vec![packed[..packed.len().saturating_sub(1)].to_vec()];
+    for other in [None, Place::new(count, 0), Place::new(0, 1 << 20), packed.last().copied().flatten()] {
+        let mut one = packed.clone();
+        if let Some(first) = one.first_mut().filter(|first| **first != other) {
+            *first = other;
+            wrong.push(one);
+        }
+    }
+    for places in wrong.into_iter().filter(|_| !packed.is_empty()) {
+        let refusal = index.plan_places(Arc::new(places.into()), &used).err().unwrap();
+        assert!(matches!(refusal, Refusal::Place { .. } | Refusal::Lengths { .. }), "{refusal:?}");
+    }
+    let more: Vec<u64> = used.iter().copied().chain([0]).collect();
+    let refusal = index.plan_places(plan.places().clone(), &more).err();
+    assert_eq!(refusal, Some(Refusal::Tables { tables: used.len(), used: more.len() }));
+    model.used = used;
+    let is_free = |at: &At| model.free(at.0).contains(&at.1);
+    assert_eq!(plain(plan.freed()), before.into_iter().filter(is_free).collect::<Vec<_>>());
+    assert_eq!(commit(index, plan), []);
+}
+
+/// Order, places, free rows and invariants all at once.
+fn compare<const SPREAD: u32>(index: &RowIndex<Key<SPREAD>>, model: &Model) {
+    index.check();
+    let entries = index.names().iter().map(|(name, place)| (name.0, (place.table(), place.row())));
+    assert_eq!(entries.collect::<Vec<_>>(), model.entries);
+    assert_eq!(plain(&index.places().unwrap()), model.entries.iter().map(|(_, at)| *at).collect::<Vec<_>>());
+    for name in 0..=u8::MAX {
+        let place = index.names().get(&Key(name)).map(|place| (place.table(), place.row()));
+        assert_eq!(place, model.place(name));
+    }
+    assert_eq!(index.tables().len(), model.used.len());
+    for (table, rows) in index.tables().iter().enumerate() {
+        assert_eq!(rows.used(), model.used[table]);
+        assert_eq!(rows.free().collect::<Vec<_>>(), model.free(table));
+        let all: Vec<u64> = (0..rows.used()).rev().collect();
+        let table_number = table.cast_signed() as i64;
+        let named = index.names_of(table_number, all.iter().copied()).unwrap();
+        for (row, name) in all.iter().zip(named) {
+            let expected = model.entries.iter().find(|(_, at)| *at == (table, *row));
+            assert_eq!(name.map(|name| name.0), expected.map(|(name, _)| *name));
+        }
+        assert_eq!(index.names_of(table_number, [rows.used()].into_iter()), Err(Refusal::Place { at: 0 }));
+    }
+    for table in [-1, model.used.len().cast_signed() as i64] {
+        assert_eq!(index.names_of(table, [].into_iter()), Err(Refusal::NoTable(table)));
+    }
+}
+
+fn run<const SPREAD: u32>(operations: Vec<Operation>) {
+    let (mut index, mut model) = (RowIndex::<Key<SPREAD>>::new(), Model::default());
+    for operation in operations {
+        let before = model.clone();
+        let (moves, inserts, generation) = (index.moves(), index.inserts(), index.names().generation());
+        apply(&mut index, &mut model, operation.clone());
+        compare(&index, &model);
+        let has_moved = before.entries.iter().any(|(name, at)| model.place(*name) != Some(*at));
+        assert!(!has_moved || index.moves() != moves, "{operation:?} moved rows unnoticed");
+        let order = |model: &Model| model.entries.iter().map(|(name, _)| *name).collect::<Vec<_>>();
+        let is_same = matches!(operation, Operation::Copy | Operation::Rebuild) || order(&before) == order(&model);
+        assert!(is_same || index.names().generation() != generation, "{operation:?} changed the order unnoticed");
+        let mut kept = order(&before);
+        kept.retain(|name| model.position(*name).is_some());
+        assert!(kept == order(&model) || index.inserts() != inserts, "{operation:?} added names unnoticed");
+        if matches!(operation, Operation::NoteSet) {
+            assert!(index.inserts() != inserts && index.moves() == moves);
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn any_operations_do_what_the_model_does(operations in operations()) {
+        run::<32>(operations);
+    }
+
+    #[test]
+    fn any_operations_do_what_the_model_does_when_all_hashes_collide(operations in operations()) {
+        run::<0>(operations);
+    }
+
+    #[test]
+    fn places_are_sorted_by_table(listed in prop::collection::vec((0_usize..4, any::<bool>()), 0..60)) {
+        let numbers = [0, 3, 70_000, pdrs_core::MAX_TABLES - 1];
+        let place = |at: usize, (table, is_there): (usize, bool)| {
+            is_there.then(|| Place::new(numbers[table], at as u64).unwrap())
+        };
+        let listed: Vec<_> = listed.into_iter().enumerate().map(|(at, one)| place(at, one)).collect();
+        let mut expected: BTreeMap<usize, OfTable> = BTreeMap::new();
+        for (at, place) in (0..).zip(&listed) {
+            let Some(place) = place else { continue };
+            let new = || OfTable { table: place.table(), positions: Vec::new(), rows: Vec::new() };
+            let part = expected.entry(place.table()).or_insert_with(new);
+            part.positions.push(at);
+            part.rows.push(place.row().cast_signed());
+        }
+        let places = Places::from(listed.clone());
+        prop_assert_eq!(places.by_table().unwrap(), expected.into_values().collect::<Vec<_>>());
+        let present: Vec<_> = listed.iter().copied().flatten().collect();
+        prop_assert_eq!(places.is_complete(), present.len() == listed.len());
+        let is_one = present.len() == listed.len() && present.iter().all(|place| place.table() == present[0].table());
+        prop_assert_eq!(places.only_table(), present.first().filter(|_| is_one).map(|place| place.table()));
+        prop_assert_eq!(places.missing().unwrap().len() + places.found().unwrap().len(), listed.len());
+        let numbers = places.tables().unwrap().into_iter().zip(places.rows().unwrap());
+        for ((table, row), (at, place)) in numbers.zip(listed.iter().enumerate()) {
+            let expected = place.map_or((-1, -1), |place| (place.table().cast_signed() as i64, at.cast_signed() as i64));
+            prop_assert_eq!((table, row), expected);
+        }
+    }
+}
+
+fn names(range: std::ops::Range<u32>) -> Vec<String> {
+    range.map(|n| format!("name.{n}")).collect()
+}
+
+#[test]
+fn many_names_are_inserted_moved_and_removed_as_few_are() {
+    let mut index = RowIndex::<String>::new();
+    index.add_table().unwrap();
+    index.add_table().unwrap();
+    let mut plan = index.plan_insert(names(0..70_000), &vec![0; 70_000]).unwrap();
+    assert!(index.commit(&mut plan, drop));
+    let tables: Vec<i64> = (0..70_000).map(|n| n % 2).collect();
+    let mut plan = index.plan_insert(names(35_000..105_000), &tables).unwrap();
+    assert_eq!((plan.new_rows().len(), plan.freed().len()), (52_500, 17_500));
+    assert!(index.commit(&mut plan, drop));
+    index.check();
+    assert!(index.names().iter().zip(names(0..105_000)).all(|((name, _), expected)| *name == expected));
+    let mut plan = index.plan_remove(names(10..100_000)).unwrap();
+    assert!(index.commit(&mut plan, drop));
+    index.check();
+    assert_eq!(index.names().len(), 5_010);
+}
+
+#[test]
+fn a_plan_holds_while_others_make_more_room_and_no_longer_when_one_is_committed() {
+    let mut index = RowIndex::of_one_table(names(0..100).into_iter()).unwrap();
+    let mut small = index.plan_insert(names(90..150), &[0; 60]).unwrap();
+    let mut large = index.plan_insert(names(100..9_000), &vec![0; 8_900]).unwrap();
+    let mut removal = index.plan_remove(names(3..5)).unwrap();
+    index.check();
+    assert!(index.commit(&mut small, drop));
+    index.check();
+    assert!(index.names().iter().zip(names(0..150)).all(|((name, _), expected)| *name == expected));
+    assert!(names(0..150).iter().all(|name| index.names().contains(name)));
+    assert!(!index.commit(&mut large, drop) && !index.commit(&mut removal, drop));
+    index.check();
+}
+
+#[test]
+fn names_that_are_the_first_again_change_what_iterators_compare() {
+    let mut index = RowIndex::<String>::new();
+    index.add_table().unwrap();
+    for count in 0..20 {
+        let generation = index.names().generation();
+        let mut plan = index.plan_insert(names(0..count), &vec![0; count as usize]).unwrap();
+        assert!(index.commit(&mut plan, drop) && (index.names().generation() != generation || count == 0));
+        let mut plan = index.plan_clear().unwrap();
+        assert!(index.commit(&mut plan, drop));
+    }
+}
+
+#[test]
+fn an_index_of_one_table_has_its_names_in_the_order_of_rows() {
+    let mut index = RowIndex::of_one_table(names(0..1_000).into_iter()).unwrap();
+    index.check();
+    assert_eq!(index.names().get("name.7"), Some(&Place::new(0, 7).unwrap()));
+    assert_eq!(index.next_row(0, 1_001), Some((1_000, false)));
+    let repeated = names(0..9).into_iter().chain(names(3..5));
+    assert_eq!(RowIndex::of_one_table(repeated).err(), Some(Refusal::Repeated("name.3".to_owned())));
+    index.reserve_one().unwrap();
+    assert!(index.insert_one("other".to_owned(), 0, 1_000).unwrap());
+}
+
+#[test]
+fn an_index_of_another_map_keeps_its_order_and_refuses_places_that_are_shared() {
+    let mut map = pdrs_core::IndexMap::new();
+    (0..5_u64).for_each(|n| assert_eq!(map.insert(n.to_string(), 4 - n), Ok(None)));
+    let made = RowIndex::of_map(&map, &[6], String::clone, |row| Place::new(0, *row)).unwrap();
+    made.check();
+    assert_eq!(made.tables()[0].free().collect::<Vec<_>>(), [5]);
+    assert_eq!(made.names().first().map(|(name, place)| (name.as_str(), place.row())), Some(("0", 4)));
+    let shared = RowIndex::of_map(&map, &[6], String::clone, |row| Place::new(0, row / 2));
+    assert_eq!(shared.err(), Some(Refusal::Place { at: 2 }));
+}
+
+#[test]
+fn what_no_index_can_have_is_refused() {
+    let places = Places::default();
+    let refused = RowIndex::<String>::of(Vec::new(), &places, &[1 << 40]).err().unwrap();
+    assert!(matches!(refused, Refusal::Limit(Error::Rows { wanted: 1_099_511_627_776, .. })), "{refused:?}");
+    let tables = vec![0; pdrs_core::MAX_TABLES + 1];
+    let refused = RowIndex::<String>::of(Vec::new(), &places, &tables).err().unwrap();
+    assert_eq!(refused, Refusal::Limit(Error::Tables { limit: pdrs_core::MAX_TABLES }));
+    let mut full = RowIndex::<String>::of(Vec::new(), &places, &tables[1..]).unwrap();
+    assert_eq!(full.add_table(), Err(Error::Tables { limit: pdrs_core::MAX_TABLES }));
+    assert_eq!(full.plan_insert(names(0..1), &[]).err(), Some(Refusal::Lengths { names: 1, places: 0 }));
+}
+
+#[test]
+fn a_place_is_a_table_and_a_row_in_one_word() {
+    assert_eq!(size_of::<Option<Place>>(), 8);
+    let last = Place::new(pdrs_core::MAX_TABLES - 1, (1 << 40) - 1).unwrap();
+    assert_eq!(
+        (last.table(), last.row(), Place::of_id(last.id())),
+        (pdrs_core::MAX_TABLES - 1, (1 << 40) - 1, Some(last))
+    );
+    assert_eq!(Place::new(pdrs_core::MAX_TABLES, 0), None);
+    assert_eq!(Place::new(0, 1 << 40), None);
+    assert_eq!(Place::of_id(1 << 63), None);
+    assert_eq!(format!("{:?}", Place::new(2, 5).unwrap()), "Place(2, 5)");
+}
