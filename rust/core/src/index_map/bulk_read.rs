@@ -40,19 +40,19 @@ impl<K: Hashed, V> IndexMap<K, V> {
         Q: Hashed,
         K: Matches<Q>,
     {
-        self.find_many(queries, |at, found| each(at, found.map(|(_, value)| value)));
-    }
-
-    /// The same, with the position of each entry.
-    pub(crate) fn find_many<Q>(&self, queries: &[Q], mut each: impl FnMut(usize, Option<(usize, &V)>))
-    where
-        Q: Hashed,
-        K: Matches<Q>,
-    {
         if self.is_empty() {
             (0..queries.len()).for_each(|at| each(at, None));
             return;
         }
+        self.find_many(queries, |at, _, found| each(at, found.map(|(_, value)| value)));
+    }
+
+    /// The same, with the hash of each query and the position of each entry. There must be entries.
+    pub(crate) fn find_many<Q>(&self, queries: &[Q], mut each: impl FnMut(usize, u32, Option<(usize, &V)>))
+    where
+        Q: Hashed,
+        K: Matches<Q>,
+    {
         let (mut hashes, mut positions) = ([0; TOGETHER], [usize::MAX; TOGETHER]);
         queries.iter().take(TOGETHER).for_each(Q::prefetch);
         for (number, batch) in queries.chunks(TOGETHER).enumerate() {
@@ -75,7 +75,7 @@ impl<K: Hashed, V> IndexMap<K, V> {
                     Some((key, _)) if !key.matches(query) => self.find_hashed(hashes[at], query),
                     first => first.map(|(_, value)| (positions[at], value)),
                 };
-                each(begin + at, found);
+                each(begin + at, hashes[at], found);
             }
         }
     }

@@ -4,7 +4,6 @@ use super::{BATCH, IndexMap, first_repeated, stored_hash};
 use crate::error::Result;
 use crate::hash_table::Slots;
 use crate::key::Matches;
-use crate::memory;
 
 impl<K: Matches<K>, V> IndexMap<K, V> {
     /// Replaces the value of the entry at a position. **O(1)**.
@@ -13,16 +12,15 @@ impl<K: Matches<K>, V> IndexMap<K, V> {
         *old = value;
     }
 
-    /// Makes room for keys that are not there, and finds where their words will stand. Gives instead the number of the
-    /// first that is equal to one before it, if there is one. **O(m)**.
-    pub(crate) fn slots_of_new(&mut self, keys: &[K]) -> Result<std::result::Result<Slots, usize>> {
+    /// Makes room for keys that are not there, and finds where their words will stand, by their hashes as
+    /// [`find_many`](Self::find_many) gave them. Gives instead the number of the first key that is equal to one before
+    /// it, if there is one. **O(m)**.
+    pub(crate) fn slots_of_new(&mut self, keys: &[K], hashes: &[u32]) -> Result<std::result::Result<Slots, usize>> {
         self.reserve(keys.len())?;
-        let hashes = memory::collect(keys.iter().map(stored_hash))?;
         let are_same = |one: u32, other: u32| keys[one as usize].matches(&keys[other as usize]);
-        if let Some(slots) = self.words.slots_of_new(&hashes, are_same)? {
+        if let Some(slots) = self.words.slots_of_new(hashes, are_same)? {
             return Ok(Ok(slots));
         }
-        drop(hashes);
         let repeated = first_repeated(keys.len(), |at| &keys[at])?;
         Ok(Err(repeated.expect("a key is repeated")))
     }

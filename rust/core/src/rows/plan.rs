@@ -126,10 +126,13 @@ impl<K> Plan<K> {
         self.new_rows().filter(move |at| moved.next_if_eq(at).is_none())
     }
 
-    /// Keeps those of the listed names that are added. No memory is needed.
-    fn keep_added(&self, names: &mut Vec<K>, moved: &[Moved]) {
+    /// Keeps what belongs to those of the listed names that are added. No memory is needed.
+    fn keep_added<T>(&self, listed: &mut Vec<T>, moved: &[Moved]) {
+        if matches!(self.new, NewRows::All(_)) && moved.is_empty() {
+            return;
+        }
         let (mut at, mut added) = (0, self.added(moved).peekable());
-        names.retain(|_| {
+        listed.retain(|_| {
             at += 1;
             added.next_if_eq(&(at - 1)).is_some()
         });
@@ -174,20 +177,29 @@ impl<K: Matches<K>> RowIndex<K> {
             return Err(Error::Full { wanted: names.len(), limit: MAX_ENTRIES }.into());
         }
         self.names.make_ids(names.len())?;
-        let mut places = memory::with_capacity(names.len())?;
-        self.names.get_many(&names, |_, place| places.push(place.copied()));
+        let is_first = self.names.is_empty();
+        let (mut places, mut hashes) = (memory::with_capacity(names.len())?, Vec::new());
+        if is_first {
+            places.resize(names.len(), None);
+        } else {
+            memory::reserve(&mut hashes, names.len())?;
+            self.names.find_many(&names, |_, hash, found| {
+                places.push(found.map(|(_, place)| *place));
+                hashes.push(hash);
+            });
+        }
         if let Some(at) = first_shared(&places)? {
             return Err(Refusal::Repeated(names.swap_remove(at)));
         }
         let Choice { new, freed, moved, counts } = self.choose(&names, &mut places, tables)?;
-        let is_first = self.names.is_empty();
         let places = Arc::new(Places::from(places));
         let mut plan = Plan { version: self.version, places, new, freed: Arc::default(), change: Change::Committed };
         let added = if is_first {
             Added::First(distinct(names.into_iter().zip(plan.places.iter().map(certain)))?)
         } else {
             plan.keep_added(&mut names, &moved);
-            match self.names.slots_of_new(&names)? {
+            plan.keep_added(&mut hashes, &moved);
+            match self.names.slots_of_new(&names, &hashes)? {
                 Ok(slots) => Added::More(names, slots),
                 Err(at) => return Err(Refusal::Repeated(names.swap_remove(at))),
             }
@@ -242,13 +254,17 @@ impl<K: Matches<K>> RowIndex<K> {
         let mut positions = memory::with_capacity(names.len())?;
         let mut freed = memory::with_capacity(names.len())?;
         let mut missing = None;
-        self.names.find_many(&names, |at, found| match found {
-            Some((position, place)) => {
-                positions.push(position);
-                freed.push(Some(*place));
-            }
-            None => missing = missing.or(Some(at)),
-        });
+        if self.names.is_empty() {
+            missing = (!names.is_empty()).then_some(0);
+        } else {
+            self.names.find_many(&names, |at, _, found| match found {
+                Some((position, place)) => {
+                    positions.push(position);
+                    freed.push(Some(*place));
+                }
+                None => missing = missing.or(Some(at)),
+            });
+        }
         if let Some(at) = missing {
             return Err(Refusal::Missing(names.swap_remove(at)));
         }
