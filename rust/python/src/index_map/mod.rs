@@ -37,25 +37,25 @@ struct State {
     next_row: i64,
 }
 
-/// An ordered map from names to rows, which can be popped anywhere in O(1).
+/// An ordered map from names to row numbers that pops anywhere in O(1).
 ///
-/// The names are ``str``; the rows are integers, 0 or more, that fit into 64 bits: the row of a table that belongs to
-/// the name, say. It answers what a dict answers, and, in one call, what a loop over a dict would take long for.
-/// Any number of threads may use it at once. *n* is the number of names; costs are amortised.
+/// Names are ``str``. Row numbers are integers from 0 to 2**63 - 1, such as the row of a table that belongs to the
+/// name. The map has every method of a dict, and methods that handle many names in one call. Several threads may use
+/// it at once. Costs are amortised; *n* is the number of names.
 ///
 /// Parameters
 /// ----------
 /// entries
-///     A mapping, or an iterable of pairs, of names and rows; their order is kept.
+///     A mapping of names to row numbers, or an iterable of pairs. Their order is kept.
 /// **rows
-///     More names and their rows, as a dict takes them.
+///     More names and their row numbers, as a dict takes them.
 ///
 /// Raises
 /// ------
 /// TypeError
-///     If a name is not a ``str`` (a ``str`` of a subclass is taken for its characters).
+///     If a name is not a ``str``. A ``str`` of a subclass counts as its characters.
 /// ValueError
-///     If a row is negative.
+///     If a row number is negative.
 ///
 /// Examples
 /// --------
@@ -416,18 +416,16 @@ impl IndexMap {
         self.update(py, entries, rows)
     }
 
-    /// Make an IndexMap of many names at once.
+    /// Make an IndexMap of many names at once. **O(n)**, several times faster than ``dict(zip(names, range(n)))``.
     ///
     /// Parameters
     /// ----------
     /// names
-    ///     A list, array, column of another library or other iterable of ``str``. Of equal names the first gives the
-    ///     place.
+    ///     A list, array, column of another library or other iterable of ``str``. If a name is listed twice, its first
+    ///     place counts.
     /// rows
-    ///     The rows, int64 of shape ``[len(names)]``. Without them, the first name gets row 0, the next new one row 1,
-    ///     and so on. Of equal names the last gives the row.
-    ///
-    /// Cost: **O(n)**, several times faster than ``dict(zip(names, range(n)))``.
+    ///     The row numbers, int64 of shape ``[len(names)]``. Without them, the first name gets 0, the next new name
+    ///     1, and so on. If a name is listed twice, its last row number counts.
     #[classmethod]
     #[pyo3(signature = (names, rows=None))]
     fn from_names<'py>(
@@ -550,22 +548,22 @@ impl IndexMap {
         NameIterator::new(&slf, reversed, yields)
     }
 
-    /// Return a view of the names in order; reversible, a set. **O(1)**.
+    /// Return a view of the names: ordered, reversible, with set operations. **O(1)**.
     fn keys(slf: Bound<'_, Self>) -> PyResult<Bound<'_, PyAny>> {
         view(slf.py(), "KeysView", &slf)
     }
 
-    /// Return a view of the rows in the order of the names; reversible. **O(1)**.
+    /// Return a view of the row numbers in the order of the names. **O(1)**.
     fn values(slf: Bound<'_, Self>) -> PyResult<Bound<'_, PyAny>> {
         view(slf.py(), "ValuesView", &slf)
     }
 
-    /// Return a view of the pairs of name and row in order; reversible. **O(1)**.
+    /// Return a view of the pairs of name and row number, in order. **O(1)**.
     fn items(slf: Bound<'_, Self>) -> PyResult<Bound<'_, PyAny>> {
         view(slf.py(), "ItemsView", &slf)
     }
 
-    /// Return the row of ``name``, or ``default`` if it is not there. **O(1)**.
+    /// Return the row number of ``name``, or ``default`` if the name is missing. **O(1)**.
     #[pyo3(signature = (name, default=None))]
     fn get<'py>(
         &self,
@@ -580,7 +578,7 @@ impl IndexMap {
         })
     }
 
-    /// Return the row of ``name``; first set it to ``default`` if it is not there. **O(1)**.
+    /// Return the row number of ``name``. If the name is missing, first set it to ``default``. **O(1)**.
     #[pyo3(signature = (name, default=None))]
     fn setdefault(&self, py: Python<'_>, name: &Bound<'_, PyAny>, default: Option<&Bound<'_, PyAny>>) -> PyResult<i64> {
         let name = to_text(name)?;
@@ -599,9 +597,9 @@ impl IndexMap {
         Ok(*row)
     }
 
-    /// Remove ``name`` and return its row; the order of the others stays. **O(1)**.
+    /// Remove ``name`` and return its row number. The other names keep their order. **O(1)**.
     ///
-    /// If it is not there, returns the default, or raises KeyError if none is given.
+    /// If the name is missing, return the default, or raise KeyError if none is given.
     #[pyo3(signature = (name, /, *default))]
     fn pop<'py>(
         &self,
@@ -626,7 +624,7 @@ impl IndexMap {
         if default.is_empty() { Err(Self::missing(name)) } else { default.get_item(0) }
     }
 
-    /// Remove the last (or the first) name and return it and its row. **O(1)** at either end.
+    /// Remove the last (or the first) name and return it with its row number. **O(1)** at both ends.
     ///
     /// Raises KeyError if the map is empty.
     #[pyo3(signature = (last=true))]
@@ -643,7 +641,7 @@ impl IndexMap {
         }
     }
 
-    /// Move ``name`` behind (or in front of) all others. **O(1)**. Raises KeyError if it is not there.
+    /// Move ``name`` to the end (or to the beginning). **O(1)**. Raises KeyError if it is missing.
     #[pyo3(signature = (name, last=true))]
     fn move_to_end(&self, name: &Bound<'_, PyAny>, last: bool) -> PyResult<()> {
         let name = to_text(name)?;
@@ -655,16 +653,16 @@ impl IndexMap {
         if moved { Ok(()) } else { Err(Self::missing(name)) }
     }
 
-    /// Remove all names, and begin again at row 0. **O(n)**.
+    /// Remove all names, and count rows from 0 again. **O(n)**.
     fn clear(&self, py: Python<'_>) {
         let mut locked = self.write(py);
         locked.state.map.clear();
         locked.state.next_row = 0;
     }
 
-    /// Set many rows; new names go to the end, in order. **O(m)** for ``m`` entries. A refusal changes nothing.
+    /// Set many row numbers, all or none. New names go to the end, in order. **O(m)** for ``m`` entries.
     ///
-    /// Takes what a dict takes: a mapping, anything with ``keys`` and ``__getitem__``, or pairs; and ``name=row``.
+    /// Takes what a dict takes: a mapping, an object with ``keys`` and ``__getitem__``, or pairs, and ``name=row``.
     #[pyo3(signature = (entries=None, /, **rows))]
     fn update(
         &self,
@@ -715,9 +713,9 @@ impl IndexMap {
         self.update(py, Some(other), None)
     }
 
-    /// Give each new name the next row, at the end, and return the rows of all.
+    /// Add new names at the end, and return the row numbers of all names. **O(m)** for ``m`` names.
     ///
-    /// The next row is one more than the largest row that a name has had since the map was made or cleared.
+    /// A new name gets the next row number: one more than the largest since the map was made or cleared.
     ///
     /// Parameters
     /// ----------
@@ -727,33 +725,31 @@ impl IndexMap {
     /// Returns
     /// -------
     /// numpy.ndarray
-    ///     int64 of shape ``[len(names)]``: the rows of new and old names, in the order of ``names``.
-    ///
-    /// Cost: **O(m)** for ``m`` names.
+    ///     int64 of shape ``[len(names)]``: the row numbers of new and old names, in the order of ``names``.
     fn extend<'py>(&self, names: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyArray1<i64>>> {
         let py = names.py();
         Ok(PyArray1::from_vec(py, self.append(py, to_names(names)?)?))
     }
 
-    /// Return the rows of many names in one call. **O(m)** for ``m`` names, several times less than ``m`` look-ups.
+    /// Return the row numbers of many names. **O(m)** for ``m`` names, several times faster than ``m`` look-ups.
     ///
     /// Parameters
     /// ----------
     /// names
-    ///     A list, array, column of another library or other iterable of ``str``; repeated names are fine. By default
+    ///     A list, array, column of another library or other iterable of ``str``. Repeated names are fine. By default
     ///     all names of the map, in order.
     /// missing
-    ///     ``"error"``, or the number that stands for a name that is not there.
+    ///     ``"error"``, or the number to return for a missing name.
     ///
     /// Returns
     /// -------
     /// numpy.ndarray
-    ///     int64 of shape ``[len(names)]``; ``torch.from_numpy`` makes a tensor of it without a copy.
+    ///     int64 of shape ``[len(names)]``. ``torch.from_numpy`` makes a tensor of it without a copy.
     ///
     /// Raises
     /// ------
     /// KeyError
-    ///     If names are missing and ``missing`` is ``"error"``; it counts them and lists some.
+    ///     If names are missing and ``missing`` is ``"error"``. The message counts them and lists some.
     /// ValueError
     ///     If ``missing`` is another text.
     #[pyo3(signature = (names=Given(None), *, missing=None), text_signature = "($self, names=..., *, missing='error')")]
@@ -800,7 +796,7 @@ impl IndexMap {
         Err(PyKeyError::new_err(format!("{count} of {total} names are not in the IndexMap: {listed}{more}")))
     }
 
-    /// Return the names, in order, at whose places a mask is true. **O(n)**.
+    /// Return the names, in order, for which a mask is true. **O(n)**.
     ///
     /// Parameters
     /// ----------
@@ -810,9 +806,9 @@ impl IndexMap {
     /// Raises
     /// ------
     /// TypeError
-    ///     If it holds anything but bool.
+    ///     If the mask has values that are not bool.
     /// ValueError
-    ///     If it is of another length.
+    ///     If the mask has another length.
     ///
     /// Examples
     /// --------
@@ -836,7 +832,7 @@ impl IndexMap {
         new_list(py, chosen.into_iter().map(|name| Ok(name.into_text(py))))
     }
 
-    /// Return another map with the same names and rows in the same order. **O(n)**, no name is hashed.
+    /// Return a map with the same names and row numbers, in the same order. **O(n)**; no name is hashed.
     fn copy<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, Self>> {
         let py = slf.py();
         if !slf.is_exact_instance_of::<Self>() {
