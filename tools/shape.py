@@ -46,6 +46,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("stacked",),
     ("_files",),
     ("checkpoint",),
+    ("typing",),  # Types of arguments, for the annotations of users.
     ("__init__",),
     ("__main__",),
 )

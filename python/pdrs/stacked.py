@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
-from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
@@ -16,7 +14,7 @@ from torch.nn import Module, Parameter
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.nn.utils.parametrize import is_parametrized
 
-from pdrs._core import Lock, Places, RowIndex, pop_end_entry_row, pop_entry_row, set_entry_row, slab_views
+from pdrs._core import Lock, RowIndex, pop_end_entry_row, pop_entry_row, set_entry_row, slab_views
 from pdrs._entries import copies, sources
 from pdrs._entries.views import KeysView as NamesView
 from pdrs._moves import run
@@ -27,15 +25,16 @@ from pdrs._rows import insert as _insert
 from pdrs._rows import layout as _layout
 from pdrs._rows import optimizer_state, room, store
 from pdrs._rows import optimizers as _attached
+from pdrs._rows import shapes as _shapes
 from pdrs._rows import state_dict as _states
 from pdrs._rows import train as _train
+from pdrs._rows import views as _views
 from pdrs._rows.averages import note_copy
 from pdrs._rows.gather import Lookup
 from pdrs._rows.insert import Initialiser
-from pdrs._rows.names_codec import Header, is_packed
-from pdrs._rows.table import Kind, Table, kind_of, mask_device, parameter_of, whole
+from pdrs._rows.names_codec import Header
+from pdrs._rows.table import Kind, Table, parameter_of, whole
 from pdrs._rows.views import ItemsView, RowsView
-from pdrs._torch import huge_pages
 from pdrs._torch.errors import MissingEntryError
 from pdrs._torch.modes import is_intercepted
 from pdrs._torch.names import Names, as_list
@@ -49,10 +48,6 @@ if TYPE_CHECKING:
 __all__ = ["Lookup", "StackedParameterDict"]
 
 _T = TypeVar("_T")
-
-# A repr longer than this shows its two ends only.
-_REPR_WHOLE = 20
-_REPR_END = 5
 
 
 class StackedParameterDict(Module):
@@ -229,30 +224,7 @@ class StackedParameterDict(Module):
         (torch.Size([3, 4]), ['a', 'b', 'c'])
 
         """
-        pairs = shapes.items() if isinstance(shapes, Mapping) else shapes
-        by_shape: dict[tuple[int, ...], list[int]] = {}
-        names: list[str] = []
-        for at, (name, shape) in enumerate(dict(pairs).items()):
-            if not isinstance(shape, Sequence) or isinstance(shape, str):
-                raise TypeError(f"expected the shape of '{name}' as a sequence of int, got {shape!r}")
-            by_shape.setdefault(tuple(shape), []).append(at)
-            names.append(name)
-        made = cls()
-        dtype = dtype or torch.get_default_dtype()
-        _insert.refuse_integers(dtype, "from_tensor makes them with requires_grad=False")
-        device = torch.get_default_device() if device is None else device
-        numbers, rows = np.empty(len(names), np.int64), np.empty(len(names), np.int64)
-        for number, there in enumerate(by_shape.values()):
-            numbers[there], rows[there] = number, np.arange(len(there))
-        index = RowIndex.of(names, Places.of(numbers, rows), list(map(len, by_shape.values())))
-        for shape, there in by_shape.items():
-            with torch.inference_mode(False), torch.no_grad():
-                data = huge_pages.full((len(there), *shape), 0, dtype=dtype, device=device)
-                if init is not None:
-                    _insert.initialise(data, init, [names[at] for at in there])
-            store.add_table(made, Kind(shape, dtype).attribute(), Parameter(data), 0)
-        made.__dict__["_index"] = index
-        return made
+        return _shapes.of_shapes(cls(), shapes, dtype, device, init)
 
     @classmethod
     def fromkeys(cls, keys: Names, default: Tensor) -> StackedParameterDict:
@@ -609,25 +581,14 @@ class StackedParameterDict(Module):
 
     def extra_repr(self) -> str:
         """Return a line a table, and one a name, or, of many, of the first and the last."""
-        with self._lock:
-            lines = [
-                f"{table.attribute}: {self._index.count(number)} of {len(parameter_of(self, table))} rows, "
-                f"{kind_of(self, table)}"
-                for number, table in enumerate(self._tables)
-            ]
-            hidden = len(self) - 2 * _REPR_END
-            names = list(islice(self._index, _REPR_END if len(self) > _REPR_WHOLE else None))
-            if len(self) > _REPR_WHOLE:
-                last = list(islice(reversed(self._index), _REPR_END))[::-1]
-                lines.append(f"{len(self)} names: {', '.join(map(repr, names))}, ... {hidden} more ...,")
-                return "\n".join([*lines, f"  {', '.join(map(repr, last))}"])
-            return "\n".join([*lines, f"{len(self)} names: {', '.join(map(repr, names))}".rstrip(": ")])
+        return _views.described(self)
 
     @untraced
     def _apply(self, fn: Any, recurse: bool = True) -> StackedParameterDict:
         """Move or convert the tables: where ``fn`` is one of torch's own, all or, if there is an error, none."""
         with self._lock.change():
-            masks = self._moved_masks(fn)
+            move = recognise(fn)
+            masks = [] if move is None else store.moved_masks(self, move.target)
             if not run.apply(self, fn, recurse):
                 with store.swappable(self):
                     super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -650,19 +611,6 @@ class StackedParameterDict(Module):
         with self._lock.change():
             run.pin_memory(self)
         return self
-
-    def _moved_masks(self, fn: Any) -> list[tuple[Table, Tensor]]:
-        """Return the masks of frozen rows where their tables will be, made before anything moves."""
-        masks: list[tuple[Table, Tensor]] = []
-        move = recognise(fn)
-        if move is None:
-            return masks
-        for table in self._tables:
-            if table.frozen is not None:
-                parameter = parameter_of(self, table)
-                _, device = move.target(parameter.dtype, parameter.device)
-                masks.append((table, table.frozen.to(mask_device(device))))
-        return masks
 
     # -- state dicts, pickles ------------------------------------------------------------------------------------------
 
@@ -716,42 +664,8 @@ class StackedParameterDict(Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        # Before the names are read: a hook may rename keys of an old checkpoint.
-        for hook in self._load_state_dict_pre_hooks.values():
-            hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        names: Any = state_dict.get(prefix + _states.EXTRA_STATE)
-        where = f"While loading the names of {prefix or 'the dictionary'}"
-        if not is_packed(names):
-            if _states.were_packed(names):
-                error_msgs.append(f"{where}: they are damaged")
-                return
-            problems = missing_keys, unexpected_keys, error_msgs
-            with self._lock.change():
-                state_dict = _states.load_others(self, state_dict, prefix, local_metadata, strict, *problems)
-                assign = local_metadata.get("assign_to_params_buffers", False)
-                _states.load_named(self, state_dict, prefix, strict, assign, *problems)
-                _states.note_load(self)
-            return
-        with self._lock.change():
-            try:
-                state_dict = _states.load_packed(self, names, state_dict, prefix)
-            except (ValueError, RuntimeError) as error:
-                error_msgs.append(f"{where}: {error}")
-                return
-            hooks = self.__dict__["_load_state_dict_pre_hooks"]
-            taken = state_dict.get(prefix + _states.EXTRA_STATE)
-            self.__dict__.update(_taken=taken, _load_state_dict_pre_hooks=OrderedDict())
-            try:
-                with store.swappable(self):
-                    super()._load_from_state_dict(
-                        state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-                    )
-            finally:
-                self.__dict__.update(_taken=None, _load_state_dict_pre_hooks=hooks)
-            store.adopt(self)
-            _states.note_load(self)
-            for number in range(len(self._tables)):
-                room.clear_free(self, number, spare=True)
+        problems = missing_keys, unexpected_keys, error_msgs
+        _states.load(self, super()._load_from_state_dict, state_dict, prefix, local_metadata, strict, *problems)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the lock, the optimizers, which hold the Parameters of this very object, and what is remembered."""

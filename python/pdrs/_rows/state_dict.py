@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,8 +28,8 @@ from pdrs._rows.names_codec import (
     used_rows,
 )
 from pdrs._rows.optimizers import attached, refuse_strangers
-from pdrs._rows.room import lent_whole, rearrange, resize
-from pdrs._rows.store import add_table, adopt, device_of, remove_last_table
+from pdrs._rows.room import clear_free, lent_whole, rearrange, resize
+from pdrs._rows.store import add_table, adopt, device_of, remove_last_table, swappable
 from pdrs._rows.table import Table, is_sharded, parameter_of, refuse_foreign
 from pdrs._rows.write import stack, write_rows
 from pdrs._torch import huge_pages
@@ -47,6 +47,7 @@ __all__ = [
     "conform",
     "header_of",
     "keys_under",
+    "load",
     "load_named",
     "load_others",
     "load_packed",
@@ -114,6 +115,54 @@ def _refuse_tables_by_name(sd: StackedParameterDict, packed: Tensor) -> None:
             "pdrs.load. Or make the dictionary in the dtype that was saved, reserve rows if it is empty, and "
             "convert it afterwards"
         )
+
+
+def load(
+    sd: StackedParameterDict,
+    by_torch: Callable[..., None],
+    state_dict: Mapping[str, Any],
+    prefix: str,
+    local_metadata: Mapping[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """Load one's part of a state dict, in either layout; ``by_torch`` is what torch does for any module."""
+    # Before the names are read: a hook may rename keys of an old checkpoint.
+    for hook in sd._load_state_dict_pre_hooks.values():
+        hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+    names: Any = state_dict.get(prefix + EXTRA_STATE)
+    where = f"While loading the names of {prefix or 'the dictionary'}"
+    if not is_packed(names):
+        if were_packed(names):
+            error_msgs.append(f"{where}: they are damaged")
+            return
+        problems = missing_keys, unexpected_keys, error_msgs
+        with sd._lock.change():
+            state_dict = load_others(sd, state_dict, prefix, local_metadata, strict, *problems)
+            assign = local_metadata.get("assign_to_params_buffers", False)
+            load_named(sd, state_dict, prefix, strict, assign, *problems)
+            note_load(sd)
+        return
+    with sd._lock.change():
+        try:
+            state_dict = load_packed(sd, names, state_dict, prefix)
+        except (ValueError, RuntimeError) as error:
+            error_msgs.append(f"{where}: {error}")
+            return
+        hooks = sd.__dict__["_load_state_dict_pre_hooks"]
+        taken = state_dict.get(prefix + EXTRA_STATE)
+        sd.__dict__.update(_taken=taken, _load_state_dict_pre_hooks=OrderedDict())
+        try:
+            with swappable(sd):
+                by_torch(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        finally:
+            sd.__dict__.update(_taken=None, _load_state_dict_pre_hooks=hooks)
+        adopt(sd)
+        note_load(sd)
+        for number in range(len(sd._tables)):
+            clear_free(sd, number, spare=True)
 
 
 def load_packed(sd: StackedParameterDict, names: Tensor, state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:

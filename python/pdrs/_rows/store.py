@@ -5,7 +5,7 @@ The functions take the dictionary whose tables they are about.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +22,13 @@ from pdrs._torch.untraced import untraced
 if TYPE_CHECKING:
     from pdrs.stacked import StackedParameterDict
 
+_Target = Callable[[torch.dtype, torch.device], tuple[torch.dtype, torch.device]]
+
 __all__ = [
     "add_table",
     "adopt",
     "device_of",
+    "moved_masks",
     "numbers_by_kind",
     "pattern_of",
     "remove_last_table",
@@ -147,3 +150,17 @@ def _discard_table(sd: StackedParameterDict, attribute: str) -> None:
     parameter = sd._parameters.pop(attribute, None)
     for optimizer in attached(sd):
         optimizer_state.leave(optimizer, parameter)
+
+
+def moved_masks(sd: StackedParameterDict, target: _Target) -> list[tuple[Table, Tensor]]:
+    """Return the masks of frozen rows where their tables will be, made before anything moves.
+
+    ``target`` gives the dtype and the device that a tensor will have, by those that it has.
+    """
+    masks: list[tuple[Table, Tensor]] = []
+    for table in sd._tables:
+        if table.frozen is not None:
+            parameter = parameter_of(sd, table)
+            _, device = target(parameter.dtype, parameter.device)
+            masks.append((table, table.frozen.to(mask_device(device))))
+    return masks

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections import abc
 from collections.abc import Iterator
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from pdrs._rows.table import parameter_of
+from pdrs._rows.table import kind_of, parameter_of
 
 if TYPE_CHECKING:
     from pdrs.stacked import StackedParameterDict
 
-__all__ = ["ItemsView", "RowsView"]
+__all__ = ["ItemsView", "RowsView", "described"]
+
+# A repr longer than this shows its two ends only.
+_REPR_WHOLE = 20
+_REPR_END = 5
 
 
 class RowsView(abc.ValuesView[Tensor]):
@@ -92,3 +97,19 @@ def _is_same_row(value: object, row: Tensor) -> bool:
     if not isinstance(value, Tensor) or value.shape != row.shape or value.dtype != row.dtype:
         return False
     return value.device == row.device and value.data_ptr() == row.data_ptr() and value.numel() > 0
+
+
+def described(sd: StackedParameterDict) -> str:
+    """Return what ``repr`` shows: a line a table, and the names, or, of many, the first and the last."""
+    with sd._lock:
+        lines = [
+            f"{table.attribute}: {sd._index.count(number)} of {len(parameter_of(sd, table))} rows, {kind_of(sd, table)}"
+            for number, table in enumerate(sd._tables)
+        ]
+        hidden = len(sd) - 2 * _REPR_END
+        names = list(islice(sd._index, _REPR_END if len(sd) > _REPR_WHOLE else None))
+        if len(sd) > _REPR_WHOLE:
+            last = list(islice(reversed(sd._index), _REPR_END))[::-1]
+            lines.append(f"{len(sd)} names: {', '.join(map(repr, names))}, ... {hidden} more ...,")
+            return "\n".join([*lines, f"  {', '.join(map(repr, last))}"])
+        return "\n".join([*lines, f"{len(sd)} names: {', '.join(map(repr, names))}".rstrip(": ")])
