@@ -1,14 +1,13 @@
-"""Tensors of many kinds, and their groups, for the tests of what moves them."""
+"""Tensors of many kinds, and how they lie in memory, for the tests of what moves and copies them."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection
 
 import numpy as np
 import torch
 from hypothesis import strategies as st
-
-from pdrs._core import TensorGroup, group_tensors
+from torch import Tensor
 
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))  # Its version.
 
@@ -23,21 +22,24 @@ SUPPORTED = {
 }
 
 
-def group_of(tensors: list[Any], **options: Any) -> TensorGroup:
-    """Group tensors that are all of one dtype and device."""
-    (group,), unusual = group_tensors(tensors, **options)
-    assert unusual == []
-    return group
+def of_bytes(count: int, dtype: torch.dtype) -> Tensor:
+    """Give so many elements of a dtype, whose bits are all different."""
+    raw = (torch.arange(count * dtype.itemsize) * 7 % 251).to(torch.uint8)
+    return (raw % 2 if dtype == torch.bool else raw).view(dtype)
 
 
-def gathered(group: TensorGroup) -> torch.Tensor:
-    slab = torch.empty(group.length, dtype=group.dtype)
-    group.gather(slab)
-    return slab
+def bytes_of(tensor: Tensor) -> bytes:
+    return tensor.detach().reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().tobytes()
 
 
-def bytes_of(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+def blocks(tensors: Collection[Tensor]) -> int:
+    """Count the blocks in which dense tensors lie, one behind another, each of a multiple of 64 bytes.
+
+    In a block there is nothing between such tensors. What is allocated by itself has a header before it.
+    """
+    assert all(tensor.nbytes % 64 == 0 for tensor in tensors)
+    begins = {tensor.data_ptr() for tensor in tensors}
+    return len(begins - {tensor.data_ptr() + tensor.nbytes for tensor in tensors})
 
 
 def zeros_on(device: str, size: int) -> torch.Tensor:
@@ -49,7 +51,7 @@ def zeros_on(device: str, size: int) -> torch.Tensor:
 
 
 @st.composite
-def layouts(draw: st.DrawFn) -> torch.Tensor:
+def layouts(draw: st.DrawFn) -> Tensor:
     """Give a float32 tensor of any shape and strides."""
     base = torch.arange(4**4, dtype=torch.float32)
     shape = draw(st.lists(st.integers(0, 4), max_size=4))
