@@ -10,12 +10,14 @@ from __future__ import annotations
 import copy
 import copyreg
 import gc
+import importlib
 import io
 import pickle
+import pickletools
 import threading
 import weakref
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
@@ -27,11 +29,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pdrs
-from pdrs._core import group_tensors
-from pdrs._entries import copies
+from tensors import blocks
 
 Kind = type[nn.ParameterDict]
 KINDS: tuple[Kind, Kind] = (nn.ParameterDict, pdrs.ParameterDict)
@@ -391,12 +393,9 @@ def test_a_copy_of_any_mixture_is_that_of_torchs_class(name: str, recipes: list[
 
 
 def test_a_deep_copy_lies_in_one_block_a_dtype() -> None:
-    pd = filled(pdrs.ParameterDict)
-    pd["double"] = Parameter(torch.ones(3, dtype=torch.float64))
-    groups, unusual = group_tensors(list(copy.deepcopy(pd).values()))
-    assert not unusual
-    assert [len(group) for group in groups] == [20, 1]
-    assert groups[0].slab() is not None
+    pd = pdrs.ParameterDict([(f"n{n}", torch.full((16 * (n % 3 + 1),), float(n))) for n in range(20)])
+    pd["double"] = Parameter(torch.ones(8, dtype=torch.float64))
+    assert blocks(list(copy.deepcopy(pd).values())) == 2
 
 
 def test_a_file_has_one_storage_a_dtype_and_those_of_large_tensors(tmp_path: Path) -> None:
@@ -477,12 +476,12 @@ def test_a_default_device_has_no_part_in_it(kind: Kind, way: Callable[[Any], Any
 # -- pickles of other kinds --------------------------------------------------------------------------------------------
 
 
-def test_a_pickle_written_entry_by_entry_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pickle_written_entry_by_entry_is_read() -> None:
     pd = filled(pdrs.ParameterDict)
-    with monkeypatch.context() as patched:
-        patched.setattr(copies, "reduce", lambda reduced, parameters: reduced)
-        written = pickle.dumps(pd)
-    assert b"copies" not in written
+    assert any(name.endswith(" unpack") for name in globals_in(pd))
+    with BaseTorchFunctionMode():  # which is to see every tensor
+        written = pickle.dumps(pd, 2)
+        assert not any(name.endswith(" unpack") for name in globals_in(pd))
     assert described(pickle.loads(written)) == described(pd)
 
 
@@ -597,6 +596,20 @@ def test_an_entry_that_refuses_to_be_copied_stops_the_copy(kind: Kind) -> None:
     assert len(pd) == 21
 
 
+def globals_in(module: Any) -> Iterator[str]:
+    """Yield what a pickle calls, as ``module name``."""
+    operations = pickletools.genops(pickle.dumps(module, 2))
+    return (str(argument) for operation, argument, _ in operations if operation.name == "GLOBAL")
+
+
+def what_makes_blocks() -> Callable[..., list[Parameter]]:
+    """Return the function that pickles call to make many Parameters over one tensor."""
+    (name,) = {name for name in globals_in(filled(pdrs.ParameterDict)) if name.endswith(" unpack")}
+    module, attribute = name.split(" ")
+    made: Callable[..., list[Parameter]] = getattr(importlib.import_module(module), attribute)
+    return made
+
+
 def numbers(*values: int, dtype: str = "<i8") -> bytes:
     return np.array(values, dtype).tobytes()
 
@@ -639,11 +652,12 @@ BAD: dict[str, dict[str, Any]] = {
 
 
 def test_a_block_is_unpacked() -> None:
-    one, other = copies.unpack(**GOOD)
+    unpack = what_makes_blocks()
+    one, other = unpack(**GOOD)
     assert one.tolist() == [[0, 1], [2, 3]]
     assert other.tolist() == [4, 5, 6, 7, 8, 9]
     assert (one.requires_grad, other.requires_grad) == (True, False)
-    assert copies.unpack(torch.empty(0), b"", b"", [], b"") == []
+    assert unpack(torch.empty(0), b"", b"", [], b"") == []
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -657,13 +671,15 @@ def test_a_pickle_cannot_reach_beyond_its_block(bad: str, device: str) -> None:
         if bad == "values with gaps":
             arguments["values"] = torch.zeros(20, device="meta")[::2]
 
+    unpack = what_makes_blocks()
+
     class Hostile:
         def __reduce__(self) -> Any:
-            return copies.unpack, tuple(arguments.values())
+            return unpack, tuple(arguments.values())
 
     written = pickle.dumps(Hostile()) if device == "cpu" and bad != "values with gaps" else None
     with pytest.raises(pickle.UnpicklingError):
-        copies.unpack(**arguments)
+        unpack(**arguments)
     if written:
         with pytest.raises(pickle.UnpicklingError):
             pickle.loads(written)

@@ -6,6 +6,7 @@ key without a value after an error in the middle of a bulk call, a garbage colle
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import subprocess
@@ -24,7 +25,6 @@ from torch.nn import Parameter
 from torch.nn.modules import module as registration
 
 import pdrs
-from pdrs._torch.gc_pause import collector_paused
 
 Kind = type[nn.ParameterDict]
 
@@ -329,21 +329,31 @@ def together(*works: Callable[[], None]) -> None:
         raise errors[0]
 
 
-def test_pauses_of_the_collector_that_overlap_leave_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = collector_paused()
-    first.__enter__()
+def test_two_threads_that_pause_the_collector_leave_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, go = threading.Event(), threading.Event()
+
+    class Waits:
+        def __deepcopy__(self, memo: Any) -> Waits:
+            inside.set()
+            go.wait(60)
+            return self
+
+    thread = threading.Thread(target=copy.deepcopy, args=(pdrs.ParameterDict({"a": torch.zeros(1), "b": Waits()}),))
+    thread.start()
+    inside.wait(60)
     isenabled = gc.isenabled
 
     def and_then_the_other_thread_goes_on() -> bool:
         found = isenabled()
-        first.__exit__(None, None, None)
+        go.set()
+        thread.join()
         return found
 
-    with monkeypatch.context() as patched:
-        patched.setattr(gc, "isenabled", and_then_the_other_thread_goes_on)
-        second = collector_paused()
-        second.__enter__()
-    second.__exit__(None, None, None)
+    monkeypatch.setattr(gc, "isenabled", and_then_the_other_thread_goes_on)
+    copy.deepcopy(filled(pdrs.ParameterDict))
+    monkeypatch.undo()
+    thread.join()
+    assert go.is_set(), "the collector was not paused"
     assert gc.isenabled()
 
 
