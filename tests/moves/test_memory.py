@@ -14,7 +14,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pdrs
-from pdrs._torch import huge_pages
 
 _SMAPS = Path("/proc/self/smaps")
 
@@ -36,15 +35,6 @@ needs_huge_pages = pytest.mark.skipif(
     sys.platform != "linux" or not Path("/sys/kernel/mm/transparent_hugepage").exists(),
     reason="only Linux takes the advice, if its kernel has huge pages",
 )
-
-
-@needs_huge_pages
-def test_large_memory_asks_for_huge_pages():
-    large = huge_pages.empty((1 << 20, 16), dtype=torch.float32)
-    assert large.shape == (1 << 20, 16)
-    assert _is_advised(large.data_ptr() + large.nbytes // 2)
-    plain = torch.empty((1 << 20, 16), dtype=torch.float32)
-    assert not _is_advised(plain.data_ptr() + plain.nbytes // 2)
 
 
 ROWS = 1 << 17  # 8 MiB, of 16 float32
@@ -102,14 +92,18 @@ def test_the_state_of_an_attached_optimizer_asks_for_huge_pages_when_it_grows():
     assert state["exp_avg"][1:].count_nonzero() == 0
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize("shape", [0, 5, (0, 3), (2, 3, 4)])
-def test_memory_has_the_shape_dtype_and_device_that_were_wanted(shape, device):
-    tensor = huge_pages.empty(shape, dtype=torch.float16, device=device)
-    expected = torch.empty(shape, dtype=torch.float16, device=device)
-    assert (tensor.shape, tensor.dtype, tensor.device) == (expected.shape, expected.dtype, expected.device)
+@needs_huge_pages
+def test_torch_itself_does_not_ask_for_huge_pages():
+    sd = pdrs.StackedParameterDict.from_shapes({"a": (1 << 20, 16)})
+    plain = torch.empty((1 << 20, 16))
+    assert _is_advised(sd["a"].data_ptr() + plain.nbytes // 2)
+    assert not _is_advised(plain.data_ptr() + plain.nbytes // 2)
 
 
-def test_fake_tensors_are_left_alone():
+def test_fake_and_meta_tables_are_left_alone():
     with FakeTensorMode():
-        assert huge_pages.empty((1 << 20, 16), dtype=torch.float32).shape == (1 << 20, 16)
+        sd = pdrs.StackedParameterDict.from_shapes({"a": (1 << 20, 16)})
+        assert sd.table((1 << 20, 16)).shape == (1, 1 << 20, 16)
+    sd = pdrs.StackedParameterDict.from_shapes({"a": (16,)}, device="meta")
+    sd.reserve(ROWS)
+    assert sd.table((16,)).shape == (1 + ROWS, 16)

@@ -24,7 +24,7 @@ from torch.nn import Parameter
 from torch.utils._device import DeviceContext
 
 import pdrs
-from pdrs._core import complete_move, group_tensors
+from tensors import blocks
 
 PD = pdrs.ParameterDict
 
@@ -43,8 +43,7 @@ def test_all_entries_of_a_dtype_have_one_slab() -> None:
     pd = mixed()
     for dtype in (torch.float64, torch.float32):
         pd.to(dtype)
-        (group,), _ = group_tensors(list(pd.values()))
-        assert group.slab() is not None
+        assert blocks(list(pd.parameters())) == 1
 
 
 # Every hole in memory is filled, and then there is a little more room at each attempt, until the move goes through.
@@ -111,13 +110,6 @@ def test_a_buffer_that_cannot_be_set_leaves_all_as_it_was() -> None:
     with pytest.raises(KeyError, match="guarded"):
         pd.double()
     assert state_of(pd) == before
-
-
-def test_what_was_not_there_is_gone_again_when_a_later_one_is_refused() -> None:
-    place = Guarded()
-    with pytest.raises(KeyError):
-        complete_move([], buffers=[(place, "new", torch.zeros(1)), (place, "guarded", torch.zeros(1))])
-    assert not place
 
 
 def test_a_signal_on_the_way_interrupts_when_all_has_moved() -> None:
