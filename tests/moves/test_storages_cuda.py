@@ -19,6 +19,7 @@ from test_storages import MOVES, PD, assert_apart, entries, kept_by_storage, loa
 
 import pdrs
 from fake_cuda.control import Control
+from tensors import zeros_on
 
 pytestmark = pytest.mark.cuda(devices=2)
 

@@ -22,6 +22,7 @@ from torch.nn import Parameter
 
 import pdrs
 from fake_cuda.control import Control
+from tensors import TORCH, zeros_on
 
 pytestmark = pytest.mark.cuda(devices=2)
 
