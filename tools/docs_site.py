@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PICTURES = "pictures"
 _LINK = re.compile(r"(\]\(|^\[[^\]]+\]: +)(\.\.?/[^)\s#]+)", re.MULTILINE)
 _OPTION = re.compile(r"  # doctest: .*$", re.MULTILINE)
-_ROLE = re.compile(r":(?:class|exc|func|meth):`(~?)([\w.]+)`")
+_ROLE = re.compile(r":(?:attr|class|exc|func|meth):`(~?)([\w.]+)`")
 # A warning of a logger below this name fails a strict build.
 _log = logging.getLogger("mkdocs.hooks.docs_site")
 

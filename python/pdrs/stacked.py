@@ -51,27 +51,28 @@ _T = TypeVar("_T")
 
 
 class StackedParameterDict(Module):
-    r"""An ordered dictionary of parameters that lie together: names by the million, a handful of registered Parameters.
+    r"""An ordered dictionary of millions of named parameters, which torch sees as a few large Parameters.
 
     Entries of one shape and dtype are the rows of one :class:`~torch.nn.Parameter`, a *table* ``[capacity, *shape]``.
-    Optimizers, DDP, FSDP2, ``clip_grad_norm_`` and the like see tables. Names can be looked up and gathered by the
-    thousand in one differentiable call, and come and go while the model trains; a table grows as the same Parameter.
-    It answers what a :class:`pdrs.ParameterDict` answers; where the two differ, ``docs/stacked/differences.md`` lists.
+    Optimizers, DDP, FSDP2 and ``clip_grad_norm_`` see tables. One differentiable call gathers thousands of names. Names
+    come and go while the model trains, and a table that grows stays the same Parameter. The class has the methods of
+    :class:`pdrs.ParameterDict`; ``docs/stacked/differences.md`` lists the differences.
 
     Parameters
     ----------
     parameters
-        A mapping from ``str`` to tensors, or an iterable of pairs, to begin with; see :meth:`update`. They are copied.
+        The first entries: a mapping from ``str`` to tensors, or an iterable of pairs. See :meth:`update`. The tensors
+        are copied.
 
     Notes
     -----
-    *n* is the number of entries and *m* that of the names in a call; costs are amortised. The rows that a sparse
-    gradient lists are sorted once, when the first name is removed, or inserted into a freed row, while the table has
-    it; what it has for a row is then found in **O(log)** of their number.
-    Methods may be called by any number of threads; a lock makes them take turns. It does not cover what torch does by
-    itself: ``backward``, the step of an optimizer, operations on tables. What reads (``gather``, ``sd[name]``, saving)
-    may run beside these. What changes names, sizes or devices must not: torch would go on with memory that has been
-    freed, which can end the process. Let one thread do both, or hold a lock of your own around each.
+    Costs are amortised; *n* is the number of entries, *m* the number of names in a call. A sparse gradient is sorted
+    once when a name is removed, or inserted into a freed row. After that, its values for a row are found in **O(log)**
+    of its rows.
+    Several threads may call methods; a lock makes them take turns. ``backward``, optimizers and operations on tables
+    take no lock. Methods that read (``gather``, ``sd[name]``, saving) may run beside these. Methods that change names,
+    sizes or devices must not: torch could use freed memory, and the process may end. Let one thread do both, or use a
+    lock of your own.
 
     Examples
     --------
@@ -83,7 +84,7 @@ class StackedParameterDict(Module):
     >>> [(name, list(table.shape)) for name, table in sd.named_parameters()]
     [('float32_2', [2, 2]), ('float32_3', [1, 3])]
     >>> optimizer = torch.optim.Adam(sd.parameters())
-    >>> sd.attach_optimizer(optimizer)                                # its state follows the names from now on
+    >>> sd.attach_optimizer(optimizer)                                # its state now follows the names
     >>> sd.gather(["right", "up", "right"], missing="insert").sum().backward()
     >>> optimizer.step()
     >>> sd.pop("left").tolist()
@@ -131,28 +132,29 @@ class StackedParameterDict(Module):
 
     @classmethod
     def from_tensor(cls, names: Names, values: Tensor, *, requires_grad: bool | None = None) -> StackedParameterDict:
-        """Make a dictionary of many names of one shape, whose table is a given tensor. **O(n)**; no row is copied.
+        """Make a dictionary of many names of one shape, with a given tensor as its table. **O(n)**; copies no row.
 
         Parameters
         ----------
         names
             Distinct names.
         values
-            ``[len(names), *shape]``. A Parameter becomes the table itself, another tensor shares its memory with it.
+            ``[len(names), *shape]``. A Parameter becomes the table itself. The table shares the memory of another
+            tensor.
         requires_grad
-            Whether the table requires gradients. By default it does, or, if it is a Parameter, as that does.
+            Whether the table requires gradients. The default is True, or the flag of a Parameter.
 
         Raises
         ------
         TypeError
             If ``values`` is not a strided tensor.
         ValueError
-            If a name is listed twice, there are more or fewer names than rows, or rows share memory (``expand``,
+            If a name is listed twice, if the numbers of names and rows differ, or if rows share memory (``expand``,
             ``unfold``).
         KeyError
             If a name is empty.
         RuntimeError
-            If the rows are integers or bool, which cannot require gradients, and ``requires_grad`` is not False.
+            If the values are integers or bool and ``requires_grad`` is not False. These cannot require gradients.
 
         Examples
         --------
@@ -193,17 +195,17 @@ class StackedParameterDict(Module):
         device: torch.device | str | None = None,
         init: Initialiser | None = None,
     ) -> StackedParameterDict:
-        """Make a dictionary of names of given shapes. **O(n)**; the values are made in place.
+        """Make a dictionary from names and shapes. **O(n)**; the values are made in place.
 
         Parameters
         ----------
         shapes
-            The shape of each name; their order is kept.
+            The shape of each name. Their order is kept.
         dtype, device
-            Of all tables; by default torch's defaults.
+            The dtype and device of all tables. The defaults are those of torch.
         init
-            What gives the values, as those of ``torch.nn.init`` do: called once a table with a tensor of zeros
-            ``[names, *shape]``. Without it they stay zeros.
+            Writes the initial values in place, as functions of ``torch.nn.init`` do. It is called once for each table,
+            with a tensor ``[names, *shape]`` of zeros. Without it, values are zeros.
 
         Raises
         ------
@@ -212,7 +214,7 @@ class StackedParameterDict(Module):
         TypeError
             If a shape is not a sequence.
         RuntimeError
-            If ``dtype`` is one of integers or bool, which cannot require gradients.
+            If ``dtype`` is one of integers or bool. These cannot require gradients.
         ValueError
             If ``init`` returned new values instead of writing them.
 
@@ -228,10 +230,10 @@ class StackedParameterDict(Module):
 
     @classmethod
     def fromkeys(cls, keys: Names, default: Tensor) -> StackedParameterDict:
-        """Make a dictionary of ``keys``, each with a row of its own that is a copy of ``default``. **O(m)**.
+        """Make a dictionary in which each of ``keys`` has its own row, a copy of ``default``. **O(m)**.
 
-        Raises TypeError if ``default`` is not a tensor, and RuntimeError if it is one of integers or bool, which cannot
-        require gradients, and no Parameter that need not.
+        Raises TypeError if ``default`` is not a tensor. Integers and bool cannot require gradients: they raise
+        RuntimeError unless ``default`` is a Parameter with ``requires_grad=False``.
         """
         if not isinstance(default, Tensor):
             raise TypeError(f"expected a tensor as default, got {type(default).__name__}")
@@ -248,13 +250,13 @@ class StackedParameterDict(Module):
     def __getitem__(self, key: str) -> Tensor:
         """Return the row of ``key``: a differentiable view of the table, writable under ``torch.no_grad()``. **O(1)**.
 
-        The view is of the table as it is: it does not follow when the table grows, moves or is compacted, or when a
-        name goes while a state dict is kept.
+        The view does not follow later changes. Look it up again after the table grew, moved or was compacted, or after
+        a removal while a state dict is kept.
 
         Raises
         ------
         KeyError
-            If there is none; the error is an AttributeError, too, as torch's class raises.
+            If ``key`` is missing. The error is a :class:`pdrs.MissingEntryError`, which is also an AttributeError.
         TypeError
             If ``key`` is not a ``str``.
         """
@@ -279,23 +281,23 @@ class StackedParameterDict(Module):
         return row if self.__dict__["_index"].moves == version else self._row_of(key)
 
     def __setitem__(self, key: str, value: Tensor) -> None:
-        """Copy a tensor into the row of ``key``: a new key goes to the end, an old one keeps its place. **O(1)**.
+        """Copy a tensor into the row of ``key``. A new key goes to the end, an old one keeps its place. **O(1)**.
 
-        A tensor of another shape, or a Parameter with another ``requires_grad``, moves the key to another table: what
-        an optimizer remembers of it, its gradient and that it was frozen are lost. What is refused leaves no trace.
+        A tensor of another shape, or a Parameter with another ``requires_grad``, moves the key to another table. The
+        key then loses its optimizer state, its gradient and its mask. A refused value changes nothing.
 
         Raises
         ------
         KeyError
             If ``key`` is empty.
         TypeError
-            If ``key`` is not a ``str``, ``value`` is not a tensor, or its dtype is not that of the entry.
+            If ``key`` is not a ``str``, if ``value`` is not a tensor, or if its dtype is not that of the entry.
         ValueError
-            If ``value`` lies on another device than the table that it would go to.
+            If ``value`` is on another device than its table.
         RuntimeError
-            If the table has to grow, or gives the row of a removed name again, and an optimizer that is not attached
-            has stepped on it; or if ``value`` holds integers or bool and is no Parameter that does not require
-            gradients.
+            If an optimizer that is not attached has stepped on the table, and the table must grow or use an old row
+            again. Also if ``value`` has integers or bool and is not a Parameter with
+            ``requires_grad=False``.
         """
         with self._lock:
             group = (_groups.groups_of(self._patterns, as_list([key])) or [0])[0] if self._patterns else 0
@@ -304,14 +306,14 @@ class StackedParameterDict(Module):
                     _insert.insert_values(self, [key], [value], distinct=True)
 
     def __delitem__(self, key: str) -> None:
-        """Remove ``key``; the order of the others stays. Raises KeyError if it is not there. **O(1)**."""
+        """Remove ``key``. The other entries keep their order. Raises KeyError if ``key`` is missing. **O(1)**."""
         with self._lock.change():
             if not isinstance(key, str):
                 raise TypeError(f"expected a str as key, got {type(key).__name__}")
             _insert.remove(self, self._index.plan_remove([key]))
 
     def __contains__(self, key: object) -> bool:
-        """Whether ``key`` is the key of an entry. **O(1)**."""
+        """Return whether ``key`` is the key of an entry. **O(1)**."""
         return key in self._index
 
     @overload
@@ -319,7 +321,7 @@ class StackedParameterDict(Module):
     @overload
     def get(self, key: str, default: _T) -> Tensor | _T: ...
     def get(self, key: str, default: Any = None) -> Any:
-        """Return the row of ``key``, or ``default`` if it is not there. **O(1)**."""
+        """Return the row of ``key``, or ``default`` if ``key`` is missing. **O(1)**."""
         with self._lock:
             try:
                 return self._row_of(key)
@@ -327,7 +329,7 @@ class StackedParameterDict(Module):
                 return default
 
     def setdefault(self, key: str, default: Any = None) -> Tensor:
-        """Return the row of ``key``; first set it to ``default`` if it is not there. **O(1)**."""
+        """Return the row of ``key``. If ``key`` is missing, first set it to ``default``. **O(1)**."""
         with self._lock:
             if key not in self._index:
                 self[key] = default
@@ -338,10 +340,11 @@ class StackedParameterDict(Module):
     @overload
     def pop(self, key: str, default: _T, /) -> Tensor | _T: ...
     def pop(self, key: str, *default: Any) -> Any:
-        """Remove ``key`` and return a copy of its row, or ``default`` if it is not there and one is given. **O(1)**.
+        """Remove ``key`` and return a copy of its row. If ``key`` is missing, return ``default`` if given. **O(1)**.
 
-        The order of the others stays. Raises KeyError (and AttributeError) if ``key`` is not there. To remove many,
-        :meth:`drop` is several times faster. The row, its gradient and what attached optimizers remember become zero.
+        The other entries keep their order. The row, its gradient and its state in attached optimizers become zero.
+        Without a default, a missing key raises :class:`pdrs.MissingEntryError`. To remove many names, :meth:`drop` is
+        several times faster.
         """
         if len(default) > 1:
             raise TypeError(f"pop expected at most 2 arguments, got {1 + len(default)}")
@@ -353,9 +356,9 @@ class StackedParameterDict(Module):
         raise MissingEntryError(key)
 
     def popitem(self, last: bool = True) -> tuple[str, Tensor]:
-        """Remove the last (or the first) entry and return its key and a copy of its row. **O(1)** at either end.
+        """Remove the last (or the first) entry and return its key and a copy of its row. **O(1)** at both ends.
 
-        Raises KeyError if there is none.
+        Raises KeyError if the dictionary is empty.
         """
         popped = pop_end_entry_row(self, last)
         if popped is None:
@@ -385,11 +388,11 @@ class StackedParameterDict(Module):
         return len(self._index)
 
     def __iter__(self) -> Iterator[str]:
-        """Iterate over the keys in order; RuntimeError if entries come or go meanwhile. **O(1)** a step."""
+        """Iterate over the keys in order. **O(1)** per step; RuntimeError if entries come or go meanwhile."""
         return iter(self._index)
 
     def __reversed__(self) -> Iterator[str]:
-        """Iterate over the keys from the last to the first. **O(1)** a step."""
+        """Iterate over the keys from the last to the first. **O(1)** per step."""
         return reversed(self._index)
 
     @overload
@@ -397,34 +400,33 @@ class StackedParameterDict(Module):
     @overload
     def keys(self, *, prefix: str) -> list[str]: ...
     def keys(self, *, prefix: str | None = None) -> KeysView[str] | list[str]:
-        """Return a view of the keys: in order, reversible, a set. **O(1)**.
+        """Return a view of the keys: ordered, reversible, with set operations. **O(1)**.
 
-        With ``prefix``, return a list of those that begin with it, in order. **O(n)**.
+        With ``prefix``, return a list of the keys that begin with it, in order. **O(n)**.
         """
         return NamesView(self._index) if prefix is None else self._index.with_prefix(prefix)
 
     def values(self) -> RowsView:
-        """Return a view of the rows: in order, reversible. **O(1)**; ``in`` is **O(n)**, and asks for the very row."""
+        """Return a view of the rows: ordered, reversible. **O(1)**; ``in`` is **O(n)** and compares by identity."""
         return RowsView(self)
 
     def items(self) -> ItemsView:
-        """Return a view of the pairs of key and row: in order, reversible. **O(1)**; ``in`` asks for the very row."""
+        """Return a view of the pairs of key and row: ordered, reversible. **O(1)**; ``in`` compares by identity."""
         return ItemsView(self)
 
     def update(self, parameters: Any) -> None:
-        """Set many entries, as :meth:`__setitem__` would one after another. **O(m)** for ``m`` entries.
+        """Set many entries, all or none. **O(m)** for ``m`` entries.
 
         Parameters
         ----------
         parameters
-            A mapping from ``str`` to tensors, or an iterable of pairs. The entries of an ``OrderedDict``, of a
-            dictionary of parameters and of pairs are set in their order; those of another mapping, a plain ``dict``
-            among them, in the order of the sorted keys (as torch's ParameterDict does).
+            A mapping from ``str`` to tensors, or an iterable of pairs. An ``OrderedDict``, a dictionary of parameters
+            and pairs keep their order. Other mappings, such as a plain ``dict``, are sorted by key, as in torch.
 
         Raises
         ------
         TypeError, ValueError, KeyError, RuntimeError
-            If ``parameters`` or one of its entries cannot be taken; then no entry has been set.
+            If ``parameters`` or one of its entries is refused. Then no entry has been set.
         """
         if not isinstance(parameters, Iterable):
             raise TypeError(
@@ -439,12 +441,12 @@ class StackedParameterDict(Module):
             _insert.insert_values(self, names, values, distinct=isinstance(parameters, Mapping | StackedParameterDict))
 
     def clear(self) -> None:
-        """Remove all entries; the tables keep their capacity. **O(n)**."""
+        """Remove all entries. The tables keep their capacity. **O(n)**."""
         with self._lock.change():
             _insert.remove(self, self._index.plan_clear())
 
     def copy(self) -> StackedParameterDict:
-        """Return a dictionary of the same names with tables of its own, with no gradients. **O(n)**."""
+        """Return a dictionary with the same names and copies of the tables, without gradients. **O(n)**."""
         made = copy.deepcopy(self)
         for table in made._tables:
             table.loaded = False  # no optimizer was copied with it
@@ -517,15 +519,15 @@ class StackedParameterDict(Module):
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all tables, with rows that have no name. **O(tables)**."""
+        """The bytes of all tables, including free rows. **O(tables)**."""
         return sum(parameter_of(self, table).nbytes for table in self._tables)
 
     @property
     def layout_version(self) -> int:
-        """A number that changes when a name gets another row, or loses its row. **O(1)**.
+        """A number that changes when a name gets another row or loses its row. **O(1)**.
 
-        A tensor that you keep beside a table, by row, fits to the names as long as this stays the same. New names do
-        not change it.
+        New names do not change it. While it stays the same, row numbers from :meth:`indices` stay valid. So does a
+        tensor that you keep beside a table, with one element per row.
         """
         return self._index.moves
 
@@ -542,7 +544,7 @@ class StackedParameterDict(Module):
     # -- as a Module, and as other objects ----------------------------------------------------------------------------
 
     def unstack(self) -> ParameterDict:
-        """Return a ParameterDict of the same entries, each a Parameter with a copy of the row. **O(n)**.
+        """Return a ParameterDict with the same names. Each entry is a Parameter with a copy of the row. **O(n)**.
 
         Examples
         --------
@@ -580,7 +582,7 @@ class StackedParameterDict(Module):
             return self._index.names(), [tables[number][row] for _, number, row in self._index.entries()]
 
     def extra_repr(self) -> str:
-        """Return a line a table, and one a name, or, of many, of the first and the last."""
+        """Return one line for each table, and the names. Of many names, only the first and last are shown."""
         return _views.described(self)
 
     @untraced
@@ -598,15 +600,15 @@ class StackedParameterDict(Module):
         return self
 
     def pin_memory(self) -> StackedParameterDict:
-        """Put the tables that lie on the CPU, and their gradients, into page-locked memory. **O(n)**.
+        """Put the tables on the CPU, and their gradients, into page-locked memory of exactly their size. **O(n)**.
 
-        It is of just the size that they take, and copies from there to a CUDA device need no staging. The tables stay
-        the same Parameters; one that grows is no longer page-locked.
+        Copies from there to a CUDA device need no staging. The tables stay the same Parameters. A table that grows is
+        no longer page-locked.
 
         Raises
         ------
         RuntimeError
-            If there is no CUDA device, or it cannot lock so much; then nothing has changed.
+            If there is no CUDA device, or too little memory can be locked. Then nothing has changed.
         """
         with self._lock.change():
             run.pin_memory(self)
@@ -615,10 +617,10 @@ class StackedParameterDict(Module):
     # -- state dicts, pickles ------------------------------------------------------------------------------------------
 
     def named_state_dict(self) -> dict[str, Tensor]:
-        """Return a dict of names and rows, as a ParameterDict's ``state_dict`` is. **O(n)**.
+        """Return a dict of names and rows, like the ``state_dict`` of a ParameterDict. **O(n)**.
 
-        The rows are detached views of the tables; those of sharded ones are copies, for which all processes must ask.
-        Both classes of ParameterDict load it, and so does this one.
+        The rows are detached views of the tables. If a table is sharded, they are copies, and all processes must call
+        this. ParameterDict (of torch and of pdrs) and StackedParameterDict load the result.
         """
         with self._lock.read():
             tables = [room.lent_whole(self, table).unbind() for table in self._tables]
@@ -636,16 +638,16 @@ class StackedParameterDict(Module):
                     room.lend(self, table, saved)
 
     def get_extra_state(self) -> Tensor:
-        """Return the names, their rows, and what there is to know of the tables: uint8 ``[bytes]``. **O(n)**."""
+        """Return the names, their rows and the facts about the tables, as uint8 ``[bytes]``. **O(n)**."""
         return _states.names_as_packed(self)
 
     def set_extra_state(self, state: Any) -> None:
-        """Take over names and rows; tables are made, removed and resized. **O(n)**, or little if they are the same."""
+        """Take the names and rows, and make, remove and resize tables. **O(n)**; nearly free if they are the same."""
         _states.take_packed(self, state)
 
     @untraced
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load a state dict as torch does; one of a ParameterDict that fits, much faster, unless there are hooks."""
+        """Load a state dict as torch does. That of a ParameterDict loads much faster if it fits and has no hooks."""
         own = type(self)._load_from_state_dict is StackedParameterDict._load_from_state_dict
         if own and not assign and not torch.compiler.is_compiling():
             with self._lock.change():

@@ -39,10 +39,10 @@ Missing = Literal["error", "skip", "zero", "insert"]
 
 
 class Lookup:
-    """Names that have been looked up, to be gathered in every step; made by :meth:`StackedParameterDict.lookup`.
+    """Names that have been looked up, to be used in many steps. :meth:`StackedParameterDict.lookup` makes it.
 
-    It notices when rows have moved or names have gone, and looks its names up again. A name that has gone is a KeyError
-    then. Otherwise its use costs what ``torch.nn.functional.embedding`` costs.
+    It notices when rows have moved or names have gone, and looks its names up again. A removed name then raises
+    KeyError. Otherwise gathering costs what ``torch.nn.functional.embedding`` costs.
 
     Attributes
     ----------
@@ -148,22 +148,22 @@ def _refresh(sd: StackedParameterDict, names: Lookup) -> None:
 
 
 def lookup(self: StackedParameterDict, names: Names) -> Lookup:
-    """Look names up once, to gather them in every step. **O(m)** for ``m`` names.
+    """Look names up once, to use them in many steps. **O(m)** for ``m`` names.
 
     Parameters
     ----------
     names
-        Names that are there.
+        Names of entries.
 
     Returns
     -------
     Lookup
-        What ``gather``, ``indices``, ``scatter`` and the other methods for many names take.
+        Pass it to ``gather``, ``indices``, ``scatter`` and the other methods for many names.
 
     Raises
     ------
     KeyError
-        If a name is not there.
+        If a name is missing.
 
     Examples
     --------
@@ -182,7 +182,7 @@ def lookup(self: StackedParameterDict, names: Names) -> Lookup:
 
 
 def isin(self: StackedParameterDict, names: Names) -> Tensor:
-    """Tell which of many names are there: bool ``[len(names)]``, on the CPU. **O(m)** for ``m`` names."""
+    """Return which of the names are entries: bool ``[len(names)]``, on the CPU. **O(m)** for ``m`` names."""
     return torch.from_numpy(self._index.places(names).tables >= 0)
 
 
@@ -195,28 +195,28 @@ def indices(
     shape: Sequence[int] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return the rows that many names have in their table, for ``embedding_bag`` and the like. **O(m)**.
+    """Return the row numbers of names in their table, such as for ``embedding_bag``. **O(m)** for ``m`` names.
 
-    They hold until a name is removed or moved to another table, the rows are compacted or put into groups, or other
-    names are loaded; not for ever. Which table they are of, they do not tell: where there are several of a shape
-    (of frozen names, of groups of options), :meth:`StackedParameterDict.gather` finds it for each name.
+    They stay valid while :attr:`StackedParameterDict.layout_version` stays the same. All names must be in one table.
+    Frozen names and parameter groups have tables of their own; :meth:`StackedParameterDict.gather` finds the table of
+    each name.
 
     Parameters
     ----------
     names, missing, init, shape, dtype
-        As for :meth:`StackedParameterDict.gather`; a missing name that counts as zeros has the row -1.
+        As for :meth:`StackedParameterDict.gather`. With ``missing="zero"``, a missing name has the row -1.
 
     Returns
     -------
     torch.Tensor
-        int64 of shape ``[len(names)]``, on the device of the table; with ``missing="skip"`` fewer.
+        int64 of shape ``[len(names)]``, on the device of the table. With ``missing="skip"`` there may be fewer.
 
     Raises
     ------
     KeyError
-        If names are missing and nothing else is asked for.
+        If names are missing and ``missing`` is ``"error"``.
     ValueError
-        If the names lie in more than one table.
+        If the names are in more than one table.
 
     Examples
     --------
@@ -246,28 +246,29 @@ def names_of(
     shape: Sequence[int] | None = None,
     dtype: torch.dtype | None = None,
 ) -> list[str | None]:
-    """Return the name of each of some rows, the reverse of :meth:`StackedParameterDict.indices`. **O(n + m)**.
+    """Return the names of rows, the reverse of :meth:`StackedParameterDict.indices`. **O(n + m)**.
 
     Parameters
     ----------
     indices
-        Rows of one table, ``[m]``: a tensor, an array or a list of int.
+        Row numbers of one table, ``[m]``: a tensor, an array or a list of int.
     shape, dtype
-        Of an entry, as for :meth:`StackedParameterDict.table`. Needed only if there are several tables.
+        The shape and dtype of an entry, as for :meth:`StackedParameterDict.table`. Needed only if there are several
+        tables.
 
     Returns
     -------
     list
-        A name for each row, or None for a row without a name.
+        The name of each row, or None for a free row.
 
     Raises
     ------
     IndexError
-        If a row is outside the table.
+        If a row number is outside the table.
     TypeError
-        If these are no integers, or not one-dimensional.
+        If ``indices`` are not integers, or not one-dimensional.
     KeyError, ValueError
-        As :meth:`StackedParameterDict.table`.
+        As for :meth:`StackedParameterDict.table`.
 
     Examples
     --------
@@ -302,41 +303,40 @@ def gather(
 ) -> Tensor:
     """Return the rows of many names as one differentiable tensor. **O(m)** for ``m`` names.
 
-    The backward pass with a dense gradient is **O(capacity)**, as that of any embedding; with ``sparse=True`` it is
-    **O(m)**.
+    The backward pass costs **O(capacity)** with a dense gradient, as for any embedding, and **O(m)** with
+    ``sparse=True``.
 
     Parameters
     ----------
     names
-        A list, tuple, NumPy array or other iterable of ``str``, or a Lookup; all of one shape and dtype. The
-        gradients of a name that is listed twice add up. By default all names, in order: a slice of the table if
-        all lie in one in this order, as after :meth:`StackedParameterDict.compact`.
+        A list, tuple, NumPy array or other iterable of ``str``, or a Lookup. All names need one shape and dtype. The
+        gradients of a name that is listed twice add up. By default all names, in order. The result is then a slice of
+        the table if the rows are in this order, as after :meth:`StackedParameterDict.compact`.
     sparse
         Whether the table gets a sparse gradient, which SparseAdam, SGD and Adagrad take.
     missing
-        What becomes of names that are not there: ``"error"``; ``"skip"``, they are left out; ``"zero"``, a row of
-        zeros that gets no gradient; ``"insert"``, they are inserted first, at the end, in order.
+        What to do with missing names. ``"error"`` raises. ``"skip"`` leaves them out. ``"zero"`` returns rows of zeros
+        without a gradient. ``"insert"`` first inserts them at the end, in order.
     init
-        What gives new rows their values in place, as those of ``torch.nn.init`` do: it is called with one tensor
-        ``[new names, *shape]`` of zeros. Without it they stay zeros. What it returns is not used.
+        Writes the values of new rows in place, as functions of ``torch.nn.init`` do. It is called with one tensor
+        ``[new names, *shape]`` of zeros. Without it, new rows are zeros.
     shape, dtype
-        Of new rows, of rows of zeros, and of a result without rows, where it cannot be told from the names that are
-        there, or from the only table that there is.
+        The shape and dtype of an entry. Needed only if they cannot be inferred from existing names or the only table.
 
     Returns
     -------
     torch.Tensor
-        ``[len(names), *shape]``; with ``"skip"`` as many rows as there are names that are there.
+        ``[len(names), *shape]``. With ``"skip"``, missing names have no row.
 
     Raises
     ------
     KeyError
-        If names are missing and nothing else is asked for; it counts them and lists some.
+        If names are missing and ``missing`` is ``"error"``. The message counts them and lists some.
     ValueError
-        If the names have different shapes or dtypes, or the shape of new ones is not known; or if ``init`` returned
+        If the names have different shapes or dtypes, or if the shape of new names is unknown. Also if ``init`` returned
         new values instead of writing them.
     RuntimeError
-        If new names need a larger table, or old rows, and an optimizer that is not attached has stepped on it.
+        If an optimizer that is not attached has stepped on the table, and new names make it grow or use old rows again.
 
     Examples
     --------
@@ -429,20 +429,20 @@ def scatter(
     Parameters
     ----------
     names
-        As for :meth:`StackedParameterDict.gather`. Of a name that is listed twice one of the values is kept.
+        As for :meth:`StackedParameterDict.gather`. If a name is listed twice, one of its values is kept.
     values
         ``[len(names), *shape]``.
     missing
-        Whether missing names are an error, or are inserted at the end, in order.
+        ``"error"`` raises if names are missing. ``"insert"`` inserts them at the end, in order.
 
     Raises
     ------
     KeyError
-        If names are missing and not to be inserted.
+        If names are missing and ``missing`` is ``"error"``.
     TypeError
-        If the values are no dense tensor, or have another dtype than a row.
+        If ``values`` are not a dense tensor, or have another dtype than the rows.
     ValueError
-        If there are more or fewer values than names, or their shape is another. Then nothing has changed.
+        If the numbers of names and values differ, or if the shapes do not fit. Then nothing has changed.
 
     Examples
     --------

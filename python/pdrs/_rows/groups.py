@@ -40,32 +40,31 @@ def groups_of(patterns: tuple[str, ...], names: list[str]) -> list[int] | None:
 def param_groups(
     self: StackedParameterDict, by: Mapping[str, Mapping[str, Any]], **others: Any
 ) -> list[dict[str, Any]]:
-    r"""Return parameter groups for an optimizer, whose options depend on the names. **O(n)** a pattern.
+    r"""Move names with different options into different tables, and return the groups. **O(n)** per pattern.
 
-    An optimizer's options belong to whole tables. So names of one shape and different options are first moved into
-    different tables, once, and new names go to the table of their pattern from then on. What this costs: a pattern
-    is searched in every name, in Python; and to gather names of two groups takes a few operations more than to
-    gather those of one. Call it before the optimizer is made, then ``attach_optimizer``, so that tables that are made
-    later join their group. Frozen names stay frozen, the state of attached optimizers moves along, and the
-    gradients of names that move are dropped.
+    The options of an optimizer belong to whole tables. New names go to the table of their pattern from then on. Each
+    pattern is searched in each name, in Python. Gathering names of two groups takes a few operations more than
+    gathering names of one. Call this before you make the optimizer, then call ``attach_optimizer``, so that new tables
+    join their group. Frozen names stay frozen, and the state of attached optimizers moves along. Names that move lose
+    their gradients.
 
     Parameters
     ----------
     by
-        Options by regular expression. A name has the options of the first that is found in it (``re.search``).
+        Options by regular expression. A name has the options of the first pattern that ``re.search`` finds in it.
     **others
         The options of all other names.
 
     Returns
     -------
     list of dict
-        What optimizers take; ``"pattern"`` in each tells tables that are made later where to go.
+        The parameter groups. ``"pattern"`` in each tells new tables which group to join.
 
     Raises
     ------
     RuntimeError
-        If rows of a table must move for which an optimizer that is not attached has state, or that is sharded or
-        parametrized.
+        If rows must move in a table that is sharded or parametrized, or for which an optimizer that is not attached has
+        state.
     TypeError
         If ``by`` is not a mapping from ``str`` to mappings.
 

@@ -145,18 +145,18 @@ def insert(
     shape: Sequence[int] | None = None,
     dtype: torch.dtype | None = None,
 ) -> list[str]:
-    """Insert the names that are not there yet, at the end, in order. **O(m)** for ``m`` names.
+    """Insert the missing names at the end, in order. **O(m)** for ``m`` names.
 
     Parameters
     ----------
     names
-        A list, array or other iterable of ``str``. Those that are there stay as they are.
+        A list, array or other iterable of ``str``. Existing names stay as they are.
     init
-        Gives new rows their values in place, as ``torch.nn.init.normal_`` does. It is called once, with a tensor
+        Writes the values of new rows in place, as ``torch.nn.init.normal_`` does. It is called once, with a tensor
         ``[new names, *shape]`` of zeros: ``init(rows)``, or ``init(rows, names)`` if it takes two arguments. Without
-        it the rows stay zero.
+        it, new rows are zeros.
     shape, dtype
-        Of an entry. Needed only where they cannot be inferred from the only table.
+        The shape and dtype of an entry. Needed only if they cannot be inferred from the only table.
 
     Returns
     -------
@@ -168,10 +168,10 @@ def insert(
     KeyError
         If a name is empty.
     ValueError
-        If the shape cannot be inferred, or ``init`` returned new values instead of writing them.
+        If the shape cannot be inferred, or if ``init`` returned new values instead of writing them.
     RuntimeError
-        If the table must grow, or reuse the row of a removed name, and an optimizer that is not attached has stepped on
-        it. Nothing has changed after an error.
+        If an optimizer that is not attached has stepped on the table, and new names make it grow or use old rows again.
+        After any error, nothing has changed.
 
     Examples
     --------
@@ -196,7 +196,7 @@ def rename(self: StackedParameterDict, old: str, new: str) -> None:
     KeyError
         If ``old`` is missing, or ``new`` is empty.
     ValueError
-        If there is an entry ``new``.
+        If ``new`` exists already.
     TypeError
         If a name is not a ``str``.
 
@@ -230,7 +230,7 @@ def move_to_end(self: StackedParameterDict, name: str, last: bool = True) -> Non
     Raises
     ------
     KeyError
-        If it is missing.
+        If ``name`` is missing.
     TypeError
         If ``name`` is not a ``str``.
 
@@ -425,7 +425,7 @@ def _carry_out(
 
 
 def select(self: StackedParameterDict, mask: Mask) -> list[str]:
-    """Return the names, in order, at whose places a mask is true. **O(n)**.
+    """Return the names, in order, for which a mask is true. **O(n)**.
 
     Parameters
     ----------
@@ -435,9 +435,9 @@ def select(self: StackedParameterDict, mask: Mask) -> list[str]:
     Raises
     ------
     TypeError
-        If it holds anything but bool.
+        If the mask has values that are not bool.
     ValueError
-        If it is of another length.
+        If the mask has another length.
 
     Examples
     --------
@@ -453,21 +453,23 @@ def select(self: StackedParameterDict, mask: Mask) -> list[str]:
 
 @untraced
 def drop(self: StackedParameterDict, names: Names | Mask, *, missing: Literal["error", "skip"] = "error") -> None:
-    """Remove many entries at once; the order of the others stays. **O(m)** for ``m`` names.
+    """Remove many entries at once. The others keep their order. **O(m)** for ``m`` names, **O(n)** for a mask.
 
-    Their rows, gradients and what attached optimizers remember of them become zero.
+    Their rows, their gradients and their state in attached optimizers become zero.
 
     Parameters
     ----------
     names
-        Names that are there, each once; or a mask, as :meth:`StackedParameterDict.select` takes it, which is **O(n)**.
+        Names, each listed once. Or a mask, as for :meth:`StackedParameterDict.select`.
+    missing
+        ``"error"`` raises if names are missing. ``"skip"`` ignores them.
 
     Raises
     ------
     KeyError
-        If a name is missing, or is listed twice. Then none has been removed.
+        If a name is missing, or is listed twice. Then nothing has been removed.
     TypeError, ValueError
-        If these are neither names nor a mask for all names.
+        If ``names`` are neither names nor a mask for all names.
 
     Examples
     --------
@@ -499,21 +501,21 @@ def drop(self: StackedParameterDict, names: Names | Mask, *, missing: Literal["e
 
 @untraced
 def retain(self: StackedParameterDict, names: Names | Mask, *, missing: Literal["error", "skip"] = "error") -> None:
-    """Remove all entries except some; the order of these stays. **O(n)**.
+    """Remove all entries except the given ones, which keep their order. **O(n)**.
 
     Parameters
     ----------
     names
-        Names to keep; or a mask, as :meth:`StackedParameterDict.select` takes it.
+        Names to keep. Or a mask, as for :meth:`StackedParameterDict.select`.
     missing
-        Whether names that are not there are an error or are skipped.
+        ``"error"`` raises if names are missing. ``"skip"`` ignores them.
 
     Raises
     ------
     KeyError
         If a name is missing. Then nothing has been removed.
     TypeError, ValueError
-        If these are neither names nor a mask for all names.
+        If ``names`` are neither names nor a mask for all names.
 
     Examples
     --------

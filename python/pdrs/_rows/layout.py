@@ -36,37 +36,37 @@ def table(
 ) -> Tensor:
     """Return the Parameter whose rows are the entries of a shape and dtype. **O(tables)**.
 
-    There may be several: of frozen entries, of groups of options, after moves to another dtype, or of a file that
-    has several. Then it is the one that has names, or, if none has, the first that is trained. It is an error if
-    several have names, because a row of :meth:`StackedParameterDict.indices` is another name's in the wrong table.
+    Several tables may fit: without gradients, of parameter groups, after a move to another dtype, or from a file. Then
+    the result is the one that has names, else the first that requires gradients. If several have names, this raises,
+    because a row number in the wrong table belongs to another name.
 
     Parameters
     ----------
     shape
-        Of an entry.
+        The shape of an entry.
     dtype
-        By default torch's default dtype, or, where no table of this shape has that, the only one that there is.
+        The dtype of an entry. The default is torch's default dtype, or the only dtype of this shape.
     requires_grad
-        Whether it is the table of the entries that require gradients, or that of the others; by default either.
+        Whether the table requires gradients. By default either.
 
     Returns
     -------
     torch.nn.Parameter
-        ``[capacity, *shape]``, with rows that have no name. ``indices`` returns the rows of names.
+        ``[capacity, *shape]``, including free rows. ``indices`` returns the row numbers of names.
 
     Raises
     ------
     KeyError
-        If there is none.
+        If there is no such table.
     ValueError
-        If names lie in several. ``gather`` finds the table of each name; ``get_parameter`` takes the name of a
-        table; ``StackedParameterDict(sd.named_state_dict())`` has one for all.
+        If names are in several such tables. ``gather`` finds the table of each name. ``get_parameter`` takes the name
+        of a table. ``StackedParameterDict(sd.named_state_dict())`` has one table for all.
     """
     return parameter_of(self, self._tables[table_number(self, shape, dtype, requires_grad)])
 
 
 def tables(self: StackedParameterDict) -> dict[str, Tensor]:
-    """Return the tables by the names under which they are registered. **O(tables)**.
+    """Return a dict of all tables by the names under which they are registered. **O(tables)**.
 
     Examples
     --------
@@ -120,18 +120,18 @@ def reserve(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> None:
-    """Make room for ``count`` more names, so that they can be inserted with no growth. **O(n + count)**.
+    """Make room for ``count`` more names, so that inserting them does not make the table grow. **O(n + count)**.
 
-    An empty dictionary gets its first table in this way, so that an optimizer can be made of it.
+    An empty dictionary gets its first table, so that an optimizer can be made of it.
 
     Parameters
     ----------
     count
         The number of names to come.
     shape, dtype
-        Of their rows; may be left out where there is only one table.
+        The shape and dtype of an entry. Not needed if there is only one table.
     device
-        Of a table that does not exist yet; by default that of the others.
+        The device of a new table. The default is that of the other tables.
 
     Examples
     --------
@@ -166,10 +166,10 @@ def reserve(
 
 @untraced
 def compact(self: StackedParameterDict) -> None:
-    """Give the rows the order of the names, and the memory of all other rows back. **O(n)**.
+    """Put the rows in the order of the names, and free the memory of all other rows. **O(n)**.
 
-    Gradients, frozen rows and the state of attached optimizers move along, and each Lookup notices it. Not for use
-    between a forward pass and its backward pass: gradients that are still to come would reach other rows.
+    Gradients, masks and the state of attached optimizers move along, and each Lookup notices it. Do not call it between
+    a forward pass and its backward pass: gradients that are still to come would reach other rows.
 
     Raises
     ------

@@ -44,36 +44,36 @@ def refuse_strangers(
 def attach_optimizer(
     self: StackedParameterDict, optimizer: Optimizer, *, initial_state: Mapping[str, Beginning] | None = None
 ) -> None:
-    """Let the state of an optimizer follow the names: grown, cleared and moved with the rows. **O(tables)**.
+    """Let the state of an optimizer follow the names: it grows, is cleared and moves with the rows. **O(tables)**.
 
-    State that has a row for each row of a table (the moments of Adam, the sums of Adagrad, momentum) belongs to the
-    names from now on. It grows with the table, begins anew for a new name, and moves with ``compact`` and
-    ``load_state_dict``. Numbers such as the count of steps stay.
+    This concerns state with one row for each row of a table, such as the moments of Adam, the sums of Adagrad, and
+    momentum. It grows with the table, begins anew for a new name, and moves with ``compact`` and ``load_state_dict``.
+    Numbers, such as the count of steps, stay.
 
-    A new table joins the first attached optimizer that has the table's group of options, or else tables of this
-    dictionary. It joins other optimizers only if they have the same tables.
+    A new table joins the first attached optimizer that owns its parameter group. If none does, it joins the first that
+    has tables of this dictionary. It joins further optimizers only if they have the same tables.
 
-    The optimizer is not kept alive. Copies and pickles of the dictionary have no attached optimizers. An optimizer
-    and its wrapper (of accelerate, Lightning, Hugging Face) are one: either may be given.
+    The dictionary does not keep the optimizer alive. Its copies and pickles have no attached optimizers. An optimizer
+    and its wrapper (of accelerate, Lightning, Hugging Face) count as one: pass either.
 
     Parameters
     ----------
     optimizer
-        One that has tables of this dictionary.
+        An optimizer that has tables of this dictionary.
     initial_state
-        What its state begins with for a new name, by the keys of the state: a number, or ``"value"`` for a copy of
-        the parameter. Needed only if pdrs cannot tell. It knows torch's optimizers. For others, an optimizer of the
-        same class and options takes a step on a small parameter.
+        What the state of a new name begins with, by the keys of the state: a number, or ``"value"`` for a copy of the
+        parameter. Needed only if pdrs cannot find it out. It knows the optimizers of torch. For others, an optimizer of
+        the same class and options takes a step on a small parameter.
 
     Raises
     ------
     TypeError
-        If it is no optimizer.
+        If ``optimizer`` is not an optimizer.
     ValueError
-        If the optimizer has none of the tables, and there are some.
+        If there are tables, and the optimizer has none of them.
     RuntimeError
-        If its state cannot follow the rows: it must be numbers, and plain tensors with a row for each of a table.
-        State that comes later raises at the first change. So does state whose beginning pdrs cannot tell.
+        If its state cannot follow the rows: anything except numbers, and plain tensors with one row for each row of a
+        table. State that appears later raises at the first change. So does state whose beginning is unknown.
     """
     if not (hasattr(optimizer, "param_groups") and hasattr(optimizer, "state")):
         raise TypeError(f"expected an optimizer, got {type(optimizer).__name__}")
@@ -95,7 +95,7 @@ def attach_optimizer(
 
 @untraced
 def detach_optimizer(self: StackedParameterDict, optimizer: Optimizer) -> None:
-    """Let the state of an attached optimizer be as it is from now on; one that is not attached is passed over."""
+    """Stop what ``attach_optimizer`` began. An optimizer that is not attached is ignored."""
     with self._lock.change():
         parts = optimizer_state.parts_of(optimizer)
         kept = [one for one in attached(self) if not optimizer_state.is_among(one, parts)]

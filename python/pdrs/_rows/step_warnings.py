@@ -36,11 +36,11 @@ _HERE = str(Path(__file__).parent.parent)
 
 
 class AbsentNamesWarning(UserWarning):
-    """An optimizer has moved names that were not in the batch, where Parameters of their own would have stayed."""
+    """An optimizer has moved names that were not in the batch. Separate Parameters would have stayed."""
 
 
 class UntrainedTableWarning(UserWarning):
-    """A table has gradients, and no optimizer has it."""
+    """A table has gradients, but no optimizer trains it."""
 
 
 class _Watch:

@@ -28,10 +28,10 @@ __all__ = ["freeze", "named_grads", "norms", "unfreeze"]
 
 
 def named_grads(self: StackedParameterDict) -> Iterator[tuple[str, Tensor]]:
-    """Iterate over names and gradients, in order; names whose table has no gradient are left out. **O(n)**.
+    """Iterate over names and gradients, in order. Names whose table has no gradient are left out. **O(n)**.
 
-    A dense gradient is a view of the table's. Of a sparse one, only names that it has rows of are given, and what
-    is given may be a copy. Rows that move meanwhile end the iteration with a RuntimeError.
+    With a dense gradient, each is a view of the gradient of the table. With a sparse gradient, only names in it are
+    returned, and may be copies. If rows move meanwhile, the iteration raises RuntimeError.
 
     Examples
     --------
@@ -65,7 +65,7 @@ def named_grads(self: StackedParameterDict) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def norms(self: StackedParameterDict, p: float = 2.0) -> Tensor:
-    """Return the norm of every entry, in order. **O(n)**, a few operations a table.
+    """Return the norm of each entry, in order. **O(n)**, in a few operations per table.
 
     Parameters
     ----------
@@ -95,21 +95,20 @@ def norms(self: StackedParameterDict, p: float = 2.0) -> Tensor:
 
 @untraced
 def freeze(self: StackedParameterDict, names: Names | Lookup) -> None:
-    """Mask the gradients of some names until they are unfrozen. **O(m)** for ``m`` names, and **O(capacity)** once.
+    """Mask the gradients of names until they are unfrozen. **O(m)** for ``m`` names, and **O(capacity)** once.
 
-    The gradient that ``backward`` gives these rows is set to zero, dense or sparse, and so is the one that they
-    have, and what attached optimizers remember of them. (What ``torch.autograd.grad`` returns is not masked: it
-    goes past the gradients of Parameters.) So they stay as they are under optimizers without weight decay that were
-    attached before; others go on moving them by their momentum. Weight decay moves every row of a table: names that
-    must not change at all are better inserted as ``Parameter(..., requires_grad=False)``, which puts them into a
-    table that no optimizer has. A name that is set to a value of another shape is no longer frozen.
+    ``backward`` then gives these rows zero gradients, dense or sparse. Their present gradient, and their state in
+    attached optimizers, become zero. So the rows do not change under optimizers without weight decay that are attached.
+    Momentum of other optimizers still moves them, and weight decay moves each row of a table. Names that must never
+    change belong into a table without gradients: insert them as ``Parameter(..., requires_grad=False)``.
 
-    The mask is pickled and copied with the dictionary, and is no part of its state dict.
+    ``torch.autograd.grad`` ignores the mask. A name that gets a value of another shape is no longer frozen. The mask is
+    pickled and copied with the dictionary. It is not part of a state dict.
 
     Raises
     ------
     KeyError
-        If a name is not there.
+        If a name is missing.
     RuntimeError
         If the table is sharded or parametrized. Names that were frozen before stay frozen.
 
@@ -144,7 +143,7 @@ def freeze(self: StackedParameterDict, names: Names | Lookup) -> None:
 
 @untraced
 def unfreeze(self: StackedParameterDict, names: Names | Lookup | None = None) -> None:
-    """Let names, or all, have gradients again; those that are not frozen are passed over. **O(m + capacity)**."""
+    """Let names, or all names, have gradients again. Names that are not frozen are ignored. **O(m + capacity)**."""
     with self._lock.change():
         changes = Changes()
         if names is None:

@@ -6,6 +6,6 @@ __all__ = ["MissingEntryError"]
 
 
 class MissingEntryError(KeyError, AttributeError):
-    """What ``pd["missing"]`` raises: a KeyError, as of a dict, and an AttributeError, as torch's class raises."""
+    """A name is missing. It is a KeyError, as from a dict, and an AttributeError, as from torch's class."""
 
     __str__ = KeyError.__str__
