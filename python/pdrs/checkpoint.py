@@ -116,7 +116,7 @@ def save(
     >>> path = os.path.join(tempfile.mkdtemp(), "words.safetensors")
     >>> sd = pdrs.StackedParameterDict.from_tensor(["a", "b", "c"], torch.eye(3))
     >>> pdrs.save(sd, path)
-    4279
+    4247
     >>> pdrs.open(path)["b"].tolist()
     [0.0, 1.0, 0.0]
     >>> _ = pdrs.save(sd, path, metadata={"source": "first run"})

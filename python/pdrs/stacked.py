@@ -61,8 +61,7 @@ class StackedParameterDict(Module):
     Parameters
     ----------
     parameters
-        The first entries: a mapping from ``str`` to tensors, or an iterable of pairs. See :meth:`update`. The tensors
-        are copied.
+        The first entries: a mapping from ``str`` to tensors, or pairs. See :meth:`update`. The tensors are copied.
 
     Notes
     -----
@@ -602,8 +601,7 @@ class StackedParameterDict(Module):
     def pin_memory(self) -> StackedParameterDict:
         """Put the tables on the CPU, and their gradients, into page-locked memory of exactly their size. **O(n)**.
 
-        Copies from there to a CUDA device need no staging. The tables stay the same Parameters. A table that grows is
-        no longer page-locked.
+        Copies from there to a CUDA device need no staging. A table that grows is no longer page-locked.
 
         Raises
         ------
