@@ -120,7 +120,7 @@ class Data:
         return [fresh([self.names[at] for at in batch]) for batch in self.ids.tolist()]
 
     @cached_property
-    def handles(self) -> list[pdrs.stacked.Lookup]:
+    def lookups(self) -> list[pdrs.Lookup]:
         """The same, looked up in ours; not in front of each run, which would begin with a cache full of names."""
         container = self.shared(PDRS)
         return [container.lookup(batch) for batch in self.batches]
@@ -347,7 +347,7 @@ def _gather_prepared(subject: str, data: Data) -> Task:
     if subject == PDRS:
         table = container.table((FLOATS,))
         return _gathering_task(
-            lambda handle: container.gather(handle, sparse=True), data.handles, table, container, data
+            lambda lookup: container.gather(lookup, sparse=True), data.lookups, table, container, data
         )
     table = container.table.weight
     return _gathering_task(lambda ids: embedding(ids, table, sparse=True), list(data.ids), table, container, data)
@@ -551,8 +551,8 @@ CASES: tuple[Case[Data], ...] = (
         subjects=(BY_HAND, PDRS),
         targets=(Target("ratio", BY_HAND, 0.9),),
         most_runs=SHORT_RUNS,
-        note="Ours: `gather(handle, sparse=True)`, which notices when names have gone or rows have moved; by hand"
-        " `F.embedding(ids, weight, sparse=True)`. Behind a batch that is not timed, as above.",
+        note="Ours: `gather(sd.lookup(names), sparse=True)`, which notices when names have gone or rows have moved; by"
+        " hand `F.embedding(ids, weight, sparse=True)`. Behind a batch that is not timed, as above.",
     ),
     Case(
         "memory",
