@@ -21,6 +21,8 @@ PICTURES = "pictures"
 _LINK = re.compile(r"(\]\(|^\[[^\]]+\]: +)(\.\.?/[^)\s#]+)", re.MULTILINE)
 _OPTION = re.compile(r"  # doctest: .*$", re.MULTILINE)
 _ROLE = re.compile(r":(?:attr|class|exc|func|meth):`(~?)([\w.]+)`")
+# Parameters that share a description. griffe would give all of them the type of the first.
+_SHARED = re.compile(r"^([a-z]\w*(?:, [a-z]\w*)+)\n((?:    .*\n)+)", re.MULTILINE)
 # A warning of a logger below this name fails a strict build.
 _log = logging.getLogger("mkdocs.hooks.docs_site")
 
@@ -92,5 +94,8 @@ def _link(documented: Object, prefix: str, public: set[str]) -> None:
         shown = name if path is None and not found[1] else name.rpartition(".")[2]
         return f"`{shown}`" if path is None else f"[`{shown}`][{path}]"
 
+    def separate(found: re.Match[str]) -> str:
+        return "".join(f"{name}\n{found[2]}" for name in found[1].split(", "))
+
     if documented.docstring:
-        documented.docstring.value = _ROLE.sub(replaced, documented.docstring.value)
+        documented.docstring.value = _SHARED.sub(separate, _ROLE.sub(replaced, documented.docstring.value) + "\n")
