@@ -18,8 +18,6 @@ mod _core {
     use pyo3::prelude::*;
 
     #[pymodule_export]
-    use super::files::mapped::map_over;
-    #[pymodule_export]
     use super::files::names::{apply_names, changed_rows, crc32, diff_names, pack_names, unpack_names};
     #[pymodule_export]
     use super::files::safetensors::{SafetensorsHeader, SafetensorsStack, safetensors_entries, safetensors_shards};
@@ -30,7 +28,7 @@ mod _core {
     #[pymodule_export]
     use super::moves::commit::complete_move;
     #[pymodule_export]
-    use super::moves::huge_pages::use_huge_pages;
+    use super::moves::pages::{map_over, use_huge_pages};
     #[pymodule_export]
     use super::moves::tensor_group::{TensorGroup, group_tensors, slab_views};
     #[pymodule_export]
@@ -67,7 +65,7 @@ mod _core {
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
-        super::moves::huge_pages::keep_reserve();
+        super::moves::pages::keep_reserve();
         super::python::interpreter::require_main(module.py())
     }
 }

@@ -1,6 +1,5 @@
 //! What checkpoints ask for natively.
 
-pub(crate) mod mapped;
 pub(crate) mod names;
 pub(crate) mod safetensors;
 pub(crate) mod shard_index;

@@ -358,9 +358,8 @@ fn add_entries(entries: &Bound<'_, PyAny>, pairs: &mut Vec<(Name, i64)>) -> PyRe
     };
     let keys = intern!(entries.py(), "keys");
     if let Ok(dict) = entries.cast_exact::<PyDict>() {
-        // Of lists, because a row of a class of its own may run code that changes the dict.
-        let (names, rows) = (memory::keys_of(dict)?, memory::values_of(dict)?);
-        return names.iter().zip(rows.iter()).try_for_each(|(name, row)| add(&name, &row));
+        // Of a list, because a row of a class of its own may run code that changes the dict.
+        return memory::items_of(dict)?.iter().try_for_each(|(name, row)| add(name, row));
     }
     if entries.hasattr(keys)? {
         for name in entries.call_method0(keys)?.try_iter()? {

@@ -7,11 +7,8 @@
 //! What is guaranteed: a block is read or written only inside, and never one that overlaps a region. What the caller of
 //! the functions for Python must uphold: as with torch's own kernels, no other thread may meanwhile take the memory of
 //! one of the tensors away, by `tensor.data = ...`, `resize_` or the like.
-#![allow(unsafe_code)] // Copies between addresses.
 
-use std::hint::black_box;
 use std::ops::Range;
-use std::ptr;
 use std::sync::{Mutex, PoisonError};
 
 use pdrs_core::Error;
@@ -23,10 +20,11 @@ use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
-use crate::moves::huge_pages::advise;
+use crate::moves::pages::advise;
 use crate::python::memory;
 use crate::torch::Torch;
-use crate::torch::dlpack::Dtype;
+use crate::torch::bytes::{Bytes, Spread, hint};
+use crate::torch::dlpack::{Dtype, Found};
 
 /// How many regions are looked at ahead, so that their cache misses overlap.
 const BATCH: usize = 32;
@@ -40,10 +38,9 @@ const SHARED_FROM: u64 = 4096;
 /// A region and its place in the slab. There are millions of these: they are kept small.
 #[derive(Clone, Copy)]
 struct Region {
-    pointer: usize,
+    memory: Bytes,
     /// In bytes, as everything here.
     offset: u64,
-    bytes: u64,
     /// Where its loops begin, and how many there are; none if its bytes are neighbours.
     first_loop: u32,
     loops: u32,
@@ -57,8 +54,6 @@ pub(crate) struct Regions {
     list: Vec<Region>,
     loops: Vec<Loop>,
     places: Places,
-    /// The bytes from the address of the last region to its end.
-    reach: usize,
     stretches: Stretches,
     /// The lowest address, and the one behind the highest.
     lowest: usize,
@@ -68,6 +63,8 @@ pub(crate) struct Regions {
     /// A slab is often copied by way of one small block, again and again, and to look at all regions each time would
     /// take time that grows with the square of their number.
     apart: Mutex<Range<usize>>,
+    /// Whether regions may share memory.
+    are_overlapping: bool,
 }
 
 /// Gives regions their places in a slab, one after another.
@@ -82,13 +79,7 @@ struct Places {
 /// The memory of a contiguous tensor on the CPU.
 pub(crate) struct Block<'a, 'py> {
     _owner: &'a Bound<'py, PyAny>,
-    memory: Stretch,
-}
-
-#[derive(Clone, Copy)]
-struct Stretch {
-    pointer: usize,
-    bytes: u64,
+    memory: Bytes,
 }
 
 impl<'a, 'py> Block<'a, 'py> {
@@ -97,21 +88,21 @@ impl<'a, 'py> Block<'a, 'py> {
         let found = torch
             .find(tensor, &mut dims)?
             .map_err(|unusual| PyValueError::new_err(format!("expected a plain tensor as block, but it {unusual}")))?;
-        if !found.device.is_cpu() {
+        if !found.device().is_cpu() {
             return Err(PyValueError::new_err("expected a block on the CPU"));
         }
-        if found.dtype != dtype {
+        if found.dtype() != dtype {
             return Err(PyValueError::new_err("expected a block of the dtype of the group"));
         }
-        if !found.contiguous {
-            let strides = &dims[found.ndim..];
+        if !found.is_contiguous() {
+            let strides = &dims[found.ndim()..];
             return Err(PyValueError::new_err(format!("expected a contiguous block, got strides {strides:?}")));
         }
-        Ok(Self { _owner: tensor, memory: Stretch { pointer: found.pointer, bytes: found.numel * found.itemsize } })
+        Ok(Self { _owner: tensor, memory: found.bytes() })
     }
 
     pub(crate) fn bytes(&self) -> u64 {
-        self.memory.bytes
+        self.memory.len() as u64
     }
 }
 
@@ -137,17 +128,16 @@ impl Part<'_, '_> {
     pub(crate) fn gather(&self, py: Python<'_>, threads: usize) {
         let (regions, memory, start) = (self.regions, self.block.memory, self.start);
         // A large block is mostly new, and never written before.
-        advise(memory.pointer, memory.bytes as usize);
-        // SAFETY: the tensors that `regions` keeps own the regions, and the tensor in the block owns the block, which
-        // shares memory with none of them (`Regions::part`) and holds whole elements, as all tensors do.
-        py.detach(|| unsafe { regions.copy(Direction::Gather, memory, start, threads) });
+        advise(memory.address(), memory.len());
+        py.detach(|| regions.copy(Direction::Gather, memory, start, threads));
     }
 
-    /// Copies the block into the regions. If these share memory, `threads` has to be 1.
+    /// Copies the block into the regions.
     pub(crate) fn scatter(&self, py: Python<'_>, threads: usize) {
         let (regions, memory, start) = (self.regions, self.block.memory, self.start);
-        // SAFETY: as in `gather`.
-        py.detach(|| unsafe { regions.copy(Direction::Scatter, memory, start, threads) });
+        // Whatever several regions share is written by one thread.
+        let threads = if regions.are_overlapping { 1 } else { threads };
+        py.detach(|| regions.copy(Direction::Scatter, memory, start, threads));
     }
 }
 
@@ -156,12 +146,14 @@ impl Places {
         Self { shift, layout: Layout::default(), is_too_large: false }
     }
 
+    /// The place of a region of so many bytes.
     #[inline]
-    fn give(&mut self, region: &mut Region) {
-        match self.layout.place(region.bytes >> self.shift) {
-            Ok(place) => region.offset = place << self.shift,
-            Err(_) => self.is_too_large = true,
-        }
+    fn give(&mut self, bytes: u64) -> u64 {
+        let Ok(place) = self.layout.place(bytes >> self.shift) else {
+            self.is_too_large = true;
+            return 0;
+        };
+        place << self.shift
     }
 
     fn length(&self) -> Result<u64, Error> {
@@ -187,11 +179,11 @@ impl Regions {
             list: memory::with_capacity(capacity)?,
             loops: Vec::new(),
             places: Places::new((itemsize / narrowest.min(itemsize)).ilog2()),
-            reach: 0,
             stretches: Stretches::new(1 + tensors.len() / 16),
             lowest: usize::MAX,
             end: 0,
             apart: Mutex::new(0..0),
+            are_overlapping: true,
         })
     }
 
@@ -207,16 +199,11 @@ impl Regions {
         self.itemsize
     }
 
-    /// Adds a region, which takes the next place in the slab.
+    /// Adds the region of a tensor, which takes the next place in the slab.
     ///
     /// If its elements are no neighbours, they are put there in C order of the dimensions from the outermost to the
     /// innermost, which are given behind the shape and the strides.
-    pub(crate) fn push(
-        &mut self,
-        pointer: usize,
-        numel: u64,
-        strided: Option<(&[i64], &[i64], &[usize])>,
-    ) -> PyResult<()> {
+    pub(crate) fn push(&mut self, found: &Found, strided: Option<(&[i64], &[i64], &[usize])>) -> PyResult<()> {
         let first_loop = self.loops.len();
         if let Some((shape, strides, order)) = strided {
             for each in strides::loops(shape, strides, order, self.itemsize) {
@@ -224,30 +211,32 @@ impl Regions {
             }
         }
         let loops = (self.loops.len() - first_loop) as u32;
-        let bytes = numel * self.itemsize;
-        let region = Region { pointer, offset: 0, bytes, first_loop: first_loop as u32, loops };
-        self.reach = self.end_of(&region) - pointer;
-        self.append(region)
+        self.append(Region { memory: found.bytes(), offset: 0, first_loop: first_loop as u32, loops })
     }
 
-    /// Adds a region that differs from the last one only in its address.
-    pub(crate) fn push_alike(&mut self, pointer: usize) -> PyResult<()> {
+    /// Adds the region of a tensor that differs from the last one only in its address.
+    pub(crate) fn push_alike(&mut self, memory: Bytes) -> PyResult<()> {
         match self.list.last() {
-            Some(last) => self.append(Region { pointer, ..*last }),
+            Some(last) => self.append(Region { memory, ..*last }),
             None => Ok(()),
         }
     }
 
     #[inline]
     fn append(&mut self, mut region: Region) -> PyResult<()> {
-        self.places.give(&mut region);
-        let addresses = region.pointer..region.pointer + self.reach;
+        region.offset = self.places.give(self.bytes_of(&region));
+        let addresses = region.memory.addresses();
         if !addresses.is_empty() {
             self.lowest = self.lowest.min(addresses.start);
             self.end = self.end.max(addresses.end);
         }
         self.stretches.add(addresses);
         memory::push(&mut self.list, region)
+    }
+
+    /// Says that no two regions share memory.
+    pub(crate) fn set_apart(&mut self) {
+        self.are_overlapping = false;
     }
 
     /// Whether it was easily seen that no two regions share memory, and none is empty.
@@ -268,20 +257,24 @@ impl Regions {
         &self.loops[region.first_loop as usize..(region.first_loop + region.loops) as usize]
     }
 
-    /// The address behind the last byte.
-    fn end_of(&self, region: &Region) -> usize {
-        let bytes = if region.loops == 0 {
-            region.bytes
-        } else {
-            self.loops_of(region).iter().map(|each| (each.count - 1) * each.step).sum::<u64>() + self.itemsize
-        };
-        region.pointer + bytes as usize
+    /// The bytes of its elements, which are as many in the slab.
+    #[inline]
+    fn bytes_of(&self, region: &Region) -> u64 {
+        match self.loops_of(region) {
+            [] => region.memory.len() as u64,
+            loops => loops.iter().map(|each| each.count).product::<u64>() * self.itemsize,
+        }
+    }
+
+    /// The bytes of the slab that belong to it.
+    #[inline]
+    fn place_of(&self, region: &Region) -> Range<u64> {
+        region.offset..region.offset + self.bytes_of(region)
     }
 
     /// The address of the first byte, and of the one behind the last; equal for an empty region.
     pub(crate) fn addresses(&self, at: usize) -> Range<usize> {
-        let region = &self.list[at];
-        region.pointer..self.end_of(region)
+        self.list[at].memory.addresses()
     }
 
     /// Drops the regions at these places, which are ascending; the others move up in the slab.
@@ -293,14 +286,14 @@ impl Regions {
             places.next_if_eq(&(at - 1)).is_none()
         });
         self.places = Places::new(self.places.shift);
-        for region in &mut self.list {
-            self.places.give(region);
+        for at in 0..self.list.len() {
+            self.list[at].offset = self.places.give(self.bytes_of(&self.list[at]));
         }
     }
 
     /// The places in the slab.
     pub(crate) fn places(&self) -> impl Iterator<Item = Range<u64>> {
-        self.list.iter().map(|region| region.offset..region.offset + region.bytes)
+        self.list.iter().map(|region| self.place_of(region))
     }
 
     /// The number of the element of the slab at which a region begins.
@@ -310,16 +303,17 @@ impl Regions {
 
     /// The regions that reach into these bytes of the slab.
     pub(crate) fn within(&self, bytes: Range<u64>) -> Range<usize> {
-        let first = self.list.partition_point(|region| region.offset + region.bytes <= bytes.start);
+        let first = self.list.partition_point(|region| self.place_of(region).end <= bytes.start);
         first..first + self.list[first..].partition_point(|region| region.offset < bytes.end)
     }
 
     /// The address at which the slab begins, if all regions already lie as they would in one, and a region there.
     pub(crate) fn base(&self) -> Option<(usize, usize)> {
-        let first = self.list.iter().position(|region| region.bytes > 0)?;
-        let base = self.list[first].pointer.checked_sub(self.list[first].offset as usize)?;
+        let first = self.list.iter().position(|region| region.memory.len() > 0)?;
+        let base = self.list[first].memory.address().checked_sub(self.list[first].offset as usize)?;
         let in_place = |region: &Region| {
-            region.bytes == 0 || (region.loops == 0 && region.pointer == base.wrapping_add(region.offset as usize))
+            let is_there = region.memory.address() == base.wrapping_add(region.offset as usize);
+            region.memory.len() == 0 || (region.loops == 0 && is_there)
         };
         self.list.iter().all(in_place).then_some((base, first))
     }
@@ -338,42 +332,40 @@ impl Regions {
     ///
     /// Gives a region that shares memory with the block.
     pub(crate) fn part<'a, 'py>(&'a self, block: Block<'a, 'py>, start: u64) -> Result<Part<'a, 'py>, usize> {
-        let Stretch { pointer, bytes } = block.memory;
-        let end = pointer + bytes as usize;
-        if bytes > 0 && self.lowest < end && self.end > pointer {
+        let Range { start: lowest, end } = block.memory.addresses();
+        if lowest < end && self.lowest < end && self.end > lowest {
             let mut apart = self.apart.lock().unwrap_or_else(PoisonError::into_inner);
-            if !(apart.start <= pointer && end <= apart.end) {
-                let shares =
-                    |region: &Region| region.bytes > 0 && region.pointer < end && self.end_of(region) > pointer;
+            if !(apart.start <= lowest && end <= apart.end) {
+                let shares = |region: &Region| {
+                    let Range { start, end: behind } = region.memory.addresses();
+                    start < behind && start < end && behind > lowest
+                };
                 if let Some(at) = self.list.iter().position(shares) {
                     return Err(at);
                 }
-                *apart = pointer..end;
+                *apart = lowest..end;
             }
         }
-        debug_assert!(start.is_multiple_of(self.itemsize) && bytes.is_multiple_of(self.itemsize));
+        debug_assert!(start.is_multiple_of(self.itemsize) && block.bytes().is_multiple_of(self.itemsize));
         Ok(Part { regions: self, block, start })
     }
 
     /// How many threads are worth their start.
     fn useful_threads(&self, bytes: u64) -> usize {
-        let length = self.list.last().map_or(0, |last| last.offset + last.bytes);
+        let length = self.list.last().map_or(0, |last| self.place_of(last).end);
         let average = length / self.list.len().max(1) as u64;
         if average < SHARED_FROM { 1 } else { (bytes / BYTES_PER_THREAD).max(1) as usize }
     }
 
-    /// # Safety
-    ///
-    /// The block can be read and written, and so can the regions, until this returns. They share no memory. `start` and
-    /// the length of the block are multiples of the size of an element.
-    unsafe fn copy(&self, direction: Direction, block: Stretch, start: u64, threads: usize) {
-        let part = (block.bytes / threads.max(1) as u64).next_multiple_of(MOST_ALIGNMENT).max(MOST_ALIGNMENT);
-        // SAFETY: the parts are apart, so that no byte of the block or of a region is in the hands of two threads.
-        let work = |from: u64| unsafe {
-            let bytes = part.min(block.bytes - from);
-            self.copy_part(direction, Stretch { pointer: block.pointer + from as usize, bytes }, start + from);
+    /// Copies between the regions and a block that begins at byte `start` of the slab. They share no memory ([`Self::part`]).
+    fn copy(&self, direction: Direction, block: Bytes, start: u64, threads: usize) {
+        let length = block.len() as u64;
+        let part = (length / threads.max(1) as u64).next_multiple_of(MOST_ALIGNMENT).max(MOST_ALIGNMENT);
+        // The parts are apart, so that no byte of the block or of a region is in the hands of two threads.
+        let work = |from: u64| {
+            self.copy_part(direction, block.part(from as usize, part.min(length - from) as usize), start + from);
         };
-        let mut parts = (0..block.bytes).step_by(part as usize);
+        let mut parts = (0..length).step_by(part as usize);
         let Some(first) = parts.next() else {
             return;
         };
@@ -393,89 +385,61 @@ impl Regions {
         });
     }
 
-    unsafe fn copy_part(&self, direction: Direction, block: Stretch, start: u64) {
-        let end = start + block.bytes;
+    fn copy_part(&self, direction: Direction, block: Bytes, start: u64) {
+        let end = start + block.len() as u64;
+        let of_block =
+            |bytes: Range<u64>| block.part((bytes.start - start) as usize, (bytes.end - bytes.start) as usize);
         let mut filled = start;
         for batch in self.list[self.within(start..end)].chunks(BATCH) {
-            touch(batch);
-            for region in batch.iter().filter(|region| region.bytes > 0) {
-                let from = region.offset.max(start);
-                let to = end.min(region.offset + region.bytes);
-                let at = |byte: u64| (block.pointer + (byte - start) as usize) as *mut u8;
-                // SAFETY: `filled <= from < to <= end`, so all this lies inside the block; and `from - offset` to
-                // `to - offset` lies inside the region. Block and regions are apart, as the caller promises.
-                unsafe {
-                    if direction == Direction::Gather && filled < from {
-                        ptr::write_bytes(at(filled), 0, (from - filled) as usize);
-                    }
-                    self.copy_region(direction, region, from - region.offset..to - region.offset, at(from));
+            for region in batch {
+                hint(region.memory.address());
+            }
+            for region in batch {
+                let place = self.place_of(region);
+                let part = place.start.max(start)..place.end.min(end);
+                if part.is_empty() {
+                    continue;
                 }
-                filled = to;
+                if direction == Direction::Gather && filled < part.start {
+                    of_block(filled..part.start).fill_zero();
+                }
+                self.copy_region(direction, region, part.start - place.start, of_block(part.clone()));
+                filled = part.end;
             }
         }
         if direction == Direction::Gather {
-            // SAFETY: from `filled` to the end of the block.
-            unsafe {
-                let rest = (block.pointer + (filled - start) as usize) as *mut u8;
-                ptr::write_bytes(rest, 0, (end - filled) as usize);
-            }
+            of_block(filled..end).fill_zero();
         }
     }
 
-    unsafe fn copy_region(&self, direction: Direction, region: &Region, bytes: Range<u64>, mut block: *mut u8) {
-        if region.loops == 0 {
-            let region = (region.pointer + bytes.start as usize) as *mut u8;
-            // SAFETY: the caller gives bytes inside the region, and as many in the block.
-            return unsafe { copy_bytes(direction, region, block, (bytes.end - bytes.start) as usize) };
-        }
-        let loops = self.loops_of(region);
-        let step = loops[loops.len() - 1].step;
-        let elements = bytes.start / self.itemsize..bytes.end / self.itemsize;
-        for_each_row(loops, elements, |offset, count| {
-            let row = (region.pointer + offset as usize) as *mut u8;
-            // SAFETY: the row is `count` elements of the region, `step` bytes apart; the block has room for all rows,
-            // one after another.
-            unsafe {
-                match self.itemsize {
-                    size if size == step => copy_bytes(direction, row, block, (count * size) as usize),
-                    1 => copy_row::<1>(direction, row, step, block, count),
-                    2 => copy_row::<2>(direction, row, step, block, count),
-                    4 => copy_row::<4>(direction, row, step, block, count),
-                    8 => copy_row::<8>(direction, row, step, block, count),
-                    _ => copy_row::<16>(direction, row, step, block, count),
-                }
-                block = block.add((count * self.itemsize) as usize);
+    /// Copies as many bytes as the block has, from byte `start` of a region on, as its elements lie in the slab.
+    fn copy_region(&self, direction: Direction, region: &Region, start: u64, block: Bytes) {
+        let [.., innermost] = self.loops_of(region) else {
+            return copy_bytes(direction, region.memory.part(start as usize, block.len()), block);
+        };
+        let (itemsize, step) = (self.itemsize as usize, innermost.step as usize);
+        let elements = start / self.itemsize..(start + block.len() as u64) / self.itemsize;
+        let mut filled = 0;
+        for_each_row(self.loops_of(region), elements, |offset, count| {
+            let (offset, count) = (offset as usize, count as usize);
+            let of_block = block.part(filled, count * itemsize);
+            filled += of_block.len();
+            if step == itemsize {
+                return copy_bytes(direction, region.memory.part(offset, of_block.len()), of_block);
+            }
+            let of_region = region.memory.part(offset, region.memory.len() - offset);
+            let (of_region, of_block) = (Spread { bytes: of_region, step }, Spread { bytes: of_block, step: itemsize });
+            match direction {
+                Direction::Gather => of_region.copy_to(of_block, itemsize, count),
+                Direction::Scatter => of_block.copy_to(of_region, itemsize, count),
             }
         });
     }
 }
 
-unsafe fn copy_bytes(direction: Direction, region: *mut u8, block: *mut u8, bytes: usize) {
-    // SAFETY: the caller gives two stretches of `bytes` bytes that are apart.
-    unsafe {
-        match direction {
-            Direction::Gather => ptr::copy_nonoverlapping(region, block, bytes),
-            Direction::Scatter => ptr::copy_nonoverlapping(block, region, bytes),
-        }
+fn copy_bytes(direction: Direction, region: Bytes, block: Bytes) {
+    match direction {
+        Direction::Gather => region.copy_to(block),
+        Direction::Scatter => block.copy_to(region),
     }
-}
-
-/// Copies elements of `N` bytes that are `step` bytes apart in the region and neighbours in the block.
-unsafe fn copy_row<const N: usize>(direction: Direction, region: *mut u8, step: u64, block: *mut u8, count: u64) {
-    for at in 0..count as usize {
-        // SAFETY: the caller gives `count` elements in each, apart; arrays of bytes need no alignment.
-        unsafe {
-            let (region, block) = (region.add(at * step as usize), block.add(at * N));
-            copy_bytes(direction, region, block, N);
-        }
-    }
-}
-
-/// Reads a byte of each region: the loads do not wait for each other, as those of copies would.
-fn touch(batch: &[Region]) {
-    let sum = batch.iter().filter(|region| region.bytes > 0).fold(0_u8, |sum, region| {
-        // SAFETY: the region has at least one byte and can be read, as the caller of the copy promises.
-        sum ^ unsafe { ptr::read_volatile(region.pointer as *const u8) }
-    });
-    black_box(sum);
 }

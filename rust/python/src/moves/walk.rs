@@ -10,8 +10,9 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyString, PyTuple, PyType};
 
 use crate::python::memory::{self, new_list};
+use crate::torch::Torch;
+use crate::torch::bytes::hint;
 use crate::torch::dlpack::{Device, Dtype};
-use crate::torch::{Torch, prefetch, prefetch_dict};
 
 /// How many Parameters are looked at ahead, so that their cache misses overlap.
 const BATCH: usize = 32;
@@ -159,12 +160,12 @@ pub(crate) fn walk_modules<'py>(
         if usual_applies.is_some() {
             let children = one.children(class)?;
             // Sisters are looked at together, so that their cache misses overlap.
-            children.iter().for_each(prefetch);
-            let first = waiting.len();
+            for child in &children {
+                hint(child.as_ptr() as usize);
+            }
             for child in children.into_iter().rev() {
                 memory::push(&mut waiting, Waiting::new(child)?)?;
             }
-            waiting[first..].iter().for_each(|child| prefetch_dict(&child.own));
         }
         if !held.is_empty() {
             memory::push(&mut parameters, held)?;
@@ -184,9 +185,7 @@ fn for_each_parameter<'py>(
     mut each: impl FnMut(Bound<'py, PyAny>, Option<Bound<'py, PyAny>>) -> PyResult<bool>,
 ) -> PyResult<bool> {
     let mut look_at = |parameter: Bound<'py, PyAny>| {
-        let plain = torch.is_plain(&parameter);
-        let grad = intern!(parameter.py(), "grad");
-        let gradient = if plain { torch.gradient(&parameter)? } else { parameter.getattr(grad)? };
+        let gradient = torch.gradient(&parameter)?;
         each(parameter, (!gradient.is_none()).then_some(gradient))
     };
     let mut ahead = VecDeque::with_capacity(BATCH);
@@ -196,7 +195,7 @@ fn for_each_parameter<'py>(
             if parameter.is_none() {
                 continue;
             }
-            prefetch(&parameter);
+            torch.prefetch(&parameter);
             if ahead.len() == BATCH
                 && let Some(next) = ahead.pop_front()
                 && !look_at(next)?
@@ -250,7 +249,7 @@ pub(crate) fn all_kept(
         let Ok(found) = torch.find(tensor, &mut dims)? else {
             return Ok(false);
         };
-        let kind = (found.device, found.dtype);
+        let kind = (found.device(), found.dtype());
         // The latest kind is nearly always that of the next.
         if !kept.iter().rev().any(|other| *other == kind) {
             if !keeps.call1((tensor,))?.is_truthy()? {

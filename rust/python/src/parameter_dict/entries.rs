@@ -8,8 +8,8 @@ use pyo3::types::{PyDict, PyList, PyString, PyTuple, PyType};
 use crate::index_map::IndexMap;
 use crate::python::memory::{self, new_list, new_pair};
 use crate::python::name::{Name, exact_text, precedes};
+use crate::torch::Torch;
 use crate::torch::own_functions::{Method, is_free_of_hooks, own_parts};
-use crate::torch::prefetch;
 
 /// How many entries are looked at ahead, so that their cache misses overlap.
 const AHEAD: usize = 32;
@@ -343,6 +343,7 @@ pub(crate) fn save_parameters(
     parameter: &Bound<'_, PyType>,
 ) -> PyResult<()> {
     let py = parameters.py();
+    let torch = Torch::get(py)?;
     let detach_name = intern!(py, "detach");
     let detach = parameter.getattr(detach_name)?;
     let bare = prefix.is_empty()?;
@@ -351,7 +352,7 @@ pub(crate) fn save_parameters(
     let mut all = memory::collect(parameters.iter())?.into_iter();
     while let Some((name, value)) = all.next() {
         if let Some((_, next)) = all.as_slice().get(AHEAD - 1) {
-            prefetch(next);
+            torch.prefetch(next);
         }
         if value.is_none() {
             continue;

@@ -1,52 +1,37 @@
 //! Walks the entries of a `ParameterDict`: names from its index, values from its dictionary of Parameters.
-#![allow(unsafe_code)] // `PyDict_Next`: a walk through a dict that may change between two steps.
 
 use std::sync::{Mutex, PoisonError};
 
 use pyo3::exceptions::PyValueError;
-use pyo3::ffi;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
-use pyo3::sync::critical_section::with_critical_section;
 use pyo3::types::{PyDict, PyString};
 
 use crate::index_map::{Cursor, IndexMap};
+use crate::python::cpython::Place;
 use crate::python::memory::new_pair;
 use crate::torch::own_functions::{Method, is_class_known_as_own};
 
-/// The place in a dict that a walk has reached.
+/// The value of `name`, by a step from a place in the dict, if it lies there.
 ///
 /// The names of a `ParameterDict` nearly always lie in `_parameters` in the order of the index. So the walk keeps a
 /// place in the dict, too, and takes the value from there if the very same key object stands there; the
 /// module is asked only where the two differ.
-struct Place(isize);
-
-impl Place {
-    /// The value of `name`, by a step from this place, if it lies there.
-    fn step_to<'py>(&mut self, dict: &Bound<'py, PyDict>, name: &Bound<'py, PyString>) -> Option<Bound<'py, PyAny>> {
-        let mut position = self.0;
-        // One entry of the dict may be none of the index (a Parameter registered beside the entries): step over it.
-        for _ in 0..2 {
-            let (mut key, mut value) = (std::ptr::null_mut(), std::ptr::null_mut());
-            // SAFETY: `dict` is a live dict, and is not changed by another thread meanwhile (the GIL, or the critical
-            // section). `PyDict_Next` checks `position` against the dict as it is now, so a place kept from before a
-            // change may give another entry, but none that is not there. What it lends is owned before anything
-            // else can run.
-            let value = unsafe {
-                if ffi::PyDict_Next(dict.as_ptr(), &raw mut position, &raw mut key, &raw mut value) == 0 {
-                    return None;
-                }
-                if key != name.as_ptr() {
-                    continue;
-                }
-                Bound::from_borrowed_ptr(dict.py(), value)
-            };
-            self.0 = position;
+fn step_to<'py>(
+    place: &mut Place,
+    dict: &Bound<'py, PyDict>,
+    name: &Bound<'py, PyString>,
+) -> Option<Bound<'py, PyAny>> {
+    let mut next = *place;
+    // One entry of the dict may be none of the index (a Parameter registered beside the entries): step over it.
+    for _ in 0..2 {
+        if let Some(value) = next.step_to(dict, name)? {
+            *place = next;
             return Some(value);
         }
-        None
     }
+    None
 }
 
 /// Yields the values or the items of a `ParameterDict` in order, or in reverse.
@@ -78,11 +63,7 @@ impl Walk {
         };
         let name = name.into_text(py);
         let parameters = self.parameters.bind(py);
-        let found = if self.reversed {
-            None
-        } else {
-            with_critical_section(parameters, || self.place.step_to(parameters, &name))
-        };
+        let found = if self.reversed { None } else { step_to(&mut self.place, parameters, &name) };
         let found = found.ok_or_else(|| self.module.bind(py).clone());
         Ok(Some((name, found)))
     }
@@ -107,7 +88,10 @@ impl EntryIterator {
         };
         let cursor = Cursor::new(index, reversed);
         let (module, parameters) = (module.unbind(), parameters.unbind());
-        Ok(Self { walk: Mutex::new(Some(Walk { cursor, place: Place(0), module, parameters, reversed })), method })
+        Ok(Self {
+            walk: Mutex::new(Some(Walk { cursor, place: Place::default(), module, parameters, reversed })),
+            method,
+        })
     }
 
     fn __iter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {

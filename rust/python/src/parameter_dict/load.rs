@@ -8,21 +8,22 @@
 //! No Python code may run between reading an address and using it, because it may replace what lies there. Comparing a
 //! key can run some, unless both are exact `str`; so can asking an unusual tensor anything, which is done last: whatever
 //! has changed then is left to torch. And the collector is paused, because it runs finalizers.
-#![allow(unsafe_code)] // Copies between addresses, and the C API's way to compare strings in place.
 
 use std::ops::Range;
-use std::ptr;
 
 use pdrs_core::slab::disjoint::Lines;
-use pdrs_core::slab::strides::{extent, is_dense, order_of};
-use pyo3::ffi;
+use pdrs_core::slab::strides::{is_dense, order_of};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyIterator, PyList, PyString};
 
 use crate::moves::tensor_group::Paused;
+use crate::python::cpython::Place;
 use crate::python::memory::{self, OrRaise, new_list, new_number};
-use crate::torch::{Finder, Found, Seen, Torch, prefetch};
+use crate::python::name::exact_text;
+use crate::python::text::{find_dot, is_empty, joins, length, part_of, starts_with};
+use crate::torch::bytes::{Bytes, hint};
+use crate::torch::{Finder, Seen, Torch};
 
 /// How many entries are looked at ahead, so that their cache misses overlap.
 const BATCH: usize = 32;
@@ -30,13 +31,12 @@ const BATCH: usize = 32;
 /// About how many versions are counted up in one call of torch's function, which is written in Python.
 const WRITTEN_AT_ONCE: usize = 4 * BATCH;
 
-/// Bytes to copy from one tensor to another.
+/// Bytes to copy from one tensor to another, which has as many.
 struct Pair {
     /// The entry.
     at: usize,
-    from: usize,
-    to: usize,
-    bytes: u64,
+    from: Bytes,
+    to: Bytes,
 }
 
 /// Fills Parameters from the tensors that a state dict has under their names behind `prefix`.
@@ -68,8 +68,8 @@ pub(crate) fn load_matching<'py>(
     let mut unusual = Vec::new();
     let mut keys = Keys::new(state, prefix);
     let (mut targets, mut origins) = (Places::new(torch), Places::new(torch));
-    // How many bytes to copy, while one pair is like the one before.
-    let (mut bytes, mut is_known) = (None, false);
+    // Whether to copy bytes, while one pair is like the one before.
+    let (mut are_bytes, mut is_known) = (false, false);
     let mut found = Vec::with_capacity(BATCH);
     let mut written = Vec::with_capacity(WRITTEN_AT_ONCE + BATCH);
     for begin in (0..entries.len()).step_by(BATCH) {
@@ -78,9 +78,7 @@ pub(crate) fn load_matching<'py>(
         for (name, value) in batch {
             let source = keys.value_of(name)?;
             for tensor in source.iter().chain([value]) {
-                if torch.is_plain(tensor) {
-                    prefetch(tensor);
-                }
+                torch.prefetch(tensor);
             }
             found.push(source);
         }
@@ -91,17 +89,17 @@ pub(crate) fn load_matching<'py>(
             let at = begin + at;
             let into = targets.of(to)?;
             let out_of = origins.of(&from)?;
-            if let (Some(into), Some(out_of)) = (&into, &out_of) {
+            if let (Some(into), Some(out_of)) = (into, out_of) {
                 if !(is_known && targets.is_like_before && origins.is_like_before) {
-                    bytes = copied_as_bytes(into, out_of, targets.dims(), origins.dims());
+                    are_bytes = are_copied_as_bytes(&targets, &origins);
                     is_known = true;
                 }
-                if let Some(bytes) = bytes
-                    && bytes <= largest
+                if are_bytes
+                    && into.len() as u64 <= largest
                     // A tensor that was made in inference mode has no version, and may not be written outside.
                     && torch.counts_writes(to)
                 {
-                    pairs.push(Pair { at, from: out_of.pointer, to: into.pointer, bytes });
+                    pairs.push(Pair { at, from: out_of, to: into });
                     sources.push(from);
                     written.push(to);
                     continue;
@@ -109,12 +107,10 @@ pub(crate) fn load_matching<'py>(
             } else {
                 is_known = false;
             }
-            for (found, tensor, dims, is_written) in
-                [(into, to, targets.dims(), true), (out_of, &from, origins.dims(), false)]
-            {
+            for (found, tensor, is_written) in [(into, to, true), (out_of, &from, false)] {
                 match found {
-                    Some(found) => {
-                        memory::push(&mut others, Stretch { addresses: addresses(&found, dims), at, is_written })?;
+                    Some(bytes) => {
+                        memory::push(&mut others, Stretch { addresses: addresses(bytes), at, is_written })?;
                     }
                     None => memory::push(&mut unusual, (at, tensor.clone(), is_written))?,
                 }
@@ -146,9 +142,8 @@ pub(crate) fn load_matching<'py>(
         }
         pairs.retain(|pair| crowded.binary_search(&pair.at).is_err());
     }
-    // SAFETY: `entries` and `sources` keep the tensors alive that own these bytes; as with torch's own kernels, no other
-    // thread may take their memory away meanwhile. What is written is apart from everything else.
-    py.detach(|| unsafe { copy(&pairs) });
+    // `entries` and `sources` keep the tensors alive that own these bytes.
+    py.detach(|| copy(&pairs));
     drop(sources);
     let mut filled = pairs.iter().map(|pair| pair.at).peekable();
     let left = entries.into_iter().enumerate().filter(|(at, _)| filled.next_if_eq(at).is_none());
@@ -168,8 +163,9 @@ fn still_there<'py>(
     for (pair, from) in pairs.into_iter().zip(sources) {
         let (into, out_of) = (targets.of(&entries[pair.at].1)?, origins.of(&from)?);
         if let (Some(into), Some(out_of)) = (into, out_of)
-            && (into.pointer, out_of.pointer) == (pair.to, pair.from)
-            && copied_as_bytes(&into, &out_of, targets.dims(), origins.dims()) == Some(pair.bytes)
+            && into.addresses() == pair.to.addresses()
+            && out_of.addresses() == pair.from.addresses()
+            && are_copied_as_bytes(targets, origins)
         {
             kept.push(pair);
             kept_sources.push(from);
@@ -178,17 +174,20 @@ fn still_there<'py>(
     Ok((kept, kept_sources))
 }
 
-/// The number of bytes, if one tensor becomes equal to another by a copy of so many bytes that are neighbours in both.
-fn copied_as_bytes(to: &Found, from: &Found, to_dims: &[i64], from_dims: &[i64]) -> Option<u64> {
-    if !to.device.is_cpu() || !from.device.is_cpu() || to.dtype != from.dtype {
-        return None;
+/// Whether the latest target becomes equal to the latest origin by a copy of all bytes, which are neighbours in both.
+fn are_copied_as_bytes(targets: &Places, origins: &Places) -> bool {
+    let (to_dims, from_dims) = (targets.finder.dims(), origins.finder.dims());
+    let (Some(to), Some(from)) = (targets.finder.found(), origins.finder.found()) else {
+        return false;
+    };
+    if !to.device().is_cpu() || !from.device().is_cpu() || to.dtype() != from.dtype() {
+        return false;
     }
-    let (shape, strides) = to_dims.split_at(to.ndim);
-    let (from_shape, from_strides) = from_dims.split_at(from.ndim);
-    let alike = shape == from_shape
-        && ((to.contiguous && from.contiguous)
-            || (strides == from_strides && is_dense(shape, strides, &order_of(shape, strides))));
-    alike.then(|| to.numel * to.itemsize)
+    let (shape, strides) = to_dims.split_at(to.ndim());
+    let (from_shape, from_strides) = from_dims.split_at(from.ndim());
+    shape == from_shape
+        && ((to.is_contiguous() && from.is_contiguous())
+            || (strides == from_strides && is_dense(shape, strides, &order_of(shape, strides))))
 }
 
 /// Where tensors lie that are looked at one after another.
@@ -205,35 +204,25 @@ impl Places {
     }
 
     /// Where a tensor lies, if it is a plain one.
-    fn of(&mut self, value: &Bound<'_, PyAny>) -> PyResult<Option<Found>> {
+    fn of(&mut self, value: &Bound<'_, PyAny>) -> PyResult<Option<Bytes>> {
         self.is_like_before = false;
         if !self.torch.is_plain(value) {
             return Ok(None);
         }
         Ok(match self.finder.find(value)? {
-            Seen::Alike(pointer) => {
+            Seen::Alike(bytes) => {
                 self.is_like_before = true;
-                self.finder.latest().map(|latest| Found { pointer, ..*latest })
+                Some(bytes)
             }
-            Seen::Other(found) => Some(found),
+            Seen::Other(bytes) => Some(bytes),
             Seen::Unusual(_) => None,
         })
-    }
-
-    /// The shape and then the strides of the latest.
-    fn dims(&self) -> &[i64] {
-        self.finder.dims()
     }
 }
 
 /// The memory that a plain tensor takes: none where it could not be shared with one on the CPU.
-fn addresses(found: &Found, dims: &[i64]) -> Range<usize> {
-    if !found.device.is_cpu() || found.numel == 0 {
-        return 0..0;
-    }
-    let (shape, strides) = dims.split_at(found.ndim);
-    let elements = extent(shape, strides).unwrap_or(found.numel);
-    found.pointer..found.pointer + (elements * found.itemsize) as usize
+fn addresses(bytes: Bytes) -> Range<usize> {
+    if bytes.are_here() { bytes.addresses() } else { 0..0 }
 }
 
 /// All of the storage of any other tensor, which may be somebody else's, too. Asking for it may run Python code.
@@ -263,15 +252,11 @@ fn in_a_crowd(pairs: &[Pair], others: Vec<Stretch>) -> PyResult<Vec<usize>> {
     if are_apart(pairs, &others) {
         return Ok(Vec::new());
     }
-    let stretch = |start: usize, pair: &Pair, is_written| Stretch {
-        addresses: start..start + pair.bytes as usize,
-        at: pair.at,
-        is_written,
-    };
+    let stretch = |bytes: Bytes, at, is_written| Stretch { addresses: bytes.addresses(), at, is_written };
     let mut all = others;
     pdrs_core::memory::reserve(&mut all, 2 * pairs.len()).or_raise()?;
-    all.extend(pairs.iter().map(|pair| stretch(pair.to, pair, true)));
-    all.extend(pairs.iter().map(|pair| stretch(pair.from, pair, false)));
+    all.extend(pairs.iter().map(|pair| stretch(pair.to, pair.at, true)));
+    all.extend(pairs.iter().map(|pair| stretch(pair.from, pair.at, false)));
     all.retain(|stretch| !stretch.addresses.is_empty());
     // Both halves are often sorted already, which this sort makes use of. It takes as much memory again, and ends the
     // process where it cannot be had.
@@ -303,31 +288,20 @@ fn in_a_crowd(pairs: &[Pair], others: Vec<Stretch>) -> PyResult<Vec<usize>> {
 /// Whether it is easily seen that nobody is in a crowd: that what is written shares no cache line with anything.
 fn are_apart(pairs: &[Pair], others: &[Stretch]) -> bool {
     let mut lines = Lines::new(pairs.len() + others.len());
-    let stretch = |start: usize, pair: &Pair| start..start + pair.bytes as usize;
-    pairs.iter().all(|pair| lines.take(stretch(pair.to, pair)))
+    pairs.iter().all(|pair| lines.take(pair.to.addresses()))
         && others.iter().filter(|other| other.is_written).all(|other| lines.take(other.addresses.clone()))
-        && pairs.iter().all(|pair| lines.are_free(stretch(pair.from, pair)))
+        && pairs.iter().all(|pair| lines.are_free(pair.from.addresses()))
         && others.iter().filter(|other| !other.is_written).all(|other| lines.are_free(other.addresses.clone()))
 }
 
-/// # Safety
-///
-/// All bytes of all pairs can be read and written until this returns, and those written are apart from each other and
-/// from those read, but for a pair that is one stretch of memory.
-unsafe fn copy(pairs: &[Pair]) {
+fn copy(pairs: &[Pair]) {
     for batch in pairs.chunks(BATCH) {
-        let mut seen = 0;
-        for pair in batch.iter().filter(|pair| pair.bytes > 0) {
-            // Loads that do not wait for each other, as those of copies would.
-            // SAFETY: there is at least one byte, as the caller promises.
-            unsafe {
-                seen ^= ptr::read_volatile(pair.from as *const u8) ^ ptr::read_volatile(pair.to as *const u8);
-            }
+        for pair in batch {
+            hint(pair.from.address());
+            hint(pair.to.address());
         }
-        std::hint::black_box(seen);
-        for pair in batch.iter().filter(|pair| pair.from != pair.to) {
-            // SAFETY: the caller promises that both can be used and are apart.
-            unsafe { ptr::copy_nonoverlapping(pair.from as *const u8, pair.to as *mut u8, pair.bytes as usize) };
+        for pair in batch.iter().filter(|pair| pair.from.address() != pair.to.address()) {
+            pair.from.copy_to(pair.to);
         }
     }
 }
@@ -343,31 +317,20 @@ struct Keys<'a, 'py> {
     state: &'a Bound<'py, PyDict>,
     prefix: &'a Bound<'py, PyString>,
     /// How far the interpreter has gone through the state dict.
-    position: ffi::Py_ssize_t,
+    place: Place,
+    /// Whether the prefix is empty.
+    is_bare: bool,
     next: Option<(Bound<'py, PyAny>, Bound<'py, PyAny>)>,
     after: Option<(Bound<'py, PyAny>, Bound<'py, PyAny>)>,
 }
 
 impl<'a, 'py> Keys<'a, 'py> {
     fn new(state: &'a Bound<'py, PyDict>, prefix: &'a Bound<'py, PyString>) -> Self {
-        let mut keys = Self { state, prefix, position: 0, next: None, after: None };
-        keys.next = keys.read();
-        keys.after = keys.read();
+        let mut keys =
+            Self { state, prefix, place: Place::default(), is_bare: is_empty(prefix), next: None, after: None };
+        keys.next = keys.place.step(state);
+        keys.after = keys.place.step(state);
         keys
-    }
-
-    /// The next item of the state dict.
-    fn read(&mut self) -> Option<(Bound<'py, PyAny>, Bound<'py, PyAny>)> {
-        let (mut key, mut value) = (ptr::null_mut(), ptr::null_mut());
-        // SAFETY: `state` is a live dict, and CPython checks the position against what the dict is now. What it gives is
-        // borrowed from the dict, which nobody changes before there is a reference to both.
-        unsafe {
-            if ffi::PyDict_Next(self.state.as_ptr(), &raw mut self.position, &raw mut key, &raw mut value) == 0 {
-                return None;
-            }
-            let py = self.state.py();
-            Some((Bound::from_borrowed_ptr(py, key), Bound::from_borrowed_ptr(py, value)))
-        }
     }
 
     fn value_of(&mut self, name: &Bound<'py, PyAny>) -> PyResult<Option<Bound<'py, PyAny>>> {
@@ -384,11 +347,11 @@ impl<'a, 'py> Keys<'a, 'py> {
             let (_, value) = self.step().unzip();
             return Ok(value);
         }
-        if self.prefix.is_empty()? { self.state.get_item(name) } else { self.state.get_item(self.prefix.add(name)?) }
+        if self.is_bare { self.state.get_item(name) } else { self.state.get_item(self.prefix.add(name)?) }
     }
 
     fn step(&mut self) -> Option<(Bound<'py, PyAny>, Bound<'py, PyAny>)> {
-        let read = self.read();
+        let read = self.place.step(self.state);
         let after = std::mem::replace(&mut self.after, read);
         std::mem::replace(&mut self.next, after)
     }
@@ -398,10 +361,7 @@ impl<'a, 'py> Keys<'a, 'py> {
         let Ok(key) = key.cast_exact::<PyString>() else {
             return false;
         };
-        if key.is(name) && length(self.prefix) == 0 {
-            return true;
-        }
-        length(key) == length(self.prefix) + length(name) && ends_with(key, name) && starts_with(key, self.prefix)
+        key.is(name) && self.is_bare || joins(key, self.prefix, name)
     }
 }
 
@@ -437,22 +397,22 @@ pub(crate) fn unexpected_keys<'py>(
     let mut unexpected = Vec::new();
     for key in PyIterator::from_object(state)? {
         let key = key?;
-        let Ok(text) = key.cast::<PyString>() else {
+        let Some(text) = exact_text(&key)? else {
             // As torch does, which raises for nearly everything.
             if key.call_method1(intern!(py, "startswith"), (prefix,))?.is_truthy()? {
                 unexpected.push(key);
             }
             continue;
         };
-        if !starts_with(text, prefix) || key.eq(extra_state)? {
+        if !starts_with(&text, prefix) || key.eq(extra_state)? {
             continue;
         }
-        let name = substring(text, length(prefix), length(text))?;
+        let name = part_of(&text, length(prefix)..length(&text))?;
         let of_a_child = match find_dot(&name) {
-            Some(end) => modules.contains(substring(&name, 0, end)?)?,
+            Some(end) => modules.contains(part_of(&name, 0..end)?)?,
             None => false,
         };
-        if of_a_child || is_local(&name)? || dotted_modules.iter().any(|module| starts_with(text, module)) {
+        if of_a_child || is_local(&name)? || dotted_modules.iter().any(|module| starts_with(&text, module)) {
             continue;
         }
         unexpected.push(key);
@@ -518,31 +478,4 @@ pub(crate) fn place_copies<'py>(
         }
     }
     Ok(left)
-}
-
-fn length(text: &Bound<'_, PyString>) -> isize {
-    // SAFETY: `text` is a live `str`.
-    unsafe { ffi::PyUnicode_GET_LENGTH(text.as_ptr()) }
-}
-
-fn starts_with(text: &Bound<'_, PyString>, part: &Bound<'_, PyString>) -> bool {
-    // SAFETY: both are live `str` objects; then this compares characters and cannot fail.
-    unsafe { ffi::PyUnicode_Tailmatch(text.as_ptr(), part.as_ptr(), 0, isize::MAX, -1) == 1 }
-}
-
-fn ends_with(text: &Bound<'_, PyString>, part: &Bound<'_, PyString>) -> bool {
-    // SAFETY: as in `starts_with`.
-    unsafe { ffi::PyUnicode_Tailmatch(text.as_ptr(), part.as_ptr(), 0, isize::MAX, 1) == 1 }
-}
-
-fn find_dot(text: &Bound<'_, PyString>) -> Option<isize> {
-    // SAFETY: `text` is a live `str`, which cannot fail; -1 says that there is none.
-    let at = unsafe { ffi::PyUnicode_FindChar(text.as_ptr(), u32::from('.'), 0, isize::MAX, 1) };
-    (at >= 0).then_some(at)
-}
-
-fn substring<'py>(text: &Bound<'py, PyString>, start: isize, end: isize) -> PyResult<Bound<'py, PyString>> {
-    // SAFETY: `text` is a live `str`; a new reference, or null and an error.
-    let made = unsafe { Bound::from_owned_ptr_or_err(text.py(), ffi::PyUnicode_Substring(text.as_ptr(), start, end))? };
-    Ok(made.cast_into::<PyString>()?)
 }

@@ -7,7 +7,8 @@ use pyo3::types::{PyList, PyString, PyTuple};
 
 use crate::index_map::AHEAD;
 use crate::python::memory;
-use crate::python::name::{Name, exact_text, prefetch_listed};
+use crate::python::name::{HASH, Name, exact_text};
+use crate::torch::bytes::hint;
 
 /// The names as an exact list or tuple: themselves, if they are one, and otherwise what Python makes of them.
 ///
@@ -80,7 +81,9 @@ pub(crate) fn to_names_that<'py>(
     };
     if let Ok(list) = names.cast_exact::<PyList>() {
         for (at, name) in list.iter().enumerate() {
-            prefetch_listed(list, at + AHEAD);
+            if let Ok(ahead) = list.get_item(at + AHEAD) {
+                hint(ahead.as_ptr() as usize + HASH);
+            }
             take(&name)?;
         }
     } else {

@@ -7,7 +7,7 @@ use pyo3::types::{PyDict, PyList, PyString};
 
 use pdrs_core::Place;
 
-use crate::python::instance::attributes;
+use crate::python::cpython::attributes;
 use crate::python::lock::{Holding, Lock, one_step};
 use crate::python::memory::OrRaise;
 use crate::python::name::{Name, Query, to_text};

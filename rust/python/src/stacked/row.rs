@@ -1,21 +1,19 @@
 //! Rows of tables and the tensors they come from: a copy of one row, one that is written, and what many tensors have in
 //! common.
-#![allow(unsafe_code)] // Copies between addresses.
 
 use std::collections::HashMap;
-use std::ptr;
 
 use numpy::{PyArray1, PyReadonlyArray1};
-use pdrs_core::slab::strides::is_contiguous;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyFloat, PyInt, PyList};
 
 use crate::python::memory;
-use crate::torch::dlpack::Dtype;
-use crate::torch::{Found, Torch, hint, prefetch};
+use crate::torch::Torch;
+use crate::torch::bytes::{Bytes, hint};
+use crate::torch::dlpack::{Dtype, Found};
 
 /// Larger rows are left to torch, which copies them with several threads and without the GIL.
-const LARGEST: u64 = 1 << 16;
+const LARGEST: usize = 1 << 16;
 
 /// How many tensors ahead the memory of one is fetched.
 const AHEAD: usize = 16;
@@ -25,33 +23,36 @@ const AHEAD: usize = 16;
 /// torch takes three times as long, for three operations: detach, select, clone.
 pub(crate) fn copy_row<'py>(torch: &Torch, table: &Bound<'py, PyAny>, row: u64) -> PyResult<Option<Bound<'py, PyAny>>> {
     let py = table.py();
-    let Some(abi) = &torch.stable_abi else {
+    let (Some(abi), Some(plain)) = (&torch.stable_abi, torch.plain(table)) else {
         return Ok(None);
     };
     let mut dims = Vec::with_capacity(8);
     let Ok(found) = torch.find(table, &mut dims)? else {
         return Ok(None);
     };
-    let (shape, strides) = dims.split_at(found.ndim);
-    let Some((&capacity, row_shape)) = shape.split_first() else {
+    let (shape, strides) = dims.split_at(found.ndim());
+    let Some((_, row_shape)) = shape.split_first() else {
         return Ok(None);
     };
-    let numel = found.numel / capacity.cast_unsigned().max(1);
-    let bytes = numel * found.itemsize;
-    let outside = row >= capacity.cast_unsigned();
-    if outside || !found.device.is_cpu() || bytes == 0 || bytes > LARGEST || !is_contiguous(shape, strides) {
+    let Some(bytes) = row_of(&found, shape, row).filter(|bytes| (1..=LARGEST).contains(&bytes.len())) else {
         return Ok(None);
-    }
+    };
     // The row of a random name is in no cache, and to make a tensor takes as long as to load it.
-    hint(found.pointer + (row * bytes) as usize);
-    let (made, memory) = abi.empty(abi.dtype(found.dtype, table)?, row_shape, &strides[1..])?;
-    // SAFETY: the table is contiguous and alive, the row lies in it, and nothing else runs meanwhile; the new tensor has
-    // the row's shape and dtype, and so as many bytes.
-    unsafe {
-        let source = (found.pointer as *const u8).add((row * bytes) as usize);
-        ptr::copy_nonoverlapping(source, memory.cast::<u8>(), bytes as usize);
+    hint(bytes.address());
+    let (made, memory) = abi.empty(abi.dtype(found.dtype(), plain)?, row_shape, &strides[1..])?;
+    // The new tensor has the row's shape and dtype.
+    bytes.copy_to(memory.part(0, bytes.len()));
+    abi.to_python(py, &made, false).map(Some)
+}
+
+/// The bytes of a row of a table that is contiguous and on the CPU; `None` if it is another one, or has no such row.
+fn row_of(table: &Found, shape: &[i64], row: u64) -> Option<Bytes> {
+    let capacity = shape.first()?.cast_unsigned();
+    if !table.device().is_cpu() || !table.is_contiguous() || row >= capacity {
+        return None;
     }
-    abi.to_python(py, &made, None).map(Some)
+    let length = table.nbytes() / capacity;
+    Some(table.bytes().part((row * length) as usize, length as usize))
 }
 
 /// A tensor whose bytes can be written to a row: of torch's own classes, on the CPU, contiguous, and neither empty nor
@@ -84,18 +85,17 @@ impl<'a, 'py> RowValue<'a, 'py> {
         let Ok(found) = torch.find(tensor, &mut dims)? else {
             return Ok(None);
         };
-        let bytes = found.numel * found.itemsize;
-        let (shape, strides) = dims.split_at(found.ndim);
-        if !found.device.is_cpu() || bytes == 0 || bytes > LARGEST || !is_contiguous(shape, strides) {
+        let is_small = (1..=LARGEST as u64).contains(&found.nbytes());
+        if !found.device().is_cpu() || !is_small || !found.is_contiguous() {
             return Ok(None);
         }
         let trainable = if torch.is_parameter(tensor) { Some(torch.requires_grad(tensor)?) } else { None };
         // Of integers there are frozen Parameters only; for anything else Python has an error.
-        if trainable != Some(false) && !found.dtype.is_differentiable() {
+        if trainable != Some(false) && !found.dtype().is_differentiable() {
             return Ok(None);
         }
-        dims.truncate(found.ndim);
-        Ok(Some(Self { tensor, shape: dims, dtype: found.dtype, trainable }))
+        dims.truncate(found.ndim());
+        Ok(Some(Self { tensor, shape: dims, dtype: found.dtype(), trainable }))
     }
 
     /// Whether it can be written to rows of a table: to that of a name that lies in it already, or to a new one. A new
@@ -109,11 +109,10 @@ impl<'a, 'py> RowValue<'a, 'py> {
         let Ok(found) = torch.find(table, &mut dims)? else {
             return Ok(Fit::Unusual);
         };
-        let (shape, strides) = dims.split_at(found.ndim);
-        let Some((&capacity, row_shape)) = shape.split_first() else {
+        let Some((&capacity, row_shape)) = dims[..found.ndim()].split_first() else {
             return Ok(Fit::Unusual);
         };
-        if row_shape != self.shape || found.dtype != self.dtype {
+        if row_shape != self.shape || found.dtype() != self.dtype {
             return Ok(Fit::Other);
         }
         if let Some(trainable) = self.trainable.or(is_new.then_some(true))
@@ -121,7 +120,7 @@ impl<'a, 'py> RowValue<'a, 'py> {
         {
             return Ok(Fit::Other);
         }
-        if !found.device.is_cpu() || !is_contiguous(shape, strides) || !torch.counts_writes(table) {
+        if !found.device().is_cpu() || !found.is_contiguous() || !torch.counts_writes(table) {
             return Ok(Fit::Unusual);
         }
         Ok(Fit::Rows(capacity.cast_unsigned()))
@@ -133,17 +132,15 @@ impl<'a, 'py> RowValue<'a, 'py> {
         let (Ok(to), Ok(from)) = (torch.find(table, &mut dims)?, torch.find(self.tensor, &mut row_dims)?) else {
             return Ok(false);
         };
-        let capacity = dims.first().map_or(0, |capacity| capacity.cast_unsigned());
-        let bytes = from.numel * from.itemsize;
-        if row >= capacity || to.numel * to.itemsize != capacity * bytes {
+        let from_is_usual = from.device().is_cpu() && from.is_contiguous();
+        let Some(target) = row_of(&to, &dims[..to.ndim()], row) else {
+            return Ok(false);
+        };
+        if !from_is_usual || target.len() as u64 != from.nbytes() {
             return Ok(false);
         }
-        // SAFETY: both tensors are alive, on the CPU and contiguous, as was found out before; the row lies in the table
-        // and has as many bytes as the value, which may be a row of the same table. Nothing else runs meanwhile.
-        unsafe {
-            let target = (to.pointer as *mut u8).add((row * bytes) as usize);
-            ptr::copy(from.pointer as *const u8, target, bytes as usize);
-        }
+        // The value may be a row of the same table.
+        from.bytes().copy_to(target);
         torch.increment_version(&PyList::new(table.py(), [table])?)?;
         Ok(true)
     }
@@ -194,7 +191,8 @@ impl<'py> ZeroedRow<'py> {
 
     /// Adds a tensor; `false` if it is to be left to torch.
     pub(crate) fn add(&mut self, torch: &Torch, tensor: &Bound<'py, PyAny>) -> PyResult<bool> {
-        let fits = RowMemory::find(torch, tensor)?.is_some_and(|rows| self.row < rows.count && rows.bytes <= LARGEST);
+        let fits =
+            RowMemory::find(torch, tensor)?.is_some_and(|rows| self.row < rows.count && rows.length <= LARGEST as u64);
         if fits {
             self.tensors.push(tensor.clone());
         }
@@ -213,7 +211,7 @@ impl<'py> ZeroedRow<'py> {
         let Some(like) = find_plain(torch, table, &mut shape)? else {
             return Ok(false);
         };
-        shape.truncate(like.ndim);
+        shape.truncate(like.ndim());
         // A list, because a dictionary must not change while it is gone through.
         for value in state.values() {
             let Some(found) = find_plain(torch, &value, &mut dims)? else {
@@ -222,7 +220,7 @@ impl<'py> ZeroedRow<'py> {
                 }
                 return Ok(false);
             };
-            if found.ndim > 0 && !(dims[..found.ndim] == shape && self.add(torch, &value)?) {
+            if found.ndim() > 0 && !(dims[..found.ndim()] == shape && self.add(torch, &value)?) {
                 return Ok(false);
             }
         }
@@ -234,8 +232,8 @@ impl<'py> ZeroedRow<'py> {
         let counting = PyList::empty(py);
         for tensor in &self.tensors {
             let Some(rows) = RowMemory::find(torch, tensor)? else { continue };
-            if self.row < rows.count {
-                rows.zero(self.row);
+            if let Some(row) = rows.get(self.row) {
+                row.fill_zero();
             }
             if torch.counts_writes(tensor) {
                 counting.append(tensor)?;
@@ -256,11 +254,11 @@ pub(crate) fn zero_rows(tensor: &Bound<'_, PyAny>, rows: PyReadonlyArray1<'_, i6
     };
     let rows = rows.as_array();
     for (at, row) in rows.iter().enumerate() {
-        if let Some(ahead) = rows.get(at + AHEAD).map(|row| row.cast_unsigned()).filter(|row| *row < memory.count) {
-            hint(memory.pointer + (ahead * memory.bytes) as usize);
+        if let Some(ahead) = rows.get(at + AHEAD).and_then(|row| memory.get(row.cast_unsigned())) {
+            hint(ahead.address());
         }
-        if row.cast_unsigned() < memory.count {
-            memory.zero(row.cast_unsigned());
+        if let Some(row) = memory.get(row.cast_unsigned()) {
+            row.fill_zero();
         }
     }
     if !rows.is_empty() && torch.counts_writes(tensor) {
@@ -271,9 +269,10 @@ pub(crate) fn zero_rows(tensor: &Bound<'_, PyAny>, rows: PyReadonlyArray1<'_, i6
 
 /// Where the rows of a plain tensor lie that is contiguous and on the CPU.
 struct RowMemory {
-    pointer: usize,
+    bytes: Bytes,
     count: u64,
-    bytes: u64,
+    /// The bytes of a row.
+    length: u64,
 }
 
 impl RowMemory {
@@ -282,20 +281,16 @@ impl RowMemory {
         let Some(found) = find_plain(torch, tensor, &mut dims)? else {
             return Ok(None);
         };
-        let (shape, strides) = dims.split_at(found.ndim);
-        let Some(count) = shape.first().map(|count| count.cast_unsigned()) else {
+        let Some(count) = dims[..found.ndim()].first().map(|count| count.cast_unsigned()) else {
             return Ok(None);
         };
-        let is_usual = found.device.is_cpu() && is_contiguous(shape, strides);
-        let bytes = found.numel * found.itemsize / count.max(1);
-        Ok(is_usual.then_some(Self { pointer: found.pointer, count, bytes }))
+        let is_usual = found.device().is_cpu() && found.is_contiguous();
+        Ok(is_usual.then(|| Self { bytes: found.bytes(), count, length: found.nbytes() / count.max(1) }))
     }
 
-    fn zero(&self, row: u64) {
-        debug_assert!(row < self.count, "the tensor has the row");
-        // SAFETY: the tensor was found to be contiguous and to have the row, and nothing has run since that may change
-        // it; it is kept alive by who found it.
-        unsafe { ptr::write_bytes((self.pointer as *mut u8).add((row * self.bytes) as usize), 0, self.bytes as usize) };
+    #[inline]
+    fn get(&self, row: u64) -> Option<Bytes> {
+        (row < self.count).then(|| self.bytes.part((row * self.length) as usize, self.length as usize))
     }
 }
 
@@ -330,7 +325,7 @@ pub(crate) fn sort_tensors<'py>(values: &Bound<'py, PyList>) -> PyResult<(Bound<
     let mut dims = Vec::new();
     for (at, value) in values.iter().enumerate() {
         if let Ok(ahead) = values.get_item(at + AHEAD) {
-            prefetch(&ahead);
+            torch.prefetch(&ahead);
         }
         dims.clear();
         let found = if torch.is_plain(&value) { torch.find(&value, &mut dims)?.ok() } else { None };
@@ -338,10 +333,10 @@ pub(crate) fn sort_tensors<'py>(values: &Bound<'py, PyList>) -> PyResult<(Bound<
             memory::push(&mut sorted, -1)?;
             continue;
         };
-        let Dtype { code, bits, lanes } = found.dtype;
-        let shape = &dims[..found.ndim];
+        let Dtype { code, bits, lanes } = found.dtype();
+        let shape = &dims[..found.ndim()];
         let dtype = (code, bits, lanes);
-        let device = (found.device.kind, found.device.index);
+        let device = (found.device().kind, found.device().index);
         let trainable = if torch.is_parameter(&value) { Some(torch.requires_grad(&value)?) } else { None };
         if let Some((class, number)) = &last
             && class.dtype == dtype

@@ -3,18 +3,16 @@
 //! `pdrs/_torch/own_functions.py` says which functions those are, for each method, and looks at a class. What it finds is kept
 //! under the version tag of the class: `CPython` gives a class a new one whenever an attribute of it, or of one of its
 //! bases, is set or deleted. So a patch is seen at once, and the usual answer costs one comparison.
-#![allow(unsafe_code)] // Reads the version tag of a type object.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use pyo3::exceptions::PyValueError;
-use pyo3::ffi;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyDict, PyString};
 
-use crate::python::instance::attributes;
+use crate::python::cpython::{attributes, version_tag};
 
 /// A method of `ParameterDict`: its place in the table in `pdrs/_torch/own_functions.py`, which begins with those named here.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -68,8 +66,7 @@ pub(crate) fn watch_functions(
 /// Whether nothing but torch's own functions, and this package's, is asked by a method, as far as the class says.
 #[inline]
 pub(crate) fn is_class_own(module: &Bound<'_, PyAny>, method: Method) -> PyResult<bool> {
-    // SAFETY: the type of a live object is alive. Without a GIL a stale tag may be read, but none that never was.
-    let tag = unsafe { (*ffi::Py_TYPE(module.as_ptr())).tp_version_tag };
+    let tag = version_tag(module);
     let known = KNOWN[tag as usize % KNOWN.len()].load(Ordering::Relaxed);
     // 0 says that the class has no tag at present.
     let asked = if tag != 0 && known >> 32 == u64::from(tag) { known as u32 } else { look_at(module)? };
@@ -79,8 +76,7 @@ pub(crate) fn is_class_own(module: &Bound<'_, PyAny>, method: Method) -> PyResul
 /// The same, but false if somebody would have to look at the class first. It runs no Python code.
 #[inline]
 pub(crate) fn is_class_known_as_own(module: &Bound<'_, PyAny>, method: Method) -> bool {
-    // SAFETY: as in `is_class_own`.
-    let tag = unsafe { (*ffi::Py_TYPE(module.as_ptr())).tp_version_tag };
+    let tag = version_tag(module);
     let known = KNOWN[tag as usize % KNOWN.len()].load(Ordering::Relaxed);
     tag != 0 && known >> 32 == u64::from(tag) && known as u32 & (1 << method.0) == 0
 }
@@ -95,8 +91,7 @@ fn look_at(module: &Bound<'_, PyAny>) -> PyResult<u32> {
     // Looking an attribute up gives the class a tag. It is read first: should the class change meanwhile, what is found
     // is kept for a tag that is gone.
     class.hasattr(intern!(py, "__getitem__"))?;
-    // SAFETY: as in `is_class_own`.
-    let tag = unsafe { (*class.as_type_ptr()).tp_version_tag };
+    let tag = version_tag(module);
     let asked: u32 = table.look.bind(py).call1((class,))?.extract()?;
     KNOWN[tag as usize % KNOWN.len()].store(u64::from(tag) << 32 | u64::from(asked), Ordering::Relaxed);
     Ok(asked)

@@ -2,8 +2,9 @@
 //!
 //! The functions are looked up by name in the `libtorch_cpu` that is already loaded; where one of them is missing
 //! (torch before 2.14) there is no [`StableAbi`], and callers take another way.
-#![allow(unsafe_code)] // C functions of torch.
+#![allow(unsafe_code, reason = "C functions of torch")]
 
+use std::borrow::Cow;
 use std::ffi::{CStr, c_char, c_void};
 use std::mem::transmute;
 use std::ptr;
@@ -14,7 +15,9 @@ use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::PyType;
 
-use crate::torch::dlpack::Dtype;
+use crate::torch::Plain;
+use crate::torch::bytes::Bytes;
+use crate::torch::dlpack::{Device, Dtype, Form, Memory};
 
 type TensorHandle = *mut c_void;
 
@@ -22,6 +25,7 @@ type FromPython = unsafe extern "C" fn(*mut ffi::PyObject, *mut TensorHandle) ->
 type ToPython = unsafe extern "C" fn(TensorHandle, *mut ffi::PyTypeObject, *mut *mut ffi::PyObject) -> i32;
 type Empty = unsafe extern "C" fn(i64, *const i64, *const i64, i32, i32, i32, *mut TensorHandle) -> i32;
 type DataPointer = unsafe extern "C" fn(TensorHandle, *mut *mut c_void) -> i32;
+type StorageSize = unsafe extern "C" fn(TensorHandle, *mut i64) -> i32;
 type SetRequiresGrad = unsafe extern "C" fn(TensorHandle, bool) -> i32;
 type FromBlob = unsafe extern "C" fn(
     *mut c_void,
@@ -54,9 +58,11 @@ pub(crate) struct StableAbi {
     device_index: Ask,
     empty: Empty,
     data_pointer: DataPointer,
+    storage_size: StorageSize,
     set_requires_grad: SetRequiresGrad,
     delete: Delete,
     last_error: LastError,
+    parameter: Py<PyType>,
     /// What [`dtype`](Self::dtype) has been told.
     numbers: Mutex<Vec<(Dtype, i32)>>,
 }
@@ -76,14 +82,6 @@ pub(crate) struct Handle {
     delete: Delete,
 }
 
-impl Handle {
-    /// The address of the tensor in C++, its `TensorImpl`.
-    pub(crate) fn address(&self) -> usize {
-        // SAFETY: a live handle points to an `at::Tensor`, which is a pointer and nothing else.
-        unsafe { ptr::read(self.tensor.cast()) }
-    }
-}
-
 impl Drop for Handle {
     fn drop(&mut self) {
         // SAFETY: the handle came from torch as a new reference and is given up once, here.
@@ -99,93 +97,81 @@ impl StableAbi {
         let Some(library) = Library::of(torch)? else {
             return Ok(None);
         };
+        let parameter = torch.getattr("nn")?.getattr("Parameter")?.cast_into::<PyType>()?.unbind();
         // SAFETY: these are the names and the signatures in torch/csrc/stable/c/shim.h and
         // torch/csrc/inductor/aoti_torch/c/shim.h, which torch promises to keep. A Python object, a type object and a
-        // tensor handle are opaque pointers there.
-        let found = || unsafe {
+        // tensor handle are opaque pointers there. Nobody unloads the library.
+        let found = move || unsafe {
             Some(Self {
-                from_python: transmute::<*mut c_void, FromPython>(library.symbol(c"torch_tensor_from_pyobject")?),
-                to_python: transmute::<*mut c_void, ToPython>(library.symbol(c"torch_tensor_to_pyobject")?),
-                from_blob: transmute::<*mut c_void, FromBlob>(library.symbol(c"torch_from_blob")?),
-                dtype: transmute::<*mut c_void, Ask>(library.symbol(c"aoti_torch_get_dtype")?),
-                layout: transmute::<*mut c_void, Ask>(library.symbol(c"aoti_torch_get_layout")?),
-                device_type: transmute::<*mut c_void, Ask>(library.symbol(c"aoti_torch_get_device_type")?),
-                device_index: transmute::<*mut c_void, Ask>(library.symbol(c"aoti_torch_get_device_index")?),
-                empty: transmute::<*mut c_void, Empty>(library.symbol(c"aoti_torch_empty_strided")?),
-                data_pointer: transmute::<*mut c_void, DataPointer>(library.symbol(c"aoti_torch_get_data_ptr")?),
-                set_requires_grad: transmute::<*mut c_void, SetRequiresGrad>(
-                    library.symbol(c"torch_set_requires_grad")?,
+                from_python: transmute::<*const c_void, FromPython>(library.symbol("torch_tensor_from_pyobject")?),
+                to_python: transmute::<*const c_void, ToPython>(library.symbol("torch_tensor_to_pyobject")?),
+                from_blob: transmute::<*const c_void, FromBlob>(library.symbol("torch_from_blob")?),
+                dtype: transmute::<*const c_void, Ask>(library.symbol("aoti_torch_get_dtype")?),
+                layout: transmute::<*const c_void, Ask>(library.symbol("aoti_torch_get_layout")?),
+                device_type: transmute::<*const c_void, Ask>(library.symbol("aoti_torch_get_device_type")?),
+                device_index: transmute::<*const c_void, Ask>(library.symbol("aoti_torch_get_device_index")?),
+                empty: transmute::<*const c_void, Empty>(library.symbol("aoti_torch_empty_strided")?),
+                data_pointer: transmute::<*const c_void, DataPointer>(library.symbol("aoti_torch_get_data_ptr")?),
+                storage_size: transmute::<*const c_void, StorageSize>(library.symbol("aoti_torch_get_storage_size")?),
+                set_requires_grad: transmute::<*const c_void, SetRequiresGrad>(
+                    library.symbol("torch_set_requires_grad")?,
                 ),
-                delete: transmute::<*mut c_void, Delete>(library.symbol(c"aoti_torch_delete_tensor_object")?),
-                last_error: transmute::<*mut c_void, LastError>(
-                    library.symbol(c"torch_exception_get_what_without_backtrace")?,
+                delete: transmute::<*const c_void, Delete>(library.symbol("aoti_torch_delete_tensor_object")?),
+                last_error: transmute::<*const c_void, LastError>(
+                    library.symbol("torch_exception_get_what_without_backtrace")?,
                 ),
+                parameter,
                 numbers: Mutex::default(),
             })
         };
         Ok(found())
     }
 
-    /// A handle to a tensor.
-    pub(crate) fn handle(&self, tensor: &Bound<'_, PyAny>) -> PyResult<Handle> {
-        let mut handle = ptr::null_mut();
-        // SAFETY: `tensor` is a live torch.Tensor, and the GIL is held; torch gives a new reference, or not 0.
-        let status = unsafe { (self.from_python)(tensor.as_ptr(), &raw mut handle) };
-        self.own(status, handle)
-    }
-
     /// What [`lend`](Self::lend) has to know of a tensor, to make others like it.
-    pub(crate) fn kind(&self, tensor: &Handle) -> PyResult<Kind> {
+    pub(crate) fn kind(&self, tensor: Plain<'_, '_>) -> PyResult<Kind> {
         // glibc ends the process where a thread asks for its place for messages only when memory has run out.
-        // SAFETY: torch gives the address of a text that nobody reads here.
+        self.message();
+        let mut handle = ptr::null_mut();
+        let [mut dtype, mut layout, mut device_type, mut device_index] = [0; 4];
+        // SAFETY: `tensor` is a live torch.Tensor, and the GIL is held. torch gives a new reference, or not 0; then it
+        // tells numbers of 32 bits of the handle, which lives until the end.
         unsafe {
-            (self.last_error)();
+            let handle = self.own((self.from_python)(tensor.0.as_ptr(), &raw mut handle), handle)?;
+            self.check((self.dtype)(handle.tensor, &raw mut dtype))?;
+            self.check((self.layout)(handle.tensor, &raw mut layout))?;
+            self.check((self.device_type)(handle.tensor, &raw mut device_type))?;
+            self.check((self.device_index)(handle.tensor, &raw mut device_index))?;
         }
-        let ask = |ask: Ask| {
-            let mut answer = 0;
-            // SAFETY: `tensor` is a live handle, and the answer is a number of 32 bits.
-            if unsafe { ask(tensor.tensor, &raw mut answer) } == 0 { Ok(answer) } else { Err(self.error()) }
-        };
-        Ok(Kind {
-            dtype: ask(self.dtype)?,
-            layout: ask(self.layout)?,
-            device: (ask(self.device_type)?, ask(self.device_index)?),
-        })
+        Ok(Kind { dtype, layout, device: (device_type, device_index) })
     }
 
-    /// A tensor with a storage of its own over memory that `owner` keeps alive, until torch lets the storage go.
-    ///
-    /// # Safety
-    ///
-    /// All elements must lie in memory that `owner` keeps, on the device of `kind`.
-    pub(crate) unsafe fn lend<T: Send + Sync>(
-        &self,
-        address: usize,
-        kind: Kind,
-        shape: &[i64],
-        strides: &[i64],
-        owner: Arc<T>,
-    ) -> PyResult<Handle> {
-        unsafe extern "C" fn give_back<T>(_data: *mut c_void, owner: *mut c_void) {
+    /// A tensor with a storage of its own over a part of a slab, which it keeps alive until torch lets the storage go.
+    #[inline]
+    pub(crate) fn lend(&self, memory: &Arc<Memory>, offset: u64, form: &Form<'_>) -> PyResult<Handle> {
+        unsafe extern "C" fn give_back(_data: *mut c_void, owner: *mut c_void) {
             // SAFETY: torch calls this once, on whatever thread, with the pointer that `Arc::into_raw` gave.
-            drop(unsafe { Arc::from_raw(owner.cast_const().cast::<T>()) });
+            drop(unsafe { Arc::from_raw(owner.cast_const().cast::<Memory>()) });
         }
-        let ndim = shape.len().min(strides.len()) as u32;
-        // What lies nowhere needs no owner, and torch would never let it go.
-        let (give_back, owner): (Option<GiveBack>, *mut c_void) = if address == 0 {
-            (None, ptr::null_mut())
+        let bytes = memory.place(offset, form)?;
+        let kind = memory.kind().ok_or_else(|| PyRuntimeError::new_err("a slab whose kind was not asked for"))?;
+        let ndim = form.shape().len() as u32;
+        // As torch's tensors without elements have it: any other address could be that of another view, too. What lies
+        // nowhere needs no owner, and torch would never let it go.
+        let (address, give_back, owner): (usize, Option<GiveBack>, *mut c_void) = if bytes.len() == 0 {
+            (0, None, ptr::null_mut())
         } else {
-            (Some(give_back::<T>), Arc::into_raw(owner).cast_mut().cast())
+            (bytes.address(), Some(give_back), Arc::into_raw(Arc::clone(memory)).cast_mut().cast())
         };
         let mut handle = ptr::null_mut();
-        // SAFETY: the caller answers for the memory; shape and strides are `ndim` numbers each, which torch copies; the
-        // owner is sent to `give_back`. If torch refuses, whether it has let go of the owner cannot be told: it leaks.
+        // SAFETY: the elements lie in `bytes`, whose memory `owner` keeps, which is sent to `give_back`; `kind` is of the
+        // same memory. Shape and strides are `ndim` numbers each, which torch copies. If torch refuses, whether it has let
+        // go of the owner cannot be told: it leaks.
         let status = unsafe {
             (self.from_blob)(
                 address as *mut c_void,
                 i64::from(ndim),
-                shape.as_ptr(),
-                strides.as_ptr(),
+                form.shape().as_ptr(),
+                form.strides().as_ptr(),
                 0,
                 kind.dtype,
                 kind.device.0,
@@ -201,54 +187,52 @@ impl StableAbi {
         self.own(status, handle)
     }
 
-    /// The number that torch has for the dtype of a tensor of one of its own classes.
+    /// The number that torch has for the dtype of a tensor.
     ///
     /// torch is asked once for each dtype: a handle takes a quarter as long as a small tensor.
-    pub(crate) fn dtype(&self, dtype: Dtype, tensor: &Bound<'_, PyAny>) -> PyResult<i32> {
+    pub(crate) fn dtype(&self, dtype: Dtype, tensor: Plain<'_, '_>) -> PyResult<i32> {
         let mut numbers = self.numbers.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, number)) = numbers.iter().find(|(known, _)| *known == dtype) {
             return Ok(*number);
         }
-        let number = self.kind(&self.handle(tensor)?)?.dtype;
+        let number = self.kind(tensor)?.dtype;
         numbers.push((dtype, number));
         Ok(number)
     }
 
-    /// A new tensor on the CPU, and the address of its memory, with whatever is there.
-    pub(crate) fn empty(&self, dtype: i32, shape: &[i64], strides: &[i64]) -> PyResult<(Handle, *mut c_void)> {
+    /// A new tensor on the CPU with whatever is in its memory, and that memory.
+    pub(crate) fn empty(&self, dtype: i32, shape: &[i64], strides: &[i64]) -> PyResult<(Handle, Bytes)> {
         const CPU: i32 = 0;
-        let ndim = shape.len().min(strides.len()) as u32;
-        let (mut handle, mut memory) = (ptr::null_mut(), ptr::null_mut());
-        // SAFETY: shape and strides are `ndim` numbers each, which torch copies. The memory is asked of the new tensor,
-        // which is alive as long as its handle.
+        let ndim = i64::from(shape.len().min(strides.len()) as u32);
+        let (mut handle, mut memory, mut size) = (ptr::null_mut(), ptr::null_mut(), 0);
+        // SAFETY: shape and strides are `ndim` numbers each, which torch copies. The new tensor, which is alive as long as
+        // its handle, begins where its storage does, and owns all of that.
         unsafe {
             let (shape, strides) = (shape.as_ptr(), strides.as_ptr());
-            let status = (self.empty)(i64::from(ndim), shape, strides, dtype, CPU, 0, &raw mut handle);
+            let status = (self.empty)(ndim, shape, strides, dtype, CPU, 0, &raw mut handle);
             let made = self.own(status, handle)?;
-            if (self.data_pointer)(made.tensor, &raw mut memory) != 0 {
-                return Err(self.error());
-            }
-            Ok((made, memory))
+            self.check((self.data_pointer)(made.tensor, &raw mut memory))?;
+            self.check((self.storage_size)(made.tensor, &raw mut size))?;
+            Ok((made, Bytes::new(memory as usize, usize::try_from(size)?, Device::CPU)))
         }
     }
 
     pub(crate) fn require_grad(&self, tensor: &Handle) -> PyResult<()> {
         // SAFETY: `tensor` is a live handle.
-        let status = unsafe { (self.set_requires_grad)(tensor.tensor, true) };
-        if status == 0 { Ok(()) } else { Err(self.error()) }
+        self.check(unsafe { (self.set_requires_grad)(tensor.tensor, true) })
     }
 
-    /// The Python object of a tensor that has none yet, of a class that adds nothing to Tensor.
+    /// The Python object of a tensor that has none yet: a Tensor or a Parameter.
     pub(crate) fn to_python<'py>(
         &self,
         py: Python<'py>,
         tensor: &Handle,
-        class: Option<&Bound<'py, PyType>>,
+        is_parameter: bool,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let class = class.map_or(ptr::null_mut(), |class| class.as_ptr().cast());
+        let class = if is_parameter { self.parameter.as_ptr().cast() } else { ptr::null_mut() };
         let mut made = ptr::null_mut();
-        // SAFETY: `tensor` is a live handle and `class` a live subclass of Tensor, or null for Tensor itself; the GIL is
-        // held. torch gives a new reference, or not 0.
+        // SAFETY: `tensor` is a live handle and `class` Parameter, which adds nothing to Tensor, or null for Tensor; the
+        // GIL is held. torch gives a new reference, or not 0.
         unsafe {
             if (self.to_python)(tensor.tensor, class, &raw mut made) != 0 || made.is_null() {
                 return Err(PyErr::take(py).unwrap_or_else(|| self.error()));
@@ -257,51 +241,56 @@ impl StableAbi {
         }
     }
 
+    #[inline]
     fn own(&self, status: i32, tensor: TensorHandle) -> PyResult<Handle> {
-        if status == 0 { Ok(Handle { tensor, delete: self.delete }) } else { Err(self.error()) }
+        self.check(status)?;
+        Ok(Handle { tensor, delete: self.delete })
     }
 
+    #[inline]
+    fn check(&self, status: i32) -> PyResult<()> {
+        if status == 0 { Ok(()) } else { Err(self.error()) }
+    }
+
+    #[cold]
     fn error(&self) -> PyErr {
-        // SAFETY: torch keeps the message of this thread's last error until the next one; it is copied at once.
-        let message = unsafe { (self.last_error)().as_ref().map(|text| CStr::from_ptr(text).to_string_lossy()) };
-        let message = message.map_or("torch failed".to_owned(), std::borrow::Cow::into_owned);
+        let message = self.message();
         // What the C++ library says where memory has run out.
         if message.contains("bad_alloc") { PyMemoryError::new_err(message) } else { PyRuntimeError::new_err(message) }
+    }
+
+    fn message(&self) -> String {
+        // SAFETY: torch keeps the message of this thread's last error until the next one; it is copied at once.
+        let message = unsafe { (self.last_error)().as_ref().map(|text| CStr::from_ptr(text).to_string_lossy()) };
+        message.map_or("torch failed".to_owned(), Cow::into_owned)
     }
 }
 
 /// A library that torch has loaded.
-struct Library(#[cfg_attr(not(unix), expect(dead_code, reason = "never made there"))] *mut c_void);
+struct Library<'py> {
+    ctypes: Bound<'py, PyModule>,
+    library: Bound<'py, PyAny>,
+}
 
-impl Library {
-    #[cfg(unix)]
-    fn of(torch: &Bound<'_, PyModule>) -> PyResult<Option<Self>> {
-        use std::os::unix::ffi::OsStringExt;
+impl<'py> Library<'py> {
+    fn of(torch: &Bound<'py, PyModule>) -> PyResult<Option<Self>> {
+        let py = torch.py();
         let file: std::path::PathBuf = torch.getattr("__file__")?.extract()?;
         let name = format!("libtorch_cpu{}", std::env::consts::DLL_SUFFIX);
-        let path = file.with_file_name("lib").join(name).into_os_string().into_vec();
-        let Ok(path) = std::ffi::CString::new(path) else {
+        let (os, ctypes) = (py.import("os")?, py.import("ctypes")?);
+        // Only if it is loaded already.
+        let Ok(mode) = os.getattr("RTLD_NOLOAD").and_then(|mode| mode.bitor(os.getattr("RTLD_LAZY")?)) else {
             return Ok(None);
         };
-        // SAFETY: the path is a C string. The library is not loaded anew, so none of its code runs.
-        let library = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_LAZY | libc::RTLD_NOLOAD) };
-        Ok((!library.is_null()).then_some(Self(library)))
+        let path = file.with_file_name("lib").join(name).into_os_string();
+        Ok(ctypes.call_method1("CDLL", (path, mode)).ok().map(|library| Self { ctypes, library }))
     }
 
-    #[cfg(not(unix))]
-    fn of(_torch: &Bound<'_, PyModule>) -> PyResult<Option<Self>> {
-        Ok(None)
-    }
-
-    #[cfg(unix)]
-    fn symbol(&self, name: &CStr) -> Option<*mut c_void> {
-        // SAFETY: the library stays loaded, for nobody closes it; the name is a C string.
-        let symbol = unsafe { libc::dlsym(self.0, name.as_ptr()) };
-        (!symbol.is_null()).then_some(symbol)
-    }
-
-    #[cfg(not(unix))]
-    fn symbol(&self, _name: &CStr) -> Option<*mut c_void> {
-        None
+    fn symbol(&self, name: &str) -> Option<*const c_void> {
+        let address = || -> PyResult<usize> {
+            let pointer = self.ctypes.getattr("c_void_p")?;
+            self.ctypes.call_method1("cast", (self.library.getattr(name)?, pointer))?.getattr("value")?.extract()
+        };
+        address().ok().map(|address| address as *const c_void)
     }
 }
