@@ -271,10 +271,10 @@ class EntryIterator(Iterator[Any]):
 class TensorGroup:
     """Tensors of one dtype and device, and the place of each in one *slab*: a contiguous tensor that holds them all.
 
-    Made by ``group_tensors``. It knows where the tensors lay when it was made, and keeps them alive, but not their
-    memory: it must be used before anybody moves one (by ``tensor.data = ...``, ``resize_``, ``set_``), also on another
-    thread. Positions and lengths count elements of the slab, so they hold for a slab of any dtype. *n* is the number of
-    tensors; every method takes **O(n)** time at most.
+    Made by ``group_tensors``. It knows where the tensors lay when it was made. It keeps the tensors alive, but not
+    their memory. So it must be used before one of them is moved (by ``tensor.data = ...``, ``resize_``, ``set_``), also
+    on another thread. Positions and lengths count elements of the slab, so they hold for a slab of any dtype. *n* is
+    the number of tensors; every method takes **O(n)** time at most.
 
     Attributes
     ----------
@@ -428,8 +428,9 @@ def complete_move(
     TypeError
         If a slab is no tensor.
     ValueError
-        If a slab is not as described or requires gradients, or if a tensor cannot become a view of it: it was made in
-        inference mode, or requires gradients that the dtype of the slab cannot have. If this has been done before.
+        If a slab is not as described or requires gradients. If a tensor was made in inference mode, so that it cannot
+        become a view of it. If a tensor requires gradients that the dtype of the slab cannot have. If this has been
+        done before.
     RuntimeError
         In inference mode: views made there could never be trained.
     MemoryError
@@ -450,17 +451,17 @@ def group_tensors(
         Whether elements get the order in memory that ``tensor.to`` gives them: that of the tensor, without gaps.
         Otherwise they lie in C order, as ``torch.nn.utils.parameters_to_vector`` gives them.
     narrowest
-        The size in bytes of the narrowest elements that a slab with these places will have, if they are narrower than
-        the tensors' own: the places stay aligned for those.
+        The size in bytes of the narrowest elements that a slab with these places will have. It is needed if they are
+        narrower than the tensors' own: the places stay aligned for those.
 
     Returns
     -------
     groups
         In the order of their first tensors.
     unusual
-        ``(index, why)`` of each tensor that must be left to torch: of a subclass, without plain memory (sparse,
-        quantized, meta, fake, inside a function transform), a conjugate or negative view, or of a dtype that DLPack
-        does not know.
+        ``(index, why)`` of each tensor that must be left to torch. Such a tensor is of a subclass, a conjugate or
+        negative view, or of a dtype that DLPack does not know. Or it has no plain memory: it is sparse, quantized,
+        meta, fake, or inside a function transform.
 
     Raises
     ------
@@ -504,10 +505,10 @@ def slab_views(
     slab
         A contiguous tensor of any dtype, on the CPU or a CUDA device. The views keep it alive; it must not be resized.
     door
-        How views are made; by default ``"from_blob"`` (torch 2.14 and later) or ``"dlpack"``. Each has a storage of its
-        own over the memory of the slab, so that nothing takes it for tied to another, and ``torch.save`` of one writes
-        its own bytes only. ``record_stream`` of such a tensor does nothing; all streams of a CUDA device are recorded
-        for the slab instead.
+        How views are made; by default ``"from_blob"`` (torch 2.14 and later) or ``"dlpack"``. Each view has a storage
+        of its own over the memory of the slab. So nothing takes it for tied to another, and ``torch.save`` of one
+        writes its own bytes only. ``record_stream`` of such a tensor does nothing; all streams of a CUDA device are
+        recorded for the slab instead.
     offsets
         At which element of the slab each begins.
     shapes

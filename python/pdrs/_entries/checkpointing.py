@@ -1,9 +1,9 @@
 """What saving and loading a checkpoint says to every ParameterDict of a model.
 
-A state dict has a tensor for each name, and a million names make a million. So while a checkpoint is saved, a
-ParameterDict puts itself on a list instead of its entries into the state dict, and while one is loaded, it takes its
-entries from where they lie. Everything else of a model goes through its ordinary state dict, hooks included; and so do
-the entries, if a module around them, or the dictionary itself, has hooks or methods that may change them.
+A state dict has a tensor for each name, so a million names make a million tensors. While a checkpoint is saved, a
+ParameterDict puts itself on a list instead of its entries into the state dict. While one is loaded, it takes its
+entries from where they lie. Everything else of a model goes through its ordinary state dict, hooks included. So do the
+entries if the dictionary, or a module around it, has hooks or methods that may change them.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Everything else goes the way that it goes in torch's class, by ``__reduce_ex__``. A deep copy finds the copies of the
 Parameters in its memo, where they have been entered before the rest is copied. A pickle has each Parameter as an object
-of its own, so that it stays one object however often the pickled objects refer to it; but what is written for it is
-just a number: its place in a list that is made of the block as a whole.
+of its own. So it stays one object, however often the pickled objects refer to it. But only a number is written for it:
+its place in a list that is made of the block as a whole.
 """
 
 from __future__ import annotations

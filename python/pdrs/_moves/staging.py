@@ -9,13 +9,13 @@ gathered into a block of page-locked memory, which the device fetches on a side 
 
 Three guards keep that right; tests/moves/test_transfer_guards.py deletes each line of them to see that it is needed:
 
-- An *event* a block says when it may be filled, or read, again. Without it the device fetches what belongs to a later
-  block, or the host reads what has not come yet.
-- The side stream *waits* for the current one before it touches the device's memory, in which queued work may still be
-  busy, and the current one for the side stream before it goes on.
-- Slabs are made known to all streams, because the storages of their views are strange to torch's allocator: so the
+- An *event* for each block says when it may be filled, or read, again. Without it the device fetches what belongs to a
+  later block, or the host reads what has not come yet.
+- The side stream *waits* for the current one before it touches the device's memory, which queued work may still use.
+  The current stream waits for the side stream before it goes on.
+- Slabs are made *known to all streams*, because torch's allocator does not know the storages of their views. So their
   memory is not handed out again before the work is done that was queued when the last view went. A source that is no
-  such slab, but lies in a storage of torch's, is read on a stream that its allocator may not know: `record_stream`.
+  such slab lies in a storage of torch's. It is read on a stream that its allocator may not know: `record_stream`.
 """
 
 from __future__ import annotations

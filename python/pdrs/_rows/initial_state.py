@@ -1,9 +1,10 @@
 """What the state of an optimizer begins with for a new row: a number, or the value of the row.
 
-Of torch's own optimizers it is known. Any other is asked: one of its class, with the same options, steps on a small
-parameter without a gradient, and what it puts into its state first is looked at. It need not be zeros: the averages of
-ScheduleFree and the slow weights of Lookahead begin with the value, a sum of squares with a small number. What does not
-tell is refused, and the user can say what it is: ``attach_optimizer(optimizer, initial_state={"z": "value"})``.
+It is known for torch's own optimizers. For any other, it is found by a trial. An optimizer of its class, with the same
+options, steps on a small parameter without a gradient. What it puts into its state first is what new rows begin with.
+This need not be zeros. The averages of ScheduleFree and the slow weights of Lookahead begin with the value, a sum of
+squares with a small number. If the trial does not tell, the optimizer is refused, and the user can say what it is:
+``attach_optimizer(optimizer, initial_state={"z": "value"})``.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """The state that optimizers keep for the rows of a table: which of it is by row, and who keeps some unasked.
 
-torch's optimizers keep, for each parameter, tensors of its shape (the moments of Adam) or with one number a row, and
-numbers for the whole of it (the count of steps). When rows of a table are moved or get other names, the first must
-follow. Optimizers that are *attached* are followed. Others are noticed when they step, by a hook that torch calls
-behind every step of every optimizer, or are looked for once when a dictionary that was loaded changes, and it is
-refused to do what would leave them with the state of other rows.
+For each parameter, torch's optimizers keep tensors of its shape (the moments of Adam) or with one number for each row.
+They also keep numbers for the whole parameter (the count of steps). When rows of a table are moved or get other names,
+state by row must follow, and it does in optimizers that are *attached*. Others are noticed by a hook that torch calls
+after every step of every optimizer. They are also looked for once, when a dictionary that was loaded changes. A change
+that would leave them with the state of other rows is refused.
 """
 
 from __future__ import annotations
@@ -432,8 +432,8 @@ def _is_by_column(state: Tensor, table: Tensor) -> bool:
 def takers(optimizers: Sequence[Optimizer], pattern: str | None, tables: Iterable[Tensor]) -> list[Optimizer]:
     """Return the attached optimizers that a new table joins; two with different tables would both step on it.
 
-    It is the first that has a parameter group with the pattern, or else the first that has tables of the dictionary;
-    and with it those that have the very same tables.
+    The table joins the first that has a parameter group with the pattern, or else the first that has tables of the
+    dictionary. It also joins those that have exactly the same tables as that one.
     """
     ids = set(map(id, tables))
     held = [ids & {id(one) for group in each.param_groups for one in group["params"]} for each in optimizers]
@@ -448,8 +448,8 @@ def takers(optimizers: Sequence[Optimizer], pattern: str | None, tables: Iterabl
 def join(optimizer: Optimizer, attribute: str, pattern: str | None, tables: Mapping[str, Tensor]) -> None:
     """Give a new table to an optimizer: to the parameter group with this pattern, or else to that of other tables.
 
-    It goes behind these, as it does in the dictionary: state dicts of optimizers know parameters by their order, and so
-    an optimizer that is made of the saved dictionary has the same order.
+    It goes after these, as it does in the dictionary, because state dicts of optimizers know parameters by their order.
+    So an optimizer that is made of the saved dictionary has the same order.
 
     Parameters
     ----------

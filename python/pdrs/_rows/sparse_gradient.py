@@ -1,7 +1,7 @@
 """Where the rows of a table lie in its sparse gradient: looked for once a gradient, and not once a row.
 
-A sparse gradient lists rows in any order, and each any number of times. Names come and go one by one while it is there,
-and what it has for their rows is set to zero in place, as in a dense gradient: whoever holds the gradient sees it.
+A sparse gradient lists rows in any order, and each any number of times. Names come and go one by one while it is there.
+What it has for their rows is then set to zero in place, as in a dense gradient. So all references to it see the change.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Two things that training does to tables without a word, and that are said once.
 
-A dense gradient is one for all rows of a table. An optimizer with momentum or weight decay so moves names that were not
-in the batch, where Parameters of their own would stay; SGD with momentum does so with sparse gradients, too. And a
-table that no optimizer has is not trained at all.
+A dense gradient is one for all rows of a table. So an optimizer with momentum or weight decay moves names that were not
+in the batch. Parameters of their own would stay as they are. SGD with momentum does so with sparse gradients, too. And
+a table that no optimizer has is not trained at all.
 
-Both are seen by looking, in some steps and at some rows: whether a row without a gradient has moved, and whether one
-with a gradient has not. What each step costs is a look into a dict.
+Both are found by checks, in some steps and of some rows. The checks ask whether a row without a gradient has moved, and
+whether one with a gradient has not. Each step costs a look-up in a dict.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Many names that are given in one call, in whatever holds them: the one place that asks an object for its names.
 
-Arrays and columns of other libraries (NumPy, pandas, Polars, Arrow) are asked for all names at once, because to iterate
-over them takes up to a hundred times as long, or gives something else than ``str``. None of the libraries is imported.
+Arrays and columns of other libraries (NumPy, pandas, Polars, Arrow) are asked for all names at once. Iterating over
+them takes up to a hundred times as long, or gives something other than ``str``. None of these libraries is imported,
+except NumPy.
 """
 
 from __future__ import annotations

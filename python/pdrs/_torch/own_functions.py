@@ -1,10 +1,10 @@
 """Whether torch's own functions stand where a method of ``pdrs.ParameterDict`` goes around them.
 
-torch's class does everything through functions that others replace: ``torch.fx`` patches ``Module.__getattr__``, the
-low-memory loading of accelerate patches ``Module.register_parameter``, DeepSpeed replaces the dict of Parameters,
-subclasses override. So a fast path is taken only if every function that torch's method would call for this very object
-is torch's own (or this package's, which does the same), and if the Parameters lie in an exact dict. Otherwise the
-method calls those functions. This module is the one place that says which functions those are.
+torch's class does everything through functions that others replace. ``torch.fx`` patches ``Module.__getattr__``, and
+the low-memory loading of accelerate patches ``Module.register_parameter``. DeepSpeed replaces the dict of Parameters,
+and subclasses override methods. So a fast path is taken on two conditions. Every function that torch's method would
+call for this very object is torch's own, or this package's, which does the same. And the Parameters lie in an exact
+dict. Otherwise the method calls those functions. This module is the one place that says which functions those are.
 
 The answer is kept natively under the version tag of the class, which changes with any patch
 (``rust/python/src/torch/own_functions.rs``).

@@ -1,10 +1,10 @@
 """Changes that belong together, made in one step that nothing can stop half-way.
 
-A signal may come between any two steps of Python, and what its handler raises, ``KeyboardInterrupt`` above all, would
-leave the first of several changes made and the others not: names that give the rows of others, say. So whatever can
-fail is done first and beside what is there, the changes are only noted, and at the end one native call makes them all.
-Meanwhile the locks that the thread holds let nobody in: a finalizer, which may run wherever an object is made, sees the
-dictionary before the change, after it, or not at all.
+A signal handler may run between any two steps of Python and raise, above all ``KeyboardInterrupt``. This would leave
+the first of several changes made and the others not: names that give the rows of others, for example. So whatever can
+fail is done first, without touching what is there, and the changes are only noted. At the end, one native call makes
+them all. Meanwhile the locks that the thread holds keep all other code out. A finalizer may run wherever an object is
+made. It sees the dictionary before the change, after it, or not at all.
 """
 
 from __future__ import annotations

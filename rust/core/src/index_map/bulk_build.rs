@@ -47,10 +47,10 @@ pub(crate) fn first_repeated<'a, K: Matches<K> + 'a>(
 type Refused<K, V> = Vec<(K, V)>;
 
 impl<K: Matches<K>, V> IndexMap<K, V> {
-    /// Makes a map of entries in their order, or gives them back, in their order, if two have the same key or there are
+    /// Makes a map of entries in their order. Gives them back, in their order, if two have the same key or there are
     /// more than [`MAX_ENTRIES`].
     ///
-    /// **O(n)**, and faster than [`insert_many`](Self::insert_many) in a map larger than the cache: all keys are there
+    /// **O(n)**, and faster than [`insert_many`](Self::insert_many) in a map larger than the cache. All keys are there
     /// before the first one is searched for, so the words can be written in the order in which they lie.
     ///
     /// # Errors

@@ -3,8 +3,8 @@
 use super::{IndexMap, stored_hash};
 use crate::key::{Hashed, Matches};
 
-/// How many keys go through each step together: enough for what the first one asks for to have come at the next step,
-/// and so few that what all of them ask for fits into the first-level cache.
+/// How many keys go through each step together. They are enough that the memory prefetched for the first has arrived by
+/// the next step. They are so few that the memory prefetched for all fits into the first-level cache.
 const TOGETHER: usize = 64;
 
 /// How many entries ahead of a walk a key is prefetched.
@@ -33,8 +33,9 @@ impl<K: Hashed, V> IndexMap<K, V> {
 
     /// Looks up many at once: calls `each` with the place in `queries` and what was found, in order.
     ///
-    /// **O(m)** for `m` queries, several times faster than `m` calls of [`get`](Self::get) in a map larger than the
-    /// cache if keys and queries can be [prefetched](Hashed::prefetch), for then the misses of a batch overlap.
+    /// **O(m)** for `m` queries. In a map larger than the cache, it is several times faster than `m` calls of
+    /// [`get`](Self::get) if keys and queries can be [prefetched](Hashed::prefetch). The misses of a batch then
+    /// overlap.
     pub fn get_many<Q>(&self, queries: &[Q], mut each: impl FnMut(usize, Option<&V>))
     where
         Q: Hashed,

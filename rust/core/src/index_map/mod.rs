@@ -346,8 +346,8 @@ impl<K: Hashed, V> IndexMap<K, V> {
         self.find(stored_hash(query), query).is_some()
     }
 
-    /// Adds an entry at the end and gives `None`, or replaces the value of the entry that is there, which keeps its key
-    /// and its place, and gives the old value.
+    /// Adds an entry at the end and gives `None`. If there is one with this key, replaces its value and gives the old
+    /// one; the entry keeps its key and its place.
     ///
     /// # Errors
     ///

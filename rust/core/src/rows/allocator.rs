@@ -8,8 +8,8 @@
 //! ```
 //!
 //! The lowest free row is the next to be given. So names that are added together lie together, and which rows come next
-//! depends on nothing but which belong to names: a run that was saved and loaded gives the rows that it would have given,
-//! and so adds up in the same order, to the same bits.
+//! depends only on which belong to names. A run that was saved and loaded gives the rows that it would have given. So
+//! it adds up in the same order, to the same bits.
 
 use crate::error::Result;
 use crate::rows::bit_set::RowSet;
@@ -141,9 +141,10 @@ impl Rows {
         self.free.insert(row);
     }
 
-    /// The capacity that a table of this capacity needs before `count` more rows can be given: the same if there is
-    /// room, otherwise at least the double, so that growing costs **O(1)** a row, and at first no more than is needed,
-    /// because many tables are made at once and stay as they are. `None` if that overflows.
+    /// The capacity that a table of this capacity needs before `count` more rows can be given; `None` if it overflows.
+    ///
+    /// It is the same if there is room. Otherwise it is at least the double, so that growing costs **O(1)** a row. The
+    /// first capacity is no more than is needed, because many tables are made at once and stay as they are.
     #[must_use]
     pub fn capacity_for(&self, count: u64, capacity: u64) -> Option<u64> {
         let wanted = self.used.checked_add(count - self.reused(count))?;

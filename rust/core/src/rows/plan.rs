@@ -299,9 +299,10 @@ impl<K: Matches<K>> RowIndex<K> {
     ///
     /// # Errors
     ///
-    /// [`Refusal::Lengths`] if there are not as many places as names; [`Refusal::Tables`] if there are not as many
-    /// numbers as tables; [`Refusal::Place`] for a place that is missing, outside, or that of a name before; [`Error::Memory`],
-    /// [`Error::Rows`].
+    /// - [`Refusal::Lengths`] if there are not as many places as names.
+    /// - [`Refusal::Tables`] if there are not as many numbers as tables.
+    /// - [`Refusal::Place`] for a place that is missing, outside, or that of an earlier name.
+    /// - [`Error::Memory`], [`Error::Rows`].
     pub fn plan_places(&self, places: Arc<Places>, used: &[u64]) -> Planned<K> {
         if used.len() != self.tables.len() {
             return Err(Refusal::Tables { tables: self.tables.len(), used: used.len() });

@@ -2,9 +2,9 @@
 //! dictionary.
 //!
 //! The header is JSON, `{"name":{"dtype":"F32","shape":[16],"data_offsets":[0,64]},...}`, and comes from anywhere. What
-//! is read here is kept in a few flat lists, and only if it describes the file: every byte of the data belongs to exactly
-//! one tensor, every name is there once, and every size can be counted. Nothing is allocated that is larger than a small
-//! multiple of the header itself, which is a part of the file.
+//! is read here is kept in a few flat lists, and only if it describes the file. Then every byte of the data belongs to
+//! exactly one tensor, every name is there once, and every size can be counted. Nothing is allocated that is larger
+//! than a small multiple of the header itself, which is a part of the file.
 //!
 //! Stricter than the format: keys of the metadata must differ, and a tensor has at most [`MAX_DIMENSIONS`] dimensions.
 //! More lenient: the header may be of any size, and spaces may stand anywhere that JSON allows.

@@ -1,7 +1,7 @@
 //! The index of a file in shards, `{"metadata":{...},"weight_map":{"name":"file",...}}`: which name is in which.
 //!
-//! The Hugging Face tools write one line for each name, so it is read as a header is: a name costs its bytes and a few
-//! numbers, and what an index says of a shard is compared with the shard's own header in one sweep.
+//! The Hugging Face tools write one line for each name. So it is read as a header is: a name costs its bytes and a few
+//! numbers. What an index says of a shard is compared with the shard's own header in one sweep.
 
 use std::collections::HashMap;
 use std::fmt;

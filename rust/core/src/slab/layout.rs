@@ -1,7 +1,7 @@
 //! Where many regions of memory lie in one slab, and how a slab is cut into blocks: arithmetic only.
 //!
 //! A *slab* is one stretch of bytes that holds many regions, one after another, with gaps only for alignment
-//! ([`Layout`]). It may be too large to be carried at once, so that it is cut into *blocks* ([`cut`]); a block holds
+//! ([`Layout`]). It may be too large to be carried at once, so it is cut into *blocks* ([`cut`]). A block holds
 //! regions, or a part of a large one, as they lie in the slab.
 //!
 //! ```text
