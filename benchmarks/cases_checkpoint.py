@@ -27,7 +27,7 @@ import pdrs
 from measure import LARGE_FROM_ENTRIES, Case, Claim, Suite, Target, Task, timed
 from memory import all_bytes_per_entry, names_of, peak_beyond
 from page_cache import can_drop, drop
-from pdrs._files.safetensors_file import TensorFile
+from pdrs._files.safetensors_file import SafetensorsFile
 
 FLOATS = 16
 NAME_BYTES = 14
@@ -273,7 +273,7 @@ def _load_tables(subject: str, data: Data) -> Task:
         copied.unlink(missing_ok=True)
         os.sync()
         return Task(lambda: _copy(source, copied, sync=False), data.entries, lambda _: copied.exists())
-    file = TensorFile(data.saved(PDRS))
+    file = SafetensorsFile(data.saved(PDRS))
     (table,) = (name for name in file if file.shape(name) == (data.entries, FLOATS))
     return Task(lambda: file.load(table), data.entries, lambda found: torch.equal(found, data.rows))
 

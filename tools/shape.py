@@ -48,6 +48,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checkpoint",),
     ("typing",),  # Types of arguments, for the annotations of users.
     ("__init__",),
+    ("_cli",),
     ("__main__",),
 )
 

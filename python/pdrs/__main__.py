@@ -2,7 +2,7 @@
 
 import sys
 
-from pdrs._files.cli import main
+from pdrs._cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

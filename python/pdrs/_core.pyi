@@ -791,7 +791,7 @@ class SafetensorsHeader:
     Cost: **O(n)**, two to four times that of a ``dict`` of the names.
     """
 
-    def __new__(cls, header: bytes, file_bytes: int) -> SafetensorsHeader: ...
+    def __new__(cls, header: NDArray[np.uint8], file_bytes: int) -> SafetensorsHeader: ...
     @staticmethod
     def size(prefix: bytes, file_bytes: int) -> int:
         """Return the size of the header, from the first 8 bytes of a file; ValueError if it exceeds the file."""

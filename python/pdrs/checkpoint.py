@@ -6,40 +6,29 @@ docs/checkpoints.md shows how to use them. docs/archive.md describes the format.
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from torch import Tensor
 from torch.nn import Module
-from torch.nn.modules.module import _IncompatibleKeys
 
-from pdrs._core import RowIndex
-from pdrs._entries.checkpointing import NamedSource, changes_what_is_loaded, giving, prefixes_where
-from pdrs._files.archive import Archive, packed_before, refuse_long_chain, same_file, write_archive
+from pdrs._files.archive_read import Archive, refuse_long_chain
+from pdrs._files.archive_write import packed_before, write_archive
 from pdrs._files.atomic import refuse_folder
-from pdrs._files.collect import EXTRA_STATE, collect
-from pdrs._files.into_modules import add_tied, with_memory
+from pdrs._files.checkpoint_file import CheckpointError, texts_of
+from pdrs._files.collect import collect
+from pdrs._files.into_modules import with_memory
+from pdrs._files.load_module import load_module
 from pdrs._files.named_layout import MAX_SHARD, write_named
-from pdrs._files.open import (
-    Checkpoint,
-    NamedTensors,
-    SavedDictionary,
-    continues,
-    is_loaded,
-    load_named,
-    open_dictionary,
-)
-from pdrs._files.safetensors_file import CheckpointError, TensorFile, as_texts, texts_of
+from pdrs._files.open_dictionary import is_loaded, open_dictionary
+from pdrs._files.open_file import Key, open_file
+from pdrs._files.safetensors_write import as_texts
+from pdrs._files.saved_dictionary import PackedDictionary
 from pdrs._files.shards import remove_interrupted
-from pdrs._files.state_file import VERSIONS, Key, StateFile, TorchFile, open_state
-from pdrs._rows.names_codec import is_packed, refuse_unpaid
+from pdrs._rows.names_codec import refuse_claim
 from pdrs._torch.gc_pause import collector_paused
-from pdrs._torch.names import Names
-from pdrs.parameter_dict import ParameterDict
+from pdrs._torch.names import Names, as_list
 from pdrs.stacked import StackedParameterDict
 
 __all__ = ["CheckpointError", "load", "open", "save", "verify"]
@@ -126,44 +115,39 @@ def save(
     """
     path = os.fsdecode(path)
     refuse_folder(path)
-    texts = _texts(obj, metadata)
+    own = obj.metadata if isinstance(obj, StackedParameterDict) else {}
+    texts = as_texts(own if metadata is None else metadata)
     if layout == "named":
         if since is not None:
             raise ValueError("expected layout 'archive' with since, got 'named'")
         if not isinstance(max_shard_size, int) or max_shard_size < 1:
             raise ValueError(f"expected max_shard_size in bytes, got {max_shard_size!r}")
-        return sum(write_named(path, obj, metadata=texts, max_shard_size=max_shard_size, sync=sync).values())
+        return sum(write_named(path, obj, texts, max_shard_size=max_shard_size, sync=sync).values())
     if layout != "archive":
         raise ValueError(f"expected layout 'archive' or 'named', got {layout!r}")
     remove_interrupted(Path(path))
     for module in obj.modules() if isinstance(obj, Module) else ():
         if isinstance(module, StackedParameterDict):
             for attribute, table in module.tables().items():
-                refuse_unpaid(attribute, table.detach(), len(module))
+                refuse_claim(attribute, table.detach(), len(module))
     if since is None:
         return write_archive(path, collect(obj), metadata=texts, sync=sync)
     since = os.fsdecode(since)
-    with _read(since) as before:
-        if not isinstance(before, Archive) or before.id is None:
+    with open_file(since) as before:
+        if not isinstance(before, Archive):
             raise ValueError(f"{since} was not written by pdrs.save, and cannot be continued")
-        since = before.file.path  # it may be in the folder that was given
-        here, there = (os.path.dirname(os.path.realpath(one)) for one in (path, since))
-        if here != there:
-            raise ValueError(f"expected since in the folder of the new file, {here}, got one in {there}")
-        if same_file(path, before.files()):
+        real, *chain = (os.path.realpath(one) for one in (path, *before.files()))
+        if os.path.dirname(real) != os.path.dirname(chain[0]):
+            raise ValueError(
+                f"expected since in the folder of the new file, {os.path.dirname(real)}, got one in "
+                f"{os.path.dirname(chain[0])}"
+            )
+        if real in chain:
             raise ValueError(f"{path} is needed to read {since}, and cannot be replaced by it")
-        if metadata is None and not texts:
-            texts = texts_of(before.file.metadata)
         refuse_long_chain(before)
+        if metadata is None and not texts:
+            texts = texts_of(before.metadata)
         return write_archive(path, collect(obj, packed_before(before)), before, metadata=texts, sync=sync)
-
-
-def _texts(obj: Module, metadata: Mapping[str, str] | None) -> dict[str, str]:
-    """Return the texts that are to be saved with a module: what is given, or those of the file that it comes from."""
-    if metadata is not None:
-        return as_texts(metadata)
-    own = obj.metadata if isinstance(obj, StackedParameterDict) else None
-    return as_texts(own) if own else {}
 
 
 def open(  # noqa: A001  # read as pdrs.open
@@ -241,12 +225,12 @@ def open(  # noqa: A001  # read as pdrs.open
     if dtype is not None and not (isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)):
         raise TypeError(f"expected a dtype of floating point, or a complex one, got {dtype!r}")
     loads = names is None and is_loaded(device, dtype)
-    with _read(path, key) as checkpoint:
+    with open_file(path, key) as checkpoint:
         if verify:
             checkpoint.verify(keeps=lambda name: loads and name.startswith(prefix))
         with collector_paused():
-            sd = open_dictionary(checkpoint, prefix, names, device, dtype)
-            sd.metadata = texts_of(checkpoint.file.metadata)
+            sd = open_dictionary(checkpoint, prefix, None if names is None else as_list(names), device, dtype)
+            sd.metadata = texts_of(checkpoint.metadata)
             return sd
 
 
@@ -323,26 +307,13 @@ def load(
     device = None if device is None else torch.device(device)
     if device is not None and device.type == "meta":
         raise ValueError("expected a device with memory for what is loaded, got the meta device")
-    with _read(path, key) as checkpoint:
+    with open_file(path, key) as checkpoint:
         if verify:
             checkpoint.verify()
         with with_memory(module, device) as missing:
-            result = _fill(module, checkpoint, strict)
+            result = load_module(module, checkpoint, strict)
             missing += getattr(result, "missing_keys", [])  # whose own method may return nothing
             return result
-
-
-def _fill(module: Module, checkpoint: Archive | _States, strict: bool) -> Any:
-    """Load what a checkpoint holds into a module all of which has memory."""
-    is_plain = not checkpoint.prefixes() and not continues(checkpoint)
-    if is_plain and isinstance(module, StackedParameterDict) and load_named(checkpoint, module):
-        return _IncompatibleKeys([], [])
-    state, given = _state_for(module, checkpoint)
-    with giving(given):
-        if given and isinstance(module, ParameterDict):
-            # Its own method has a way round for state dicts that fit as they are.
-            return Module.load_state_dict(module, state, strict)
-        return module.load_state_dict(state, strict)
 
 
 def verify(path: _Path, *, key: Key | None = None) -> None:
@@ -355,139 +326,9 @@ def verify(path: _Path, *, key: Key | None = None) -> None:
     OSError
         If the file cannot be opened.
     """
-    with _read(path, key) as checkpoint:
+    with open_file(path, key) as checkpoint:
         checkpoint.verify()
         for prefix in checkpoint.prefixes():
-            saved = SavedDictionary(checkpoint, prefix)
-            for table in saved.header.tables:
-                saved.table(table)
-
-
-def _state_for(module: Module, checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, NamedSource]]:
-    """Return a state dict for a module, and what its ParameterDicts load their entries from, by their prefixes."""
-    modules = {name + "." if name else "": one for name, one in module.named_modules(remove_duplicate=False)}
-    state: dict[str, Tensor] = OrderedDict()
-    if isinstance(checkpoint, _States) and isinstance(checkpoint.file, TorchFile) and checkpoint.file.versions:
-        setattr(state, VERSIONS, checkpoint.file.versions)
-    given: dict[str, NamedSource] = {}
-    members: set[str] = set()
-    asked = prefixes_where(module, changes_what_is_loaded)
-    for prefix in checkpoint.prefixes():
-        saved = SavedDictionary(checkpoint, prefix)
-        target = modules.get(prefix)
-        members |= saved.members()
-        sees_names = any(map(prefix.startswith, asked))
-        if isinstance(target, ParameterDict) and not (sees_names and len(target)):
-            # Its entries are filled table by table: all must be right before anything is changed.
-            for table in saved.header.tables:
-                saved.table(table)
-            given[prefix] = saved
-        elif isinstance(target, StackedParameterDict) and not _needs_names(target, saved, sees_names):
-            # Names and tables must agree before anything is changed.
-            state.update((prefix + table.attribute, saved.table(table)) for table in saved.header.tables)
-            state[prefix + EXTRA_STATE] = checkpoint.tensor(prefix + EXTRA_STATE)
-        else:
-            state.update(saved.state(prefix))
-    state.update(checkpoint.tensors([name for name in checkpoint.names if name not in members]))
-    empty = [
-        prefix
-        for prefix, one in modules.items()
-        if isinstance(one, ParameterDict) and not one._parameters and prefix not in given
-    ]
-    given.update(_taken_over(modules, [one for one in empty if not any(map(one.startswith, asked))], state))
-    add_tied(state, modules, given)
-    return state, given
-
-
-def _taken_over(modules: dict[str, Module], empty: list[str], state: dict[str, Tensor]) -> dict[str, NamedTensors]:
-    """Take from a state dict what empty ParameterDicts take over, given and returned by their prefixes."""
-    found = {prefix: NamedTensors({}) for prefix in empty}
-    if not found:
-        return {}
-    for key in list(state):
-        ends = [0, *(at + 1 for at, character in enumerate(key) if character == ".")]
-        # The innermost module whose prefix it has: a name in a ParameterDict may have dots, that of a Module, too.
-        prefix = next((key[:end] for end in reversed(ends) if key[:end] in modules), None)
-        if prefix not in found:
-            continue
-        name, module = key[len(prefix) :], modules[prefix]
-        if name not in module._buffers and name not in module._modules:
-            found[prefix].tensors[name] = state.pop(key)
-    return {prefix: one for prefix, one in found.items() if one.tensors}
-
-
-def _needs_names(target: StackedParameterDict, saved: SavedDictionary, sees_names: bool) -> bool:
-    """Return whether a dictionary must load a ParameterDict's entries by name, as from a state dict of one.
-
-    Otherwise it takes the tables. The result is the same if there are no hooks, and if dtype, shape and flag of each
-    name are those of the file.
-    """
-    if not len(target) or saved.checkpoint.dictionaries.get(saved.prefix) != "ParameterDict":
-        return False
-    if sees_names or len(target) != len(saved.index):
-        return True
-    own_places, saved_places = target._index.places(saved.index.names()), saved.index.places()
-    if not own_places.is_complete():
-        return True
-    kinds: dict[tuple[torch.dtype, torch.Size, bool], int] = {}
-    own, others = (
-        np.array([kinds.setdefault((one.dtype, one.shape[1:], trainable), len(kinds)) for one, trainable in tables])
-        for tables in (
-            [(one, one.requires_grad) for one in target.tables().values()],
-            [(saved.table(header), header.trainable) for header in saved.header.tables],
-        )
-    )
-    return bool((own[own_places.tables] != others[saved_places.tables]).any())
-
-
-# -- which kind of file ------------------------------------------------------------------------------------------------
-
-
-class _States:
-    """Shards, or a state dict that ``torch.save`` wrote, as a checkpoint."""
-
-    def __init__(self, file: StateFile) -> None:
-        self.file = file
-        self.dictionaries: dict[str, str] = {}
-
-    @property
-    def names(self) -> list[str]:
-        return self.file.names
-
-    def prefixes(self) -> list[str]:
-        found = [name for name in self.file.names_ending(EXTRA_STATE) if is_packed(self.file.tensor(name))]
-        return [name[: -len(EXTRA_STATE)] for name in found]
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.file.tensor(name).dtype
-
-    def tensor(self, name: str) -> Tensor:
-        return self.file.tensor(name)
-
-    def tensors(self, names: list[str]) -> dict[str, Tensor]:
-        return self.file.tensors(names)
-
-    def load(self, name: str) -> Tensor:
-        return self.file.load(name)
-
-    def stacked(self, prefix: str, *, loads: bool) -> tuple[RowIndex, list[Tensor]]:
-        return self.file.stacked(prefix, loads=loads)
-
-    def error(self, what: str) -> CheckpointError:
-        return CheckpointError(self.file.path, what)
-
-    def verify(self, *, keeps: Callable[[str], bool] = lambda name: False) -> None:
-        """Compare the checksums that torch has written, if it has; safetensors has none."""
-        if isinstance(self.file, TorchFile):
-            self.file.verify()
-
-    def __enter__(self) -> _States:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-
-def _read(path: _Path, key: Key | None = None) -> Archive | _States:
-    file = open_state(path, key)
-    return Archive(file) if isinstance(file, TensorFile) else _States(file)
+            saved = PackedDictionary(checkpoint, prefix)
+            for number in range(len(saved.header.tables)):
+                saved.table(number)

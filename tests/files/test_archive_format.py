@@ -79,7 +79,7 @@ class Reader:
     def capacity(self, name: str) -> int:
         rows = self.tensor(name)[1][0]
         capacity = self.fields.get("capacities", {}).get(name)
-        assert capacity is None or rows < capacity <= 4 * rows
+        assert capacity is None or rows < capacity <= 16 * rows
         return capacity or rows
 
     def entries(self, prefix: str) -> dict[str, list[float]]:

@@ -14,6 +14,7 @@ import resource
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -24,7 +25,6 @@ import pytest
 import torch
 
 import pdrs
-from pdrs._files.atomic import replacing
 
 # Children are forked: to import torch anew would take seconds a child. They do nothing but save, on one thread.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
@@ -300,31 +300,6 @@ def test_an_index_that_is_a_link_goes_with_its_shards(tmp_path: Path) -> None:
     assert beside(path) == ["elsewhere"]
 
 
-@pytest.mark.parametrize("mixed", [False, True])
-def test_processes_that_write_shards_of_the_same_name_at_once_do_not_disturb_each_other(
-    mixed: bool, tmp_path: Path
-) -> None:
-    path = tmp_path / "model.safetensors"
-    save_in_shards(version(1), path)
-
-    def save_often(number: int) -> None:
-        saved = version(number)
-        for turn in range(40):
-            if mixed and (turn + number) % 3 == 0:
-                pdrs.save(saved, path, layout="named", sync=False)
-            else:
-                save_in_shards(saved, path)
-
-    children = [fork(lambda number=number: save_often(number)) for number in (2, 3, 4)]
-    for _ in range(20):
-        assert version_in(path) in (1, 2, 3, 4)
-    assert [wait_for(child) for child in children] == [0, 0, 0]
-    assert version_in(path) in (2, 3, 4)
-    save_in_shards(version(5), path)
-    assert version_in(path) == 5
-    assert len(os.listdir(tmp_path)) == 3
-
-
 # -- several at once ---------------------------------------------------------------------------------------------------
 
 
@@ -342,12 +317,25 @@ def test_processes_that_save_the_same_file_at_once_do_not_disturb_each_other(pat
     assert beside(path) == []
 
 
-def test_what_somebody_is_writing_is_not_removed(path: Path) -> None:
-    with replacing(path, 5) as file:
-        save(version(2), path)
-        assert len(beside(path)) == 1
-        file.write(b"later")
-    assert path.read_bytes() == b"later"
+def test_what_somebody_is_writing_is_not_removed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    really, held, released = os.fsync, threading.Event(), threading.Event()
+
+    def fsync(descriptor: int) -> None:
+        if threading.current_thread() is slow and not held.is_set():
+            held.set()
+            assert released.wait(PATIENCE)
+        really(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    slow = threading.Thread(target=save, args=(version(3), path))
+    slow.start()
+    assert held.wait(PATIENCE)
+    save(version(2), path)
+    assert version_in(path) == 2
+    assert len(beside(path)) == 1
+    released.set()
+    slow.join()
+    assert version_in(path) == 3
     assert beside(path) == []
 
 

@@ -82,10 +82,12 @@ def test_an_archive_loads_into_modules_on_a_device(late: Control, tmp_path: Path
 def test_what_is_on_the_meta_device_gets_its_memory_where_it_is_asked_for(
     late: Control, class_: Any, layout: Literal["archive", "named"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def zeros(value: torch.Tensor, device: torch.device) -> torch.Tensor:
-        return torch.zeros_like(value, device="cpu").to(device)  # the runtime has no kernel that fills memory
+    zeros_like = torch.zeros_like
 
-    monkeypatch.setattr("pdrs._files.into_modules._zeros_like", zeros)
+    def zeros(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+        return zeros_like(value, device="cpu").to(device)  # the runtime has no kernel that fills memory
+
+    monkeypatch.setattr(torch, "zeros_like", zeros)
     names = [f"n{n}" for n in range(50)]
     pdrs.save(pdrs.StackedParameterDict.from_tensor(names, _rows()[:50]), tmp_path / "f", layout=layout)
     with torch.device("meta"):

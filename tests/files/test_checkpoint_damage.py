@@ -1,4 +1,4 @@
-"""Files that are cut off, changed, forged or foreign: an error that says what is wrong, or the data that were saved.
+"""Files that are truncated, changed, forged or foreign: an error that says what is wrong, or the data that were saved.
 
 The bugs that this hunts: a crash; memory for sizes that a file only claims; a tensor, a name or a row that is silently
 another; an error that does not name the file; a module that is half loaded from a file that is refused.
@@ -7,22 +7,20 @@ another; an error that does not name the file; a module that is half loaded from
 from __future__ import annotations
 
 import json
+import os
 import random
 import resource
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 import pdrs
-from pdrs._core import Places, diff_names
-from pdrs._files.safetensors_file import TensorFile
-from pdrs._rows.names_codec import Header, TableHeader, bytes_of, pack
+from archives import Parts, Table, checksum, delta_of, forge, pack
 from pdrs.checkpoint import verify
 
 
@@ -58,11 +56,7 @@ def _content(path: Path) -> dict[str, list[float]]:
     return {name: row.reshape(-1).tolist() for name, row in pdrs.open(path).items()}
 
 
-def _header_end(path: Path) -> int:
-    return 8 + int.from_bytes(path.read_bytes()[:8], "little")
-
-
-def test_a_file_that_is_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
+def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     pdrs.save(_saved(), tmp_path / "good")
     data = (tmp_path / "good").read_bytes()
     for size in [*range(0, 40), *range(40, len(data), 37), *range(len(data) - 40, len(data))]:
@@ -83,12 +77,11 @@ def test_a_changed_byte_of_header_or_names_is_refused_or_changes_nothing(which: 
         path = _delta(tmp_path)
     expected = _content(path)
     data = bytearray(path.read_bytes())
-    with TensorFile(path) as file:
-        places = list(range(_header_end(path)))
-        places = [at for at in places if data[at] != 0x20 or at < 300]
-        for name in file.names:
-            if "_extra_state" in name:
-                places += range(*file.offsets(name))
+    parts = Parts.of(path)
+    places = [at for at in range(parts.data_start) if data[at] != 0x20 or at < 300]
+    for name in parts.names:
+        if "_extra_state" in name:
+            places += range(*parts.offsets(name))
     generator = random.Random(0)
     bad = tmp_path / "bad"
     seen = {"refused": 0, "found by verify": 0}
@@ -114,9 +107,8 @@ def test_a_changed_byte_of_header_or_names_is_refused_or_changes_nothing(which: 
 def test_a_changed_byte_of_a_table_is_found_by_verify_and_named(tmp_path: Path) -> None:
     pdrs.save(_saved(), tmp_path / "good")
     data = bytearray((tmp_path / "good").read_bytes())
-    with TensorFile(tmp_path / "good") as file:
-        spans = {name: file.offsets(name) for name in file.names}
-    for name, (start, stop) in spans.items():
+    parts = Parts(bytes(data))
+    for name, (start, stop) in ((name, parts.offsets(name)) for name in parts.names):
         for at in range(start, stop):
             data[at] ^= 0x40
             (tmp_path / "bad").write_bytes(data)
@@ -140,13 +132,10 @@ def test_another_file_that_says_it_is_the_one_before_is_found_by_verify(tmp_path
     path, base = _delta(tmp_path), tmp_path / "base"
     pdrs.save(pdrs.open(path), tmp_path / "last", since=path)
     verify(tmp_path / "last")
-    with TensorFile(base) as file:
-        known = json.loads(file.metadata["pdrs"])["id"]
+    known = Parts.of(base).metadata()["id"]
     pdrs.save(pdrs.StackedParameterDict.from_tensor([f"n{n}" for n in range(300)], torch.zeros(300, 4)), base)
-    with TensorFile(base) as file:
-        fields = json.loads(file.metadata["pdrs"]) | {"id": known}
-        tensors = {name: file.tensor(name).clone() for name in file.names}
-    _forged(base, tensors, fields)
+    parts = Parts.of(base)
+    base.write_bytes(parts.put_together(parts.metadata() | {"id": known}))
     verify(base)  # by itself it is whole
     for one in (path, tmp_path / "last"):
         with pytest.raises(pdrs.CheckpointError, match="is not what it was: the checksum differs"):
@@ -155,45 +144,27 @@ def test_another_file_that_says_it_is_the_one_before_is_found_by_verify(tmp_path
 
 def test_checksums_are_those_that_the_documentation_says(tmp_path: Path) -> None:
     pdrs.save(_saved(), tmp_path / "a")
-    with TensorFile(tmp_path / "a") as file:
-        sums = json.loads(file.metadata["pdrs"])["sums"]
-        for name, total in sums.items():
-            said = f"{name}\0{file.code(name)}\0{','.join(map(str, file.shape(name)))}\0"
-            data = file.tensor(name).reshape(-1).view(torch.uint8).numpy().tobytes()
-            assert total == f"{zlib.crc32(said.encode() + data):08x}"
-        assert file.metadata["pdrs.crc32"] == f"{zlib.crc32(file.metadata['pdrs'].encode()):08x}"
+    parts = Parts.of(tmp_path / "a")
+    assert parts.metadata()["sums"] == {name: checksum(parts.described(name)) for name in parts.names}
+    metadata = parts.header["__metadata__"]
+    assert metadata["pdrs.crc32"] == checksum(metadata["pdrs"].encode())
 
 
 # -- forged ------------------------------------------------------------------------------------------------------------
 
 
-def _forged(path: Path, tensors: dict[str, Tensor], fields: object = None) -> Path:
-    """Write a file whose checksums are right and whose contents contradict each other."""
-    metadata = {"format": "pt"}
-    if fields is not None:
-        metadata["pdrs"] = fields if isinstance(fields, str) else json.dumps(fields)
-        metadata["pdrs.crc32"] = f"{zlib.crc32(metadata['pdrs'].encode()):08x}"
-    save_file(tensors, path, metadata)
-    return path
-
-
-def _names(entries: dict[str, int], *tables: TableHeader) -> Tensor:
-    numbers = np.zeros(len(entries), np.int64)
-    return pack(pdrs.IndexMap(entries), Header(tables), Places.of(numbers, np.array(list(entries.values()))))
-
-
-FLOATS = TableHeader("t", 0, True, 2)
+FLOATS = Table("t", 2)
 CONTRADICTIONS: dict[str, tuple[dict[str, Tensor], str]] = {
-    "no table": ({"_extra_state": _names({"x": 0}, FLOATS)}, "there is no tensor 't'"),
-    "too few rows": ({"t": torch.ones(1, 2), "_extra_state": _names({"x": 0}, FLOATS)}, "2 rows are in use"),
-    "a scalar": ({"t": torch.ones(()), "_extra_state": _names({"x": 0}, FLOATS)}, "2 rows are in use"),
+    "no table": ({"_extra_state": pack({"x": 0}, FLOATS)}, "there is no tensor 't'"),
+    "too few rows": ({"t": torch.ones(1, 2), "_extra_state": pack({"x": 0}, FLOATS)}, "2 rows are in use"),
+    "a scalar": ({"t": torch.ones(()), "_extra_state": pack({"x": 0}, FLOATS)}, "2 rows are in use"),
     "integers to train": (
-        {"t": torch.ones(2, 2, dtype=torch.int32), "_extra_state": _names({"x": 0}, FLOATS)},
+        {"t": torch.ones(2, 2, dtype=torch.int32), "_extra_state": pack({"x": 0}, FLOATS)},
         "cannot be trained",
     ),
-    "one table twice": ({"t": torch.ones(2, 2), "_extra_state": _names({"x": 0}, FLOATS, FLOATS)}, "a table twice"),
+    "one table twice": ({"t": torch.ones(2, 2), "_extra_state": pack({"x": 0}, FLOATS, FLOATS)}, "a table twice"),
     "rows by the billion": (
-        {"t": torch.ones(2, 2), "_extra_state": _names({"x": 1 << 39}, FLOATS._replace(used=1 << 40))},
+        {"t": torch.ones(2, 2), "_extra_state": pack({"x": 1 << 39}, FLOATS._replace(used=1 << 40))},
         "1099511627776 rows are in use",
     ),
     "a later version": (
@@ -211,7 +182,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Tensor], str]] = {
 @pytest.mark.parametrize("target", [pdrs.ParameterDict, pdrs.StackedParameterDict])
 def test_names_and_tables_that_disagree_are_refused(case: str, target: type, tmp_path: Path) -> None:
     tensors, message = CONTRADICTIONS[case]
-    path = _forged(tmp_path / "bad", tensors)
+    path = forge(tmp_path / "bad", tensors)
     with pytest.raises(pdrs.CheckpointError, match=f"bad: .*{message}"):
         pdrs.open(path)
     filled = target({"x": torch.full((2,), 7.0)})
@@ -220,7 +191,7 @@ def test_names_and_tables_that_disagree_are_refused(case: str, target: type, tmp
     assert {name: row.tolist() for name, row in filled.items()} == {"x": [7.0, 7.0]}
 
 
-TEXTS = f"{zlib.crc32(json.dumps({'format': 'pt'}, separators=(',', ':')).encode()):08x}"
+TEXTS = checksum(b'{"format":"pt"}')
 FIELDS = {"version": 1, "id": "i", "dictionaries": {}, "sums": {}, "texts": TEXTS}
 SINCE = FIELDS | {"since": {"file": "base", "id": "i"}}
 
@@ -250,20 +221,19 @@ SINCE = FIELDS | {"since": {"file": "base", "id": "i"}}
     ],
 )
 def test_forged_metadata_are_refused(fields: object, message: str, tmp_path: Path) -> None:
-    _forged(tmp_path / "base", {"x": torch.ones(2)}, FIELDS)
+    forge(tmp_path / "base", {"x": torch.ones(2)}, FIELDS)
     with pytest.raises(pdrs.CheckpointError, match=message):
-        pdrs.open(_forged(tmp_path / "bad", {"z": torch.ones(2)}, fields))
+        pdrs.open(forge(tmp_path / "bad", {"z": torch.ones(2)}, fields))
 
 
 def test_names_that_do_not_come_out_as_they_were_are_refused(tmp_path: Path) -> None:
-    table = TableHeader("t", 0, True, 2)
-    old, new = _names({"a": 0, "b": 1}, table), _names({"b": 1, "c": 0}, table)
-    delta = torch.from_numpy(diff_names(bytes_of(old), bytes_of(new)))
-    rows = torch.ones(2, 2)
-    _forged(tmp_path / "base", {"t": rows, "_extra_state": old}, FIELDS)
-    for total, message in ((zlib.crc32(bytes_of(new)), None), (0, "are not what they were")):
-        how = {"t": ["same", [2, 2], "0"], "_extra_state": ["names", list(new.shape), f"{total:08x}"]}
-        path = _forged(tmp_path / "delta", {"_extra_state.__names__": delta}, SINCE | {"tensors": how})
+    table = Table("t", 2)
+    old, new = pack({"a": 0, "b": 1}, table), pack({"b": 1, "c": 0}, table)
+    delta = delta_of([0], {}, pack({"c": 0}, table))
+    forge(tmp_path / "base", {"t": torch.ones(2, 2), "_extra_state": old}, FIELDS)
+    for total, message in ((checksum(bytes(new.tolist())), None), ("0", "are not what they were")):
+        how = {"t": ["same", [2, 2], "0"], "_extra_state": ["names", list(new.shape), total]}
+        path = forge(tmp_path / "delta", {"_extra_state.__names__": delta}, SINCE | {"tensors": how})
         if message is None:
             assert list(pdrs.open(path)) == ["b", "c"]
             continue
@@ -273,7 +243,7 @@ def test_names_that_do_not_come_out_as_they_were_are_refused(tmp_path: Path) -> 
 
 def test_metadata_whose_checksum_differs_or_that_are_half_gone_are_refused(tmp_path: Path) -> None:
     text = json.dumps(FIELDS)
-    good = f"{zlib.crc32(text.encode()):08x}"
+    good = checksum(text.encode())
     cases = (
         {"pdrs": text},
         {"pdrs.crc32": good},
@@ -302,19 +272,19 @@ ROWS: list[tuple[list[int], tuple[int, ...], list[int]]] = [
 
 @pytest.mark.parametrize(("rows", "values", "shape"), ROWS)
 def test_forged_rows_are_refused(rows: list[int], values: tuple[int, ...], shape: list[int], tmp_path: Path) -> None:
-    _forged(tmp_path / "base", {"x": torch.ones(3, 2)}, FIELDS)
+    forge(tmp_path / "base", {"x": torch.ones(3, 2)}, FIELDS)
     tensors = {"x.__rows__": torch.tensor(rows), "x.__values__": torch.zeros(values)}
-    path = _forged(tmp_path / "bad", tensors, SINCE | {"tensors": {"x": ["rows", shape, "0"]}})
+    path = forge(tmp_path / "bad", tensors, SINCE | {"tensors": {"x": ["rows", shape, "0"]}})
     with pytest.raises(pdrs.CheckpointError, match="bad: "):
         pdrs.open(path)
 
 
 def test_one_name_in_two_places_is_refused(tmp_path: Path) -> None:
-    inner = _names({"b": 0}, TableHeader("t", 0, True, 1))
-    outer = _names({"a.b": 0}, TableHeader("u", 0, True, 1))
+    inner = pack({"b": 0}, Table("t", 1))
+    outer = pack({"a.b": 0}, Table("u", 1))
     tensors = {"a._extra_state": inner, "a.t": torch.ones(1, 2), "_extra_state": outer, "u": torch.ones(1, 2)}
     with pytest.raises(pdrs.CheckpointError, match="listed twice"):
-        pdrs.open(_forged(tmp_path / "bad", tensors))
+        pdrs.open(forge(tmp_path / "bad", tensors))
 
 
 @pytest.mark.parametrize(
@@ -338,12 +308,19 @@ def test_foreign_files_are_refused(content: bytes, tmp_path: Path) -> None:
         pdrs.open(tmp_path)
 
 
-def test_a_file_that_shrinks_before_it_is_mapped_is_refused(tmp_path: Path) -> None:
-    pdrs.save(
-        pdrs.StackedParameterDict.from_tensor([f"{n}" for n in range(70_000)], torch.ones(70_000, 8)), tmp_path / "a"
-    )
-    with TensorFile(tmp_path / "a") as file:
-        with (tmp_path / "a").open("r+b") as writer:
-            writer.truncate(1 << 20)
-        with pytest.raises(pdrs.CheckpointError, match="cut off"):
-            file.tensor("float32_8")
+def test_a_file_that_shrinks_before_it_is_mapped_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a"
+    pdrs.save(pdrs.StackedParameterDict.from_tensor([f"{n}" for n in range(70_000)], torch.ones(70_000, 8)), path)
+    really, reads = os.preadv, 0
+
+    def shrinking(*arguments: Any) -> int:
+        nonlocal reads
+        reads += 1
+        count = really(*arguments)
+        if reads == 2:  # the size of the header, and the header
+            os.truncate(path, 1 << 20)
+        return count
+
+    monkeypatch.setattr(os, "preadv", shrinking)
+    with pytest.raises(pdrs.CheckpointError, match=r"a: the file has been truncated: it had \d+ bytes and has 1048576"):
+        pdrs.open(path)

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import pdrs
-from pdrs._files.cli import main
+from console import run
 
 TEXTS = {
     "format": "mlx",
@@ -67,7 +67,7 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     else:
         safetensors.torch.save_file(TENSORS, tmp_path / "first", metadata=TEXTS)
         path = tmp_path / "source.pt"
-        assert main(["convert", str(tmp_path / "first"), str(path)]) == 0
+        assert run(["convert", str(tmp_path / "first"), str(path)]) == 0
     return path
 
 
@@ -81,14 +81,9 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     ],
     ids=["archive", "named", "shards", "torch"],
 )
-@pytest.mark.parametrize("many", [False, True])
-def test_a_conversion_keeps_all_texts(
-    source: Path, target: str, options: list[str], many: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if many:
-        monkeypatch.setattr("pdrs._files.cli._MANY", 0)
+def test_a_conversion_keeps_all_texts(source: Path, target: str, options: list[str]) -> None:
     path = source.parent / target
-    assert main(["convert", str(source), str(path), *options]) == 0
+    assert run(["convert", str(source), str(path), *options]) == 0
     assert texts_in(path if path.exists() else source.parent / f"{target}.index.json") == TEXTS
     assert pdrs.open(path).metadata == TEXTS
 
@@ -115,9 +110,9 @@ def test_what_is_opened_has_the_texts_and_saves_them_again(source: Path) -> None
 
 def test_inspect_shows_the_texts(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
-    assert main(["inspect", "--json", str(source)]) == 0
+    assert run(["inspect", "--json", str(source)]) == 0
     assert json.loads(capsys.readouterr().out)["metadata"] == TEXTS
-    assert main(["inspect", str(source)]) == 0
+    assert run(["inspect", str(source)]) == 0
     shown = capsys.readouterr().out
     assert "metadata alpha: 16" in shown
     assert "\x00" not in shown
@@ -125,7 +120,7 @@ def test_inspect_shows_the_texts(source: Path, capsys: pytest.CaptureFixture[str
 
 def test_a_long_text_is_shown_as_cut_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pdrs.save(pdrs.ParameterDict(), tmp_path / "f", metadata={"long": "x" * 1000})
-    assert main(["inspect", str(tmp_path / "f")]) == 0
+    assert run(["inspect", str(tmp_path / "f")]) == 0
     assert f"metadata long: {'x' * 200}... (1,000 characters: --json shows all)" in capsys.readouterr().out
 
 
@@ -192,5 +187,5 @@ def test_a_text_that_was_changed_in_an_archive_is_found(tmp_path: Path) -> None:
     (tmp_path / "g").write_bytes(data.replace(b'"16"', b'"61"'))
     with pytest.raises(pdrs.CheckpointError, match="the metadata are damaged"):
         pdrs.open(tmp_path / "g", verify=True)
-    assert main(["verify", str(tmp_path / "g")]) == 1
-    assert main(["verify", str(tmp_path / "f")]) == 0
+    assert run(["verify", str(tmp_path / "g")]) == 1
+    assert run(["verify", str(tmp_path / "f")]) == 0

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import pdrs
-from pdrs._files.cli import main
+from console import run
 
 LAYOUTS: list[Literal["archive", "named"]] = ["archive", "named"]
 
@@ -344,7 +344,7 @@ def test_the_versions_that_torch_notes_decide_what_may_be_missing(
     state._metadata["norm"]["version"] = version
     torch.save(state, path)
     if converted:
-        assert main(["convert", str(path), str(tmp_path / "g.pt")]) == 0
+        assert run(["convert", str(path), str(tmp_path / "g.pt")]) == 0
         path = tmp_path / "g.pt"
     for load in (lambda: model.load_state_dict(torch.load(path)), lambda: pdrs.load(path, model)):
         if version == 1:

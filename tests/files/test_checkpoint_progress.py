@@ -11,26 +11,29 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import pdrs
-from pdrs._files import safetensors_file
-from pdrs._files.cli import main
+from console import run
+
+LARGE = 20_000_000  # floats of the one large tensor: less than 64 MB is read without a bar
 
 
-class Seen:
-    """Stands for :class:`pdrs._files.atomic.Progress`, and keeps what it was told."""
+class Bar:
+    """Stands for ``tqdm``, and keeps what it was told."""
 
-    all: list[Seen]
+    all: list[Bar]
 
-    def __init__(self, total: int, what: str) -> None:
-        self.total, self.what, self.counts, self.is_closed = total, what, [], False
-        Seen.all.append(self)
+    def __init__(self, *, total: int, desc: str, delay: float, **_: Any) -> None:
+        self.total, self.what, self.counts, self.is_closed = total, desc, [], False
+        assert delay >= 1, "what is done soon has no bar"
+        Bar.all.append(self)
 
-    def add(self, count: int) -> None:
+    def update(self, count: int) -> None:
         assert not self.is_closed
         self.counts.append(count)
 
@@ -39,25 +42,25 @@ class Seen:
 
 
 @pytest.fixture
-def bars(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
-    monkeypatch.setattr(Seen, "all", [], raising=False)
-    monkeypatch.setattr(safetensors_file, "Progress", Seen)
-    monkeypatch.setattr(safetensors_file, "BLOCK", 1 << 15)
-    return Seen.all
+def bars(monkeypatch: pytest.MonkeyPatch) -> list[Bar]:
+    tqdm = pytest.importorskip("tqdm", reason="bars need tqdm")
+    monkeypatch.setattr(Bar, "all", [], raising=False)
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    # Of the class: pytest puts another object there for each phase of a test.
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda _: True, raising=False)
+    return Bar.all
 
 
-def model() -> nn.Module:
+def model(large: int = LARGE) -> nn.Module:
     layers = nn.ModuleList([nn.Linear(30, 30) for _ in range(20)])
-    return nn.ModuleDict(
-        {"layers": layers, "table": pdrs.StackedParameterDict.from_tensor(["a", "b"], torch.ones(2, 999))}
-    )
+    table = pdrs.StackedParameterDict.from_tensor(["a", "b"], torch.ones(2, large // 2))
+    return nn.ModuleDict({"layers": layers, "table": table})
 
 
-def saved(folder: Path) -> Path:
+def saved(folder: Path, large: int = LARGE) -> Path:
     """Save an archive, most of whose tensors are too small for a bar of their own."""
     path = folder / "model.safetensors"
-    pdrs.save(model(), path)
-    Seen.all.clear()
+    pdrs.save(model(large), path)
     return path
 
 
@@ -65,9 +68,18 @@ def values(path: Path) -> int:
     return sum(tensor.nbytes for tensor in pdrs.open(path).values())
 
 
-@pytest.mark.parametrize("device", [None, "cpu"])
-def test_one_bar_counts_all_that_is_verified(bars: list[Seen], tmp_path: Path, device: str | None) -> None:
+def test_a_save_counts_what_it_writes(bars: list[Bar], tmp_path: Path) -> None:
     path = saved(tmp_path)
+    (bar,) = bars
+    assert (bar.what, bar.is_closed) == ("model.safetensors", True)
+    assert sum(bar.counts) == bar.total == path.stat().st_size
+    assert len(bar.counts) > 20
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_one_bar_counts_all_that_is_verified(bars: list[Bar], tmp_path: Path, device: str | None) -> None:
+    path = saved(tmp_path)
+    bars.clear()
     pdrs.open(path, verify=True, device=device)
     bar, *others = bars
     assert bar.what == "model.safetensors"
@@ -77,21 +89,23 @@ def test_one_bar_counts_all_that_is_verified(bars: list[Seen], tmp_path: Path, d
     assert not others, "what was read to be verified is not read again"
 
 
-def test_load_verifies_with_a_bar_of_the_whole_file(bars: list[Seen], tmp_path: Path) -> None:
+def test_load_verifies_with_a_bar_of_the_whole_file(bars: list[Bar], tmp_path: Path) -> None:
     path = saved(tmp_path)
+    bars.clear()
     pdrs.load(path, model(), verify=True)
     assert [bar.total for bar in bars] == [path.stat().st_size]
     assert bars[0].is_closed
 
 
 @pytest.mark.parametrize("command", ["verify", "inspect"])
-def test_the_command_line_shows_a_bar(bars: list[Seen], tmp_path: Path, command: str) -> None:
+def test_the_command_line_shows_a_bar(bars: list[Bar], tmp_path: Path, command: str) -> None:
     path = saved(tmp_path)
-    assert main([command, str(path)]) == 0
+    bars.clear()
+    assert run([command, path]) == 0
     assert [bar.total for bar in bars] == [path.stat().st_size]
 
 
-def test_each_file_of_a_chain_and_what_follows_from_it_is_counted(bars: list[Seen], tmp_path: Path) -> None:
+def test_each_file_of_a_chain_and_what_follows_from_it_is_counted(bars: list[Bar], tmp_path: Path) -> None:
     path, delta = saved(tmp_path), tmp_path / "delta.safetensors"
     changed = model()
     pdrs.load(path, changed)
@@ -107,19 +121,19 @@ def test_each_file_of_a_chain_and_what_follows_from_it_is_counted(bars: list[See
     assert values(path) < sum(bars[-1].counts) <= bars[-1].total
 
 
-def test_files_of_torch_are_counted_record_by_record(bars: list[Seen], tmp_path: Path) -> None:
+def test_files_of_torch_are_counted_record_by_record(bars: list[Bar], tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
-    torch.save({"a": torch.arange(9999.0), "b": torch.ones(3)}, path)
+    torch.save({"a": torch.arange(float(LARGE)), "b": torch.ones(3)}, path)
     pdrs.open(path, verify=True)
     (bar,) = bars
     assert bar.what == "model.pt"
     assert bar.is_closed
-    assert 9999 * 4 + 12 < sum(bar.counts) == bar.total
+    assert LARGE * 4 + 12 < sum(bar.counts) == bar.total
 
 
-def test_the_bar_goes_when_damage_is_found(bars: list[Seen], tmp_path: Path) -> None:
+def test_the_bar_goes_when_damage_is_found(bars: list[Bar], tmp_path: Path) -> None:
     archive, states = saved(tmp_path), tmp_path / "model.pt"
-    torch.save({"a": torch.ones(9999)}, states)
+    torch.save({"a": torch.ones(LARGE)}, states)
     for path in (archive, states):
         data = bytearray(path.read_bytes())
         data[data.index(bytes(torch.ones(50).numpy()))] ^= 1
@@ -130,35 +144,32 @@ def test_the_bar_goes_when_damage_is_found(bars: list[Seen], tmp_path: Path) -> 
         assert [bar.is_closed for bar in bars] == [True]
 
 
-def test_little_is_verified_without_a_bar(bars: list[Seen], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = saved(tmp_path)
-    torch.save(model().state_dict(), tmp_path / "model.pt")
-    monkeypatch.setattr(safetensors_file, "BLOCK", 1 << 20)
+def test_little_is_saved_and_verified_without_a_bar(bars: list[Bar], tmp_path: Path) -> None:
+    path = saved(tmp_path, 1 << 20)
+    torch.save(model(1 << 20).state_dict(), tmp_path / "model.pt")
     pdrs.open(path, verify=True)
     pdrs.open(tmp_path / "model.pt", verify=True)
     assert not bars
 
 
+# What is done soon has no bar, but for this.
 _VERIFIES = """
-import sys
-from pdrs._files import atomic
-from pdrs._files import safetensors_file
-from pdrs._files.cli import main
-atomic._PATIENCE = 0
-safetensors_file.BLOCK = 1 << 15
-sys.exit(main(["verify", sys.argv[1]]))
+import functools, runpy, sys, tqdm
+made = tqdm.tqdm
+tqdm.tqdm = lambda delay, **options: made(**options)
+sys.argv[0] = "pdrs"
+runpy.run_module("pdrs", run_name="__main__")
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
 def test_the_bar_is_seen_on_a_terminal_and_not_in_a_pipe(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    pdrs.save(model(), path)
-    command = [sys.executable, "-c", _VERIFIES, str(path)]
+    path = saved(tmp_path)
+    command = [sys.executable, "-c", _VERIFIES, "verify", str(path)]
+    pytest.importorskip("tqdm", reason="bars need tqdm")
     piped = subprocess.run(command, capture_output=True, check=True)
     assert piped.stderr == b""
     assert b"good" in piped.stdout
-    pytest.importorskip("tqdm", reason="bars need tqdm")
     import fcntl
     import termios
 

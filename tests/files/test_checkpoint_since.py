@@ -15,16 +15,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import pdrs
-from pdrs._files import archive as archive_module
-from pdrs._files.archive import Archive
-from pdrs._files.cli import main
-from pdrs._files.safetensors_file import TensorFile
+from archives import Parts
+from console import run
 from pdrs.checkpoint import verify
 
 COUNT = 5000
@@ -325,21 +324,32 @@ def test_a_chain_that_was_saved_opens_however_deep_and_however_few_files_may_be_
         module = pdrs.ParameterDict()
         pdrs.load(tmp_path / "59", module)
         pdrs.save(expected, tmp_path / "60", since=tmp_path / "59", sync=False)
-    assert main(["inspect", str(tmp_path / "59")]) == 0
+    assert run(["inspect", str(tmp_path / "59")]) == 0
     for found in (opened, read, module):
         assert list(found) == list(expected)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_a_file_of_a_long_chain_that_is_replaced_while_it_is_read_is_found_out(tmp_path: Path) -> None:
+def test_a_file_of_a_long_chain_that_is_replaced_while_it_is_read_is_found_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _long_chain(tmp_path, 30)
-    with Archive(TensorFile(tmp_path / "29")) as archive:
-        first = tmp_path / "0"
-        data = first.read_bytes()
-        first.unlink()
-        first.write_bytes(data)
-        with pytest.raises(pdrs.CheckpointError, match="0: the file has been replaced while it was read"):
-            archive.tensor("float32_3")
+    first, really, opened = tmp_path / "0", os.open, 0
+
+    def replacing(path: Any, *arguments: Any) -> int:
+        nonlocal opened
+        opened += path == str(first)
+        if opened == 2:
+            data = first.read_bytes()
+            first.unlink()
+            first.write_bytes(data)
+            opened += 1
+        return really(path, *arguments)
+
+    monkeypatch.setattr(os, "open", replacing)
+    with pytest.raises(pdrs.CheckpointError, match="0: the file has been replaced while it was read"):
+        pdrs.open(tmp_path / "29")
+    assert opened > 2
 
 
 @pytest.mark.parametrize("damage", ["gone", "a folder", "a cycle"])
@@ -356,14 +366,24 @@ def test_what_is_wrong_deep_in_a_long_chain_is_told_of_the_file_where_it_is(dama
         pdrs.open(tmp_path / "29")
 
 
-def test_a_chain_that_could_not_be_read_is_not_made_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archive_module, "_LONGEST_CHAIN", 6)
-    sd = _long_chain(tmp_path, 6)
-    assert len(pdrs.open(tmp_path / "5")) == len(sd)
-    with pytest.raises(ValueError, match="continues 5 archives, which is the most: save without since"):
-        pdrs.save(sd, tmp_path / "6", since=tmp_path / "5")
-    assert not (tmp_path / "6").exists()
-    pdrs.save(sd, tmp_path / "6")
-    monkeypatch.setattr(archive_module, "_LONGEST_CHAIN", 5)
-    with pytest.raises(pdrs.CheckpointError, match="5: it continues 5 archives or more: save without since"):
-        pdrs.open(tmp_path / "5")
+def test_a_chain_that_could_not_be_read_is_not_made_longer(tmp_path: Path) -> None:
+    sd = _long_chain(tmp_path, 2)
+    # To save a thousand files takes half a minute.
+    parts = Parts.of(tmp_path / "1")
+    parts.tensors.clear()
+    fields = parts.metadata()
+    parts.header = {"__metadata__": {}}
+    for name, (_, shape, total) in fields["tensors"].items():
+        fields["tensors"][name] = ["same", shape, total]
+    fields["sums"] = {}
+    before = Parts.of(tmp_path / "1").metadata()["id"]
+    for number in range(2, 1001):
+        fields["since"] = {"file": str(number - 1), "id": before}
+        before = fields["id"] = f"{number:032}"
+        (tmp_path / str(number)).write_bytes(parts.put_together(fields))
+    assert len(pdrs.open(tmp_path / "999")) == len(sd)
+    with pytest.raises(ValueError, match="continues 999 archives, which is the most: save without since"):
+        pdrs.save(sd, tmp_path / "new", since=tmp_path / "999")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(pdrs.CheckpointError, match="1000: it continues 1000 archives or more: save without since"):
+        pdrs.open(tmp_path / "1000")

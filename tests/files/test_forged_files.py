@@ -21,7 +21,6 @@ import sys
 import tempfile
 import warnings
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,8 @@ import pytest
 import torch
 
 import pdrs
-from pdrs._files.cli import main
+from archives import Parts
+from console import run as run_command
 from pdrs.checkpoint import verify
 
 Change = Callable[[bytes, random.Random], bytes]
@@ -95,46 +95,6 @@ def little_memory() -> Iterator[None]:
 
 
 # -- files, taken apart and put together -------------------------------------------------------------------------------
-
-
-class Parts:
-    """A safetensors file as its header, a dict, and the bytes of each tensor."""
-
-    def __init__(self, data: bytes) -> None:
-        (size,) = struct.unpack("<Q", data[:8])
-        self.header: dict[str, Any] = json.loads(data[8 : 8 + size])
-        self.tensors = {
-            name: data[8 + size + field["data_offsets"][0] : 8 + size + field["data_offsets"][1]]
-            for name, field in self.header.items()
-            if name != "__metadata__"
-        }
-
-    def metadata(self) -> Any:
-        return json.loads(self.header["__metadata__"]["pdrs"])
-
-    def put_together(self, fields: Any = None) -> bytes:
-        """Return the file, with these metadata, and checksums that fit."""
-        header, at = dict(self.header), 0
-        for name, data in self.tensors.items():
-            header[name] = {**header[name], "data_offsets": [at, at + len(data)]}
-            at += len(data)
-        if fields is not None:
-            sums = fields.get("sums") if isinstance(fields, dict) else None
-            for name in self.tensors if isinstance(sums, dict) else ():
-                shape = header[name]["shape"]
-                said = f"{name}\0{header[name]['dtype']}\0{','.join(map(str, shape))}\0"
-                if name in sums:
-                    sums[name] = f"{zlib.crc32(self.tensors[name], zlib.crc32(said.encode())):08x}"
-            hows = fields.get("tensors") if isinstance(fields, dict) else None
-            for name in self.tensors if isinstance(hows, dict) else ():
-                if isinstance(hows.get(name), list) and len(hows[name]) == 3 and hows[name][0] == "whole":
-                    hows[name][2] = f"{zlib.crc32(self.tensors[name]):08x}"
-            text = json.dumps(fields)
-            total = f"{zlib.crc32(text.encode('utf-8', 'surrogatepass')):08x}"
-            header["__metadata__"] = {"format": "pt", "pdrs": text, "pdrs.crc32": total}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        return struct.pack("<Q", len(text)) + text + b"".join(self.tensors.values())
 
 
 def change_value(value: Any, chance: random.Random) -> Any:
@@ -261,9 +221,9 @@ def attempt(path: Path) -> dict[str, int]:
     quiet = io.StringIO()
     with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
         for arguments in (["inspect"], ["inspect", "--json"], ["verify"]):
-            main([*arguments, str(path)])
+            run_command([*arguments, path])
         for layout in (".safetensors", ".pt"):
-            main(["convert", str(path), str(path.with_name("converted" + layout))])
+            run_command(["convert", path, path.with_name("converted" + layout)])
     assert "Traceback" not in quiet.getvalue()
     return done
 

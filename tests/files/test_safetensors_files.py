@@ -22,13 +22,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import pdrs
-from pdrs._files import atomic, named_layout, safetensors_file, shards
-from pdrs._files.named_layout import write_named
-from pdrs._files.safetensors_file import PAGE, CheckpointError, TensorFile
-from pdrs._files.shards import index_of
-from pdrs._files.state_file import ShardedFile, StateFile, TorchFile, open_state
+from archives import Parts
+from pdrs import CheckpointError
+from states import State
 
 SD = pdrs.StackedParameterDict
+MAX_SHARD = 5_000_000_000
 
 
 def same(found: dict[str, torch.Tensor], expected: dict[str, Any]) -> None:
@@ -39,8 +38,25 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, Any]) -> None:
         assert torch.equal(found[name].detach(), tensor.detach()), name
 
 
-def as_stacked(file: StateFile, prefix: str = "") -> pdrs.StackedParameterDict:
-    return pdrs.open(file.path, prefix=prefix)
+def index_of(path: Path) -> Path:
+    return path.with_name(path.name + ".index.json")
+
+
+def save(source: nn.Module | dict[str, Any], path: Path, limit: int = MAX_SHARD) -> list[Path]:
+    """Save a tensor for each name; return the files that hold them."""
+    module = source if isinstance(source, nn.Module) else State(source)
+    size = pdrs.save(module, path, layout="named", max_shard_size=limit)
+    files = [path] if path.exists() else [path.with_name(name) for name in shards_of(path)]
+    assert size == sum(file.stat().st_size for file in files)
+    return files
+
+
+def shards_of(path: Path) -> list[str]:
+    return sorted(set(json.loads(index_of(path).read_bytes())["weight_map"].values()))
+
+
+def opened(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
+    return dict(pdrs.open(path, prefix=prefix).items())
 
 
 def theirs(path: Path) -> dict[str, torch.Tensor]:
@@ -79,21 +95,21 @@ def sd() -> pdrs.StackedParameterDict:
 
 def test_each_name_has_a_tensor_that_safetensors_loads(tmp_path: Path, sd: pdrs.StackedParameterDict) -> None:
     path = tmp_path / "model.safetensors"
-    assert write_named(path, sd, metadata={"note": "a"}) == {path: path.stat().st_size}
+    assert pdrs.save(sd, path, layout="named", metadata={"note": "a"}) == path.stat().st_size
     same(safetensors.torch.load_file(path), sd.named_state_dict())
     with safetensors.safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt", "note": "a"}
-    with TensorFile(path) as ours:
-        assert all(ours.offsets(name)[0] % ours.dtype(name).itemsize == 0 for name in ours)
-        assert ours.names[:9] == [f"b.{n}" for n in range(1, 10)], "wider elements first, then as in the dictionary"
+    parts = Parts.of(path)
+    assert all(parts.offsets(name)[0] % row.itemsize == 0 for name, row in sd.items())
+    assert parts.names[:9] == [f"b.{n}" for n in range(1, 10)], "wider elements first, then as in the dictionary"
 
 
 @pytest.mark.parametrize("limit", [1, 64, 100, 500, 10_000])
 def test_shards_have_the_hugging_face_layout(tmp_path: Path, sd: pdrs.StackedParameterDict, limit: int) -> None:
     path = tmp_path / "model.safetensors"
-    files = write_named(path, sd, max_shard_size=limit)
+    files = save(sd, path, limit)
     same(theirs(path), sd.named_state_dict())
-    same(open_state(path).tensors(), sd.named_state_dict())
+    same(opened(path), sd.named_state_dict())
     expected = {"model.safetensors"}
     if len(files) > 1:
         count = len(files)
@@ -102,54 +118,43 @@ def test_shards_have_the_hugging_face_layout(tmp_path: Path, sd: pdrs.StackedPar
         assert index["metadata"] == {"total_size": sum(row.nbytes for row in sd.values())}
         assert list(index) == ["metadata", "weight_map"]
         for file in files:
-            with TensorFile(file) as shard:
-                assert len(shard) == 1 or sum(shard.tensor(name).nbytes for name in shard) <= limit
+            parts = Parts.of(file)
+            assert len(parts.names) == 1 or sum(map(len, parts.tensors.values())) <= limit
     assert set(os.listdir(tmp_path)) == expected
     assert (len(files) > 1) == (limit < 10_000)
 
 
-def test_shards_are_cut_before_the_header_is_too_large(
-    tmp_path: Path, sd: pdrs.StackedParameterDict, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(named_layout, "MAX_HEADER", 8192)
-    names = ['"' * (n % 7) + f"\u20ac{n}" for n in range(500)]
-    files = write_named(tmp_path / "m.safetensors", SD.from_tensor(names, rows(500, 2)))
-    assert len(files) > 5
-    for file in files:
-        with TensorFile(file) as shard:
-            assert min(shard.offsets(name)[0] for name in shard) <= 8192
-    same(theirs(tmp_path / "m.safetensors"), dict(zip(names, rows(500, 2), strict=True)))
+def test_shards_are_cut_before_the_header_is_too_large(tmp_path: Path) -> None:
+    # Each name takes some 4,000 bytes: a quote takes two.
+    names = ['"' * 2000 + f"\u20ac{n}" for n in range(30_000)]
+    files = save(SD.from_tensor(names, rows(30_000, 2)), tmp_path / "m.safetensors")
+    assert len(files) == 2
+    assert all(int.from_bytes(file.read_bytes()[:8], "little") <= 100_000_000 for file in files)
+    found = theirs(tmp_path / "m.safetensors")
+    assert len(found) == len(names)
+    assert torch.equal(torch.stack([found[name] for name in names]), rows(30_000, 2))
 
 
-@pytest.mark.parametrize("limit", [1000, 100_000])
+@pytest.mark.parametrize("limit", [500_000, MAX_SHARD])
 def test_headers_and_the_index_are_written_in_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
-    names = [f'{n}\u20ac"' for n in range(300)]
-    sd = SD.from_tensor(names, rows(300, 2))
+    names = [f'{n}\u20ac"' for n in range(120_000)]
     sizes: list[int] = []
-    write = atomic.WholeFile.write
+    really = os.write
 
-    def noting(self: atomic.WholeFile, data: Any) -> int:
-        sizes.append(write(self, data))
+    def write(descriptor: int, data: Any) -> int:
+        sizes.append(really(descriptor, data))
         return sizes[-1]
 
-    monkeypatch.setattr(atomic.WholeFile, "write", noting)
-    written = []
-    for piece in (1 << 16, 7):
-        monkeypatch.setattr(named_layout, "PIECE", piece)
-        monkeypatch.setattr(shards, "PIECE", piece)
-        sizes.clear()
-        folder = tmp_path / str(piece)
-        folder.mkdir()
-        files = write_named(folder / "m.safetensors", sd, max_shard_size=limit)
-        written.append({path.name: path.read_bytes() for path in folder.iterdir()})
-        same(theirs(folder / "m.safetensors"), dict(zip(names, rows(300, 2), strict=True)))
-    assert written[0] == written[1]
-    assert (len(files) > 1) == (limit == 1000)
-    # Besides data of 2400 bytes at most, and the spaces at the end of a header, which are less than a page.
-    assert max(sizes) < PAGE
-    assert sum(sizes) == sum(map(len, written[1].values())) > 300 * 70
+    monkeypatch.setattr(os, "write", write)
+    files = save(SD.from_tensor(names, rows(120_000, 2)), tmp_path / "m.safetensors", limit)
+    assert len(files) == (1 if limit == MAX_SHARD else 2)
+    assert max(sizes) < 6_500_000 < 9_000_000 < sum(sizes)
+    assert sum(sizes) == sum(path.stat().st_size for path in tmp_path.iterdir())
+    found = theirs(tmp_path / "m.safetensors")
+    assert len(found) == len(names)
+    assert torch.equal(torch.stack([found[name] for name in names]), rows(120_000, 2))
 
 
 def test_modules_are_written_with_the_rows_that_are_in_them(tmp_path: Path, sd: pdrs.StackedParameterDict) -> None:
@@ -164,34 +169,34 @@ def test_modules_are_written_with_the_rows_that_are_in_them(tmp_path: Path, sd: 
     for key in [key for key in expected if key.startswith("stacked.")]:
         del expected[key]
     expected.update({f"stacked.0.{name}": row for name, row in sd.named_state_dict().items()})
-    write_named(tmp_path / "m.safetensors", model)
+    save(model, tmp_path / "m.safetensors")
     same(safetensors.torch.load_file(tmp_path / "m.safetensors"), expected)
     again = SD()
-    again.load_state_dict(as_stacked(open_state(tmp_path / "m.safetensors"), "stacked.0.").named_state_dict())
+    again.load_state_dict(opened(tmp_path / "m.safetensors", "stacked.0."))
     same(again.named_state_dict(), sd.named_state_dict())
 
 
-def test_mappings_of_tensors_of_any_layout_are_written(tmp_path: Path) -> None:
+def test_tensors_of_any_layout_are_written(tmp_path: Path) -> None:
     base = rows(6, 4)
     tensors = {"t": base.t(), "step": base[::2], "same": base, "zero": torch.zeros(1).expand(6, 4), "one": base[0]}
     tensors |= {f"small{n}": base[n % 6] for n in range(100)}
-    write_named(tmp_path / "m.safetensors", tensors)
+    save(tensors, tmp_path / "m.safetensors")
     same(safetensors.torch.load_file(tmp_path / "m.safetensors"), tensors)
-    write_named(tmp_path / "none.safetensors", {})
+    save({}, tmp_path / "none.safetensors")
     assert safetensors.torch.load_file(tmp_path / "none.safetensors") == {}
 
 
 def test_what_is_no_tensor_and_what_the_format_does_not_have_is_refused(tmp_path: Path) -> None:
     for value, said in (
         (3, "expected a dense tensor for 'x', got int"),
-        (torch.eye(2).to_sparse(), "expected a dense tensor for 'x', got one of torch.sparse_coo on cpu"),
-        (torch.empty(2, device="meta"), "got one of torch.strided on meta"),
+        (torch.eye(2).to_sparse(), "'x' is of layout torch.sparse_coo, and a file holds dense tensors with memory"),
+        (torch.empty(2, device="meta"), "'x' is a Tensor on the meta device"),
         (torch.zeros(2, dtype=torch.complex128), "no dtype like torch.complex128, of which 'x' is"),
     ):
         with pytest.raises(TypeError, match=said):
-            write_named(tmp_path / "m.safetensors", {"a": torch.zeros(2), "x": value})
+            save({"a": torch.zeros(2), "x": value}, tmp_path / "m.safetensors")
     with pytest.raises(ValueError, match="'__metadata__'"):
-        write_named(tmp_path / "m.safetensors", {"__metadata__": torch.zeros(2)})
+        save({"__metadata__": torch.zeros(2)}, tmp_path / "m.safetensors")
     assert os.listdir(tmp_path) == []
 
 
@@ -201,22 +206,21 @@ def test_a_name_that_is_no_unicode_is_said_and_nothing_is_written(tmp_path: Path
     said = r"^expected names of valid Unicode, got 'b\.\\udfff', which has a surrogate$"
     path = tmp_path / "m.safetensors"
     for size in (8, 1000):
-        with pytest.raises(ValueError, match=said):
-            write_named(path, tensors, max_shard_size=size)
-    for dictionary in (pdrs.ParameterDict(tensors), pdrs.StackedParameterDict(tensors)):
-        with pytest.raises(ValueError, match=said):
-            pdrs.save(dictionary, path, layout="named")
+        for module in (State(tensors), pdrs.ParameterDict(tensors), pdrs.StackedParameterDict(tensors)):
+            with pytest.raises(ValueError, match=said):
+                save(module, path, size)
     assert os.listdir(tmp_path) == []
 
 
-def test_blocks_are_cut_where_tables_are_large(
-    tmp_path: Path, sd: pdrs.StackedParameterDict, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(named_layout, "BLOCK", 50)
-    monkeypatch.setattr(safetensors_file, "BLOCK", 16)
-    write_named(tmp_path / "m.safetensors", sd, max_shard_size=200)
+def test_large_tables_are_written_and_read_in_blocks(tmp_path: Path) -> None:
+    # More than a block of 64 MB in a file, and rows that are not adjacent.
+    values = rows(6000, 4000)
+    sd = SD.from_tensor([f"{n}" for n in range(6000)], values)
+    sd.update((f"small{n}", torch.full((3,), float(n))) for n in range(50))
+    sd.drop(["77", "3000"])
+    assert len(save(sd, tmp_path / "m.safetensors", 80_000_000)) == 2
     same(theirs(tmp_path / "m.safetensors"), sd.named_state_dict())
-    same(as_stacked(open_state(tmp_path / "m.safetensors")).named_state_dict(), sd.named_state_dict())
+    same(opened(tmp_path / "m.safetensors"), sd.named_state_dict())
 
 
 # -- saved again -------------------------------------------------------------------------------------------------------
@@ -227,9 +231,9 @@ def test_another_save_replaces_all_files_of_the_one_before(tmp_path: Path) -> No
     (tmp_path / "model-of-mine.safetensors").write_bytes(b"mine")
     for round_, limit in enumerate([10**9, 40, 40, 20, 10**9, 40]):
         tensors = {f"{n}": torch.full((4,), float(round_)) for n in range(8)}
-        files = write_named(path, tensors, max_shard_size=limit)
+        files = save(tensors, path, limit)
         same(theirs(path), tensors)
-        same(open_state(path).tensors(), tensors)
+        same(opened(path), tensors)
         left = {file.name for file in files} | ({index_of(path).name} if len(files) > 1 else set())
         assert set(os.listdir(tmp_path)) == left | {"model-of-mine.safetensors"}
 
@@ -241,7 +245,7 @@ def test_a_failure_at_any_file_leaves_the_old_ones(
 ) -> None:
     path = tmp_path / "model.safetensors"
     old = {f"{n}": torch.zeros(4) for n in range(8)}
-    write_named(path, old, max_shard_size=limit)
+    save(old, path, limit)
     before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
     calls = 0
     really = os.replace
@@ -253,16 +257,16 @@ def test_a_failure_at_any_file_leaves_the_old_ones(
             raise OSError(28, "No space left on device")
         really(*paths)
 
-    monkeypatch.setattr(atomic.os, "replace", replace)
+    monkeypatch.setattr(os, "replace", replace)
     new = {name: tensor + 1 for name, tensor in old.items()}
     if fails_at >= 5:  # four shards and the index
-        write_named(path, new, max_shard_size=40)
-        same(theirs(path) if limit == 40 else open_state(index_of(path)).tensors(), new)
+        pdrs.save(State(new), path, layout="named", max_shard_size=40)
+        same(theirs(path) if limit == 40 else opened(index_of(path)), new)
         return
     with pytest.raises(OSError, match="No space left"):
-        write_named(path, new, max_shard_size=40)
+        pdrs.save(State(new), path, layout="named", max_shard_size=40)
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
-    same(open_state(path).tensors(), old)
+    same(opened(path), old)
 
 
 # -- read --------------------------------------------------------------------------------------------------------------
@@ -287,14 +291,13 @@ def test_what_safetensors_wrote_is_stacked_row_by_row(
         if name != "__metadata__"
     }
     safetensors.torch.save_file(tensors, path)
-    with open_state(path) as file:
-        made = as_stacked(file)
-        same(dict(made.items()), tensors)
-        same(file.tensors(), tensors)
-        assert all(table.requires_grad == table.is_floating_point() for table in made.parameters())
-        part = {name[1:]: tensor for name, tensor in tensors.items() if name.startswith("a")}
-        if part and "" not in part:
-            same(dict(as_stacked(file, "a").items()), part)
+    made = pdrs.open(path)
+    same(dict(made.items()), tensors)
+    assert all(table.requires_grad == table.is_floating_point() for table in made.parameters())
+    # What is the prefix itself has no name without it.
+    part = {name[1:]: tensor for name, tensor in tensors.items() if name.startswith("a") and name != "a"}
+    if part:
+        same(opened(path, "a"), part)
 
 
 def test_a_stacked_file_can_be_trained_and_grown_and_stays_what_it_is(tmp_path: Path) -> None:
@@ -302,7 +305,7 @@ def test_a_stacked_file_can_be_trained_and_grown_and_stays_what_it_is(tmp_path: 
     path = tmp_path / "m.safetensors"
     safetensors.torch.save_file(dict(zip(names, rows(20_000, 16).unbind(), strict=True)), path)
     before = path.read_bytes()
-    made = as_stacked(open_state(path))
+    made = pdrs.open(path)
     assert torch.equal(made.table((16,)).detach(), rows(20_000, 16))
     made.gather(["000007", "000009"]).sum().backward()
     torch.optim.SGD(made.parameters(), lr=1.0).step()
@@ -312,39 +315,40 @@ def test_a_stacked_file_can_be_trained_and_grown_and_stays_what_it_is(tmp_path: 
     assert path.read_bytes() == before
 
 
-def test_rows_that_do_not_lie_together_are_copied_into_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(safetensors_file, "BLOCK", 1000)
+def test_rows_that_are_not_adjacent_are_copied_into_a_table(tmp_path: Path) -> None:
     tensors: dict[str, torch.Tensor] = {}
     for n in range(300):
-        tensors[f"layer.{n}.weight"] = torch.full((3, 2), float(n))
+        tensors[f"layer.{n}.weight"] = torch.full((300, 200), float(n))
         tensors[f"layer.{n}.bias"] = torch.full((3,), float(-n))
     shuffled = list(tensors.items())
     random.Random(0).shuffle(shuffled)
-    safetensors_file.write_tensors(tmp_path / "m", {}, [safetensors_file.NewTensor.of(*one) for one in shuffled])
-    with open_state(tmp_path / "m") as file:
-        made = as_stacked(file)
-        assert list(made) == [name for name, _ in shuffled]
-        same(dict(made.items()), tensors)
-        same(dict(as_stacked(file, "layer.7").items()), {k[7:]: v for k, v in tensors.items() if k[:7] == "layer.7"})
+    # 72 MB, which is more than a block.
+    pdrs.save(State(dict(shuffled)), tmp_path / "m")
+    made = pdrs.open(tmp_path / "m")
+    assert list(made) == [name for name, _ in shuffled]
+    same(dict(made.items()), tensors)
+    same(opened(tmp_path / "m", "layer.7"), {k[7:]: v for k, v in tensors.items() if k[:7] == "layer.7"})
 
 
 def test_the_empty_name_is_refused(tmp_path: Path) -> None:
-    write_named(tmp_path / "m", {"": torch.zeros(2), "ab": torch.zeros(2)})
-    with pytest.raises(CheckpointError, match="a tensor has the empty name"):
-        as_stacked(open_state(tmp_path / "m"), "")
+    save({"": torch.zeros(2), "ab": torch.zeros(2)}, tmp_path / "m")
+    torch.save({"": torch.zeros(2), "ab": torch.zeros(2)}, tmp_path / "t")
+    for name in ("m", "t"):
+        with pytest.raises(CheckpointError, match="a tensor has the empty name"):
+            pdrs.open(tmp_path / name)
 
 
 def damaged(path: Path, data: bytes) -> str:
     path.write_bytes(data)
     with pytest.raises(CheckpointError) as caught:
-        open_state(path)
+        pdrs.open(path)
     assert caught.value.path == str(path)
     return caught.value.what
 
 
 def test_damaged_files_are_refused_and_the_error_says_where(tmp_path: Path) -> None:
     good = tmp_path / "good"
-    write_named(good, {"x": torch.zeros(4), "y": torch.zeros(4)})
+    save({"x": torch.zeros(4), "y": torch.zeros(4)}, good)
     data = good.read_bytes()
     bad = tmp_path / "bad"
     assert damaged(bad, b"") == "the file is empty: it may not have been downloaded, or copied, to its end"
@@ -367,7 +371,7 @@ def test_damaged_files_are_refused_and_the_error_says_where(tmp_path: Path) -> N
 
 def test_any_flipped_bit_of_the_header_is_refused_or_gives_tensors_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "f"
-    write_named(path, {"x": torch.ones(4), "y": torch.ones(4)})
+    save({"x": torch.ones(4), "y": torch.ones(4)}, path)
     data = bytearray(path.read_bytes())
     end = data.index(b"}}") + 2
     for bit in range(8 * end):
@@ -375,22 +379,20 @@ def test_any_flipped_bit_of_the_header_is_refused_or_gives_tensors_of_the_file(t
         path.write_bytes(data)
         data[bit // 8] ^= 1 << bit % 8
         try:
-            with open_state(path) as file:
-                found = file.tensors()
+            found = opened(path)
         except CheckpointError:
             continue
         assert sum(tensor.nbytes for tensor in found.values()) == 32
 
 
-def test_a_dtype_that_torch_does_not_have_can_be_listed_and_not_loaded(tmp_path: Path) -> None:
+def test_a_dtype_that_torch_does_not_have_is_not_loaded(tmp_path: Path) -> None:
     header = b'{"x":{"dtype":"F6_E2M3","shape":[4],"data_offsets":[0,3]}}'
     (tmp_path / "f").write_bytes(len(header).to_bytes(8, "little") + header + b"123")
-    with open_state(tmp_path / "f") as file:
-        assert isinstance(file, TensorFile)
-        assert (file.code("x"), file.shape("x")) == ("F6_E2M3", (4,))
-        for load in (lambda: file.tensor("x"), file.tensors, file.stacked):
-            with pytest.raises(CheckpointError, match="dtype F6_E2M3, which torch does not have"):
-                load()
+    for options in ({}, {"device": "cpu"}, {"names": ["x"]}):
+        with pytest.raises(CheckpointError, match="dtype F6_E2M3, which torch does not have"):
+            pdrs.open(tmp_path / "f", **options)
+    with pytest.raises(CheckpointError, match="dtype F6_E2M3, which torch does not have"):
+        pdrs.load(tmp_path / "f", nn.Linear(2, 2))
 
 
 # -- shards ------------------------------------------------------------------------------------------------------------
@@ -412,26 +414,22 @@ def test_shards_are_read_in_the_order_of_their_index(tmp_path: Path) -> None:
     }
     path = sharded(tmp_path, shards)
     everything = shards["b.safetensors"] | shards["a.safetensors"]
-    for opened in (path, tmp_path / "model.safetensors"):
-        with open_state(opened) as file:
-            assert isinstance(file, ShardedFile)
-            assert file.names == ["x", "z", "y", "w"]
-            assert len(file.shards) == 2
-            same(file.tensors(), everything)
-            assert list(file.tensors(["y", "x"])) == ["y", "x"]
-            assert file.tensor("y").tolist() == [0, 0]
-            same(dict(as_stacked(file).items()), everything)
+    for place in (path, tmp_path / "model.safetensors"):
+        assert list(pdrs.open(place)) == ["x", "z", "y", "w"]
+        same(opened(place), everything)
+        assert list(pdrs.open(place, names=["y", "x"])) == ["y", "x"]
+        module = pdrs.ParameterDict()
+        pdrs.load(place, module)
+        same(dict(module), everything)
 
 
 def test_tensors_that_the_index_does_not_list_are_not_there(tmp_path: Path) -> None:
     shards = {"a": dict(zip("xyz", rows(3, 2), strict=True)), "b": {"v": torch.full((2,), 8.0)}}
     path = sharded(tmp_path, shards, {"x": "a", "z": "a", "v": "b"})
-    with open_state(path) as file:
-        assert "y" not in file
-        made = as_stacked(file)
-        same(dict(made.items()), {"x": rows(3, 2)[0], "z": rows(3, 2)[2], **shards["b"]})
-        made["new"] = torch.full((2,), 9.0)  # gets the row that has no name
-        assert made.table((2,)).tolist() == [[0, 1], [9, 9], [4, 5], [8, 8]]
+    made = pdrs.open(path)
+    same(dict(made.items()), {"x": rows(3, 2)[0], "z": rows(3, 2)[2], **shards["b"]})
+    made["new"] = torch.full((2,), 9.0)  # gets the row that has no name
+    assert made.table((2,)).tolist() == [[0, 1], [9, 9], [4, 5], [8, 8]]
 
 
 def test_an_index_that_does_not_fit_its_shards_is_refused(tmp_path: Path) -> None:
@@ -451,7 +449,7 @@ def test_an_index_that_does_not_fit_its_shards_is_refused(tmp_path: Path) -> Non
     ):
         path = sharded(elsewhere, shards, weight_map)
         with pytest.raises(CheckpointError, match=said):
-            open_state(path)
+            pdrs.open(path)
     for text, said in (
         ("", "cannot be read"),
         ("[1]", "has no 'weight_map'"),
@@ -461,7 +459,7 @@ def test_an_index_that_does_not_fit_its_shards_is_refused(tmp_path: Path) -> Non
     ):
         path.write_bytes(text.encode(errors="surrogateescape"))
         with pytest.raises(CheckpointError, match=said):
-            open_state(path)
+            pdrs.open(path)
 
 
 # -- torch's own files -------------------------------------------------------------------------------------------------
@@ -471,13 +469,9 @@ def test_an_index_that_does_not_fit_its_shards_is_refused(tmp_path: Path) -> Non
 def test_state_dicts_that_torch_saved_are_read(tmp_path: Path, new: bool) -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     torch.save(model.state_dict(), tmp_path / "m", _use_new_zipfile_serialization=new)
-    with open_state(tmp_path / "m") as file:
-        assert isinstance(file, TorchFile)
-        assert file.names == list(model.state_dict())
-        same(file.tensors(), model.state_dict())
-        same(file.tensors(["0.bias"]), {"0.bias": model[0].bias})
-        same(dict(as_stacked(file).items()), model.state_dict())
-        same(dict(as_stacked(file, "0.").items()), model[0].state_dict())
+    assert list(pdrs.open(tmp_path / "m")) == list(model.state_dict())
+    same(opened(tmp_path / "m"), model.state_dict())
+    same(opened(tmp_path / "m", "0."), model[0].state_dict())
 
 
 class Evil:
@@ -492,7 +486,7 @@ def test_nothing_in_a_pickle_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "plain").write_bytes(pickle.dumps(Evil(), protocol=2))
     for name in ("zip", "legacy", "plain"):
         with pytest.raises(CheckpointError, match=r"refuses it|cannot read it"):
-            open_state(tmp_path / name)
+            pdrs.open(tmp_path / name)
     assert not (tmp_path / "evil").exists()
 
 
@@ -504,7 +498,7 @@ def test_files_of_torch_that_hold_something_else_or_are_cut_off_are_refused(tmp_
     ):
         torch.save(value, tmp_path / "m")
         with pytest.raises(CheckpointError, match=said):
-            open_state(tmp_path / "m")
+            pdrs.open(tmp_path / "m")
     torch.save({"x": torch.ones(100)}, tmp_path / "m")
     data = (tmp_path / "m").read_bytes()
     for cut in (2, 4, 100, 500, len(data) - 1):
@@ -514,7 +508,7 @@ def test_files_of_torch_that_hold_something_else_or_are_cut_off_are_refused(tmp_
 def test_a_pickled_module_is_refused_with_what_torch_has_against_it(tmp_path: Path) -> None:
     torch.save(torch.nn.Linear(2, 2), tmp_path / "m.pt")
     with pytest.raises(CheckpointError, match=r"refuses it: .*GLOBAL torch\.nn.*Linear.*save a state dict"):
-        open_state(tmp_path / "m.pt")
+        pdrs.open(tmp_path / "m.pt")
 
 
 @pytest.mark.parametrize("is_zip", [False, True])

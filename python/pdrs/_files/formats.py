@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from pdrs._files.safetensors_file import CheckpointError
+from pdrs._files.checkpoint_file import CheckpointError
 
 __all__ = ["file_in", "is_of_torch", "what_it_is"]
 
@@ -165,9 +165,22 @@ _MAGIC = (
 )
 
 
-def is_of_torch(beginning: bytes) -> bool:
-    """Whether a file that begins so is a zip archive or a pickle, as ``torch.save`` writes them."""
-    # The beginning of a header of so many bytes would not be a brace.
+def is_of_torch(path: str) -> bool:
+    """Whether a file is a zip archive or a pickle, as ``torch.save`` writes them, or else may be one of safetensors.
+
+    Raises
+    ------
+    CheckpointError
+        If it is known to be neither.
+    OSError
+        If it cannot be read.
+    """
+    with open(path, "rb") as file:
+        beginning = file.read(512)
+    what = what_it_is(beginning)
+    if what is not None:
+        raise CheckpointError(path, what)
+    # If a safetensors header begins with the size 0x80..., a brace follows.
     return beginning.startswith(b"PK") or (beginning.startswith(b"\x80") and beginning[8:9] != b"{")
 
 

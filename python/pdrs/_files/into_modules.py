@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter, ParameterDict
 from torch.nn.parameter import is_lazy
 
-from pdrs._files.collect import EXTRA_STATE
+from pdrs._files.checkpoint_file import EXTRA_STATE
 from pdrs._rows.store import adopt
 from pdrs.stacked import StackedParameterDict
 
@@ -90,10 +90,6 @@ def _can_be_made(value: Tensor) -> bool:
     return is_lazy(value) or type(value) is Tensor or (isinstance(value, Parameter) and type(value.data) is Tensor)
 
 
-def _zeros_like(value: Tensor, device: torch.device) -> Tensor:
-    return torch.zeros_like(value, device=device)
-
-
 def _like(value: Tensor, device: torch.device) -> Tensor:
     """Return what a tensor on the meta device is, full of zeros elsewhere."""
     if is_lazy(value):  # a file gives it its shape
@@ -102,7 +98,7 @@ def _like(value: Tensor, device: torch.device) -> Tensor:
         empty: Tensor = class_(device=device, dtype=value.dtype, **options)
         return empty
     with torch.inference_mode(False), torch.no_grad():
-        data = _zeros_like(value.data, device)
+        data = torch.zeros_like(value.data, device=device)
         if not isinstance(value, Parameter):
             data.__dict__.update(value.__dict__)
             return data

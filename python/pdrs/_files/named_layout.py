@@ -1,12 +1,12 @@
-"""One tensor a name, for other tools: ordinary safetensors files, cut into shards where one would be too large.
+"""Writes safetensors files with one tensor for each name, for other tools, in shards if one file would be too large.
 
-Shards are those of the Hugging Face tools: ``model-00001-of-00003.safetensors`` and so on, beside an index
-``model.safetensors.index.json`` that says which name is in which file.
+Shards are those of the Hugging Face tools: ``model-00001-of-00003.safetensors`` and so on, and an index
+``model.safetensors.index.json`` that says which name is in which file. Headers and the index are written in pieces, and
+tensors in blocks, so that saving needs little memory.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
@@ -19,20 +19,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Module
 
-from pdrs._core import IndexMap, safetensors_entries, safetensors_shards, sort_tensors
+from pdrs._core import IndexMap, safetensors_entries, safetensors_shards
 from pdrs._files.atomic import replacing
-from pdrs._files.safetensors_file import (
+from pdrs._files.checkpoint_file import EXTRA_STATE
+from pdrs._files.collect import sort_alike
+from pdrs._files.safetensors_file import CODES, PAGE
+from pdrs._files.safetensors_write import (
     BLOCK,
-    CODES,
     MAX_HEADER,
     MOST_EXPANDED,
-    PAGE,
+    blocks_of,
     has_surrogate,
-    pieces_of,
+    json_bytes,
+    refuse_dtype,
     refuse_expanded,
+    refuse_unusual,
 )
 from pdrs._files.shards import PIECE, remove_interrupted, replacing_file, replacing_shards
-from pdrs._rows.insert import partition
 from pdrs._rows.room import lent_whole
 from pdrs._rows.write import stack
 from pdrs.stacked import StackedParameterDict
@@ -42,20 +45,23 @@ __all__ = ["MAX_SHARD", "write_named"]
 # What the Hugging Face tools write at most into one file, unless they are told otherwise.
 MAX_SHARD = 5_000_000_000
 
+# Gives the tensors from one position to another, as ``[count, *shape]``.
+_Values = Callable[[int, int], Tensor]
+
 
 class _Rows:
-    """Names whose tensors are of one dtype and shape, and what gives their values, a block at a time.
+    """Names whose tensors are of one dtype and shape, and where their values come from.
 
     Parameters
     ----------
     names
-        In the order in which they are to be written.
+        In the order in which they are written.
     dtype, shape
         Of each tensor.
-    block
-        Gives the tensors from one place to another, as ``[count, *shape]``.
+    values
+        Of the tensors.
     origin
-        Where the names come from: those of one origin differ.
+        The dictionary that the names come from. Those of one dictionary differ.
     """
 
     def __init__(
@@ -63,88 +69,69 @@ class _Rows:
         names: list[str],
         dtype: torch.dtype,
         shape: Sequence[int],
-        block: Callable[[int, int], Tensor],
+        values: _Values,
         origin: object,
     ) -> None:
-        self.names, self.dtype, self.shape, self.block, self.origin = names, dtype, list(shape), block, origin
-        if dtype not in CODES:
-            raise TypeError(f"safetensors has no dtype like {dtype}, of which {names[0]!r} is")
+        refuse_dtype(names[0], dtype)
+        self.names, self.dtype, self.shape, self.values, self.origin = names, dtype, list(shape), values, origin
         self.nbytes = prod(self.shape) * dtype.itemsize
 
-    def blocks(self, start: int, stop: int) -> Iterator[Tensor]:
-        """Yield the tensors from one place to another, in blocks of 64 MB or of one tensor."""
+    def blocks(self, start: int, stop: int) -> Iterator[NDArray[np.uint8]]:
+        """Yield the bytes of the tensors from one position to another."""
         step = max(1, BLOCK // max(self.nbytes, 1))
         for first in range(start, stop if self.nbytes else start, step):
-            yield self.block(first, min(first + step, stop))
+            yield from blocks_of(self.values(first, min(first + step, stop)))
 
 
 def write_named(
     path: str | os.PathLike[str],
-    source: Mapping[str, Tensor] | Module,
+    source: Module,
+    texts: Mapping[str, str],
     *,
-    metadata: Mapping[str, str] | None = None,
     max_shard_size: int = MAX_SHARD,
     sync: bool = True,
 ) -> dict[Path, int]:
-    """Write a tensor for each name, as one safetensors file or in shards.
+    """Write a tensor for each name, as one safetensors file or in shards; return the sizes of the files.
 
     Parameters
     ----------
     path
-        The file, such as ``model.safetensors``. If it would be too large, ``model-00001-of-00003.safetensors`` and so
-        on, and ``model.safetensors.index.json``, are written in its place.
+        The file. If it would be too large, shards and their index are written instead.
     source
-        A StackedParameterDict, whose rows are written by name; another module, whose state dict is written, with the
-        rows by name of each StackedParameterDict in it; or a mapping from names to tensors.
-    metadata
-        Texts for the headers; ``{"format": "pt"}`` is there unless they have another format.
+        Its state dict is written, and the rows of each StackedParameterDict by name.
+    texts
+        The metadata for the headers.
     max_shard_size
-        The bytes of tensors in a file, at most, unless a single tensor is larger. A header is cut off at 100 MB, beyond
-        which safetensors does not read it.
+        The bytes of tensors in a file, at most, unless a single tensor is larger.
     sync
         Whether to wait until the files are on the disk.
-
-    Returns
-    -------
-    dict
-        The files that hold tensors, and the bytes of each.
 
     Raises
     ------
     TypeError
-        If something is no tensor, or of a dtype that safetensors does not have.
+        If something is not a dense tensor, or of a dtype that safetensors does not have.
     ValueError
-        If two tensors would have one name, or a name is ``__metadata__``, or no UTF-8.
+        If two tensors would have one name, or a name is ``__metadata__``, or UTF-8 cannot represent it.
     OSError
         If a file cannot be written.
-
-    Notes
-    -----
-    Whenever the process dies, a reader finds the old file or files, or the new ones: shards get names that no file
-    has, and the index, or the one file, is replaced in one step. What it replaces is deleted only then.
-    The order is that of the names, tensors with wider elements first, which keeps all of them aligned. Tensors that
-    share memory are written each. Extra memory: a block of 64 MB at most. Headers and the index are written in pieces.
-
     """
-    # Wider elements first: each tensor then begins at a multiple of the size of its elements.
+    # Wider elements first, which aligns all of them.
     parts = sorted(_parts(source), key=lambda part: -part.dtype.itemsize)
     names = parts[0].names if len(parts) == 1 else [name for part in parts for name in part.names]
-    _check(names, parts)
+    _refuse_repeated(names, parts)
     target = Path(os.fspath(path))
-    texts = {"format": "pt", **(metadata or {})}
     kinds = [(CODES[part.dtype], part.shape) for part in parts]
     kind_of = np.repeat(np.arange(len(parts), dtype=np.uint32), [len(part.names) for part in parts])
-    # Entries of tensors begin with commas.
-    beginning = f'{{"__metadata__":{json.dumps(texts, ensure_ascii=False, separators=(",", ":"))}'.encode()
+    # The entries of tensors begin with commas.
+    beginning = json_bytes({"__metadata__": {"format": "pt", **texts}})[:-1]
     try:
         shards = safetensors_shards(names, kinds, kind_of, MAX_HEADER - PAGE - len(beginning), max_shard_size)
     except UnicodeEncodeError as error:
         raise ValueError(
             f"expected names of valid Unicode, got {next(filter(has_surrogate, names))!r}, which has a surrogate"
         ) from error
-    shards = shards or [(0, 0)]
 
-    def write(file: Path, first: int, count: int, entry_bytes: int, complete: Callable[[], None] | None = None) -> int:
+    def write(file: Path, first: int, count: int, entry_bytes: int) -> int:
         end = first + count
         size = -(-(len(beginning) + entry_bytes + 9) // PAGE) * PAGE
         chosen = list(_overlaps(parts, first, end))
@@ -158,16 +145,13 @@ def write_named(
             out.write(b"}" + b" " * (size - out.position - 1))
             for part, start, count in chosen:
                 for block in part.blocks(start, start + count):
-                    for piece in pieces_of(block):
-                        out.write(piece)
-            if complete is not None:
-                complete()
+                    out.write(block)
         return out.position
 
     remove_interrupted(target)
-    if len(shards) == 1:
-        with replacing_file(target) as complete:
-            return {target: write(target, 0, *shards[0], complete)}
+    if len(shards) < 2:
+        with replacing_file(target):
+            return {target: write(target, 0, *(shards[0] if shards else (0, 0)))}
     counts = [count for count, _ in shards]
     total = sum(part.nbytes * len(part.names) for part in parts)
     with replacing_shards(target, names, counts, total, sync=sync) as files:
@@ -178,7 +162,7 @@ def write_named(
         }
 
 
-def _check(names: list[str], parts: list[_Rows]) -> None:
+def _refuse_repeated(names: list[str], parts: list[_Rows]) -> None:
     if len({id(part.origin) for part in parts}) < 2:
         return
     # A row of a dictionary may have the name of another module's tensor.
@@ -202,9 +186,7 @@ def _overlaps(parts: list[_Rows], first: int, end: int) -> Iterator[tuple[_Rows,
 # -- what there is to write --------------------------------------------------------------------------------------------
 
 
-def _parts(source: Mapping[str, Tensor] | Module) -> list[_Rows]:
-    if not isinstance(source, Module):
-        return _of_tensors(list(source), list(source.values()))
+def _parts(source: Module) -> list[_Rows]:
     parts: list[_Rows] = []
     stacked = {
         prefix + "." if prefix else "": module
@@ -214,7 +196,7 @@ def _parts(source: Mapping[str, Tensor] | Module) -> list[_Rows]:
     owned = set()
     for prefix, module in stacked.items():
         parts += _of_stacked(module, prefix)
-        owned.update([prefix + key for key in (*(table.attribute for table in module._tables), "_extra_state")])
+        owned.update([prefix + key for key in (*(table.attribute for table in module._tables), EXTRA_STATE)])
     if isinstance(source, StackedParameterDict) and not _has_more(source):
         return parts  # its state dict would pack the names
     state = source.state_dict(keep_vars=True)
@@ -232,67 +214,48 @@ def _of_stacked(sd: StackedParameterDict, prefix: str) -> list[_Rows]:
     with sd._lock.read():
         names = [prefix + name for name in sd] if prefix else list(sd)
         places = sd._index.places()
-        tables = [
-            lent_whole(sd, table) for table in sd._tables
-        ]  # the rows are read later, and stay those of these names
+        # They are read later, and stay those of these names.
+        tables = [lent_whole(sd, table) for table in sd._tables]
     parts = []
     for number, there, rows in places.by_table():
         table = tables[number]
         chosen = names if len(there) == len(names) else [names[at] for at in there.tolist()]
-        parts.append(_Rows(chosen, table.dtype, table.shape[1:], _TableBlocks(table, rows), sd))
+        parts.append(_Rows(chosen, table.dtype, table.shape[1:], _from_table(table, rows), sd))
     return parts
 
 
-class _TableBlocks:
-    """Gives rows of a table: where they follow each other, a view of it."""
-
-    def __init__(self, table: Tensor, rows: NDArray[np.int64]) -> None:
-        self.table = table
-        self.first = int(rows[0]) if _follow_each_other(rows) else None
-        self.rows = torch.from_numpy(rows if self.first is None else rows[:0].copy())
-
-    def __call__(self, start: int, stop: int) -> Tensor:
-        if self.first is not None:
-            return self.table[self.first + start : self.first + stop]
-        return self.table.index_select(0, self.rows[start:stop].to(self.table.device))
+def _from_table(table: Tensor, rows: NDArray[np.int64]) -> _Values:
+    """Return what gives rows of a table, as a view if they are adjacent."""
+    if _are_adjacent(rows):
+        first = int(rows[0])
+        return lambda start, stop: table[first + start : first + stop]
+    chosen = torch.from_numpy(rows)
+    return lambda start, stop: table.index_select(0, chosen[start:stop].to(table.device))
 
 
-def _follow_each_other(rows: NDArray[np.int64]) -> bool:
+def _are_adjacent(rows: NDArray[np.int64]) -> bool:
     # A part at a time: the difference of all would take as much memory as they do.
     return all(bool((np.diff(rows[at : at + PIECE + 1]) == 1).all()) for at in range(0, len(rows), PIECE))
 
 
 def _of_tensors(names: list[str], values: list[Any]) -> list[_Rows]:
-    """Describe tensors that lie by themselves, a part for each dtype, shape and device."""
-    if not names:
-        return []
-    classes = sort_tensors(values)[0]
-    kinds: dict[Any, int] = {}
-    for at in np.flatnonzero(classes < 0).tolist():
-        value = values[at]
-        if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type == "meta":
-            what = type(value).__name__ if not isinstance(value, Tensor) else f"one of {value.layout} on {value.device}"
-            raise TypeError(f"expected a dense tensor for {names[at]!r}, got {what}")
-        kind = (value.dtype, tuple(value.shape), value.device)
-        classes[at] = -1 - kinds.setdefault(kind, len(kinds))
+    """Describe tensors, a part for those of each dtype, shape and device."""
+
+    def refuse(at: int) -> None:
+        if not isinstance(values[at], Tensor):
+            raise TypeError(f"expected a dense tensor for {names[at]!r}, got {type(values[at]).__name__}")
+        refuse_unusual(names[at], values[at])
+
     parts = []
-    for _, there in partition([classes]):
-        places = there.tolist()
-        if values[places[0]].nbytes > MOST_EXPANDED:
-            for at in places:
+    for kind, there in sort_alike(values, refuse):
+        chosen = [values[at] for at in there.tolist()]
+        if chosen[0].nbytes > MOST_EXPANDED:
+            for at in there.tolist():
                 refuse_expanded(names[at], values[at])
-        first = values[places[0]]
-        chosen = [values[at] for at in places]
-        parts.append(_Rows([names[at] for at in places], first.dtype, first.shape, _ListBlocks(chosen), None))
+        parts.append(_Rows([names[at] for at in there.tolist()], kind.dtype, kind.shape, _from_list(chosen), None))
     return parts
 
 
-class _ListBlocks:
-    """Gives tensors of a list, stacked; one alone is not copied."""
-
-    def __init__(self, values: list[Tensor]) -> None:
-        self.values = values
-
-    def __call__(self, start: int, stop: int) -> Tensor:
-        chosen = self.values[start:stop]
-        return stack(chosen, chosen[0].detach()[None])
+def _from_list(values: list[Tensor]) -> _Values:
+    """Return what gives tensors of a list, stacked. A single one is not copied."""
+    return lambda start, stop: stack(values[start:stop], values[start].detach()[None])

@@ -1,20 +1,16 @@
-"""Safetensors files: one tensor after another behind a header in JSON, mapped, and written so that nothing is lost.
+"""Reads safetensors files: the header at once, the data when they are needed, as memory maps if possible.
 
-The format is that of https://github.com/huggingface/safetensors: 8 bytes with the size of the header, the header, and
-the data without gaps.
+The format is that of https://github.com/huggingface/safetensors: 8 bytes with the size of the header, the header as
+JSON, and the data without gaps.
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import mmap
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator
 from math import prod
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,51 +18,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pdrs._core import RowIndex, SafetensorsHeader, SafetensorsStack, map_over
-from pdrs._files.atomic import Progress, WholeFile, replacing
+from pdrs._files.checkpoint_file import STEP, CheckpointFile, short_name
+from pdrs._files.progress import progress
 from pdrs._torch.huge_pages import empty
 
-__all__ = [
-    "BLOCK",
-    "CODES",
-    "DTYPES",
-    "MAX_HEADER",
-    "MOST_EXPANDED",
-    "NO_FILE",
-    "PAGE",
-    "STEP",
-    "CheckpointError",
-    "NewTensor",
-    "TensorFile",
-    "as_texts",
-    "counting",
-    "has_surrogate",
-    "pieces_of",
-    "refuse_expanded",
-    "texts_of",
-    "write_tensors",
-]
+__all__ = ["CODES", "DTYPES", "PAGE", "SafetensorsFile"]
 
 PAGE = 4096
 
-# What `write_tensors` copies at once, at most, of a tensor that does not lie in one piece. Up to so much is read
-# without a progress bar.
-BLOCK = 64 << 20
-
-# A tensor whose elements share memory is written in full up to so many bytes.
-MOST_EXPANDED = 1 << 30
-
-# Tensors below this size are read; larger ones are mapped.
+# Smaller tensors are read, larger ones are mapped.
 _MAPPED = 1 << 20
 
-# What is read of a large tensor at once: enough for the disk, and little enough to be in the cache afterwards.
-STEP = 8 << 20
-
-# safetensors itself refuses headers of more than 100 MB. Half of it is for texts, at most, the rest for tensors.
-MAX_HEADER = 100_000_000
-_MAX_TEXTS = MAX_HEADER // 2
-
-# How the system says that there is no file of a name, whatever the name is.
-NO_FILE = (errno.ENOENT, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EINVAL)
+# The bytes that are read at once of rows that are copied into tables.
+_BLOCK = 64 << 20
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -92,96 +56,8 @@ DTYPES = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
-class CheckpointError(ValueError):
-    """A file is damaged, or pdrs cannot read its format.
-
-    Parameters
-    ----------
-    path
-        The file.
-    what
-        What is wrong, and where.
-    """
-
-    # By this name users know it; pickles, too.
-    __module__ = "pdrs"
-
-    def __init__(self, path: str | os.PathLike[str], what: str) -> None:
-        super().__init__(os.fspath(path), what)
-        self.path = os.fspath(path)
-        self.what = what
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.what}"
-
-
-class NewTensor(NamedTuple):
-    """A tensor that is to be written.
-
-    Parameters
-    ----------
-    name
-        Any ``str`` but ``"__metadata__"``.
-    dtype, shape
-        What it is.
-    parts
-        Its bytes in C order, in any number of parts: tensors of any device and dtype, or what has the buffer protocol
-        and lies in one piece. An iterator makes the next part when the one before has been written.
-    """
-
-    name: str
-    dtype: torch.dtype
-    shape: Sequence[int]
-    parts: Iterable[Any]
-
-    @classmethod
-    def of(cls, name: str, tensor: Tensor) -> NewTensor:
-        """Describe a tensor that is there."""
-        return cls(name, tensor.dtype, tuple(tensor.shape), (tensor,))
-
-    @property
-    def nbytes(self) -> int:
-        """The size in bytes."""
-        return prod(self.shape) * self.dtype.itemsize
-
-
-def _is_of_pdrs(key: str) -> bool:
-    """Whether a key of the metadata is kept for what pdrs itself writes there."""
-    return key == "pdrs" or key.startswith("pdrs.")
-
-
-def texts_of(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata of a file without what pdrs itself has written there."""
-    return {key: value for key, value in metadata.items() if not _is_of_pdrs(key)}
-
-
-def as_texts(metadata: Any) -> dict[str, str]:
-    """Return what a user wants to have in the metadata of a file, or say why it cannot be there."""
-    if not isinstance(metadata, Mapping):
-        raise TypeError(f"expected metadata as a mapping from str to str, got {type(metadata).__name__}")
-    texts = dict(metadata)
-    for key, value in texts.items():
-        if not isinstance(key, str) or not isinstance(value, str):
-            what = f"the key {key!r}" if not isinstance(key, str) else f"{type(value).__name__} at {key!r}"
-            raise TypeError(f"expected metadata of str to str, got {what}: write it as text, by json.dumps for example")
-        if _is_of_pdrs(key):
-            raise ValueError(f"the key {key!r} of metadata is kept for pdrs: call it otherwise")
-        if has_surrogate(key + value):
-            raise ValueError(f"expected metadata of valid Unicode, got a surrogate at {key!r}")
-    size = len(json.dumps(texts, ensure_ascii=False).encode())
-    if size > _MAX_TEXTS:
-        raise ValueError(
-            f"expected metadata of at most {_MAX_TEXTS:,} bytes, as safetensors reads no header of more than "
-            f"{MAX_HEADER:,}, got {size:,}"
-        )
-    return texts
-
-
-# -- reading -----------------------------------------------------------------------------------------------------------
-
-
-class TensorFile:
-    """A safetensors file, open for reading: the header is read, checked and kept, the data are not touched.
+class SafetensorsFile(CheckpointFile):
+    """An open safetensors file. The header is checked; the data are not read yet.
 
     Parameters
     ----------
@@ -191,60 +67,43 @@ class TensorFile:
     Raises
     ------
     CheckpointError
-        If the file is damaged, or no safetensors file.
+        If the header is damaged.
     OSError
-        If it cannot be opened.
-
-    Notes
-    -----
-    A file may be used by several threads, and as a context manager. Tensors stay what they are when it is closed, and
-    when the file is replaced by another; nobody must cut off a file that is mapped.
+        If the file cannot be opened.
     """
+
+    format = "safetensors"
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._descriptor = -1
-        # What tells the file from others, while it rests.
+        # Identifies the file while it is closed by `rest`.
         self._resting: tuple[int, ...] | None = None
         self.path = os.fspath(path)
         self._descriptor = _open(self.path)
         try:
             self.size = os.fstat(self._descriptor).st_size
-            self._read_header()
+            length = SafetensorsHeader.size(self._read(0, min(8, self.size)).tobytes(), self.size)
+            self.header = SafetensorsHeader(self._read(8, 8 + length), self.size)
+        except ValueError as error:
+            self.close()
+            raise self.error(str(error)) from None
         except BaseException:
             self.close()
             raise
-
-    def _read_header(self) -> None:
-        try:
-            length = SafetensorsHeader.size(self._read(0, min(8, self.size)), self.size)
-            self.header = SafetensorsHeader(self._read(8, 8 + length), self.size)
-        except ValueError as error:
-            raise self.error(str(error)) from None
-        self.metadata: dict[str, str] = self.header.metadata
-        """The texts of the header."""
-
-    def error(self, what: str) -> CheckpointError:
-        """Return an error about this file, to be raised."""
-        return CheckpointError(self.path, what)
+        self.metadata = self.header.metadata
 
     def close(self) -> None:
-        """Close the file; tensors that were taken from it stay valid."""
+        """Close the file."""
         descriptor, self._descriptor, self._resting = self._descriptor, -1, None
         if descriptor >= 0:
             os.close(descriptor)
 
     def rest(self) -> None:
-        """Close the file until something is read again: then it must be the same file still."""
+        """Close the file until something is read. Then it must still be the same file."""
         if self._descriptor >= 0:
-            self._resting = _identity(self._descriptor)
-            descriptor, self._descriptor = self._descriptor, -1
-            os.close(descriptor)
-
-    def __enter__(self) -> TensorFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+            identity = _identity(self._descriptor)
+            self.close()
+            self._resting = identity
 
     def __del__(self) -> None:
         self.close()
@@ -257,19 +116,14 @@ class TensorFile:
         return self.header.names()
 
     def names_ending(self, ending: str) -> list[str]:
-        """Return those names that end so, without a ``str`` for each of the others. **O(n)**."""
+        """Return the names with an ending, without a ``str`` for each of the others. **O(n)**."""
         return self.header.names_ending(ending)
 
     def __len__(self) -> int:
-        """Return the number of tensors. **O(1)**."""
         return len(self.header)
 
     def __contains__(self, name: object) -> bool:
-        """Whether there is a tensor of that name. **O(1)**."""
         return isinstance(name, str) and self.header.entry(name) is not None
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
 
     def _entry(self, name: str) -> tuple[str, tuple[int, ...], int, int]:
         entry = self.header.entry(name)
@@ -282,7 +136,7 @@ class TensorFile:
         return self._entry(name)[0]
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype; CheckpointError if torch has none like it."""
+        """Return the dtype; CheckpointError if torch does not have it."""
         return self._dtype(self.code(name))
 
     def _dtype(self, code: str) -> torch.dtype:
@@ -295,53 +149,46 @@ class TensorFile:
         return self._entry(name)[1]
 
     def offsets(self, name: str) -> tuple[int, int]:
-        """Return the first byte of a tensor and the one behind its last, counted from the beginning of the file."""
+        """Return the first byte of a tensor in the file, and its end."""
         return self._entry(name)[2:]
 
     def kinds(self) -> tuple[list[tuple[str, tuple[int, ...]]], NDArray[np.uint32]]:
-        """Return the dtypes (as the file names them) and shapes that there are, and the number of each tensor's."""
-        return self.header.kinds()
+        """Return the distinct pairs of dtype and shape, and the number of each tensor's, in order."""
+        return in_words(self.header.kinds())
 
     # -- the data ------------------------------------------------------------------------------------------------------
 
     def tensor(self, name: str) -> Tensor:
-        """Return a tensor of its own: writing to it changes neither the file nor what another call returns.
-
-        A large one (1 MiB or more) is a private map of the file: what is not touched is not read, and not in memory.
-        It has a storage of its own, so that ``torch.save`` writes no other tensor.
+        """Return a tensor with a storage of its own: a copy-on-write memory map, if it has 1 MiB or more.
 
         Raises
         ------
         KeyError
             If there is no such tensor.
         CheckpointError
-            If the file has become shorter, or torch does not have the dtype.
+            If the file has been truncated, or torch does not have the dtype.
         """
         code, shape, start, stop = self._entry(name)
-        return self.view(start, stop, self._dtype(code)).view(shape)
+        return self._mapped(start, stop, self._dtype(code)).view(shape)
 
-    def view(self, start: int, stop: int, dtype: torch.dtype = torch.uint8) -> Tensor:
-        """Return some bytes of the file as a flat tensor of its own; see :meth:`tensor`."""
-        if start == stop:
-            return torch.empty(0, dtype=dtype)
+    def _mapped(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         if stop - start < _MAPPED or start % dtype.itemsize:
-            # Also what is not aligned, as it may be in files of others.
+            # Other tools may write tensors that are not aligned.
             return self._loaded(start, stop, dtype)
         base = start - start % mmap.ALLOCATIONGRANULARITY
         return torch.frombuffer(self._map(base, stop), dtype=dtype, offset=start - base)
 
-    def load(self, name: str, see: Callable[[NDArray[np.uint8]], None] | None = None) -> Tensor:
-        """Return a tensor that lies in memory: what happens to the file afterwards does not matter.
+    def load(self, name: str, see: Callable[[NDArray[np.uint8]], object] | None = None) -> Tensor:
+        """Return a tensor in memory, which does not change with the file.
 
-        It is read straight to where it will lie: to copy it out of a map would also fault at each page of the map.
+        It is read straight into its memory. Copying it out of a map would also fault at each page of the map.
 
         Parameters
         ----------
         name
             Of the tensor.
         see
-            Is called with all bytes in order, a part at a time, while they are in the processor's cache. There is no
-            progress bar then, as whoever sees the bytes can count those of more than one tensor.
+            Is called with all bytes in order, a part at a time. Without it, there is a progress bar.
 
         Raises
         ------
@@ -353,9 +200,11 @@ class TensorFile:
         code, shape, start, stop = self._entry(name)
         return self._loaded(start, stop, self._dtype(code), see).view(shape)
 
-    def table(self, name: str, rows: int, *, loads: bool) -> Tensor:
-        """Return a tensor as :meth:`tensor` or :meth:`load` do, and so many rows: zeros follow those of the file."""
+    def table(self, name: str, *, loads: bool, rows: int | None = None) -> Tensor:
+        """Return a tensor, mapped or loaded. It has ``rows`` rows, if given: zeros follow those of the file."""
         code, shape, start, stop = self._entry(name)
+        if rows is None:
+            return self.load(name) if loads else self.tensor(name)
         size, dtype = (rows, *shape[1:]), self._dtype(code)
         before = start % mmap.ALLOCATIONGRANULARITY
         nbytes = prod(size) * dtype.itemsize
@@ -371,45 +220,44 @@ class TensorFile:
         return torch.frombuffer(room, dtype=dtype, offset=before).view(size)
 
     def _loaded(
-        self, start: int, stop: int, dtype: torch.dtype, see: Callable[[NDArray[np.uint8]], None] | None = None
+        self, start: int, stop: int, dtype: torch.dtype, see: Callable[[NDArray[np.uint8]], object] | None = None
     ) -> Tensor:
-        # What the file does not have is not asked for.
+        # Before memory is allocated for what the file does not have.
         self._check_size()
         data = empty(stop - start, dtype=torch.uint8)
         if see is not None:
             for part in self._parts(start, stop, data.numpy()):
                 see(part)
             return data.view(dtype)
-        with counting(stop - start, self.path) as count:
+        with progress(stop - start, self.path) as count:
             for part in self._parts(start, stop, data.numpy()):
                 count(len(part))
         return data.view(dtype)
 
     def parts(self, name: str) -> Iterator[NDArray[np.uint8]]:
-        """Yield the bytes of a tensor in order, each part in the memory of the one before."""
+        """Yield the bytes of a tensor in order. Each part overwrites the one before."""
         _, _, start, stop = self._entry(name)
         return self._parts(start, stop, np.empty(min(stop - start, STEP), np.uint8))
 
     def _parts(self, start: int, stop: int, memory: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
-        """Read bytes of the file into memory that is as large, or is filled again and again, and yield them."""
+        """Read bytes into memory that is as large, or is filled again and again, and yield them."""
         at, end = 0, stop - start
         while at < end:
             place = at % len(memory)
             part = memory[place : place + min(STEP, end - at)]
-            self._read_into(part.data, start + at)
+            self._read_into(part, start + at)
             at += len(part)
             yield part
 
     def tensors(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """Return many tensors, by default all, as :meth:`tensor` would; small ones share one map of the file."""
-        chosen = self.names if names is None else names
+        """Return many tensors, by default all, which share one map of the file."""
         found: dict[str, Tensor] = {}
         shared: mmap.mmap | None = None
-        for name in chosen:
+        for name in self.names if names is None else names:
             code, shape, start, stop = self._entry(name)
             dtype = self._dtype(code)
             if start == stop or start % dtype.itemsize:
-                found[name] = self.view(start, stop, dtype).view(shape)
+                found[name] = self._loaded(start, stop, dtype).view(shape)
                 continue
             if shared is None:
                 shared = self._map(0, self.size)
@@ -417,32 +265,14 @@ class TensorFile:
         return found
 
     def stacked(self, prefix: str = "", *, loads: bool = False) -> tuple[RowIndex, list[Tensor]]:
-        """Return the tensors as rows of tables, one for each dtype and shape. **O(n)**, without a tensor for each name.
-
-        Parameters
-        ----------
-        prefix
-            Takes those tensors only whose names begin so, and leaves it out of the names.
-        loads
-            Whether to read all into memory, and map nothing.
-
-        Returns
-        -------
-        index
-            The names in the order of the header, and the table and the row of each.
-        tables
-            Where the tensors of one kind lie together in the file, in any order, a private map of it; else a copy.
-
-        Raises
-        ------
-        CheckpointError
-            As for :meth:`tensor`.
-        """
+        """Return the tensors as rows of tables, without a tensor for each name. **O(n)**."""
         stack, tables = self.stack(prefix, loads=loads)
-        return RowIndex.of_ids(stack.index(), list(map(len, tables))), tables
+        index = stack.index()
+        self.refuse_empty(index)
+        return RowIndex.of_ids(index, list(map(len, tables))), tables
 
-    def stack(self, prefix: str = "", *, loads: bool = False) -> tuple[SafetensorsStack, list[Tensor]]:
-        """Return what :meth:`stacked` does, before names are made."""
+    def stack(self, prefix: str, *, loads: bool) -> tuple[SafetensorsStack, list[Tensor]]:
+        """Do what :meth:`stacked` does, before names are made."""
         stack = self.header.stack(prefix)
         tables, targets = [], []
         for code, shape, count, start in stack.tables():
@@ -451,15 +281,20 @@ class TensorFile:
                 table = empty(size, dtype=dtype)
                 targets.append(table.reshape(-1).view(torch.uint8).numpy())
             else:
-                take = self._loaded if loads else self.view
+                take = self._loaded if loads else self._mapped
                 table = take(start, start + prod(size) * dtype.itemsize, dtype).view(size)
                 targets.append(np.empty(0, np.uint8))
             tables.append(table)
         for start, stop in stack.spans(PAGE):
-            for first in range(start, stop, BLOCK):
-                block = np.frombuffer(self._read(first, min(first + BLOCK, stop)), np.uint8)
-                stack.copy_block(block, first, targets)
+            for first in range(start, stop, _BLOCK):
+                stack.copy_block(self._read(first, min(first + _BLOCK, stop)), first, targets)
         return stack, tables
+
+    def verify(self, *, keeps: Callable[[str], bool] = lambda _: False) -> bool:
+        """Return false: the format has no checksums."""
+        return False
+
+    # -- the file ------------------------------------------------------------------------------------------------------
 
     def _map(self, start: int, stop: int) -> mmap.mmap:
         self._check_size()
@@ -470,25 +305,19 @@ class TensorFile:
                 raise MemoryError(f"cannot map {stop - start} bytes of {self.path}") from error
             raise
 
-    def _read(self, start: int, stop: int) -> bytes:
+    def _read(self, start: int, stop: int) -> NDArray[np.uint8]:
+        data = np.empty(stop - start, np.uint8)
+        self._read_into(data, start)
+        return data
+
+    def _read_into(self, data: NDArray[np.uint8], start: int) -> None:
         # The system reads less than 2 GiB at once.
-        parts = []
-        while start < stop:
-            parts.append(os.pread(self._open(), stop - start, start))
-            self._check_read(len(parts[-1]), start)
-            start += len(parts[-1])
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def _read_into(self, data: memoryview, start: int) -> None:
-        while data:
-            count = os.preadv(self._open(), [data], start)
-            self._check_read(count, start)
+        while len(data):
+            count = os.preadv(self._open(), [data.data], start)
+            if count == 0:
+                self._check_size()
+                raise self.error(f"the file ends at byte {start}")
             data, start = data[count:], start + count
-
-    def _check_read(self, count: int, start: int) -> None:
-        if count == 0:
-            self._check_size()
-            raise self.error(f"the file ends at byte {start}")
 
     def _open(self) -> int:
         if self._resting is not None:
@@ -504,171 +333,21 @@ class TensorFile:
     def _check_size(self) -> None:
         size = os.fstat(self._open()).st_size
         if size < self.size:
-            raise self.error(f"the file has been cut off: it had {self.size} bytes and has {size}")
+            raise self.error(f"the file has been truncated: it had {self.size} bytes and has {size}")
 
 
-def _open(path: str | os.PathLike[str]) -> int:
-    # Read-only, and not inherited by other programs.
+def in_words(
+    kinds: tuple[list[tuple[str, tuple[int, ...]]], NDArray[np.uint32]],
+) -> tuple[list[tuple[str, tuple[int, ...]]], NDArray[np.uint32]]:
+    """Return the dtypes of headers by torch's names, or by those of the format if torch does not have them."""
+    named = [(short_name(DTYPES[code]) if code in DTYPES else code, shape) for code, shape in kinds[0]]
+    return named, kinds[1]
+
+
+def _open(path: str) -> int:
     return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
 
 
 def _identity(descriptor: int) -> tuple[int, ...]:
     found = os.fstat(descriptor)
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-
-
-# -- writing -----------------------------------------------------------------------------------------------------------
-
-
-def write_tensors(
-    path: str | os.PathLike[str],
-    metadata: Mapping[str, str],
-    tensors: Iterable[NewTensor | tuple[str, torch.dtype, Sequence[int], Iterable[Any]]],
-    *,
-    finish: Callable[[], Mapping[str, str]] | None = None,
-    sync: bool = True,
-) -> int:
-    """Write a safetensors file in the place of another, if there is one: wholly or, if anything fails, not at all.
-
-    Parameters
-    ----------
-    path
-        The file. A symbolic link stays one; see :func:`pdrs._files.atomic.replacing`.
-    metadata
-        Texts that the header is to have.
-    tensors
-        What is to be written; see :class:`NewTensor`. The header has them in this order. Their data come in the order
-        of decreasing element sizes, so that each begins at a multiple of its element size.
-    finish
-        Is called when all data have been written. What it returns replaces values in ``metadata``, which must be of the
-        same length: checksums, for example, that are computed while the parts are made.
-    sync
-        Whether to wait until the file is on the disk.
-
-    Returns
-    -------
-    int
-        The size of the file.
-
-    Raises
-    ------
-    ValueError
-        If a name is given twice or UTF-8 cannot write it, or the parts of a tensor have more or fewer bytes than its
-        shape says.
-    TypeError
-        If safetensors has no such dtype.
-    OSError
-        If the file cannot be written. After any error the old file is as it was.
-
-    Notes
-    -----
-    Extra memory: the header, and 64 MB for a part that does not lie in one piece, or lies on a device.
-
-    Examples
-    --------
-    >>> import os, tempfile, torch
-    >>> from pdrs._files.safetensors_file import NewTensor, TensorFile, write_tensors
-    >>> path = os.path.join(tempfile.mkdtemp(), "a.safetensors")
-    >>> halves = (torch.full((2, 4), float(n)) for n in range(2))
-    >>> write_tensors(path, {"format": "pt"}, [("x", torch.float32, (4, 4), halves)])
-    4160
-    >>> TensorFile(path).tensor("x")[:, 0].tolist()
-    [0.0, 0.0, 1.0, 1.0]
-
-    """
-    new = [NewTensor(*one) for one in tensors]
-    fields, starts, size = dict(metadata), _starts(new), sum(tensor.nbytes for tensor in new)
-    header = _header(fields, new, starts)
-    with replacing(path, len(header) + size, sync=sync) as file:
-        file.write(header)
-        for start, tensor in sorted(zip(starts, new, strict=True), key=lambda one: one[0]):
-            _write_parts(file, tensor, len(header) + start + tensor.nbytes)
-        if finish is not None:
-            fields.update(finish())
-            again = _header(fields, new, starts)
-            if len(again) != len(header):
-                raise ValueError("the metadata at the end need more bytes than those at the beginning")
-            file.rewrite(again, 0)
-    return len(header) + size
-
-
-def _starts(tensors: Sequence[NewTensor]) -> list[int]:
-    """Return where the data of each tensor begin: those of wide elements first, so that all are aligned."""
-    starts, end = [0] * len(tensors), 0
-    for at in sorted(range(len(tensors)), key=lambda at: -tensors[at].dtype.itemsize):
-        starts[at] = end
-        end += tensors[at].nbytes
-    return starts
-
-
-def _header(metadata: Mapping[str, str], tensors: Sequence[NewTensor], starts: Sequence[int]) -> bytes:
-    """Return the header after its size, padded with spaces to whole pages."""
-    fields: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    for tensor, start in zip(tensors, starts, strict=True):
-        if tensor.dtype not in CODES:
-            raise TypeError(f"safetensors has no dtype like {tensor.dtype}, of which {tensor.name!r} is")
-        if tensor.name in fields or tensor.name == "__metadata__":
-            raise ValueError(f"two tensors have the name {tensor.name!r}, or it is kept for metadata")
-        offsets = [start, start + tensor.nbytes]
-        fields[tensor.name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-    try:
-        text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
-    except UnicodeEncodeError as error:
-        name = next(filter(has_surrogate, chain(fields, *metadata.items())))
-        raise ValueError(f"expected keys of valid Unicode, got {name!r}, which has a surrogate") from error
-    text += b" " * (-(8 + len(text)) % PAGE)
-    return len(text).to_bytes(8, "little") + text
-
-
-def has_surrogate(text: str) -> bool:
-    """Whether UTF-8 cannot write a text."""
-    return any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def _write_parts(file: WholeFile, tensor: NewTensor, end: int) -> None:
-    for part in tensor.parts:
-        for piece in pieces_of(part) if isinstance(part, Tensor) else (part,):
-            if memoryview(piece).nbytes > end - file.position:
-                raise ValueError(f"the parts of {tensor.name!r} have more than its {tensor.nbytes} bytes")
-            file.write(piece)
-    if file.position != end:
-        missing = end - file.position
-        raise ValueError(f"the parts of {tensor.name!r} have {missing} bytes less than its {tensor.nbytes}")
-
-
-@contextmanager
-def counting(total: int, path: str) -> Iterator[Callable[[int], None]]:
-    """Give a function that is told of bytes of a file as they are read, for a progress bar if there are many."""
-    if total <= BLOCK:
-        yield lambda _: None
-        return
-    progress = Progress(total, os.path.basename(path))
-    try:
-        yield progress.add
-    finally:
-        progress.close()
-
-
-def refuse_expanded(name: str, tensor: Tensor) -> None:
-    """Raise a ValueError for a tensor that would take far more bytes in a file than it does in memory."""
-    if tensor.nbytes > MOST_EXPANDED and tensor.nbytes > tensor.untyped_storage().nbytes():
-        raise ValueError(
-            f"'{name}' is expanded from {tensor.untyped_storage().nbytes():,} to {tensor.nbytes:,} bytes, and the file "
-            "would hold them all: save what it was expanded from, or the module with torch.save"
-        )
-
-
-def pieces_of(tensor: Tensor) -> Iterator[Any]:
-    """Yield the bytes of a tensor in C order: in one piece where they lie so in memory, else copied in blocks."""
-    tensor = tensor.detach()
-    if tensor.numel() == 0:
-        return
-    there = tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
-    size = tensor.numel() * tensor.element_size()
-    if there or size <= BLOCK:
-        flat = tensor.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-        yield flat.view(torch.uint8).numpy().data
-        return
-    rows = max(1, BLOCK * len(tensor) // size)
-    for part in torch.split(tensor, rows) if len(tensor) > 1 else tensor:
-        yield from pieces_of(part)

@@ -6,7 +6,9 @@ The layout is described, written and checked in ``rust/core/src/names/codec.rs``
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,13 +20,16 @@ from torch.nn import Parameter
 from pdrs._core import IndexMap, Places, RowIndex, pack_names, unpack_names
 
 __all__ = [
+    "MOST_TIMES",
     "Header",
     "TableHeader",
+    "bytes_in",
     "bytes_of",
     "check_header",
+    "claims_too_much",
     "is_packed",
     "pack",
-    "refuse_unpaid",
+    "refuse_claim",
     "same_bytes",
     "unpack",
     "used_rows",
@@ -33,10 +38,8 @@ __all__ = [
 _MAGIC = b"pdrs\x00\x00\x00"
 _VERSION = 1
 _EXTRA_STATE = "_extra_state"
-# Rows without elements take no bytes of a file: a table may have so many, and so many more for each name.
-_EMPTY_ROWS, _EMPTY_ROWS_PER_NAME = 1 << 16, 64
-# A table may be a view that repeats its memory, if it is small.
-_UNPAID_BYTES = 64 << 20
+# What a file may claim: this many times its bytes, and this many bytes more. A row without elements counts as so many.
+MOST_TIMES, _ALLOWANCE, _EMPTY_ROW = 16, 64 << 20, 1024
 # Groups are as many as patterns, which take bytes; a larger number is no number of a group.
 _MOST_GROUPS = 1 << 31
 
@@ -160,31 +163,40 @@ def check_header(header: Header) -> None:
             raise ValueError(f"the packed names are damaged: {pattern!r} is no regular expression: {error}") from error
 
 
-def refuse_unpaid(attribute: str, table: Tensor, names: int) -> None:
-    """Refuse a table that claims more memory than its bytes: ValueError. ``names`` are those of its dictionary.
+def claims_too_much(claimed: int, present: int) -> bool:
+    """Whether tensors take so much more memory than their bytes in a file that it is most likely an attack.
 
-    What grows with the number of rows would take as much memory as a file says, however short the file is.
+    A tensor may repeat its bytes, or have zeros that are not in the file. Then a short file may claim any memory.
     """
+    return claimed > MOST_TIMES * present + _ALLOWANCE
+
+
+def bytes_in(shape: Sequence[int], dtype: torch.dtype) -> int:
+    """Return the size of a tensor in bytes."""
+    return prod(shape) * dtype.itemsize
+
+
+def refuse_claim(attribute: str, table: Tensor, names: int) -> None:
+    """Refuse a table that claims too much memory, or is not dense: ValueError. Its dictionary has so many ``names``."""
     if type(table) not in (Tensor, Parameter) or table.is_meta:
         return
     if table.layout != torch.strided:
         raise ValueError(f"the table '{attribute}' is of layout {table.layout}, and not dense")
-    if table[:1].numel() == 0 and len(table) > _EMPTY_ROWS + _EMPTY_ROWS_PER_NAME * names:
+    # A row takes memory for its number, too.
+    of_rows = 0 if table[:1].numel() else len(table) * _EMPTY_ROW
+    if claims_too_much(table.nbytes + of_rows, table.untyped_storage().nbytes() + names * _EMPTY_ROW):
         raise ValueError(
-            f"the table '{attribute}' has {len(table)} rows without elements, for {names} names: call compact() before "
-            "the dictionary is saved"
-        )
-    if table.nbytes > table.untyped_storage().nbytes() + _UNPAID_BYTES:
-        raise ValueError(
-            f"the table '{attribute}' should have {table.nbytes} bytes, and there are "
-            f"{table.untyped_storage().nbytes()}: call contiguous() before it is saved"
+            f"the table '{attribute}' of the shape {list(table.shape)} would take much more memory than its "
+            f"{table.untyped_storage().nbytes()} bytes and {names} names: call contiguous() on its Parameter, or "
+            "compact() on the dictionary, before it is saved"
         )
 
 
-def bytes_of(packed: Tensor) -> NDArray[np.uint8]:
-    """Return the bytes of a tensor, without a copy if it lies on the CPU in one piece."""
-    if packed.numel() == 0:
+def bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
+    """Return the bytes of a tensor in C order. Contiguous memory on the CPU is not copied."""
+    if tensor.numel() == 0:
         # One that came from numpy may have strides of which torch makes no view of another dtype.
         return np.empty(0, np.uint8)
-    array: NDArray[np.uint8] = packed.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    array: NDArray[np.uint8] = tensor.reshape(-1).view(torch.uint8).numpy()
     return array

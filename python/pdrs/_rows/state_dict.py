@@ -22,7 +22,7 @@ from pdrs._rows.names_codec import (
     check_header,
     is_packed,
     pack,
-    refuse_unpaid,
+    refuse_claim,
     same_bytes,
     unpack,
     used_rows,
@@ -296,7 +296,7 @@ def _index_of(sd: StackedParameterDict, names: IndexMap, header: Header, saved: 
         if table.attribute in saved:
             if table.used > len(tensor):
                 raise ValueError(f"the table '{table.attribute}' has {len(tensor)} rows, and {table.used} are in use")
-            refuse_unpaid(table.attribute, tensor, len(names))
+            refuse_claim(table.attribute, tensor, len(names))
     return RowIndex.of_ids(names, [table.used for table in header.tables])
 
 
@@ -325,7 +325,7 @@ def _fit_capacities(sd: StackedParameterDict, saved: Mapping[str, Any]) -> None:
     for number, table in enumerate(sd._tables):
         tensor = saved.get(table.attribute)
         if isinstance(tensor, Tensor) and tensor.dim() and sd._index.used(number) <= len(tensor):
-            refuse_unpaid(table.attribute, tensor, len(sd._index))
+            refuse_claim(table.attribute, tensor, len(sd._index))
             resize(sd, table, len(tensor))
 
 

@@ -162,12 +162,12 @@ fn a_header_of_an_absurd_size_is_refused_before_it_is_read() {
         (
             &[1, 0, 0, 0, 0, 0, 0, 0],
             8,
-            "the header is said to have 1 bytes, and the file has 8: it is cut off or of another kind (byte 0)",
+            "the header is said to have 1 bytes, and the file has 8: it is truncated or of another kind (byte 0)",
         ),
         (
             &[0, 0, 0, 0, 0, 0, 0, 16],
             1 << 40,
-            "the header is said to have 1152921504606846976 bytes, and the file has 1099511627776: it is cut off or of another kind (byte 0)",
+            "the header is said to have 1152921504606846976 bytes, and the file has 1099511627776: it is truncated or of another kind (byte 0)",
         ),
     ] {
         assert_eq!(Header::size(bytes, file).unwrap_err().to_string(), said);

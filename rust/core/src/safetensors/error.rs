@@ -113,7 +113,7 @@ impl fmt::Display for Fault {
             Self::TooLong { said, file } => {
                 write!(
                     f,
-                    "the header is said to have {said} bytes, and the file has {file}: it is cut off or of another kind"
+                    "the header is said to have {said} bytes, and the file has {file}: it is truncated or of another kind"
                 )
             }
             Self::NoHeader => write!(f, "no safetensors file: its header does not begin with a brace"),

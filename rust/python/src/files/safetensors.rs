@@ -6,7 +6,7 @@ use numpy::{PyArray1, PyReadonlyArray1, PyReadwriteArray1};
 use pdrs_core::safetensors::{Dtype, Fault, Header, HeaderError, HeaderWriter, METADATA, Stack};
 use pyo3::exceptions::{PyMemoryError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyDict, PyList, PyString, PyTuple};
+use pyo3::types::{PyDict, PyList, PyString, PyTuple};
 
 use crate::files::shard_index::ShardIndex;
 use crate::index_map::IndexMap;
@@ -35,8 +35,8 @@ fn unreadable(error: &HeaderError) -> PyErr {
 #[pymethods]
 impl SafetensorsHeader {
     #[new]
-    fn new(py: Python<'_>, header: &Bound<'_, PyBytes>, file_bytes: u64) -> PyResult<Self> {
-        let header = header.as_bytes();
+    fn new(py: Python<'_>, header: PyReadonlyArray1<'_, u8>, file_bytes: u64) -> PyResult<Self> {
+        let header = header.as_slice()?;
         let read = py.detach(|| Header::read(header, file_bytes));
         Ok(Self { header: Arc::new(read.map_err(|error| unreadable(&error))?) })
     }

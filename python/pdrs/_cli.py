@@ -1,7 +1,7 @@
-"""``python -m pdrs inspect|convert|verify``: checkpoints of any kind from the command line.
+"""``python -m pdrs inspect|convert|verify``: look into checkpoints of any format, convert and verify them.
 
-Exit codes: 0 if all is well, 1 if a file is damaged, missing or cannot be written, 2 if the command is not understood,
-130 if it was interrupted. If the reader of a pipe has seen enough, as `head` does, all is well.
+Exit codes: 0 for success, 1 if a file is damaged, missing or cannot be written, 2 if the command is not understood, and
+130 after an interrupt. A reader that closes the pipe, as `head` does, is no error.
 """
 
 from __future__ import annotations
@@ -27,37 +27,30 @@ from torch.nn import Module
 
 import pdrs
 from pdrs import checkpoint
-from pdrs._files.archive import Archive, write_archive
-from pdrs._files.atomic import Progress, refuse_folder, replacing
-from pdrs._files.collect import EXTRA_STATE, collect
+from pdrs._files.archive_read import Archive
+from pdrs._files.archive_write import write_archive
+from pdrs._files.atomic import refuse_folder, replacing
+from pdrs._files.checkpoint_file import CheckpointError, CheckpointFile, short_name, texts_of
+from pdrs._files.collect import collect
 from pdrs._files.named_layout import MAX_SHARD, write_named
-from pdrs._files.safetensors_file import DTYPES, CheckpointError, TensorFile, texts_of
-from pdrs._files.state_file import (
-    METADATA,
-    VERSIONS,
-    Key,
-    ShardedFile,
-    StateFile,
-    TorchFile,
-    TorchShards,
-    open_state,
-)
-from pdrs._rows.names_codec import is_packed
+from pdrs._files.open_file import Key, open_file
+from pdrs._files.progress import progress
+from pdrs._files.torch_file import METADATA, VERSIONS
 from pdrs.stacked import StackedParameterDict
 
 __all__ = ["main"]
 
-# How many names and tables are shown unless all are asked for.
+# How many names and tables are listed by default, and how many characters of a text.
 _SHOWN = 20
 _SHOWN_OF_TEXT = 200
 
-# Files of more names than this are opened as tables: a tensor for each name would take seconds and gigabytes.
+# Files with more names are opened as tables: a tensor for each name would take seconds and gigabytes.
 _MANY = 10_000
 
-# What is read at once where all of a file is read.
+# The bytes that are read at once.
 _BLOCK = 16 << 20
 
-# What shells call the end by Ctrl-C.
+# The exit code of shells after Ctrl-C.
 _INTERRUPTED = 130
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -70,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result: int = options.run(options)
         print(end="", flush=True)
     except BrokenPipeError:
-        # Whoever read the output has seen enough. Python would complain again when it closes the stream.
+        # Otherwise Python would complain again when it closes the stream.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
@@ -160,83 +153,71 @@ def _size(text: str) -> int:
 
 
 class _Contents:
-    """The names in a checkpoint, and of what kind each tensor is.
+    """The names in a checkpoint, and the dtype and shape of each.
 
     Parameters
     ----------
     names
         In order.
-    kind_of
-        The number of the kind of each.
     kinds
-        Dtypes and shapes.
+        The distinct pairs of dtype and shape.
+    kind_of
+        The number of that of each name.
     """
 
-    def __init__(self, names: list[str], kind_of: NDArray[Any], kinds: list[tuple[str, tuple[int, ...]]]) -> None:
-        self.names, self.kind_of, self.kinds = names, kind_of, kinds
-        self.bytes_of = [prod(shape) * _bits(dtype) // 8 for dtype, shape in kinds]
+    def __init__(self, names: list[str], kinds: list[tuple[str, tuple[int, ...]]], kind_of: NDArray[Any]) -> None:
+        self.names, self.kinds, self.kind_of = names, kinds, kind_of
 
     def chosen(self, prefix: str, glob: str | None) -> _Contents:
-        """Return the part whose names begin and look as given."""
+        """Return the part with names that begin with the prefix and match the glob."""
         if not prefix and glob is None:
             return self
         like = re.compile(fnmatch.translate(glob if glob is not None else "*"))
-        places = [at for at, name in enumerate(self.names) if name.startswith(prefix) and like.match(name)]
-        return _Contents([self.names[at] for at in places], self.kind_of[places], self.kinds)
+        there = [at for at, name in enumerate(self.names) if name.startswith(prefix) and like.match(name)]
+        return _Contents([self.names[at] for at in there], self.kinds, self.kind_of[there])
 
     def summary(self) -> list[dict[str, Any]]:
-        """Return how many there are of each kind, those with the most bytes first."""
+        """Return the number and bytes of the tensors of each kind, those with the most bytes first."""
         counts = np.bincount(self.kind_of.astype(np.int64), minlength=len(self.kinds)).tolist()
         found = [
-            {"dtype": dtype, "shape": list(shape), "names": count, "bytes": count * size}
-            for (dtype, shape), size, count in zip(self.kinds, self.bytes_of, counts, strict=True)
+            {"dtype": dtype, "shape": list(shape), "names": count, "bytes": count * prod(shape) * _bits(dtype) // 8}
+            for (dtype, shape), count in zip(self.kinds, counts, strict=True)
             if count
         ]
         return sorted(found, key=lambda kind: -kind["bytes"])
 
+    def entries(self, count: int) -> list[dict[str, Any]]:
+        """Describe the first names."""
+        shown = zip(self.names[:count], self.kind_of[:count].tolist(), strict=True)
+        return [
+            {"name": name, "dtype": self.kinds[kind][0], "shape": list(self.kinds[kind][1])} for name, kind in shown
+        ]
+
 
 def _bits(dtype: str) -> int:
-    # What torch does not have is named as in the file: F6_E2M3 has 6 bits, F4 has 4.
+    # torch does not have F6_E2M3, of 6 bits, or F4, of 4.
     known: torch.dtype | None = getattr(torch, dtype, None)
     return 8 * known.itemsize if known is not None else int(dtype[1])
 
 
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _has_dictionaries(file: CheckpointFile) -> bool:
+    """Whether some names have no tensors of their own, but are rows of tables."""
+    return isinstance(file, Archive) or bool(file.prefixes())
 
 
-def _is_archive(file: StateFile) -> bool:
-    return isinstance(file, TensorFile) and len(texts_of(file.metadata)) < len(file.metadata)
-
-
-def _holds_dictionaries(file: StateFile) -> bool:
-    """Whether some names have no tensors of their own, but are rows of tables: in files of others, too."""
-    names = file.names_ending(EXTRA_STATE) if isinstance(file, TensorFile) else file.names
-    return _is_archive(file) or any(name.endswith(EXTRA_STATE) and is_packed(file.tensor(name)) for name in names)
-
-
-def _contents(path: str, key: Key | None, file: StateFile) -> _Contents:
-    if _holds_dictionaries(file):
-        sd = checkpoint.open(path, key=key)
-        kinds = [(_short(table.dtype), tuple(table.shape[1:])) for table in sd.tables().values()]
-        return _Contents(list(sd), sd._index.places().tables, kinds)
-    if isinstance(file, (TensorFile, ShardedFile)):
-        kinds, kind_of = file.kinds()
-        return _Contents(file.names, kind_of, [(_torch_name(code), shape) for code, shape in kinds])
-    described = [(_short(file.dtype(name)), file.shape(name)) for name in file]
-    places = {kind: number for number, kind in enumerate(dict.fromkeys(described))}
-    return _Contents(file.names, np.array([places[kind] for kind in described], np.int64), list(places))
-
-
-def _torch_name(code: str) -> str:
-    return _short(DTYPES[code]) if code in DTYPES else code
+def _contents(path: str, key: Key | None, file: CheckpointFile) -> _Contents:
+    if not _has_dictionaries(file):
+        return _Contents(file.names, *file.kinds())
+    sd = checkpoint.open(path, key=key)
+    kinds = [(short_name(table.dtype), tuple(table.shape[1:])) for table in sd.tables().values()]
+    return _Contents(list(sd), kinds, sd._index.places().tables)
 
 
 # -- inspect -----------------------------------------------------------------------------------------------------------
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    with open_state(options.file, options.key) as file:
+    with open_file(options.file, options.key) as file:
         found = _describe(file, options)
     if options.json:
         _print_json(found)
@@ -245,60 +226,37 @@ def _inspect(options: argparse.Namespace) -> int:
     return 0
 
 
-def _describe(file: StateFile, options: argparse.Namespace) -> dict[str, Any]:
+def _describe(file: CheckpointFile, options: argparse.Namespace) -> dict[str, Any]:
     contents = _contents(options.file, options.key, file).chosen(options.prefix, options.match)
-    archive = _is_archive(file)
-    shown = len(contents.names) if options.all else _SHOWN
+    kinds = contents.summary()
     found: dict[str, Any] = {
         "path": file.path,
-        "format": "archive" if archive else _formats[type(file)],
-        "bytes": sum(os.path.getsize(path) for path in _paths(file)),
+        "format": file.format,
+        "bytes": sum(map(os.path.getsize, file.files())),
         "metadata": texts_of(file.metadata),
         "names": len(contents.names),
-        "value_bytes": sum(kind["bytes"] for kind in contents.summary()),
-        "kinds": contents.summary(),
+        "value_bytes": sum(kind["bytes"] for kind in kinds),
+        "kinds": kinds,
         "verified": None,
     }
-    if isinstance(file, (ShardedFile, TorchShards)):
+    if file.shards:
         found["shards"] = [
             {"path": shard.path, "bytes": os.path.getsize(shard.path), "names": len(shard)} for shard in file.shards
         ]
-    if archive:
-        with Archive(TensorFile(file.path)) as opened:
-            found["files"] = opened.files()
-            found["dictionaries"] = opened.dictionaries
-            found["tables"] = [
-                {"name": name, "dtype": _short(opened.dtype(name)), "shape": list(opened.shape(name))}
-                for name in opened.names
-            ]
+    if isinstance(file, Archive):
+        found["files"] = file.files()
+        found["dictionaries"] = file.dictionaries
+        found["tables"] = [
+            {"name": name, "dtype": short_name(file.dtype(name)), "shape": list(file.shape(name))} for name in file
+        ]
     if not options.no_verify and _compare(file):
         found["verified"] = True
-    found["entries"] = [
-        {"name": name, "dtype": contents.kinds[kind][0], "shape": list(contents.kinds[kind][1])}
-        for name, kind in zip(contents.names[:shown], contents.kind_of[:shown].tolist(), strict=True)
-    ]
+    found["entries"] = contents.entries(len(contents.names) if options.all else _SHOWN)
     return found
 
 
-_formats: dict[type, str] = {
-    TensorFile: "safetensors",
-    ShardedFile: "sharded safetensors",
-    TorchFile: "torch",
-    TorchShards: "sharded torch",
-}
-
-
-def _paths(file: StateFile) -> list[str]:
-    if isinstance(file, (ShardedFile, TorchShards)):
-        return [file.path, *(shard.path for shard in file.shards)]
-    if not _is_archive(file):
-        return [file.path]
-    with Archive(TensorFile(file.path)) as archive:
-        return archive.files()
-
-
 def _print_json(found: dict[str, Any]) -> None:
-    """Print JSON with an entry a line: of a million, ``json`` would take a minute to indent each number."""
+    """Print JSON with a line for each entry. ``json`` would take a minute to indent a million."""
     before, _, behind = json.dumps(found | {"entries": []}, indent=2).rpartition("[]")
     print(before, end="[")
     separator = "\n    "
@@ -344,7 +302,7 @@ def _print(found: dict[str, Any]) -> None:
 
 
 def _printable(text: str) -> str:
-    """Return a text as it is, or, if it would move the cursor or do worse, as Python writes it."""
+    """Return a text, escaped as Python does if it might move the cursor."""
     return text if text.isprintable() else repr(text)
 
 
@@ -357,14 +315,14 @@ def _bytes(count: int) -> str:
 
 
 class _Loaded(Module):
-    """Tensors that have been a state dict, and are to be one again."""
+    """A module whose state dict is given."""
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.__dict__["_state"] = state
 
     def state_dict(self, *_: Any, **__: Any) -> Any:
-        """Return them."""
+        """Return it."""
         return dict(self.__dict__["_state"])
 
 
@@ -372,91 +330,70 @@ def _convert(options: argparse.Namespace) -> int:
     refuse_folder(options.target)
     target = Path(options.target)
     layout = options.layout or ("torch" if target.suffix in (".pt", ".pth", ".bin") else "archive")
-    with open_state(options.source, options.key) as file:
+    with open_file(options.source, options.key) as file:
         _refuse_needed(target, file)
-        _compare(file)  # What is damaged must not get new checksums.
-        if layout == "archive":
-            written = {target: _save_archive(options.source, options.key, file, target)}
+        _compare(file)  # Damaged data must not get new checksums.
+        texts = texts_of(file.metadata)
+        if layout == "archive" and isinstance(file, Archive):
+            # The tables as they are. A chain of archives becomes one.
+            collected = collect(_Loaded({name: file.table(name, loads=False) for name in file}))
+            collected.dictionaries.update(file.dictionaries)
+            written = {target: write_archive(target, collected, metadata=texts)}
         else:
-            named, texts = _by_name(options.source, options.key, file), texts_of(file.metadata)
-            written = (
-                write_named(target, named, metadata=texts, max_shard_size=options.max_shard_size)
-                if layout == "named"
-                else _save_torch(target, named, texts, file.versions if isinstance(file, TorchFile) else {})
-            )
+            is_opened = len(file) > _MANY or (layout != "archive" and _has_dictionaries(file))
+            module = checkpoint.open(options.source, key=options.key) if is_opened else _Loaded(file.tensors())
+            if layout == "archive":
+                written = {target: checkpoint.save(module, target, metadata=texts)}
+            elif layout == "named":
+                written = write_named(target, module, texts, max_shard_size=options.max_shard_size)
+            else:
+                written = {target: _save_torch(target, module, texts, file.versions)}
     count, size = len(written), sum(written.values())
     print(f"{_printable(os.fspath(target))}: {layout}, {count} file{'s'[: count > 1]}, {_bytes(size)}")
     return 0
 
 
-def _refuse_needed(target: Path, file: StateFile) -> None:
-    """Refuse to write over a file without which the one that is converted cannot be opened any more."""
-    for path in _paths(file)[1:]:
+def _refuse_needed(target: Path, file: CheckpointFile) -> None:
+    """Refuse to replace a file without which the one that is converted cannot be opened."""
+    for path in file.files()[1:]:
         with suppress(FileNotFoundError):
             if os.path.samefile(path, target):
                 raise ValueError(f"{target} is {path}, which is needed to open {file.path}, and cannot be replaced")
 
 
-def _save_archive(path: str, key: Key | None, file: StateFile, target: Path) -> int:
-    texts = texts_of(file.metadata)
-    if not _is_archive(file):
-        found = checkpoint.open(path, key=key) if len(file) > _MANY else _Loaded(file.tensors())
-        return checkpoint.save(found, target, metadata=texts)
-    # As it is: a chain of archives becomes one.
-    with Archive(TensorFile(file.path)) as archive:
-        collected = collect(_Loaded({name: archive.table(name, loads=False) for name in archive.names}))
-        collected.dictionaries.update(archive.dictionaries)
-        return write_archive(target, collected, metadata=texts)
-
-
-def _by_name(path: str, key: Key | None, file: StateFile) -> StackedParameterDict | dict[str, Tensor]:
-    return checkpoint.open(path, key=key) if len(file) > _MANY or _holds_dictionaries(file) else file.tensors()
-
-
-def _save_torch(
-    target: Path, named: StackedParameterDict | dict[str, Tensor], texts: dict[str, str], versions: dict[str, Any]
-) -> dict[Path, int]:
-    state = OrderedDict(named.named_state_dict() if isinstance(named, StackedParameterDict) else named)
+def _save_torch(target: Path, module: Module, texts: dict[str, str], versions: Mapping[str, Any]) -> int:
+    named = module.named_state_dict() if isinstance(module, StackedParameterDict) else module.state_dict()
+    state = OrderedDict(named)
     if texts:
-        # As an attribute, in which torch keeps the versions of modules, too: nobody takes it for a tensor.
+        # As an attribute, like the versions of modules: it is not taken for a tensor.
         setattr(state, METADATA, texts)
     if versions:
         setattr(state, VERSIONS, versions)
     with replacing(target, sum(tensor.nbytes for tensor in state.values())) as out:
         torch.save(state, out)  # type: ignore[arg-type]  # `write` and `flush` are enough
-    return {target: out.position}
+    return out.position
 
 
 # -- verify ------------------------------------------------------------------------------------------------------------
 
 
-def _compare(file: StateFile) -> bool:
-    """Read all and compare checksums, if a file has some; whether it has."""
-    if isinstance(file, TorchFile):
-        return file.verify()
-    if _is_archive(file):
+def _compare(file: CheckpointFile) -> bool:
+    """Read all data and compare checksums; return whether there are any."""
+    if isinstance(file, Archive):
         checkpoint.verify(file.path)
         return True
-    return False
+    return file.verify()
 
 
 def _verify(options: argparse.Namespace) -> int:
-    with open_state(options.file, options.key) as file:
+    with open_file(options.file, options.key) as file:
         if _compare(file):
             print(f"{_printable(options.file)}: good, all checksums are right")
             return 0
-        # Header and size have been found to fit; what is left is to see whether the disk gives all bytes.
-        for path in _paths(file):
-            _read_through(path)
+        # The header fits the size. What is left is whether the disk gives all bytes.
+        for path in file.files():
+            with progress(os.path.getsize(path), path) as count, open(path, "rb", buffering=0) as raw:
+                while block := raw.read(_BLOCK):
+                    count(len(block))
     print(f"{_printable(options.file)}: can be read; it has no checksums")
     return 0
-
-
-def _read_through(path: str) -> None:
-    progress = Progress(os.path.getsize(path), os.path.basename(path))
-    try:
-        with open(path, "rb", buffering=0) as raw:
-            while block := raw.read(_BLOCK):
-                progress.add(len(block))
-    finally:
-        progress.close()
