@@ -212,5 +212,7 @@ for _ in range(20):
         os._exit(0)
     os.waitpid(child, 0)
 going = False
+print("done")
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=20)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr

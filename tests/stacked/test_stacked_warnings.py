@@ -7,7 +7,8 @@ all is as with Parameters, or comes again and again.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -60,6 +61,16 @@ STAYING: dict[str, Make] = {
 }
 
 
+@contextmanager
+def silence() -> Iterator[None]:
+    """Fail if a warning of ours is given."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    ours = pdrs.AbsentNamesWarning, pdrs.UntrainedTableWarning
+    assert [str(one.message) for one in caught if issubclass(one.category, ours)] == []
+
+
 def made(names: str = "abcd", capacity: int = 0) -> SD:
     sd = SD.from_tensor(list(names), torch.ones(len(names), 3))
     sd.reserve(capacity, shape=(3,))
@@ -100,8 +111,9 @@ def test_it_is_said_of_each_dictionary_and_when_a_name_is_absent_late() -> None:
 def test_nothing_is_said_where_absent_names_stay(kind: str) -> None:
     sd = made(capacity=8)
     optimizer = STAYING[kind](sd.parameters())
-    for names in ("abcd", "ab", "cd", "a", "b"):
-        step(sd, optimizer, list(names))
+    with silence():
+        for names in ("abcd", "ab", "cd", "a", "b"):
+            step(sd, optimizer, list(names))
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch's own Adagrad leaves them open
@@ -109,8 +121,9 @@ def test_nothing_is_said_where_absent_names_stay(kind: str) -> None:
 def test_nothing_is_said_of_sparse_gradients(kind: Make) -> None:
     sd = made()
     optimizer = kind(sd.parameters())
-    for names in ("abcd", "ab", "cd", "a", "b"):
-        step(sd, optimizer, list(names), sparse=True)
+    with silence():
+        for names in ("abcd", "ab", "cd", "a", "b"):
+            step(sd, optimizer, list(names), sparse=True)
 
 
 def test_it_is_said_of_momentum_that_sparse_gradients_have_too() -> None:
@@ -157,18 +170,19 @@ def test_nothing_is_said_where_all_names_are_in_every_batch(kind: str) -> None:
     sd = made(capacity=8)
     optimizer = MOVING[kind](sd.parameters())
     sd.attach_optimizer(optimizer)
-    for _ in range(3):
-        step(sd, optimizer, list(sd))
-    sd.drop(["b"])  # whose row goes on moving, and is nobody's
-    for _ in range(3):
-        step(sd, optimizer, list(sd))
-    sd["new"] = torch.ones(3)
-    sd.freeze(["a"])
-    for _ in range(3):
-        step(sd, optimizer, list(sd))
-    optimizer.zero_grad()
-    (sd.gather(list(sd)) * 0).sum().backward()  # of which every name has a gradient, and it is zero
-    optimizer.step()
+    with silence():
+        for _ in range(3):
+            step(sd, optimizer, list(sd))
+        sd.drop(["b"])  # whose row goes on moving, and is nobody's
+        for _ in range(3):
+            step(sd, optimizer, list(sd))
+        sd["new"] = torch.ones(3)
+        sd.freeze(["a"])
+        for _ in range(3):
+            step(sd, optimizer, list(sd))
+        optimizer.zero_grad()
+        (sd.gather(list(sd)) * 0).sum().backward()  # of which every name has a gradient, and it is zero
+        optimizer.step()
 
 
 def test_of_very_many_names_some_are_looked_at() -> None:
@@ -229,21 +243,23 @@ def test_nothing_is_said_where_something_trains_the_tables(how: str) -> None:
     own = SGD(sd.parameters(), lr=0.01) if how.startswith("its own") else None
     if how == "frozen":
         sd.requires_grad_(False)
-    for number in range(8):
-        train_beside(sd, optimizer, head, 1, zero=True)
-        if own is not None and (number == 6 or how == "its own optimizer"):
-            own.step()
-        if how == "by hand":
-            with torch.no_grad():
-                for table in sd.parameters():
-                    table -= 0.01 * table.grad
+    with silence():
+        for number in range(8):
+            train_beside(sd, optimizer, head, 1, zero=True)
+            if own is not None and (number == 6 or how == "its own optimizer"):
+                own.step()
+            if how == "by hand":
+                with torch.no_grad():
+                    for table in sd.parameters():
+                        table -= 0.01 * table.grad
 
 
 def test_nothing_is_said_of_a_gradient_that_is_left_from_before() -> None:
     sd, head = made(), nn.Linear(4, 1)
     sd.gather(["a"]).sum().backward()
     optimizer = SGD(head.parameters(), lr=0.1)
-    for _ in range(6):
-        optimizer.zero_grad()
-        head(torch.ones(1, 4)).sum().backward()
-        optimizer.step()
+    with silence():
+        for _ in range(6):
+            optimizer.zero_grad()
+            head(torch.ones(1, 4)).sum().backward()
+            optimizer.step()
