@@ -113,7 +113,7 @@ def _of_parameter_dict(
         held = RowIndex.of_ids(packed, [table.used for table in old.tables]).places(names)
         old_tables, old_rows = held.tables, held.rows
         numbers = {table.attribute: number for number, table in enumerate(old.tables)}
-    table_of, row_of = np.empty(len(values), np.int64), np.empty(len(values), np.int64)
+    tables_of, rows_of = np.empty(len(values), np.int64), np.empty(len(values), np.int64)
     tables: list[TableHeader] = []
     taken = set(state)
     kinds = sort_by_kind(values, lambda at: refuse_unusual(prefix + names[at], values[at]))
@@ -134,10 +134,10 @@ def _of_parameter_dict(
             for row, value in zip(rows.tolist(), chosen, strict=True):
                 ordered[row] = value
             chosen, is_alike = ordered, is_alike and chosen[-1].device.type == "cpu"
-        table_of[there], row_of[there] = number, rows
+        tables_of[there], rows_of[there] = number, rows
         tables.append(TableHeader(attribute, 0, kind.trainable, used))
         yield NewTensor(prefix + attribute, kind.dtype, (used, *kind.shape), _stacked(chosen, is_alike))
-    yield NewTensor.of(prefix + EXTRA_STATE, pack(index, Header(tuple(tables)), Places.of(table_of, row_of)))
+    yield NewTensor.of(prefix + EXTRA_STATE, pack(index, Header(tuple(tables)), Places.of(tables_of, rows_of)))
 
 
 def _free(name: str, prefix: str, taken: set[str]) -> str:

@@ -103,7 +103,7 @@ def _takes_tables(sd: StackedParameterDict, saved: PackedDictionary, sees_names:
     """Return whether a dictionary takes over the tables of a file, or else loads its entries by name.
 
     What a StackedParameterDict saved is taken over. What a ParameterDict saved is loaded by name, as from its state
-    dict, unless that is the same: if each name has the dtype, the shape and the flag that it has in the file.
+    dict. It is taken over only if that is the same: each name has the dtype, shape and flag that it has in the file.
     """
     if not len(sd) or saved.checkpoint.dictionaries.get(saved.prefix) != "ParameterDict":
         return True

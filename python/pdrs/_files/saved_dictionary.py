@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from pdrs._core import IndexMap, Places, RowIndex, slab_views
 from pdrs._files.checkpoint_file import EXTRA_STATE, CheckpointError, CheckpointFile
 from pdrs._files.collect import sort_alike
-from pdrs._rows.names_codec import Header, TableHeader, check_header, refuse_claim, unpack
+from pdrs._rows.names_codec import Header, TableHeader, check_header, claims_too_much, refuse_claim, unpack
 from pdrs._rows.table import Kind
 from pdrs._rows.write import scatter
 from pdrs.parameter_dict import ParameterDict
@@ -123,12 +123,14 @@ class PackedDictionary(SavedDictionary):
 
     @property
     def index(self) -> RowIndex:  # type: ignore[override]  # read-only
-        """The names, and the place of each. All tables must have the rows that it needs."""
+        """The names, and the place of each."""
         if self._index is None:
-            for number in range(len(self.header.tables)):
-                self.table(number)
+            used = [table.used for table in self.header.tables]
+            if claims_too_much(sum(used), self._names):
+                for number in range(len(used)):
+                    self.table(number)
             try:
-                self._index = RowIndex.of_ids(self._packed, [table.used for table in self.header.tables])
+                self._index = RowIndex.of_ids(self._packed, used)
             except ValueError as error:
                 raise self._damaged(error) from error
         return self._index
