@@ -28,6 +28,7 @@ __all__ = [
     "NoMemory",
     "PackedNames",
     "PackedTable",
+    "StateKey",
     "assert_consistent",
     "frozen_names",
     "held_tensors",
@@ -191,6 +192,23 @@ class At:
         """Return the first and the last event of each place."""
         lasts = dict(zip(self.places, range(len(self.places)), strict=True))
         return sorted({*self.firsts(), *lasts.values()})
+
+
+class StateKey:
+    """A key of the state of an optimizer, with which Python code runs in the midst of a change that was planned.
+
+    All have one hash, so that Python asks them whether they are equal when the state is exchanged.
+    """
+
+    asked: Callable[[], object] | None = None
+
+    def __hash__(self) -> int:
+        return 1
+
+    def __eq__(self, other: object) -> bool:
+        if StateKey.asked is not None:
+            StateKey.asked()
+        return self is other
 
 
 class NoMemory(TorchDispatchMode):

@@ -6,7 +6,6 @@ which was caught half-way through a change; one that takes the lock away from th
 
 from __future__ import annotations
 
-import _thread
 import os
 import signal
 import subprocess
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 import pdrs
-from pdrs._core import in_one_step
+from observed import StateKey
 
 SD = pdrs.StackedParameterDict
 
@@ -113,19 +112,25 @@ def test_a_child_of_a_child_is_not_stopped_by_what_either_left() -> None:
         assert in_child(check)
 
 
-def test_a_dictionary_that_was_caught_half_way_says_so_in_the_child() -> None:
+def test_a_dictionary_that_was_caught_half_way_says_so_in_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
     sd, other = numbered(), numbered()
-    begun, go = _thread.allocate_lock(), _thread.allocate_lock()
-    begun.acquire()
-    go.acquire()
+    keys = [StateKey(), StateKey()]
+    optimizer = torch.optim.SGD(sd.parameters())
+    sd.attach_optimizer(optimizer, initial_state=dict.fromkeys(keys, 0.0))
+    optimizer.state[sd.table((2,))] = {key: torch.ones(3, 2) for key in keys}
+    begun, go = threading.Event(), threading.Event()
 
-    def change() -> None:
-        with sd._lock.change():
-            in_one_step([begun.release, go.acquire])
+    def wait() -> None:
+        try:
+            sd["a"]
+        except RuntimeError:  # nobody is let in, because the change is being made
+            begun.set()
+            go.wait(60)
 
-    thread = threading.Thread(target=change)
+    monkeypatch.setattr(StateKey, "asked", wait)
+    thread = threading.Thread(target=sd.update, args=({"new": torch.ones(2)},))  # for which the table grows
     thread.start()
-    begun.acquire()
+    assert begun.wait(60)
 
     def check() -> bool:
         for use in (lambda: sd["a"], lambda: sd.pop("a"), lambda: sd.state_dict(), lambda: sd.copy()):
@@ -136,9 +141,9 @@ def test_a_dictionary_that_was_caught_half_way_says_so_in_the_child() -> None:
     try:
         assert in_child(check)
     finally:
-        go.release()
+        go.set()
         thread.join()
-    assert sd["a"].tolist() == [0.0, 1.0]  # in the parent, the change was made
+    assert list(sd) == ["a", "b", "c", "new"]  # in the parent, the change was made
 
 
 def test_the_thread_that_forks_goes_on_with_what_it_was_at() -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import pdrs
-from observed import At, assert_consistent
+from observed import At, StateKey, assert_consistent
 
 SD = pdrs.StackedParameterDict
 
@@ -96,27 +96,13 @@ def test_init_cannot_change_the_dictionary(change: str) -> None:
     CHANGES[change](sd)  # afterwards it can be changed
 
 
-class Key:
-    """A key of the state of an optimizer. All have one hash, so that Python asks them whether they are equal."""
-
-    asked: Callable[[], None] | None = None
-
-    def __hash__(self) -> int:
-        return 1
-
-    def __eq__(self, other: object) -> bool:
-        if Key.asked is not None:
-            Key.asked()
-        return self is other
-
-
 @pytest.mark.parametrize("use", sorted(ALL.keys() - {"in"}))  # which asks one thing, and is always answered
 def test_python_code_in_the_middle_of_a_step_gets_an_error_and_the_change_is_made(
     use: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sd, errors = numbered(), list[str]()
     optimizer = torch.optim.SGD(sd.parameters())
-    sd.attach_optimizer(optimizer, initial_state=dict.fromkeys(keys := [Key(), Key()], 0.0))
+    sd.attach_optimizer(optimizer, initial_state=dict.fromkeys(keys := [StateKey(), StateKey()], 0.0))
     optimizer.state[sd.table((2,))] = {key: torch.ones(4, 2) for key in keys}
 
     def intrude() -> None:
@@ -126,7 +112,7 @@ def test_python_code_in_the_middle_of_a_step_gets_an_error_and_the_change_is_mad
             if "what runs in the middle of a change" in str(error):
                 errors.append(use)
 
-    monkeypatch.setattr(Key, "asked", intrude)
+    monkeypatch.setattr(StateKey, "asked", intrude)
     sd.update({"new": torch.ones(2), "newer": torch.ones(2)})  # the table grows, and the state with it
     monkeypatch.undo()
     assert errors
