@@ -39,7 +39,7 @@ def none():
 
 def seen(made):
     if isinstance(made, SD):
-        return len(made), made._index.used(0) if made.tables() else 0, len(made._index)
+        return len(made), made.extra_repr(), [len(table) for table in made.parameters()]
     if isinstance(made, pdrs.ParameterDict):
         assert list(made) == list(made._parameters)
         return len(made), made[names[2500]]._cdata, next(made.parameters()).dtype
