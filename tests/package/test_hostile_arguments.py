@@ -65,12 +65,6 @@ NAMES_OF: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def one_table() -> RowIndex:
-    index = RowIndex()
-    index.add_table()
-    return index
-
-
 HOSTILE = [GivesItself, GivesAnother, GivesText, Mock]
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 import pdrs
-from pdrs import IndexMap
+from pdrs import IndexMap, _pickle
 
 SD = pdrs.StackedParameterDict
 PD = pdrs.ParameterDict

@@ -347,3 +347,24 @@ def test_strict_fails_if_a_bound_is_not_met(
     assert "| above           | 4 of 9 |     3 | **no** |" in capsys.readouterr().out
     assert shape.main(["--x"]) == 0
     assert capsys.readouterr().out == "here\n"
+
+
+# -- this code base ----------------------------------------------------------------------------------------------------
+
+
+def test_no_files_of_pdrs_import_each_other_in_a_circle() -> None:
+    found = imports_of(shape.PACKAGE)
+    assert len(found) > 100
+    assert circles(found) == []
+
+
+def test_only_the_allowed_imports_of_pdrs_are_against_the_layer_rule() -> None:
+    found = {(each.source, each.function, each.target) for each in against_layers(imports_of(shape.PACKAGE))}
+    assert found == shape.ALLOWED
+
+
+def test_the_layer_rule_knows_the_files_of_pdrs_and_no_others() -> None:
+    modules = modules_of(shape.PACKAGE)
+    assert without_layer(modules) == []
+    parts = {name.split(".")[1] for name in modules if "." in name}
+    assert {name for names in shape.LAYERS for name in names} == {*parts, "__init__"}
