@@ -5,6 +5,7 @@ The functions take the dictionary whose tables they are about.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from pdrs._core import Lock
 from pdrs._rows import optimizer_state, step_warnings
 from pdrs._rows.optimizers import attached
 from pdrs._rows.table import Kind, Table, kind_of, mask_device, parameter_of
@@ -21,6 +23,13 @@ from pdrs._torch.untraced import untraced
 
 if TYPE_CHECKING:
     from pdrs.stacked import StackedParameterDict
+
+if hasattr(os, "register_at_fork"):  # Windows has none
+    os.register_at_fork(
+        before=Lock.before_fork,
+        after_in_parent=Lock.after_fork_in_parent,
+        after_in_child=Lock.after_fork_in_child,
+    )
 
 _Target = Callable[[torch.dtype, torch.device], tuple[torch.dtype, torch.device]]
 

@@ -53,7 +53,9 @@ pub fn diff(old: &[u8], new: &[u8]) -> Result<Vec<u8>> {
         bytes.extend(positions.iter().flat_map(|at| at.to_le_bytes()));
         bytes.resize(bytes.len().next_multiple_of(8), 0);
     }
-    ids.iter().for_each(|id| put(&mut bytes, *id));
+    for id in ids {
+        put(&mut bytes, id);
+    }
     let added = || after.iter().skip(kept);
     let added_ids: Vec<u64> = memory::collect(added().map(|(_, id)| id))?;
     let mut encoder = Encoder::new(&header, added_ids.len(), Some(added_ids.into_iter()), 0)?;

@@ -233,6 +233,7 @@ impl Place {
     }
 
     /// The next value, if its key is this very object; `None` inside otherwise.
+    #[allow(clippy::option_option, reason = "the end of the dict, and another key, are two things")]
     #[inline]
     pub(crate) fn step_to<'py>(
         &mut self,

@@ -80,6 +80,7 @@ pub(crate) struct Torch {
     is_neg: Py<PyAny>,
 }
 
+#[allow(clippy::unused_self, reason = "who has a `Torch` has found the torch that these ask")]
 impl Torch {
     pub(crate) fn get(py: Python<'_>) -> PyResult<&'static Self> {
         static TORCH: PyOnceLock<Torch> = PyOnceLock::new();
