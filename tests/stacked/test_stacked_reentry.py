@@ -7,6 +7,7 @@ is off after `gc.disable()` and `gc.enable()` of other threads; a read that is r
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sys
 from collections.abc import Callable, Iterator
@@ -214,4 +215,27 @@ def test_a_row_that_moves_while_it_is_looked_up_is_looked_up_again(
             row = read(sd)
         assert row.tolist() == [14.0, 15.0], place
         assert sd.indices(["k7"]).tolist() != [7]
+        fits(sd)
+
+
+@pytest.mark.parametrize("change", ["set", "set an old one", "pop", "popitem"])
+def test_names_that_are_loaded_in_the_middle_of_a_change_keep_their_rows(change: str) -> None:
+    def prepared() -> SD:
+        sd = numbered(6)
+        sd.attach_optimizer(torch.optim.SGD(sd.parameters()))
+        sd.pop("k0")
+        return sd
+
+    other = prepared()
+    other.drop(["k1", "k5"])  # else who loads names alone would find them with rows of zeros
+    other.compact()
+    names_in_other_rows = other.get_extra_state()
+    sd = prepared()
+    with At() as steps:
+        CHANGES[change](sd)
+    assert steps.places
+    for step in range(len(steps.places)):
+        sd = prepared()
+        with contextlib.suppress(RuntimeError, KeyError), At(step, partial(sd.set_extra_state, names_in_other_rows)):
+            CHANGES[change](sd)
         fits(sd)

@@ -43,6 +43,12 @@ impl<'a, 'py> Stacked<'a, 'py> {
         Ok(self.part(intern!(self.py(), "_index"))?.cast_into()?)
     }
 
+    /// Whether the rows of all names are where they were when this was counted, and the index is the same.
+    fn is_as_counted(&self, moves: u64) -> PyResult<bool> {
+        // Python code may have loaded other names: then there is another index, which never counts the same.
+        Ok(self.index()?.get().lock(self.py()).moves() == moves)
+    }
+
     fn tables(&self) -> PyResult<Bound<'py, PyList>> {
         Ok(self.part(intern!(self.py(), "_tables"))?.cast_into()?)
     }
@@ -138,7 +144,7 @@ fn replace(
             let fits = matches!(value.fits(torch, &parameter, false)?, Fit::Rows(_));
             // Python code has run that may have moved the row.
             one_step(py, || {
-                let is_there = index.lock(py).moves() == moves;
+                let is_there = stacked.is_as_counted(moves)?;
                 let set = fits && is_there && value.write(torch, &parameter, place.row())?;
                 if set {
                     index.lock(py).note_set();
@@ -187,11 +193,14 @@ fn insert(
             return Ok(false);
         }
         return one_step(py, || {
+            // Python code has run that may have moved rows, given this one, or inserted the name.
+            if !stacked.is_as_counted(moves)? {
+                return Ok(false);
+            }
             {
-                // Python code has run that may have moved rows, given this one, or inserted the name.
                 let mut state = index.lock(py);
                 let is_next = state.next_row(number, capacity).is_some_and(|(next, _)| next == row);
-                if state.moves() != moves || !is_next || state.names().contains(&Query::from(name)) {
+                if !is_next || state.names().contains(&Query::from(name)) {
                     return Ok(false);
                 }
                 state.reserve_one().or_raise()?;
@@ -215,8 +224,8 @@ pub(crate) fn pop_entry_row<'py>(
     let stacked = Stacked::new(stacked)?;
     let lock: Holding<'py> = Lock::hold(stacked.lock()?)?;
     lock.lock().refuse_change()?;
-    let index = stacked.index()?;
     loop {
+        let index = stacked.index()?;
         let Some(place) = index.get().place(&name) else {
             return Ok(None);
         };
@@ -237,8 +246,8 @@ pub(crate) fn pop_end_entry_row<'py>(
     let stacked = Stacked::new(stacked)?;
     let lock: Holding<'py> = Lock::hold(stacked.lock()?)?;
     lock.lock().refuse_change()?;
-    let index = stacked.index()?;
     loop {
+        let index = stacked.index()?;
         let end = {
             let state = index.get().lock(py);
             let end = if last { state.names().last() } else { state.names().first() };
@@ -299,7 +308,7 @@ fn take_row<'py>(
     };
     let mut given = Vec::with_capacity(calls.len());
     let removed = one_step(py, || {
-        if index.lock(py).moves() != moves {
+        if !stacked.is_as_counted(moves)? {
             return Ok(None);
         }
         let removed = remove(py).or_raise()?;
