@@ -658,7 +658,10 @@ class RowIndex:
     def places(self, names: Iterable[str] = ...) -> Places:
         """Return the places of names; by default of all, in order. **O(m)**, several times less than ``m`` look-ups."""
     def entries(self, *, reverse: bool = False) -> Iterator[tuple[str, int, int]]:
-        """Iterate over name, table and row, in order. RuntimeError if names come, go or are moved meanwhile."""
+        """Iterate over name, table and row, in order. RuntimeError if names come or go, or their order changes.
+
+        A row that moves meanwhile is given as it is then.
+        """
     def names(self) -> list[str]:
         """Return all names in order. **O(n)**."""
     def missing(self, names: Iterable[str]) -> list[str]:

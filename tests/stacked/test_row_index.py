@@ -11,6 +11,7 @@ import copy
 import gc
 import pickle
 from collections.abc import Callable
+from itertools import repeat
 from pickle import UnpicklingError
 from types import SimpleNamespace
 from typing import Any
@@ -241,6 +242,7 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[RowIndex], Any]]] = {
     "no place": (ValueError, "name 0", lambda index: RowIndex.of(["a"], places_of([(-1, -1)]), [1])),
     "too many rows": (ValueError, "at most", lambda index: RowIndex.of([], places_of([]), [1 << 40])),
     "negative rows": (ValueError, "0 or more", lambda index: RowIndex.of([], places_of([]), [-1])),
+    "tables without end": (ValueError, "at most 8388608 t", lambda index: RowIndex.of([], places_of([]), repeat(0))),
     "fewer places": (ValueError, "got 3 names and 1 places", lambda index: index.plan_places(places_of([(0, 0)]), [3])),
     "more tables": (ValueError, "for 1 tables", lambda index: index.plan_places(index.places(), [3, 0])),
     "no table": (IndexError, "no table 7", lambda index: index.plan_insert(["x"], np.array([7]))),

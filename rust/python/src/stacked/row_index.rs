@@ -6,7 +6,7 @@
 use std::sync::{Mutex, MutexGuard};
 
 use numpy::{PyArray1, PyReadonlyArray1};
-use pdrs_core::{IndexMap as Map, Place, Places as Found, Plan, Refusal, RowIndex as Index, Rows};
+use pdrs_core::{Error, IndexMap as Map, MAX_TABLES, Place, Places as Found, Plan, Refusal, RowIndex as Index, Rows};
 use pyo3::exceptions::{PyIndexError, PyKeyError, PyOverflowError, PyRuntimeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -44,6 +44,9 @@ fn to_entry_names(names: &Bound<'_, PyAny>) -> PyResult<Vec<Name>> {
 fn to_counts(used: &Bound<'_, PyAny>) -> PyResult<Vec<u64>> {
     let mut counts = Vec::new();
     for used in used.try_iter()? {
+        if counts.len() == MAX_TABLES {
+            return Err(memory::refused(Error::Tables { limit: MAX_TABLES }));
+        }
         let used: i64 = used?.extract()?;
         let refused = || PyValueError::new_err(format!("the rows of a table must be 0 or more, got {used}"));
         memory::push(&mut counts, u64::try_from(used).map_err(|_| refused())?)?;
