@@ -39,7 +39,8 @@ def none():
 
 def seen(made):
     if isinstance(made, SD):
-        return len(made), made.extra_repr(), [len(table) for table in made.parameters()]
+        # A table may have grown before there was no memory for the rest.
+        return len(made), hash(tuple(made)), list(made.tables()), float(made.norms().sum()) if len(made) else 0.0
     if isinstance(made, pdrs.ParameterDict):
         assert list(made) == list(made._parameters)
         return len(made), made[names[2500]]._cdata, next(made.parameters()).dtype
