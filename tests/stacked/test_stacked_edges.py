@@ -383,7 +383,7 @@ def test_names_that_are_damaged_at_the_beginning_are_no_entries(there: list[str]
 def test_half_of_a_surrogate_pair_in_the_name_of_an_attribute_is_named(tmp_path: Any) -> None:
     module = torch.nn.Module()
     module.register_parameter("x\ud800", Parameter(torch.ones(2)))
-    with pytest.raises(ValueError, match=r"^expected keys of valid Unicode, got 'x\\ud800', which has a surrogate$"):
+    with pytest.raises(ValueError, match=r"^expected names of valid Unicode, got 'x\\ud800', which has a surrogate$"):
         pdrs.save(module, tmp_path / "model.safetensors")
     assert list(tmp_path.iterdir()) == []
 
