@@ -317,6 +317,29 @@ def test_processes_that_save_the_same_file_at_once_do_not_disturb_each_other(pat
     assert beside(path) == []
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_that_goes_before_it_is_checked_is_not_one_that_must_not_be_written(
+    replaced: bool, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may = os.access
+    asked = []
+
+    def access(*arguments: Any) -> bool:
+        asked.append(arguments)
+        if len(asked) > 1:
+            return may(*arguments)
+        path.rename(path.with_suffix(".old"))
+        answer = may(*arguments)
+        if replaced:
+            path.write_bytes(b"by another process")
+        return answer
+
+    monkeypatch.setattr(os, "access", access)
+    save(version(2), path)
+    assert len(asked) == 1 + replaced
+    assert version_in(path) == 2
+
+
 def test_what_somebody_is_writing_is_not_removed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     really, held, released = os.fsync, threading.Event(), threading.Event()
 

@@ -190,7 +190,11 @@ def _mode_of(target: Path) -> int | None:
     if not stat.S_ISREG(found.st_mode):
         raise OSError(errno.EINVAL, "not an ordinary file, so it cannot be replaced")
     if not os.access(target, os.W_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        # Another process may have removed or replaced it since `stat`: then it was not this file that was refused.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(found, target.stat()):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return _mode_of(target)
     return stat.S_IMODE(found.st_mode)
 
 
