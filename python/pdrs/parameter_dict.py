@@ -681,6 +681,9 @@ class ParameterDict(torch.nn.ParameterDict):
 
     def _traced_keys(self) -> tuple[str, ...]:
         """Give the keys to torch.compile: constants, guarded by the fingerprint of the index."""
+        # Before 2.14, torch checks no guard below a module while no dict that it guards has changed. An entry that
+        # comes, goes or moves changes one of these, or `__dict__`.
+        len(self._parameters), len(self._buffers), len(self._modules)
         return self._constant_keys(self._keys._fingerprint)
 
     def _constant_keys(self, fingerprint: str) -> tuple[str, ...]:
