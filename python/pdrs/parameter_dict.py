@@ -48,8 +48,6 @@ __all__ = ["ParameterDict"]
 # A repr longer than this shows its two ends only.
 _REPR_WHOLE = 100
 _REPR_END = 10
-# What `use_native_slots` makes native.
-_NATIVE = ("__getitem__", "__setitem__", "__delitem__", "__contains__", "__len__")
 
 
 class _Kind(NamedTuple):
@@ -107,7 +105,7 @@ class ParameterDict(torch.nn.ParameterDict):
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
         cls._is_read_directly = own_functions.is_read_directly(cls)
-        if all(getattr(cls, name) is getattr(ParameterDict, name) for name in _NATIVE):
+        if all(getattr(cls, name) is function for name, function in _NATIVE.items()):
             use_native_slots(cls, Parameter)
 
     def __init__(self, parameters: Any = None) -> None:
@@ -718,6 +716,10 @@ def _to_leaf_parameter(key: str, value: Tensor) -> Parameter:
     return parameter
 
 
+# What `use_native_slots` makes native. A class that has inherited a patch of one has Python functions only.
+_NATIVE = {
+    name: vars(ParameterDict)[name] for name in ("__getitem__", "__setitem__", "__delitem__", "__contains__", "__len__")
+}
 use_native_slots(ParameterDict, Parameter)
 own_functions.watch(ParameterDict)
 usual_applies.append(ParameterDict._apply)

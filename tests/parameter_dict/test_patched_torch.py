@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -239,6 +240,17 @@ def test_a_patch_with_the_name_of_what_it_wraps_is_seen() -> None:
         patch.setattr(nn.Module, "register_parameter", register_parameter)
         pdrs.ParameterDict({"a": ZERO})
     assert log == ["a"]
+
+
+def test_a_subclass_made_under_a_patch_of_len_asks_the_patch() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pdrs.ParameterDict, "__len__", MagicMock(return_value=7))
+
+        class Late(pdrs.ParameterDict):
+            pass
+
+        assert len(Late()) == 7
+    assert len(Late({"a": ZERO})) == 1
 
 
 @contextmanager
