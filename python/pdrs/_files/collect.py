@@ -24,13 +24,13 @@ from pdrs._files.safetensors_write import (
     Blocks,
     NewTensor,
     blocks_of,
+    on_host,
     refuse_dtype,
     refuse_expanded,
     refuse_unusual,
 )
 from pdrs._rows.names_codec import MOST_TIMES, Header, TableHeader, is_packed, pack, unpack, used_rows
 from pdrs._rows.table import Kind
-from pdrs._rows.write import stack
 from pdrs.parameter_dict import ParameterDict
 
 __all__ = ["Collected", "collect", "sort_alike", "sort_by_kind"]
@@ -211,7 +211,6 @@ def _stacked(values: list[Tensor], is_alike: bool) -> Blocks:
                 yield from blocks_of(value)
             return
         for start in range(0, len(values), count):
-            chunk = values[start : start + count]
-            yield from blocks_of(stack(chunk, chunk[0].detach()[None]))
+            yield from blocks_of(on_host(values[start : start + count]))
 
     return blocks

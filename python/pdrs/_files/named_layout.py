@@ -31,13 +31,13 @@ from pdrs._files.safetensors_write import (
     blocks_of,
     has_surrogate,
     json_bytes,
+    on_host,
     refuse_dtype,
     refuse_expanded,
     refuse_unusual,
 )
 from pdrs._files.shards import PIECE, remove_interrupted, replacing_file, replacing_shards
 from pdrs._rows.room import lent_whole
-from pdrs._rows.write import stack
 from pdrs.stacked import StackedParameterDict
 
 __all__ = ["MAX_SHARD", "write_named"]
@@ -258,4 +258,4 @@ def _of_tensors(names: list[str], values: list[Any]) -> list[_Rows]:
 
 def _from_list(values: list[Tensor]) -> _Values:
     """Return what gives tensors of a list, stacked. A single one is not copied."""
-    return lambda start, stop: stack(values[start:stop], values[start].detach()[None])
+    return lambda start, stop: on_host(values[start:stop])

@@ -23,6 +23,7 @@ from pdrs._files.checkpoint_file import is_reserved
 from pdrs._files.safetensors_file import CODES, PAGE
 from pdrs._moves.staging import download
 from pdrs._rows.names_codec import bytes_of
+from pdrs._rows.write import rows_in, stack
 
 __all__ = [
     "BLOCK",
@@ -34,6 +35,7 @@ __all__ = [
     "blocks_of",
     "has_surrogate",
     "json_bytes",
+    "on_host",
     "refuse_dtype",
     "refuse_expanded",
     "refuse_unusual",
@@ -187,20 +189,25 @@ def blocks_of(tensor: Tensor) -> Iterator[NDArray[np.uint8]]:
         for part in torch.split(tensor, rows) if len(tensor) > 1 else tensor:
             yield from blocks_of(part)
         return
-    data = bytes_of(_on_host(tensor))
+    data = bytes_of(tensor if tensor.device.type != "cuda" else on_host([tensor]))
     for start in range(0, len(data), BLOCK):
         yield data[start : start + BLOCK]
 
 
-def _on_host(tensor: Tensor) -> Tensor:
-    """Return a tensor on the CPU, from a CUDA device through page-locked memory."""
-    groups, _ = group_tensors([tensor], keep_strides=False) if tensor.device.type == "cuda" else ([], [])
-    if not groups:
-        return tensor.cpu().resolve_conj().resolve_neg()
-    slab = torch.empty(groups[0].length, dtype=tensor.dtype, device="cpu")
+def on_host(values: list[Tensor]) -> Tensor:
+    """Return tensors of one dtype, shape and device on the CPU, ``[len(values), *shape]``.
+
+    From a CUDA device they come through page-locked memory.
+    """
+    if values[0].device.type != "cuda":
+        return stack(values, values[0].detach()[None]).cpu()
+    groups, unusual = group_tensors(values, keep_strides=False)
+    if unusual or len(groups) != 1:
+        return torch.stack([value.detach().cpu() for value in values])
+    slab = torch.empty(groups[0].length, dtype=values[0].dtype, device="cpu")
     whole = groups[0].slab()
-    download(groups[0], [tensor.reshape(-1)] if whole is None else whole, slab)
-    return slab[: tensor.numel()]
+    download(groups[0], [value.detach().reshape(-1) for value in values] if whole is None else whole, slab)
+    return rows_in(slab, groups[0].offsets, values[0].numel())
 
 
 def refuse_unusual(name: str, value: Tensor) -> None:

@@ -15,7 +15,17 @@ from pdrs._core import group_tensors, zero_rows
 from pdrs._torch import huge_pages
 from pdrs._torch.transaction import Changes
 
-__all__ = ["by_bits", "copy_in_pieces", "note_rows", "note_zeros", "scatter", "share_memory", "stack", "write_rows"]
+__all__ = [
+    "by_bits",
+    "copy_in_pieces",
+    "note_rows",
+    "note_zeros",
+    "rows_in",
+    "scatter",
+    "share_memory",
+    "stack",
+    "write_rows",
+]
 
 # How many tensors are gathered at a time: what was gathered is still in the cache when it is copied on.
 _CHUNK = 1 << 13
@@ -56,15 +66,16 @@ def _gather(values: list[Tensor], out: Tensor) -> None:
         return
     slab = torch.empty(groups[0].length, dtype=out.dtype, device="cpu")
     groups[0].gather(slab)
-    numel = out.shape[1:].numel()
-    offsets = groups[0].offsets
+    copy_in_pieces(out.view(len(values), -1), rows_in(slab, groups[0].offsets, out.shape[1:].numel()))
+
+
+def rows_in(slab: Tensor, offsets: NDArray[np.int64], numel: int) -> Tensor:
+    """Return the tensors of ``numel`` elements that begin at some offsets of a slab, ``[len(offsets), numel]``."""
     step = int(offsets[1] - offsets[0]) if len(offsets) > 1 else numel
     if step > 0 and (np.diff(offsets) == step).all():
-        placed = slab.as_strided((len(values), numel), (step, 1), int(offsets[0]))
-    else:
-        # A tensor that is listed twice has one place.
-        placed = slab[torch.from_numpy(offsets)[:, None] + torch.arange(numel, device="cpu")]
-    copy_in_pieces(out.view(len(values), numel), placed)
+        return slab.as_strided((len(offsets), numel), (step, 1), int(offsets[0]))
+    # A tensor that is listed twice has one place.
+    return slab[torch.from_numpy(offsets)[:, None] + torch.arange(numel, device="cpu")]
 
 
 def copy_in_pieces(target: Tensor, source: Tensor) -> None:
