@@ -140,9 +140,13 @@ class Peer(LanguageId):
         return self._adagrad
 
     def _insert(self, keys: list[str]) -> None:
+        if not keys:
+            return
         new = {key: nn.Parameter(torch.zeros(len(self.languages))) for key in keys}
         self.weights.update(new)
         self._adagrad.param_groups[0]["params"] += new.values()
+        # Older versions of torch make the state when they make the optimizer, newer ones in the first step.
+        self._adagrad.state.update(_adagrad(new.values(), self._adagrad.defaults["lr"]).state)
 
 
 def _adagrad(parameters: Iterable[nn.Parameter], rate: float, foreach: bool = False) -> Adagrad:
