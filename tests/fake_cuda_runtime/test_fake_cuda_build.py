@@ -53,6 +53,7 @@ def test_torch_for_another_cuda_is_a_reason(tmp_path, monkeypatch):
         build.build()
 
 
+@needs_build
 def test_missing_compiler_is_a_reason(monkeypatch):
     monkeypatch.setenv("CC", "no-such-compiler")
     with pytest.raises(build.CannotBuildError, match="no-such-compiler is missing"):

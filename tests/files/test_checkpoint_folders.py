@@ -348,7 +348,7 @@ def saved_by(save: Callable[[Path], Any]) -> Callable[[Path], bytes]:
     ],
 )
 @pytest.mark.parametrize("name", ["f.safetensors", "f.bin", "f"])
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore:.*torch.jit.*:DeprecationWarning")
 def test_what_a_file_is_that_is_no_checkpoint_is_said(
     content: bytes | Callable[[Path], bytes], said: str, name: str, tmp_path: Path
 ) -> None:

@@ -415,6 +415,7 @@ def test_only_what_must_move_moves() -> None:
     assert pd["b"].data_ptr() == there
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")  # torch 2.10
 def test_the_work_of_torch_does_not_grow_with_the_number_of_entries() -> None:
     counts = []
     for size in (10, 1000):
