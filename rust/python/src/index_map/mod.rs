@@ -1,7 +1,7 @@
 //! `pdrs.IndexMap`: the ordered map from names to row ids, as Python sees it.
 //!
-//! The map lies behind a lock that is held only for pure Rust work: nothing that runs Python code, and nothing that
-//! makes an object that Python's garbage collector tracks, happens while it is held.
+//! The map lies behind a lock that is held only for pure Rust work. While it is held, no Python code runs, and no object
+//! is made that Python's garbage collector tracks.
 
 use std::hash::{DefaultHasher, Hasher};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -905,8 +905,9 @@ impl IndexMap {
         (new_object, (slf.get_type(),), state).into_pyobject(py)
     }
 
-    /// What is pickled: the names, their rows as int64, little endian (`None` for none, because old protocols write no
-    /// bytes as a call), the next row, and what a subclass has beside. Nothing but these calls is needed to unpickle it.
+    /// What is pickled: the names, their rows, the next row, and what a subclass has beside.
+    ///
+    /// The rows are int64, little endian, or `None` if there are none: old protocols write empty bytes as a call.
     fn __getstate__<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
         let py = slf.py();
         let (names, rows, next_row) = {

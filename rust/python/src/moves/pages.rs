@@ -1,8 +1,8 @@
 //! Pages of memory: large blocks on huge ones, and maps of files.
 //!
-//! A large table that is looked into at random misses the processor's translation cache at nearly every look, and a
-//! fresh one faults once for each 4 KiB that is first written. On pages of 2 MiB both are rare. Linux gives these to who
-//! asks for them (`madvise`). Elsewhere, and where its administrator has switched them off, nothing changes.
+//! Random reads of a large table miss the processor's translation cache nearly every time. Fresh memory faults once for
+//! each 4 KiB that is first written. On pages of 2 MiB both are rare. Linux gives these to who asks for them
+//! (`madvise`). Elsewhere, and where its administrator has switched them off, nothing changes.
 //!
 //! The allocator also keeps a reserve for small blocks. Whatever grows with what a caller asks for fails with a
 //! `MemoryError` ([`crate::python::memory`]), but errors, too, take a few bytes, and Rust ends a process that has none.

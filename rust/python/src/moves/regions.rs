@@ -1,12 +1,12 @@
 //! Gather and scatter: many regions of memory into one block, and back, with the GIL released.
 //!
 //! A block is a stretch of a slab; each region has its place there, as `pdrs_core::slab::layout` has laid it out. Regions may
-//! be strided. They are copied in the order of the slab, and a part of the slab, from any element to any other, can be
-//! copied by itself, which is how large work is shared among threads, too.
+//! be strided. They are copied in the order of the slab. Any part of the slab can be copied by itself. This is also how
+//! threads share large work.
 //!
-//! What is guaranteed: a block is read or written only inside, and never one that overlaps a region. What the caller of
-//! the functions for Python must uphold: as with torch's own kernels, no other thread may meanwhile take the memory of
-//! one of the tensors away, by `tensor.data = ...`, `resize_` or the like.
+//! What is guaranteed: a block is read or written only inside, and never one that overlaps a region. What the caller
+//! must uphold, as with torch's own kernels: no other thread may meanwhile take the memory of a tensor away, by
+//! `tensor.data = ...`, `resize_` or the like.
 
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
@@ -60,8 +60,8 @@ pub(crate) struct Regions {
     end: usize,
     /// Addresses that no region shares, as was seen when the last block was looked at.
     ///
-    /// A slab is often copied by way of one small block, again and again, and to look at all regions each time would
-    /// take time that grows with the square of their number.
+    /// A slab is often copied through one small block, again and again. A look at all regions each time would take time
+    /// that grows with the square of their number.
     apart: Mutex<Range<usize>>,
     /// Whether regions may share memory.
     are_overlapping: bool,
@@ -201,8 +201,8 @@ impl Regions {
 
     /// Adds the region of a tensor, which takes the next place in the slab.
     ///
-    /// If its elements are no neighbours, they are put there in C order of the dimensions from the outermost to the
-    /// innermost, which are given behind the shape and the strides.
+    /// `strided` is given if its elements are no neighbours: shape, strides, and the dimensions from the outermost to the
+    /// innermost. The elements are put there in C order of these dimensions.
     pub(crate) fn push(&mut self, found: &Found, strided: Option<(&[i64], &[i64], &[usize])>) -> PyResult<()> {
         let first_loop = self.loops.len();
         if let Some((shape, strides, order)) = strided {

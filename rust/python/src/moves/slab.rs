@@ -113,8 +113,8 @@ impl<'py> Slab<'py> {
 
     /// Calls `take` with a [`view`](Self::view).
     ///
-    /// A tensor with a Python object takes the GIL whenever it comes to have one owner in C++, or no longer one, as it
-    /// does each time that its data is taken. With our handle there are always two.
+    /// A tensor with a Python object takes the GIL whenever its owners in C++ become one, or more than one. This happens
+    /// each time that its data is taken. With our handle there are always two.
     pub(crate) fn with_view<T>(
         &self,
         offset: u64,

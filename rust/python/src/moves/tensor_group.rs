@@ -582,9 +582,9 @@ const AHEAD_OF_VIEWS: usize = 1 << 20;
 /// Looks whether there is room for the views of groups, before the first is made: torch ends the process where it has no
 /// memory for one.
 ///
-/// To make all views before the first is used would show it, too. But then the old and the new ones exist side by side,
-/// and memory is so fragmented by that that each move of small tensors takes longer than the one before: 2 to 4 times as
-/// long after some. Nobody writes to the room, so that it takes addresses, but no memory.
+/// To make all views before the first is used would show it, too. But then old and new views exist side by side and
+/// fragment memory. Each move of small tensors would take longer than the one before: 2 to 4 times as long after some.
+/// Nobody writes to the room, so it takes addresses, but no memory.
 pub(crate) fn check_room<'a>(groups: impl IntoIterator<Item = &'a TensorGroup>) -> PyResult<()> {
     let views: usize = groups.into_iter().map(|group| group.entries.len()).sum();
     let mut room = Vec::<u8>::new();

@@ -16,8 +16,8 @@ use crate::torch::own_functions::{Method, is_class_known_as_own};
 /// The value of `name`, by a step from a place in the dict, if it lies there.
 ///
 /// The names of a `ParameterDict` nearly always lie in `_parameters` in the order of the index. So the walk keeps a
-/// place in the dict, too, and takes the value from there if the very same key object stands there; the
-/// module is asked only where the two differ.
+/// place in the dict, too. It takes the value from there if the very same key object stands there. Only where the two
+/// differ is the module asked.
 fn step_to<'py>(
     place: &mut Place,
     dict: &Bound<'py, PyDict>,

@@ -1,8 +1,8 @@
 //! State dicts and deep copies of a `ParameterDict`, in sweeps over all entries.
 //!
 //! Loading copies straight from the tensors of a state dict into those of the entries, with the GIL released. It takes
-//! only pairs about which nothing is unusual, and leaves the others to torch. What torch does one after another can be
-//! done in any order only if no pair writes what another one reads or writes; so pairs that share memory are left to
+//! only pairs about which nothing is unusual, and leaves the others to torch. torch copies pair after pair. Another
+//! order gives the same only if no pair writes what another one reads or writes. So pairs that share memory are left to
 //! torch, too ([`in_a_crowd`]).
 //!
 //! No Python code may run between reading an address and using it, because it may replace what lies there. Comparing a
@@ -41,9 +41,9 @@ struct Pair {
 
 /// Fills Parameters from the tensors that a state dict has under their names behind `prefix`.
 ///
-/// Gives the names of those that were left, in order: missing from the state dict, of more than `largest` bytes, or
-/// unusual in any way; and the number of those that were filled. Entries that are None are neither. With `whole`, either
-/// all are filled or none.
+/// Gives the names of those that were left, in order, and the number of those that were filled. Left are entries that
+/// the state dict does not have, of more than `largest` bytes, or unusual in any way. Entries that are None are neither
+/// left nor filled. With `whole`, either all are filled or none.
 #[pyfunction]
 pub(crate) fn load_matching<'py>(
     parameters: &Bound<'py, PyDict>,
@@ -367,8 +367,8 @@ impl<'a, 'py> Keys<'a, 'py> {
 
 /// The keys of a state dict that begin with a prefix and belong to no entry, buffer or child module of a module, in order.
 ///
-/// torch takes what stands before the first dot of a key for the name of a child module; here a key with dots can also
-/// be that of an entry, and a child module's name can have dots.
+/// torch takes what stands before the first dot of a key for the name of a child module. Here the name of an entry can
+/// have dots, and so can that of a child module.
 #[pyfunction]
 pub(crate) fn unexpected_keys<'py>(
     state: &Bound<'py, PyAny>,

@@ -40,8 +40,9 @@ pub(crate) fn attributes<'py>(object: &Bound<'py, PyAny>) -> PyResult<Bound<'py,
     Ok(dict.cast_into()?)
 }
 
-/// The version tag of the class of an object: another one whenever an attribute of the class or of its bases is set or
-/// deleted; 0 if it has none at present.
+/// The version tag of the class of an object, or 0 if it has none at present.
+///
+/// It changes whenever an attribute of the class or of its bases is set or deleted.
 #[inline]
 pub(crate) fn version_tag(object: &Bound<'_, PyAny>) -> u32 {
     // SAFETY: the type of a live object is alive. Without a GIL a stale tag may be read, but none that never was.
@@ -182,11 +183,10 @@ impl Matches<Listed<'_, '_>> for Name {
     }
 }
 
-/// What `convert` makes of the value of each name in a list or tuple of nothing but exact `str`, in their order, or of
-/// `None` for one that is not there; `None` for anything else.
+/// What `convert` makes of the value of each name in a list or tuple of nothing but exact `str`, in their order.
 ///
-/// The names stay in the list: to take a reference to each and give it back would write to all of them, and take 1.7
-/// times as long.
+/// `convert` gets `None` for a name that is not there. The result is `None` for any other kind of argument. The names
+/// stay in the list: to take a reference to each would write to all of them, and take 1.7 times as long.
 pub(crate) fn find_listed<V: Copy, T>(
     map: &Map<Name, V>,
     names: &Bound<'_, PyAny>,

@@ -98,10 +98,11 @@ impl<'a, 'py> Stacked<'a, 'py> {
     }
 }
 
-/// Sets an entry of a `StackedParameterDict`, whose lock is held, if nothing about it is unusual: a tensor on the CPU for
-/// a name that has a row of this kind, or for a new one and a table of this kind and `group` that has room.
+/// Sets an entry of a `StackedParameterDict`, whose lock is held, if nothing about it is unusual.
 ///
-/// `false`, and nothing has been set, otherwise. What belonged to a row that gets a new name is left to Python.
+/// Usual is a tensor on the CPU for a name that has a row of this kind. So is one for a new name, if there is a table of
+/// this kind and `group` that has room. Otherwise nothing is set, and the result is `false`. What belonged to a row that
+/// gets a new name is left to Python.
 #[pyfunction]
 pub(crate) fn set_entry_row(
     stacked: &Bound<'_, PyAny>,
@@ -272,8 +273,9 @@ pub(crate) fn pop_end_entry_row<'py>(
     }
 }
 
-/// Copies the row of a name, removes the name, clears the row and all that belongs to it, takes it back, and gives the
-/// copy: all of this, or, if something fails, nothing. `None` if there were other changes meanwhile.
+/// Removes a name and gives a copy of its row. The row is cleared with all that belongs to it, and is free then.
+///
+/// If something fails, nothing has changed. `None` if there were other changes meanwhile.
 ///
 /// What is unusual is left to Python: a copy that torch must make, and what is cleared in other ways than by zeros.
 fn take_row<'py>(

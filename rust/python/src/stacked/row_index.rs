@@ -1,7 +1,7 @@
 //! `RowIndex`: the names of a `StackedParameterDict` and the rows of all its tables, as Python sees them.
 //!
-//! It lies behind a lock that is held only for pure Rust work: nothing that runs Python code, and nothing that makes an
-//! object that Python's garbage collector tracks, happens while it is held.
+//! It lies behind a lock that is held only for pure Rust work. While it is held, no Python code runs, and no object is
+//! made that Python's garbage collector tracks.
 
 use std::sync::{Mutex, MutexGuard};
 

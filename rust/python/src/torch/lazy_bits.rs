@@ -2,8 +2,9 @@
 //!
 //! Neither the exchange API nor the stable C ABI tells of them, and to ask Python takes as long as all the rest that is
 //! asked of a tensor. So they are read from the set of dispatch keys of the tensor in C++. Where that lies is no promise
-//! of torch's. It is found when torch is first used: in pairs of tensors and views of them, the one word of the struct
-//! that always differs, and always by the same single bit. If there is none, Python is asked, tensor by tensor.
+//! of torch's. So it is found when torch is first used, by comparing tensors with views of them. It is the one word of
+//! the struct that always differs, and always by the same single bit. If there is none, Python is asked, tensor by
+//! tensor.
 //!
 //! The same layout tells what to load ahead of looking at a tensor.
 #![allow(unsafe_code, reason = "reads a struct of torch's, after its layout has been seen")]

@@ -1,10 +1,14 @@
 //! The border to torch: where a tensor's values lie, and what else is asked of tensors by the million.
 //!
-//! Where a tensor lies is asked of torch's `DLPack` exchange API (`dlpack.rs`), which neither copies nor counts references.
-//! What the exchange API does not tell has been found by experiment (torch 2.15) and is looked at here. It drops the
-//! conjugate and negative bits (`lazy_bits.rs`); reports int1 to int7 and uint1 to uint7 as 8 bits; gives null for a tensor that
-//! has lost its memory, a functionalized or a zero tensor, as for an empty one; and exports tensors that require
-//! gradients and inference tensors like others. It refuses quantized, bits, sparse, meta, nested and functorch tensors.
+//! Where a tensor lies is asked of torch's `DLPack` exchange API (`dlpack.rs`), which neither copies nor counts
+//! references. What the exchange API does not tell was found by experiment (torch 2.15), and is looked at here:
+//!
+//! - It drops the conjugate and negative bits (`lazy_bits.rs`).
+//! - It reports int1 to int7 and uint1 to uint7 as 8 bits.
+//! - It gives null for a functionalized or a zero tensor, and for one that has lost its memory, as for an empty one.
+//! - It exports tensors that require gradients, and inference tensors, like others.
+//! - It refuses quantized, bits, sparse, meta, nested and functorch tensors.
+//!
 //! Subclasses of Tensor are never asked: what they hold may be anything.
 
 pub(crate) mod bytes;

@@ -1,8 +1,8 @@
 //! Whether torch's own functions stand where a native method of `ParameterDict` goes around them.
 //!
-//! `pdrs/_torch/own_functions.py` says which functions those are, for each method, and looks at a class. What it finds is kept
-//! under the version tag of the class: `CPython` gives a class a new one whenever an attribute of it, or of one of its
-//! bases, is set or deleted. So a patch is seen at once, and the usual answer costs one comparison.
+//! `pdrs/_torch/own_functions.py` says which functions those are, for each method, and looks at a class. What it finds
+//! is kept under the version tag of the class. `CPython` gives a class a new tag whenever an attribute of it, or of one
+//! of its bases, is set or deleted. So a patch is seen at once, and the usual answer costs one comparison.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

@@ -1,7 +1,7 @@
 //! torch's stable C ABI: tensors over memory of ours, and Parameters, made without a detour through Python.
 //!
-//! The functions are looked up by name in the `libtorch_cpu` that is already loaded; where one of them is missing
-//! (torch before 2.14) there is no [`StableAbi`], and callers take another way.
+//! The functions are looked up by name in the `libtorch_cpu` that is already loaded. Where one of them is missing (torch
+//! before 2.14) there is no [`StableAbi`], and callers take another way.
 #![allow(unsafe_code, reason = "C functions of torch")]
 
 use std::borrow::Cow;
