@@ -31,6 +31,7 @@ check: $(VENV)/built ## Check format, lints, types, stubs, and run the code in R
 	$(BIN)/ruff check $(PATHS)
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest pdrs._core
+	$(BIN)/basedpyright --pythonpath $(BIN)/python --warnings
 	$(BIN)/python -m pytest --doctest-glob='*.md' --doctest-glob='*.pyi' --doctest-modules README.md docs python/pdrs
 
 docs: $(VENV)/documents ## Build the documentation as a web site in site/; a warning is an error

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch.nn import Module
@@ -19,7 +19,7 @@ from pdrs._files.atomic import refuse_folder
 from pdrs._files.checkpoint_file import CheckpointError, texts_of
 from pdrs._files.collect import collect
 from pdrs._files.into_modules import with_memory
-from pdrs._files.load_module import load_module
+from pdrs._files.load_module import IncompatibleKeys, load_module
 from pdrs._files.named_layout import MAX_SHARD, write_named
 from pdrs._files.open_dictionary import is_loaded, open_dictionary
 from pdrs._files.open_file import Key, open_file
@@ -242,7 +242,7 @@ def load(
     device: torch.device | str | int | None = None,
     key: Key | None = None,
     verify: bool = False,
-) -> Any:
+) -> IncompatibleKeys:
     """Fill a module with the values of a checkpoint, as ``load_state_dict`` does. **O(n)**.
 
     Parameters

@@ -8,7 +8,7 @@ state dict get one with a tensor for each name.
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -31,10 +31,22 @@ from pdrs._torch.modes import is_intercepted
 from pdrs.parameter_dict import ParameterDict
 from pdrs.stacked import StackedParameterDict
 
-__all__ = ["load_module"]
+__all__ = ["IncompatibleKeys", "load_module"]
 
 
-def load_module(module: Module, checkpoint: CheckpointFile, strict: bool) -> Any:
+class IncompatibleKeys(Protocol):
+    """What loading returns: the NamedTuple of ``load_state_dict``, whose fields torch gives no types."""
+
+    @property
+    def missing_keys(self) -> list[str]:
+        """Names that the module has and the file has not."""
+
+    @property
+    def unexpected_keys(self) -> list[str]:
+        """Names that the file has and the module has not."""
+
+
+def load_module(module: Module, checkpoint: CheckpointFile, strict: bool) -> IncompatibleKeys:
     """Load a checkpoint into a module, all of which has memory. Return what ``load_state_dict`` returns."""
     if isinstance(module, StackedParameterDict) and _load_rows(module, checkpoint):
         return _IncompatibleKeys([], [])
@@ -42,8 +54,10 @@ def load_module(module: Module, checkpoint: CheckpointFile, strict: bool) -> Any
     with giving(given):
         if given and isinstance(module, ParameterDict):
             # Its own method has a shortcut for state dicts that fit as they are.
-            return Module.load_state_dict(module, state, strict)
-        return module.load_state_dict(state, strict)
+            loaded: IncompatibleKeys = Module.load_state_dict(module, state, strict)
+        else:
+            loaded = module.load_state_dict(state, strict)
+        return loaded
 
 
 def _is_watched(sd: StackedParameterDict) -> bool:
