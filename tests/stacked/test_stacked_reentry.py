@@ -194,8 +194,10 @@ def test_a_finalizer_that_pops_while_names_are_read_is_heard(collecting: list[An
         (lambda sd: sd["k7"], SD.compact),
         (lambda sd: sd.get("k7"), SD.compact),
         (lambda sd: sd.gather(["k7"])[0], lambda sd: sd.param_groups(by={"k7": {}})),
+        (lambda sd: sd.gather(["k7"])[0], SD.compact),
+        (lambda sd: sd.gather(sd.lookup(["k7"]))[0], SD.compact),
     ],
-    ids=["getitem", "get", "gather"],
+    ids=["getitem", "get", "gather", "gather of a shorter table", "lookup"],
 )
 def test_a_row_that_moves_while_it_is_looked_up_is_looked_up_again(
     read: Callable[[SD], Tensor], move: Callable[[SD], Any]

@@ -356,7 +356,12 @@ def gather(
         while True:
             index = self.__dict__["_index"]
             version = index.moves
-            gathered = _gather(self, index, names, sparse, missing, init, shape, dtype)
+            try:
+                gathered = _gather(self, index, names, sparse, missing, init, shape, dtype)
+            except Exception:
+                if self.__dict__["_index"].moves == version:
+                    raise
+                continue  # The table may be shorter than it was, or the names may lie in another one.
             # Else a finalizer has moved rows on this very thread, after they were looked up.
             if self.__dict__["_index"].moves == version:
                 return gathered
