@@ -232,3 +232,16 @@ def test_a_dictionary_that_differs_is_refused_with_the_messages_of_torch(
     pdrs.load(tmp_path / "f", hooked)
     assert seen == ["hook"]
     assert torch.equal(hooked["b"], rows["b"])
+
+
+def test_a_parameter_that_cannot_be_written_to_is_named_and_the_others_are_loaded(
+    kind: type[nn.ParameterDict], tmp_path: Path
+) -> None:
+    pdrs.save(pdrs.StackedParameterDict.from_tensor(["a", "b", "c"], torch.ones(3, 2)), tmp_path / "a")
+    pd = kind({"a": torch.zeros(2), "c": torch.zeros(2)})
+    pd["b"] = nn.Parameter(torch.zeros(1).expand(2), requires_grad=False)
+    with pytest.raises(
+        RuntimeError, match=r'(?s)copying the parameter named "b".*\[2\].*\[2\].*single memory location'
+    ):
+        pdrs.load(tmp_path / "a", pd)
+    assert [row.tolist() for row in pd.values()] == [[1.0, 1.0], [1.0, 1.0], [0.0, 0.0]]

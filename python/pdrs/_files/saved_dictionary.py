@@ -58,7 +58,13 @@ class SavedDictionary(ABC):
             for number in set(np.unique(numbers[alike]).tolist()) & tables.keys():
                 there, table = alike[numbers[alike] == number], tables[number]
                 if kind.shape == table.shape[1:]:
-                    scatter(table, rows[there], [values[at] for at in there.tolist()])
+                    refused = scatter(table, rows[there], [values[at] for at in there.tolist()])
+                    error_msgs += [
+                        f'While copying the parameter named "{prefix + names[there[at]]}", whose dimensions in the '
+                        f"model are {values[there[at]].size()} and whose dimensions in the checkpoint are "
+                        f"{table.shape[1:]}, an exception occurred : {error.args}."
+                        for at, error in refused
+                    ]
                     continue
                 error_msgs += [
                     f"size mismatch for {prefix + names[at]}: copying a param with shape {table.shape[1:]} from "

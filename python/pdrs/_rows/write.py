@@ -140,9 +140,13 @@ def _write_of(table: Tensor, rows: NDArray[np.int64], values: Tensor) -> tuple[C
 
 
 @torch.no_grad()
-def scatter(table: Tensor, rows: NDArray[np.int64], values: list[Tensor]) -> None:
-    """Copy rows of a table into tensors of the shape of a row; dtypes are converted as ``tensor.copy_`` does."""
+def scatter(table: Tensor, rows: NDArray[np.int64], values: list[Tensor]) -> list[tuple[int, Exception]]:
+    """Copy rows of a table into tensors of the shape of a row; dtypes are converted as ``tensor.copy_`` does.
+
+    Returns the places of the tensors that torch refuses to write to, and what it raises. The others are written.
+    """
     numel = table.shape[1:].numel()
+    refused: list[tuple[int, Exception]] = []
     for start in range(0, len(values), _CHUNK):
         chunk, of_chunk = values[start : start + _CHUNK], rows[start : start + _CHUNK]
         groups, unusual = group_tensors(chunk, keep_strides=False)
@@ -159,10 +163,17 @@ def scatter(table: Tensor, rows: NDArray[np.int64], values: list[Tensor]) -> Non
                 block = table[torch.from_numpy(chosen)]
             step = int(offsets[1] - offsets[0]) if len(offsets) > 1 else numel
             if step == numel and block.dtype == group.dtype:
-                group.scatter(block.reshape(-1))
-                continue
-            slab = torch.empty(max(group.length, len(offsets) * step), dtype=group.dtype, device="cpu")
-            copy_in_pieces(slab.as_strided((len(offsets), numel), (step, 1)), block.reshape(-1, numel))
-            group.scatter(slab[: group.length])
+                slab = block.reshape(-1)
+            else:
+                slab = torch.empty(max(group.length, len(offsets) * step), dtype=group.dtype, device="cpu")
+                copy_in_pieces(slab.as_strided((len(offsets), numel), (step, 1)), block.reshape(-1, numel))
+            try:
+                group.scatter(slab[: group.length])
+            except ValueError:  # One of them cannot be written to, and none was. torch says which, and why.
+                left += group.indices.tolist()
         for index in sorted(left):
-            chunk[index].copy_(table[int(of_chunk[index])])
+            try:
+                chunk[index].copy_(table[int(of_chunk[index])])
+            except Exception as error:
+                refused.append((start + index, error))
+    return refused
