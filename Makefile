@@ -12,17 +12,32 @@ BUILDER := target/maturin
 MATURIN := $(firstword $(wildcard $(BIN)/maturin) $(BUILDER)/bin/maturin)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs bench shape gpu wheel sdist wheelhouse clean interpreter tools same
+.PHONY: help demo test test-fast check docs bench shape gpu wheel sdist wheelhouse clean
+.PHONY: half-1 half-2 interpreter tools same
 
 help: ## Print the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: $(VENV)/built ## Train, prune, save, load and ask the language identifier (about two minutes)
 	$(BIN)/python examples/language_id/main.py
 
-test: $(VENV)/built ## Run all tests
+test: $(VENV)/built ## Run all tests, in two processes (about ten minutes on two cores)
 	cargo test --package pdrs-core
-	$(BIN)/python -m pytest
+	@$(MAKE) --no-print-directory --jobs=2 --keep-going half-1 half-2
+
+test-fast: $(VENV)/built ## Run all tests but those that take seconds each, to use while working (under three minutes)
+	@$(MAKE) --no-print-directory --jobs=2 --keep-going half-1 half-2 MARKS='not slow' HALF='tests/stacked tests/files'
+
+# Each half takes half of the time.
+HALF := tests/stacked
+MARKS :=
+half-1:
+	@echo 'What the tests in $(HALF) print follows when they end.'
+	@$(BIN)/python -m pytest -m '$(MARKS)' -p no:cacheprovider $(HALF) > $(VENV)/half.log 2>&1; \
+		code=$$?; echo; cat $(VENV)/half.log; exit $$code
+
+half-2:
+	$(BIN)/python -m pytest -m '$(MARKS)' tests $(HALF:%=--ignore=%)
 
 check: $(VENV)/built ## Check format, lints, types, stubs, and run the code in README and docs
 	cargo fmt --all --check

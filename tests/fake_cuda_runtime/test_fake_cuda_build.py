@@ -24,6 +24,7 @@ else:
 needs_build = pytest.mark.skipif(bool(REASON), reason=REASON)
 
 
+@pytest.mark.slow
 @needs_build
 def test_processes_that_build_at_once_get_the_same_folder(tmp_path):
     code = "import sys, pathlib; import fake_cuda.build as b; b.CACHE = pathlib.Path(sys.argv[1]); print(b.build())"
@@ -66,6 +67,7 @@ def test_other_systems_are_a_reason(monkeypatch):
         build.build()
 
 
+@pytest.mark.slow
 @needs_build
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
 def test_many_threads_use_the_runtime_without_a_race(tmp_path, sanitizer):
@@ -104,6 +106,7 @@ def test_after_it(word):
 """
 
 
+@pytest.mark.slow
 @needs_build
 def test_every_test_is_reported_as_what_it_was(tmp_path):
     (tmp_path / "test_inner.py").write_text(TESTS)

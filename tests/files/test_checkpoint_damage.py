@@ -69,6 +69,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("which", ["full", "delta"])
+@pytest.mark.slow
 def test_a_changed_byte_of_header_or_names_is_refused_or_changes_nothing(which: str, tmp_path: Path) -> None:
     path = tmp_path / "full"
     if which == "full":

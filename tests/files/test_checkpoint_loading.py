@@ -75,6 +75,7 @@ def _is_same(found: Any, expected: pdrs.StackedParameterDict) -> bool:
 
 @pytest.mark.parametrize("verify", [False, True])
 @pytest.mark.parametrize("write", [_archive, _named, _sharded, _delta, _of_torch])
+@pytest.mark.slow
 def test_what_was_read_into_memory_does_not_change_with_its_file(
     write: Callable[[pdrs.StackedParameterDict, Path], Path],
     verify: bool,
@@ -190,6 +191,7 @@ def test_tensors_of_any_size_are_read_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [_named, _sharded, _of_torch])
+@pytest.mark.slow
 def test_a_dictionary_of_the_same_names_is_filled_without_a_tensor_for_each(
     write: Callable[[pdrs.StackedParameterDict, Path], Path],
     sd: pdrs.StackedParameterDict,

@@ -139,6 +139,7 @@ def test_a_long_text_is_shown_as_cut_off(tmp_path: Path, capsys: pytest.CaptureF
         ({"a": "x" * 50_000_001}, ValueError, "metadata of at most 50,000,000 bytes"),
     ],
 )
+@pytest.mark.slow
 def test_what_cannot_be_in_a_header_is_refused_and_the_old_file_stays(
     layout: Literal["archive", "named"], wrong: Any, error: type[Exception], message: str, tmp_path: Path
 ) -> None:

@@ -163,6 +163,7 @@ runpy.run_module("pdrs", run_name="__main__")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+@pytest.mark.slow
 def test_the_bar_is_seen_on_a_terminal_and_not_in_a_pipe(tmp_path: Path) -> None:
     path = saved(tmp_path)
     command = [sys.executable, "-c", _VERIFIES, "verify", str(path)]

@@ -346,6 +346,7 @@ distributed.destroy_process_group()
 
 @in_one_process
 @ignoring_warnings
+@pytest.mark.slow
 def test_what_two_processes_saved_in_shards_is_loaded_by_one(tmp_path: Path) -> None:
     folder = tmp_path / "two"
     folder.mkdir()

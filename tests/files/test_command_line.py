@@ -157,6 +157,7 @@ def test_names_in_files_that_others_wrote_of_stacked_dictionaries_are_seen(
 
 # Files of many names are converted without a tensor for each.
 @pytest.mark.parametrize("model", [200, 10_050], indirect=True)
+@pytest.mark.slow
 def test_every_format_becomes_every_other(
     tmp_path: Path, archive: Path, named: dict[str, torch.Tensor], model: nn.Module
 ) -> None:

@@ -124,6 +124,7 @@ def test_shards_have_the_hugging_face_layout(tmp_path: Path, sd: pdrs.StackedPar
     assert (len(files) > 1) == (limit < 10_000)
 
 
+@pytest.mark.slow
 def test_shards_are_cut_before_the_header_is_too_large(tmp_path: Path) -> None:
     # Each name takes some 4,000 bytes: a quote takes two.
     names = ['"' * 2000 + f"\u20ac{n}" for n in range(30_000)]
@@ -136,6 +137,7 @@ def test_shards_are_cut_before_the_header_is_too_large(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limit", [500_000, MAX_SHARD])
+@pytest.mark.slow
 def test_headers_and_the_index_are_written_in_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:

@@ -477,6 +477,7 @@ def add_one(pd: nn.ParameterDict) -> None:
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.slow
 def test_another_process_writes_to_shared_entries(kind: Kind, method: str) -> None:
     pd = kind([(f"n{at}", torch.zeros(3)) for at in range(20)])
     pd["n3"].grad = torch.zeros(3)

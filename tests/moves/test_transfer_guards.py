@@ -244,6 +244,7 @@ def goes_well(scenario: Callable[[Staging], bool], set_staging: Staging, runtime
 
 
 @pytest.mark.parametrize("guard", GUARDS, ids=lambda guard: f"{guard.line.strip()} - {guard.scenario.__name__}")
+@pytest.mark.slow
 def test_a_scenario_goes_well_with_its_guard_and_not_without(
     guard: Guard, fake_cuda: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:

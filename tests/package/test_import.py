@@ -54,6 +54,7 @@ def test_importing_pdrs_imports_little_beside_torch() -> None:
 
 
 @pytest.mark.parametrize("program", [COUNT, USE], ids=["import", "use"])
+@pytest.mark.slow
 def test_neither_import_nor_ordinary_use_loads_the_compiler(program: str) -> None:
     heavy = {"sympy", "torch._dynamo", "torch._inductor", "torch.fx.experimental.symbolic_shapes"}
     assert not heavy.intersection(modules_of(program))

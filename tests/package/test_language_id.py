@@ -36,6 +36,7 @@ def example() -> SimpleNamespace:
     return made
 
 
+@pytest.mark.slow
 def test_it_learns_prunes_saves_loads_draws_and_answers(
     example: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -68,6 +69,7 @@ def test_it_learns_prunes_saves_loads_draws_and_answers(
     assert "#: none of its n-grams is known" in printed.out
 
 
+@pytest.mark.slow
 def test_the_peer_runs_and_is_drawn_where_it_is_asked(
     example: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 CHILD = """
 import copy, gc, pickle, resource, sys
 import numpy as np, torch, pdrs
@@ -171,6 +173,7 @@ for kind, works in WORKS.items():
 """
 
 
+@pytest.mark.slow
 def test_out_of_memory_is_an_error_and_leaves_everything_as_it_was(tmp_path: Path) -> None:
     if sys.platform != "linux":
         return

@@ -87,6 +87,7 @@ CHANGES: dict[str, Callable[[PD], Any]] = {
 
 
 @pytest.mark.parametrize("read", READS)
+@pytest.mark.slow
 def test_a_read_compiles_into_one_graph_and_again_when_it_must(kind: Kind, read: str) -> None:
     if read == "reversed" and TORCH < (2, 14):
         pytest.skip("torch 2.10 does not trace reversed() of a module")

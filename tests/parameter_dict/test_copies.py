@@ -156,6 +156,7 @@ def write_sevens(pd: PD) -> None:
     pd["only here"] = 1
 
 
+@pytest.mark.slow
 def test_another_process_writes_to_shared_entries(kind: Kind) -> None:
     pd = kind([("b", torch.zeros(2)), ("a", torch.zeros(3))])
     assert pd.share_memory() is pd

@@ -102,6 +102,7 @@ WALKS: dict[str, Callable[[nn.ParameterDict], Any]] = {
 
 
 @pytest.mark.parametrize("walk", WALKS)
+@pytest.mark.slow
 def test_an_iterator_in_a_cycle_is_collected(kind: Kind, walk: str) -> None:
     pd = filled(kind)
     pd["walk"] = WALKS[walk](pd)
@@ -112,6 +113,7 @@ def test_an_iterator_in_a_cycle_is_collected(kind: Kind, walk: str) -> None:
 
 
 @pytest.mark.parametrize("walk", WALKS)
+@pytest.mark.slow
 def test_an_iterator_outlives_its_dictionary(kind: Kind, walk: str) -> None:
     pd = filled(kind)
     kept = WALKS[walk](pd)

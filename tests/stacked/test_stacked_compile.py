@@ -17,6 +17,8 @@ from torch.nn import Parameter
 
 import pdrs
 
+pytestmark = pytest.mark.slow  # To compile takes seconds.
+
 SD = pdrs.StackedParameterDict
 Call = Callable[[SD, list[str]], Any]
 

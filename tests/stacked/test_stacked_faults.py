@@ -201,6 +201,7 @@ class Cycle:
     [lambda sd: sd.__setitem__("late", torch.full((2,), 7.0)), lambda sd: sd.pop("k6", None), lambda sd: sd.compact()],
     ids=["set", "pop", "compact"],
 )
+@pytest.mark.slow
 def test_a_finalizer_that_changes_the_dictionary_does_so_before_a_change_or_after_it_or_gets_an_error(
     change: Callable[[SD], Any], last_words: Callable[[SD], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

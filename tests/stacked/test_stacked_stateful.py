@@ -12,6 +12,7 @@ import io
 from dataclasses import dataclass, field
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -314,4 +315,5 @@ class Stacked(RuleBasedStateMachine):
 
 
 TestStacked = Stacked.TestCase
-TestStacked.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+TestStacked.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestStacked.pytestmark = [pytest.mark.slow]
