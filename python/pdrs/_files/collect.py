@@ -33,12 +33,15 @@ from pdrs._rows.names_codec import MOST_TIMES, Header, TableHeader, is_packed, p
 from pdrs._rows.table import Kind
 from pdrs.parameter_dict import ParameterDict
 
-__all__ = ["Collected", "collect", "sort_alike", "sort_by_kind"]
+__all__ = ["Collected", "collect", "sort_alike", "sort_by_kind", "without_none"]
 
 # Entries are gathered so many at a time, and so many bytes: what was gathered is still in the cache when it is written.
 _CHUNK, _CHUNK_BYTES = 1 << 13, 2 << 20
 # Larger entries are written without a copy.
 _LARGE = 1 << 18
+
+Sorted = tuple[NDArray[np.int64], list[int]]
+"""What `sort_tensors` says of many values: the class of each, and the first of each class."""
 
 
 @dataclass
@@ -102,9 +105,8 @@ def _of_parameter_dict(
     module: ParameterDict, prefix: str, state: dict[str, Any], before: Tensor | None
 ) -> Iterator[NewTensor]:
     """Yield the tables of a ParameterDict as they would be stacked, and its packed names."""
-    parameters = {name: value for name, value in module._parameters.items() if value is not None}
-    names: list[str] = list(parameters)
-    values: list[Any] = list(parameters.values())
+    parameters, values, found = without_none(module._parameters.copy())  # names and values at one time
+    names = list(parameters)
     index = module._keys if in_step(module._keys, parameters) else IndexMap.from_names(names)
     old_tables = old_rows = np.empty(0, np.int64)
     numbers: dict[str, int] = {}
@@ -116,7 +118,7 @@ def _of_parameter_dict(
     tables_of, rows_of = np.empty(len(values), np.int64), np.empty(len(values), np.int64)
     tables: list[TableHeader] = []
     taken = set(state)
-    kinds = sort_by_kind(values, lambda at: refuse_unusual(prefix + names[at], values[at]))
+    kinds = sort_by_kind(values, lambda at: refuse_unusual(prefix + names[at], values[at]), found)
     for number, (kind, (there, is_alike)) in enumerate(kinds.items()):
         refuse_dtype(prefix + names[there[0]], kind.dtype)
         chosen = [values[at] for at in there.tolist()] if len(there) != len(values) else values
@@ -163,14 +165,26 @@ def _keep_rows(rows: NDArray[np.int64], used: int) -> NDArray[np.int64]:
 # -- tensors that are alike --------------------------------------------------------------------------------------------
 
 
+def without_none(parameters: dict[str, Any]) -> tuple[dict[str, Any], list[Any], Sorted]:
+    """Return Parameters by name and in a list, without those that are None, and what `sort_tensors` says of them."""
+    values = list(parameters.values())
+    found = sort_tensors(values)
+    if any(values[at] is None for at in np.flatnonzero(found[0] < 0).tolist()):
+        parameters = {name: value for name, value in parameters.items() if value is not None}
+        values = list(parameters.values())
+        found = sort_tensors(values)
+    return parameters, values, found
+
+
 def sort_alike(
-    values: list[Any], refuse: Callable[[int], None] = lambda _: None
+    values: list[Any], refuse: Callable[[int], None] = lambda _: None, found: Sorted | None = None
 ) -> list[tuple[Kind, NDArray[np.int64]]]:
     """Return the positions of tensors of one dtype, shape, device and ``requires_grad``, and their kind. **O(n)**.
 
-    ``refuse`` is called with the position of everything that is not a plain tensor with memory. It may raise.
+    ``refuse`` is called with the position of everything that is not a plain tensor with memory. It may raise. ``found``
+    is what `sort_tensors` says of the values, if that is known.
     """
-    classes, firsts = sort_tensors(values)
+    classes, firsts = sort_tensors(values) if found is None else found
     others: dict[Any, int] = {}
     for at in np.flatnonzero(classes < 0).tolist():
         refuse(at)
@@ -191,11 +205,11 @@ def _kind_of(value: Tensor) -> Kind:
 
 
 def sort_by_kind(
-    values: list[Any], refuse: Callable[[int], None] = lambda _: None
+    values: list[Any], refuse: Callable[[int], None] = lambda _: None, found: Sorted | None = None
 ) -> dict[Kind, tuple[NDArray[np.int64], bool]]:
     """Return the positions of the tensors of each kind, and whether all of them are on one device; see `sort_alike`."""
     kinds: dict[Kind, list[NDArray[np.int64]]] = {}
-    for kind, there in sort_alike(values, refuse):
+    for kind, there in sort_alike(values, refuse, found):
         kinds.setdefault(kind, []).append(there)
     return {kind: (np.sort(np.concatenate(groups)), len(groups) == 1) for kind, groups in kinds.items()}
 

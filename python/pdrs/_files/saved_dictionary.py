@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from pdrs._core import IndexMap, Places, RowIndex, slab_views
 from pdrs._files.checkpoint_file import EXTRA_STATE, CheckpointError, CheckpointFile
-from pdrs._files.collect import sort_alike
+from pdrs._files.collect import sort_alike, without_none
 from pdrs._rows.names_codec import Header, TableHeader, check_header, claims_too_much, refuse_claim, unpack
 from pdrs._rows.table import Kind
 from pdrs._rows.write import scatter
@@ -46,19 +46,23 @@ class SavedDictionary(ABC):
         if not module._parameters and len(module) == 0:
             module._insert(self.index.names(), self._parameters())
             return
-        parameters = {name: value for name, value in module._parameters.items() if value is not None}
-        names, values = list(parameters), list(parameters.values())
+        parameters, values, sorted_ = without_none(module._parameters)
+        names = list(parameters)
         places = self.index.places(names)
         missing_keys += [prefix + names[at] for at in places.missing().tolist()]
         if strict and len(places.found()) < len(self.index):
             unexpected_keys += [prefix + name for name in self.index if name not in parameters]
         numbers, rows = places.tables, places.rows
         tables = {number: self.table(number) for number, _, _ in places.by_table()}
-        for kind, alike in sort_alike(values):
-            for number in set(np.unique(numbers[alike]).tolist()) & tables.keys():
-                there, table = alike[numbers[alike] == number], tables[number]
+        for kind, alike in sort_alike(values, found=sorted_):
+            here = numbers[alike]
+            for number in tables if len(tables) == 1 else set(np.unique(here).tolist()) & tables.keys():
+                there, table = alike[here == number], tables[number]
+                if len(there) == 0:
+                    continue
                 if kind.shape == table.shape[1:]:
-                    refused = scatter(table, rows[there], [values[at] for at in there.tolist()])
+                    chosen = values if len(there) == len(values) else [values[at] for at in there.tolist()]
+                    refused = scatter(table, rows[there], chosen)
                     error_msgs += [
                         f'While copying the parameter named "{prefix + names[there[at]]}", whose dimensions in the '
                         f"model are {values[there[at]].size()} and whose dimensions in the checkpoint are "

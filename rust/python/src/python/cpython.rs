@@ -49,6 +49,62 @@ pub(crate) fn version_tag(object: &Bound<'_, PyAny>) -> u32 {
     unsafe { (*ffi::Py_TYPE(object.as_ptr())).tp_version_tag }
 }
 
+/// An attribute of a class that is written in C, read and set without looking its name up.
+///
+/// By `getattr` and `setattr`, sorting the tensors of a `ParameterDict` takes 1.25 times as long, and moving tensors that
+/// have gradients 1.15 times.
+pub(crate) struct Attribute {
+    descriptor: Py<PyAny>,
+}
+
+impl Attribute {
+    /// An attribute of a class; an error if it is not one of functions in C.
+    pub(crate) fn of(class: &Bound<'_, PyType>, name: &str) -> PyResult<Self> {
+        let descriptor = class.getattr(name)?;
+        if descriptor.get_type_ptr() != &raw mut ffi::PyGetSetDescr_Type {
+            return Err(PyTypeError::new_err(format!("expected the attribute {name:?} of {class} to be written in C")));
+        }
+        Ok(Self { descriptor: descriptor.unbind() })
+    }
+
+    /// `object.name`, for an object of the class.
+    #[inline]
+    pub(crate) fn get<'py>(&self, object: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        self.call(object, None)?.ok_or_else(|| PyTypeError::new_err("the attribute cannot be read"))
+    }
+
+    /// `object.name = value`, for an object of the class.
+    #[inline]
+    pub(crate) fn set<'py>(&self, object: &Bound<'py, PyAny>, value: &Bound<'py, PyAny>) -> PyResult<()> {
+        self.call(object, Some(value)).map(drop)
+    }
+
+    #[inline]
+    fn call<'py>(
+        &self,
+        object: &Bound<'py, PyAny>,
+        value: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let py = object.py();
+        let descriptor = self.descriptor.as_ptr().cast::<ffi::PyGetSetDescrObject>();
+        // SAFETY: a descriptor of this exact type has this layout, and points to a row of a table that lives as long as
+        // its class. Its functions take objects of that class; one gives a new reference or raises, the other takes its
+        // own reference, and raises if it does not give 0.
+        unsafe {
+            let row = &*(*descriptor).d_getset;
+            if ffi::PyType_IsSubtype(object.get_type_ptr(), (*descriptor).d_common.d_type) == 0 {
+                return Err(PyTypeError::new_err("expected an object of the class that has the attribute"));
+            }
+            match (row.get, row.set, value) {
+                (Some(get), _, None) => Bound::from_owned_ptr_or_err(py, get(object.as_ptr(), row.closure)).map(Some),
+                (_, Some(set), Some(value)) if set(object.as_ptr(), value.as_ptr(), row.closure) == 0 => Ok(None),
+                (_, Some(_), Some(_)) => Err(PyErr::fetch(py)),
+                _ => Err(PyTypeError::new_err("the attribute cannot be read, or cannot be set")),
+            }
+        }
+    }
+}
+
 // -- new objects ------------------------------------------------------------------------------------------------------
 
 /// A Python list of items that know how many they are.

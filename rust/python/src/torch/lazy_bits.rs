@@ -50,17 +50,25 @@ impl Layout {
     /// The address of the tensor in C++.
     #[inline]
     fn address(self, tensor: Plain<'_, '_>) -> usize {
-        // SAFETY: the object of a Tensor or a Parameter has as many words, as `find` has seen; any of them may be read.
-        unsafe { ptr::read_volatile(tensor.0.as_ptr().cast::<usize>().add(self.object_word)) }
+        self.read(tensor, None) as usize
     }
 
     /// A word of the tensor in C++.
     #[inline]
     fn word(self, tensor: Plain<'_, '_>, at: usize) -> u64 {
         assert!(at < TENSOR_WORDS, "a word that a tensor may not have");
-        // SAFETY: tensors have their address in C++ there, as `find` has seen; the object keeps the tensor alive, which
-        // has as many words.
-        unsafe { ptr::read_volatile((self.address(tensor) as *const u64).add(at)) }
+        self.read(tensor, Some(at))
+    }
+
+    #[inline]
+    fn read(self, tensor: Plain<'_, '_>, word: Option<usize>) -> u64 {
+        // SAFETY: the object of a Tensor or a Parameter has as many words, as `find` has seen; any of them may be read.
+        // `word` is asked for where `find` has seen that this one is the address in C++. The object keeps the tensor
+        // alive, which has as many words.
+        unsafe {
+            let address = ptr::read_volatile(tensor.0.as_ptr().cast::<usize>().add(self.object_word));
+            word.map_or(address as u64, |at| ptr::read_volatile((address as *const u64).add(at)))
+        }
     }
 }
 

@@ -23,6 +23,7 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyList, PyType};
 
+use crate::python::cpython::Attribute;
 use crate::torch::bytes::{Bytes, hint};
 use crate::torch::dlpack::{Described, Exchange, Found, Latest};
 use crate::torch::lazy_bits::LazyBits;
@@ -76,6 +77,10 @@ pub(crate) struct Torch {
     pub(crate) module: Py<PyModule>,
     tensor: Py<PyType>,
     parameter: Py<PyType>,
+    data: Attribute,
+    grad: Attribute,
+    requires_grad: Attribute,
+    version: Attribute,
     int8: Py<PyAny>,
     uint8: Py<PyAny>,
     increment_version: Py<PyAny>,
@@ -98,6 +103,10 @@ impl Torch {
             exchange: Exchange::look_up(&module, &tensor)?,
             stable_abi: StableAbi::find(&module)?,
             parameter: module.getattr("nn")?.getattr("Parameter")?.cast_into::<PyType>()?.unbind(),
+            data: Attribute::of(&tensor, "data")?,
+            grad: Attribute::of(&tensor, "grad")?,
+            requires_grad: Attribute::of(&tensor, "requires_grad")?,
+            version: Attribute::of(&tensor, "_version")?,
             int8: module.getattr("int8")?.unbind(),
             uint8: module.getattr("uint8")?.unbind(),
             increment_version: increment_version(py)?.unbind(),
@@ -129,11 +138,11 @@ impl Torch {
     }
 
     pub(crate) fn gradient<'py>(&self, tensor: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
-        tensor.getattr(intern!(tensor.py(), "grad"))
+        self.grad.get(tensor)
     }
 
     pub(crate) fn requires_grad(&self, tensor: &Bound<'_, PyAny>) -> PyResult<bool> {
-        tensor.getattr(intern!(tensor.py(), "requires_grad"))?.is_truthy()
+        self.requires_grad.get(tensor)?.is_truthy()
     }
 
     pub(crate) fn require_grad(&self, tensor: &Bound<'_, PyAny>) -> PyResult<()> {
@@ -147,7 +156,7 @@ impl Torch {
 
     /// Whether torch counts what is written to a tensor: not of one from inference mode, which it guards otherwise.
     pub(crate) fn counts_writes(&self, tensor: &Bound<'_, PyAny>) -> bool {
-        tensor.getattr(intern!(tensor.py(), "_version")).is_ok()
+        self.version.get(tensor).is_ok()
     }
 
     /// Tells autograd that the values of tensors change, or are about to. No signal comes in between.
@@ -184,7 +193,7 @@ impl Torch {
 
     /// `tensor.data = data`.
     pub(crate) fn set_data(&self, tensor: &Bound<'_, PyAny>, data: &Bound<'_, PyAny>) -> PyResult<()> {
-        tensor.setattr(intern!(tensor.py(), "data"), data)
+        self.data.set(tensor, data)
     }
 
     /// Tells where a tensor lies, and fills `dims` with its shape and then its strides, in elements.
