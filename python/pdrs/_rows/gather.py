@@ -190,7 +190,7 @@ def indices(
     self: StackedParameterDict,
     names: Names | Lookup | EllipsisType = ...,
     *,
-    missing: Missing = "error",
+    missing: Literal["error", "skip", "insert"] = "error",
     init: Initialiser | None = None,
     shape: Sequence[int] | None = None,
     dtype: torch.dtype | None = None,
@@ -198,13 +198,14 @@ def indices(
     """Return the row numbers of names in their table, such as for ``embedding_bag``. **O(m)** for ``m`` names.
 
     They stay valid while :attr:`StackedParameterDict.layout_version` stays the same. All names must be in one table.
-    Frozen names and parameter groups have tables of their own; :meth:`StackedParameterDict.gather` finds the table of
-    each name.
+    Names without gradients (``requires_grad=False``) and parameter groups have tables of their own. ``freeze`` moves no
+    name. :meth:`StackedParameterDict.gather` finds the table of each name.
 
     Parameters
     ----------
     names, missing, init, shape, dtype
-        As for :meth:`StackedParameterDict.gather`. With ``missing="zero"``, a missing name has the row -1.
+        As for :meth:`StackedParameterDict.gather`, except that ``missing="zero"`` is refused: a missing name has no
+        row. :meth:`StackedParameterDict.isin` returns which names are there.
 
     Returns
     -------
@@ -216,7 +217,7 @@ def indices(
     KeyError
         If names are missing and ``missing`` is ``"error"``.
     ValueError
-        If the names are in more than one table.
+        If the names are in more than one table, or if ``missing`` is ``"zero"``.
 
     Examples
     --------
@@ -227,6 +228,11 @@ def indices(
     [[0.0, 0.0, 1.0], [2.0, 0.0, 0.0]]
 
     """
+    if missing not in ("error", "skip", "insert"):
+        raise ValueError(
+            f"missing must be 'error', 'skip' or 'insert', got {missing!r}: a missing name has no row. Use isin() "
+            'to see which are there, or missing="skip"'
+        )
     with self._lock:
         places = self._index.places() if names is ... else look_up(self, names, missing, init, shape, dtype)
         if isinstance(names, Lookup) and names._table is not None:
