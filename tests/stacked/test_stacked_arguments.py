@@ -7,8 +7,12 @@ what to do.
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
+from torch import nn
 
 import pdrs
 
@@ -34,3 +38,29 @@ def test_a_missing_name_has_no_row_number(sd: SD) -> None:
     with pytest.raises(ValueError, match=r"isin\(\)"):
         sd.indices(["a"], missing="zero")  # type: ignore[arg-type]
     assert sd.indices(["nope", "c"], missing="skip").tolist() == [2]
+
+
+# -- a Lookup ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_names_of_a_lookup_cannot_be_changed(sd: SD) -> None:
+    names = ["c", "a"]
+    batch = sd.lookup(names)
+    names.append("b")
+    assert batch.names == ("c", "a")
+    assert list(batch) == ["c", "a"]
+    assert len(batch) == 2
+    with pytest.raises(AttributeError):
+        batch.names = ("a",)  # type: ignore[misc]
+    with pytest.raises(AttributeError):
+        batch.names.append("b")  # type: ignore[attr-defined]
+    sd.scatter(batch, torch.zeros(2, 3))
+    assert sd.gather(["a", "c"]).abs().sum() == 0
+
+
+def test_copies_and_pickles_of_a_lookup_have_its_names(sd: SD) -> None:
+    module = nn.Module()
+    module.words, module.batch = sd, sd.lookup(["c", "a"])
+    for made in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert made.batch.names == ("c", "a")
+        assert made.words.gather(made.batch).argmax(1).tolist() == [2, 0]

@@ -277,7 +277,7 @@ def test_a_list_that_gives_other_names_than_lie_in_it_is_asked_for_them_everywhe
             return iter(["a"])
 
     sd, names = two(2), Names(["b"])
-    assert sd.lookup(names).names == ["a"]
+    assert sd.lookup(names).names == ("a",)
     assert sd.indices(names).tolist() == [0]
     assert torch.equal(sd.gather(names)[0], sd["a"])
     sd.scatter(names, torch.full((1, 2), 7.0))

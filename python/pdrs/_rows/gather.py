@@ -43,15 +43,10 @@ class Lookup:
 
     It notices when rows have moved or names have gone, and looks its names up again. A removed name then raises
     KeyError. Otherwise gathering costs what ``torch.nn.functional.embedding`` costs.
-
-    Attributes
-    ----------
-    names
-        The names, in order.
     """
 
-    def __init__(self, owner: StackedParameterDict, names: list[str]) -> None:
-        self.names = names
+    def __init__(self, owner: StackedParameterDict, names: Sequence[str]) -> None:
+        self._names = tuple(names)
         self._owner = owner
         self._version = -1
         self._places = Places.of(np.empty(0, np.int64), np.empty(0, np.int64))
@@ -67,19 +62,24 @@ class Lookup:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore what was pickled or copied; the names are looked up when they are used."""
-        self.__init__(state["_owner"], state["names"])  # type: ignore[misc]
+        self.__init__(state["_owner"], state["_names"])  # type: ignore[misc]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names, in order."""
+        return self._names
 
     def __len__(self) -> int:
         """Return the number of names."""
-        return len(self.names)
+        return len(self._names)
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names."""
-        return iter(self.names)
+        return iter(self._names)
 
     def __repr__(self) -> str:
-        first = ", ".join(map(repr, self.names[:3]))
-        return f"Lookup({len(self.names)} names: {first}{', ...' if len(self.names) > 3 else ''})"
+        first = ", ".join(map(repr, self._names[:3]))
+        return f"Lookup({len(self._names)} names: {first}{', ...' if len(self._names) > 3 else ''})"
 
 
 # -- looking up --------------------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ def _refresh(sd: StackedParameterDict, names: Lookup) -> None:
         raise ValueError("the Lookup belongs to another dictionary")
     version = sd._index.moves
     if names._version != version:
-        names._places = places = look_up(sd, names.names)
+        names._places = places = look_up(sd, names._names)
         number = places.only_table()
         names._table = sd._tables[number] if number >= 0 else None
         names._rows = torch.from_numpy(places.rows)
