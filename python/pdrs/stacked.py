@@ -215,7 +215,7 @@ class StackedParameterDict(Module):
         RuntimeError
             If ``dtype`` is one of integers or bool. These cannot require gradients.
         ValueError
-            If ``init`` returned new values instead of writing them.
+            If ``init`` returned values instead of writing them.
 
         Examples
         --------

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import pdrs
 
@@ -64,3 +66,52 @@ def test_copies_and_pickles_of_a_lookup_have_its_names(sd: SD) -> None:
     for made in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert made.batch.names == ("c", "a")
         assert made.words.gather(made.batch).argmax(1).tolist() == [2, 0]
+
+
+# -- initialisers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "init",
+    [
+        lambda rows: torch.ones_like(rows),
+        lambda rows: torch.ones(3),
+        lambda rows: np.ones(rows.shape, np.float32),
+        lambda rows: rows.tolist(),
+        lambda rows: 1.0,
+        lambda rows, names: [[1.0] * 3 for _ in names],
+        lambda rows: rows.fill_(1.0) + 1,
+    ],
+)
+def test_an_initialiser_that_returns_values_is_refused(sd: SD, init: Any) -> None:
+    for use in (
+        lambda: sd.insert(["new"], init=init),
+        lambda: sd.gather(["new"], missing="insert", init=init),
+        lambda: SD.from_shapes({"new": (3,)}, init=init),
+    ):
+        with pytest.raises(ValueError, match=r"init must give the new rows their values in place .* returned a"):
+            use()
+    assert list(sd) == ["a", "b", "c"]
+
+
+def test_an_initialiser_may_return_nothing_or_what_it_got(sd: SD) -> None:
+    def fill(rows: Tensor) -> None:
+        rows.fill_(2.0)
+
+    sd.insert(["d"], init=fill)
+    sd.insert(["e"], init=nn.init.ones_)
+    assert [sd["d"].sum().item(), sd["e"].sum().item()] == [6.0, 3.0]
+
+
+def test_what_is_no_initialiser_is_refused(sd: SD) -> None:
+    for names in (["new"],):
+        for use in (
+            lambda names: sd.insert(names, init=1.0),
+            lambda names: sd.gather(names, missing="insert", init=1.0),
+            lambda names: sd.indices(names, missing="insert", init=1.0),
+        ):
+            with pytest.raises(TypeError, match=r"init must be a function .* such as torch.nn.init.normal_, got 1.0"):
+                use(names)
+    with pytest.raises(TypeError, match=r"lambda rows: torch.nn.init.constant_\(rows, "):
+        sd.insert(["new"], init=nn.init.constant_)
+    assert list(sd) == ["a", "b", "c"]

@@ -324,8 +324,9 @@ def gather(
         What to do with missing names. ``"error"`` raises. ``"skip"`` leaves them out. ``"zero"`` returns rows of zeros
         without a gradient. ``"insert"`` first inserts them at the end, in order.
     init
-        Writes the values of new rows in place, as functions of ``torch.nn.init`` do. It is called with one tensor
-        ``[new names, *shape]`` of zeros. Without it, new rows are zeros.
+        Writes the values of new rows in place, as ``torch.nn.init.normal_`` does. It is called with one tensor
+        ``[new names, *shape]`` of zeros: ``init(rows)``. If it has two parameters without defaults, it is called as
+        ``init(rows, names)``. Without it, new rows are zeros.
     shape, dtype
         The shape and dtype of an entry. Needed only if they cannot be inferred from existing names or the only table.
 
@@ -340,7 +341,7 @@ def gather(
         If names are missing and ``missing`` is ``"error"``. The message counts them and lists some.
     ValueError
         If the names have different shapes or dtypes, or if the shape of new names is unknown. Also if ``init`` returned
-        new values instead of writing them.
+        values instead of writing them.
     RuntimeError
         If an optimizer that is not attached has stepped on the table, and new names make it grow or use old rows again.
 

@@ -21,7 +21,7 @@ from pdrs._rows.groups import groups_of
 from pdrs._rows.room import begin_state, clear_rows, make_room, take_back
 from pdrs._rows.store import device_of, numbers_by_kind, remove_last_table, table_for
 from pdrs._rows.table import Kind, Rows, kind_of, parameter_of, refuse_foreign
-from pdrs._rows.write import note_rows, stack, write_rows
+from pdrs._rows.write import note_rows, share_memory, stack, write_rows
 from pdrs._torch import huge_pages
 from pdrs._torch.errors import MissingEntryError
 from pdrs._torch.names import Mask, Names, as_list, as_mask, is_mask
@@ -45,6 +45,7 @@ __all__ = [
     "move_to_end",
     "partition",
     "refuse_integers",
+    "refuse_uncallable",
     "remove",
     "rename",
     "retain",
@@ -85,17 +86,33 @@ def refuse_integers(
 
 
 def initialise(values: Tensor, init: Initialiser, names: list[str]) -> None:
-    """Call ``init`` on zeros; ValueError if it has made a tensor of its own instead, which would be lost."""
-    made = init(values, names) if _takes_names(init) else init(values)
-    if (
-        isinstance(made, Tensor)
-        and made.shape == values.shape
-        and made.untyped_storage().data_ptr() != values.untyped_storage().data_ptr()
-        and not values.any()
-    ):
+    """Call ``init`` on zeros; ValueError if it returns values of its own, which would be lost."""
+    refuse_uncallable(init)
+    if _takes_names(init):
+        if getattr(init, "__module__", None) == torch.nn.init.__name__:
+            of_torch = f"torch.nn.init.{init.__name__}"
+            raise TypeError(
+                f"init with two parameters is called as init(rows, names), which {of_torch} does not take: "
+                f"pass lambda rows: {of_torch}(rows, ...)"
+            )
+        made = init(values, names)
+    else:
+        made = init(values)
+    if made is None or made is values:
+        return
+    if not isinstance(made, Tensor) or not (values.is_meta or share_memory(made, values)):
+        what = f"a new tensor of shape {list(made.shape)}" if isinstance(made, Tensor) else f"a {type(made).__name__}"
         raise ValueError(
-            "init must give the new rows their values in place, as torch.nn.init.normal_ does; it returned another "
-            "tensor and left them zero"
+            "init must give the new rows their values in place and return nothing, as torch.nn.init.normal_ does; it "
+            f"returned {what}, which would be lost"
+        )
+
+
+def refuse_uncallable(init: object) -> None:
+    """Raise TypeError for an initialiser that cannot be called."""
+    if not callable(init):
+        raise TypeError(
+            f"init must be a function that writes new rows in place, such as torch.nn.init.normal_, got {init!r}"
         )
 
 
@@ -153,8 +170,8 @@ def insert(
         A list, array or other iterable of ``str``. Existing names stay as they are.
     init
         Writes the values of new rows in place, as ``torch.nn.init.normal_`` does. It is called once, with a tensor
-        ``[new names, *shape]`` of zeros: ``init(rows)``, or ``init(rows, names)`` if it takes two arguments. Without
-        it, new rows are zeros.
+        ``[new names, *shape]`` of zeros: ``init(rows)``, or ``init(rows, names)`` if it has two parameters without
+        defaults. Without it, new rows are zeros.
     shape, dtype
         The shape and dtype of an entry. Needed only if they cannot be inferred from the only table.
 
@@ -168,7 +185,10 @@ def insert(
     KeyError
         If a name is empty.
     ValueError
-        If the shape cannot be inferred, or if ``init`` returned new values instead of writing them.
+        If the shape cannot be inferred, or if ``init`` returned values instead of writing them.
+    TypeError
+        If ``init`` is not a function. Also if it is one of ``torch.nn.init`` that takes a value, such as ``constant_``:
+        pass ``lambda rows: torch.nn.init.constant_(rows, 0.5)``.
     RuntimeError
         If an optimizer that is not attached has stepped on the table, and new names make it grow or use old rows again.
         After any error, nothing has changed.
