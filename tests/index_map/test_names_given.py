@@ -253,7 +253,7 @@ def test_a_list_that_is_given_is_not_changed_and_not_kept() -> None:
     handle = sd.lookup(kept := ["a"])
     kept.append("other")
     assert [type(name) for name in names] == [np.str_, StringLike]
-    assert handle.names == ["a"]
+    assert handle.names == ("a",)
 
 
 # -- masks -------------------------------------------------------------------------------------------------------------

@@ -104,7 +104,7 @@ def test_an_initialiser_may_return_nothing_or_what_it_got(sd: SD) -> None:
 
 
 def test_what_is_no_initialiser_is_refused(sd: SD) -> None:
-    for names in (["new"],):
+    for names in (["new"], ["a"]):
         for use in (
             lambda names: sd.insert(names, init=1.0),
             lambda names: sd.gather(names, missing="insert", init=1.0),
@@ -115,3 +115,54 @@ def test_what_is_no_initialiser_is_refused(sd: SD) -> None:
     with pytest.raises(TypeError, match=r"lambda rows: torch.nn.init.constant_\(rows, "):
         sd.insert(["new"], init=nn.init.constant_)
     assert list(sd) == ["a", "b", "c"]
+
+
+# -- arguments that contradict what is there ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("missing", ["error", "skip", "zero"])
+def test_an_initialiser_without_names_to_insert_is_refused(sd: SD, missing: Any) -> None:
+    for names in (["a"], ["new"], sd.lookup(["a"]), ...):
+        with pytest.raises(ValueError, match=r"init= needs missing=\"insert\""):
+            sd.gather(names, missing=missing, init=nn.init.ones_)
+        if missing != "zero":
+            with pytest.raises(ValueError, match=r"init= needs missing=\"insert\""):
+                sd.indices(names, missing=missing, init=nn.init.ones_)
+
+
+@pytest.mark.parametrize("other", [{"shape": (7,)}, {"dtype": torch.float64}, {"shape": (3,), "dtype": torch.int8}])
+def test_a_shape_or_dtype_that_names_do_not_have_is_refused(sd: SD, other: dict[str, Any]) -> None:
+    for missing in ("error", "skip", "zero", "insert"):
+        for names in (["a"], ["c", "a"], sd.lookup(["a"]), ["a", "new"]):
+            if missing == "error" and names == ["a", "new"]:
+                continue
+            with pytest.raises(ValueError, match=r"float32 of shape \[3\]"):
+                sd.gather(names, missing=missing, **other)  # type: ignore[arg-type]
+            if missing != "zero":
+                with pytest.raises(ValueError, match=r"float32 of shape \[3\]"):
+                    sd.indices(names, missing=missing, **other)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"'a' .* float32 of shape \[3\]"):
+        sd.insert(["new", "a"], **other)
+    assert list(sd) == ["a", "b", "c"]
+    assert len(sd.tables()) == 1
+
+
+def test_the_shape_and_dtype_that_names_have_are_taken(mixed: SD) -> None:
+    for same in ({"shape": (3,)}, {"shape": torch.Size([3])}, {"shape": [3], "dtype": torch.float32}):
+        assert mixed.gather(["a", "c"], **same).shape == (2, 3)  # type: ignore[arg-type]
+        assert mixed.indices(["a", "c"], **same).tolist() == [0, 1]  # type: ignore[arg-type]
+        assert mixed.gather(["none"], missing="zero", **same).shape == (1, 3)  # type: ignore[arg-type]
+        assert mixed.insert(["a"], **same) == []  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="the number 3"):
+        mixed.gather(["a"], shape=3)  # type: ignore[arg-type]
+
+
+def test_everything_of_one_shape_is_gathered(mixed: SD) -> None:
+    assert mixed.gather(shape=(2,)).tolist() == [[1.0, 1.0]]
+    assert mixed.gather(shape=(3,), sparse=True).tolist() == [[1.0] * 3, [0.0] * 3]
+    assert mixed.indices(shape=(3,)).tolist() == [0, 1]
+    assert mixed.gather(shape=(5,)).shape == (0, 5)
+    mixed["d"] = torch.ones(2, dtype=torch.float64)
+    assert mixed.gather(dtype=torch.float64).tolist() == [[1.0, 1.0]]
+    with pytest.raises(ValueError, match="expected names of one shape and dtype"):
+        mixed.gather()

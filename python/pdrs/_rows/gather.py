@@ -21,6 +21,8 @@ from pdrs._rows.insert import (
     insert_missing,
     kind_to_insert,
     missing_error,
+    refuse_other,
+    refuse_uncallable,
 )
 from pdrs._rows.layout import table_number
 from pdrs._rows.store import device_of, numbers_by_kind
@@ -94,7 +96,7 @@ def look_up(
     dtype: torch.dtype | None = None,
 ) -> Places:
     """Return the places of names; those that are missing and count as zeros have none."""
-    _check_missing(missing)
+    _check_missing(missing, init)
     if isinstance(names, Lookup):
         _refresh(sd, names)
         return names._places
@@ -217,7 +219,8 @@ def indices(
     KeyError
         If names are missing and ``missing`` is ``"error"``.
     ValueError
-        If the names are in more than one table, or if ``missing`` is ``"zero"``.
+        If the names are in more than one table, or if ``missing`` is ``"zero"``. Also as for
+        :meth:`StackedParameterDict.gather`.
 
     Examples
     --------
@@ -234,10 +237,17 @@ def indices(
             'to see which are there, or missing="skip"'
         )
     with self._lock:
-        places = self._index.places() if names is ... else look_up(self, names, missing, init, shape, dtype)
+        if names is ...:
+            _check_missing(missing, init)
+            places = _all_places(self, self._index, shape, dtype)
+        else:
+            places = look_up(self, names, missing, init, shape, dtype)
+        numbers = [number for number, _, _ in places.by_table()]
+        if shape is not None or dtype is not None:
+            for number in numbers:
+                refuse_other(kind_of(self, self._tables[number]), shape, dtype)
         if isinstance(names, Lookup) and names._table is not None:
             return names._rows.clone()  # what a Lookup knows is not for others to change
-        numbers = [number for number, _, _ in places.by_table()]
         if len(numbers) > 1:
             raise ValueError("the names lie in more than one table: gather them, or ask for those of one at a time")
         rows = torch.from_numpy(places.rows)
@@ -329,6 +339,7 @@ def gather(
         ``init(rows, names)``. Without it, new rows are zeros.
     shape, dtype
         The shape and dtype of an entry. Needed only if they cannot be inferred from existing names or the only table.
+        Without ``names``, only the entries of this shape and dtype are returned.
 
     Returns
     -------
@@ -340,8 +351,8 @@ def gather(
     KeyError
         If names are missing and ``missing`` is ``"error"``. The message counts them and lists some.
     ValueError
-        If the names have different shapes or dtypes, or if the shape of new names is unknown. Also if ``init`` returned
-        values instead of writing them.
+        If the names have different shapes or dtypes, or others than ``shape`` and ``dtype``. If the shape of new names
+        is unknown. If ``init`` is given without ``missing="insert"``, or returned values instead of writing them.
     RuntimeError
         If an optimizer that is not attached has stepped on the table, and new names make it grow or use old rows again.
 
@@ -356,7 +367,8 @@ def gather(
     [[3.0, 4.0], [1.0, 1.0]]
 
     """
-    _check_missing(missing)
+    if missing != "error" or init is not None:
+        _check_missing(missing, init)
     with self._lock:
         if not isinstance(names, Lookup) and names is not ...:
             names = listed(names)
@@ -371,6 +383,8 @@ def gather(
                 continue  # The table may be shorter than it was, or the names may lie in another one.
             # Else a finalizer has moved rows on this very thread, after they were looked up.
             if self.__dict__["_index"].moves == version:
+                if shape is not None or dtype is not None:
+                    refuse_other(Kind(tuple(gathered.shape[1:]), gathered.dtype), shape, dtype)
                 return gathered
 
 
@@ -390,7 +404,7 @@ def _gather(
             return gather_rows(table, names._rows, sparse)
         return _gather_places(sd, names._places, sparse, shape, dtype)
     if names is ...:
-        places = index.places()
+        places = _all_places(sd, index, shape, dtype)
         number = places.only_table()
         if number >= 0 and not sparse:
             rows = places.rows
@@ -516,9 +530,27 @@ def _each_once(names: list[str], places: Rows) -> Rows:
     return np.fromiter(chosen.values(), np.int64, len(chosen))
 
 
-def _check_missing(missing: str) -> None:
+def _check_missing(missing: str, init: Initialiser | None) -> None:
     if missing not in ("error", "skip", "zero", "insert"):
         raise ValueError(f"missing must be 'error', 'skip', 'zero' or 'insert', got {missing!r}")
+    if init is not None:
+        refuse_uncallable(init)
+        if missing != "insert":
+            raise ValueError(f'init= needs missing="insert", got missing={missing!r}, which makes no new rows')
+
+
+def _all_places(
+    sd: StackedParameterDict, index: RowIndex, shape: Sequence[int] | None, dtype: torch.dtype | None
+) -> Places:
+    """Return the places of all entries, or of those of a shape and dtype."""
+    places = index.places()
+    if shape is None and dtype is None:
+        return places
+    size = None if shape is None else as_shape(shape)
+    kinds = [kind_of(sd, table) for table in sd._tables]
+    fits = np.array([size in (None, kind.shape) and dtype in (None, kind.dtype) for kind in kinds], np.bool_)
+    there = fits[places.tables]
+    return Places.of(places.tables[there], places.rows[there])
 
 
 def _table_of_all(sd: StackedParameterDict, names: Lookup) -> Tensor | None:

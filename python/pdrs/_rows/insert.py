@@ -45,6 +45,7 @@ __all__ = [
     "move_to_end",
     "partition",
     "refuse_integers",
+    "refuse_other",
     "refuse_uncallable",
     "remove",
     "rename",
@@ -154,6 +155,15 @@ def kind_to_insert(
     return Kind(shape, dtype or torch.get_default_dtype())
 
 
+def refuse_other(
+    found: Kind, shape: Sequence[int] | None, dtype: torch.dtype | None, whose: str = "the names are"
+) -> None:
+    """Raise ValueError if entries are of another kind than is asked for."""
+    wanted = Kind(found.shape if shape is None else as_shape(shape), dtype or found.dtype)
+    if wanted[:2] != found[:2]:
+        raise ValueError(f"expected {wanted}, as shape= and dtype= say, but {whose} {found}: leave them out")
+
+
 def insert(
     self: StackedParameterDict,
     names: Names,
@@ -185,7 +195,8 @@ def insert(
     KeyError
         If a name is empty.
     ValueError
-        If the shape cannot be inferred, or if ``init`` returned values instead of writing them.
+        If the shape cannot be inferred, or if an existing name has another. Also if ``init`` returned values instead of
+        writing them.
     TypeError
         If ``init`` is not a function. Also if it is one of ``torch.nn.init`` that takes a value, such as ``constant_``:
         pass ``lambda rows: torch.nn.init.constant_(rows, 0.5)``.
@@ -205,7 +216,19 @@ def insert(
     """
     listing = as_list(names)
     with self._lock.change():
+        if init is not None:
+            refuse_uncallable(init)
+        if shape is not None or dtype is not None:
+            _refuse_others(self, listing, shape, dtype)
         return insert_missing(self, listing, init, shape, dtype)
+
+
+def _refuse_others(
+    sd: StackedParameterDict, names: list[str], shape: Sequence[int] | None, dtype: torch.dtype | None
+) -> None:
+    """Raise ValueError if one of the names is there, and of another kind than is asked for."""
+    for number, there, _ in sd._index.places(names).by_table():
+        refuse_other(kind_of(sd, sd._tables[number]), shape, dtype, f"{names[there[0]]!r} is there, and is")
 
 
 def rename(self: StackedParameterDict, old: str, new: str) -> None:
