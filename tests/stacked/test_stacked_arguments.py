@@ -166,3 +166,46 @@ def test_everything_of_one_shape_is_gathered(mixed: SD) -> None:
     assert mixed.gather(dtype=torch.float64).tolist() == [[1.0, 1.0]]
     with pytest.raises(ValueError, match="expected names of one shape and dtype"):
         mixed.gather()
+
+
+# -- optimizers --------------------------------------------------------------------------------------------------------
+
+
+def stepped(sd: SD) -> torch.optim.Optimizer:
+    optimizer = torch.optim.Adam(sd.parameters())
+    sd.gather().sum().backward()
+    optimizer.step()
+    return optimizer
+
+
+def test_a_state_that_the_optimizer_lacks_is_refused(sd: SD) -> None:
+    optimizer = stepped(sd)
+    with pytest.raises(ValueError, match=r"Adam.* has no state 'exp_averag'; it has 'exp_avg', 'exp_avg_sq'"):
+        sd.attach_optimizer(optimizer, initial_state={"exp_avg": 0.0, "exp_averag": "value"})
+    with pytest.raises(ValueError, match="not attached"):
+        sd.detach_optimizer(optimizer)
+    sd.attach_optimizer(optimizer, initial_state={"exp_avg": 0.0})
+    sd.detach_optimizer(optimizer)
+
+
+def test_an_optimizer_without_state_may_be_told_of_any(sd: SD) -> None:
+    sd.attach_optimizer(torch.optim.Adam(sd.parameters()), initial_state={"later": 1.0})
+
+
+@pytest.mark.parametrize("given", [5, "value", [("exp_avg", 0.0)]])
+def test_an_initial_state_that_is_no_mapping_is_refused(sd: SD, given: Any) -> None:
+    with pytest.raises(TypeError, match=r"expected initial_state as a mapping .*, got "):
+        sd.attach_optimizer(stepped(sd), initial_state=given)
+
+
+def test_what_is_not_attached_cannot_be_detached(sd: SD) -> None:
+    optimizer = stepped(sd)
+    for none in (None, sd):
+        with pytest.raises(TypeError, match="expected an optimizer, got "):
+            sd.detach_optimizer(none)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"Adam.* is not attached"):
+        sd.detach_optimizer(optimizer)
+    sd.attach_optimizer(optimizer)
+    sd.detach_optimizer(optimizer)
+    with pytest.raises(ValueError, match=r"Adam.* is not attached"):
+        sd.detach_optimizer(optimizer)

@@ -319,12 +319,9 @@ def run(scene: Scene, change: Callable[[Scene], None], stop: Stop) -> None:
         torch.set_grad_enabled(True)  # which torch does not put back if it is stopped in `no_grad` itself
 
 
-STRANGER = torch.optim.SGD([torch.zeros(1)])
-
-
 def assert_unlocked(sd: SD) -> None:
     """Fail if another thread cannot change the dictionary."""
-    thread = Thread(target=sd.detach_optimizer, args=(STRANGER,), daemon=True)
+    thread = Thread(target=sd.drop, args=([],), daemon=True)
     thread.start()
     thread.join(10)
     assert not thread.is_alive(), "the lock has not been given back"

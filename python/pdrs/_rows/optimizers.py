@@ -68,15 +68,17 @@ def attach_optimizer(
     Raises
     ------
     TypeError
-        If ``optimizer`` is not an optimizer.
+        If ``optimizer`` is not an optimizer, or ``initial_state`` is not a mapping.
     ValueError
-        If there are tables, and the optimizer has none of them.
+        If there are tables, and the optimizer has none of them. Also if ``initial_state`` has a key that the state of
+        the optimizer lacks. An optimizer that has not stepped yet has no state, and takes any key.
     RuntimeError
         If its state cannot follow the rows: anything except numbers, and plain tensors with one row for each row of a
         table. State that appears later raises at the first change. So does state whose beginning is unknown.
     """
-    if not (hasattr(optimizer, "param_groups") and hasattr(optimizer, "state")):
-        raise TypeError(f"expected an optimizer, got {type(optimizer).__name__}")
+    _refuse_no_optimizer(optimizer)
+    begins = {} if initial_state is None else initial_state
+    _refuse_no_mapping(begins)
     with self._lock.change():
         tables = [parameter_of(self, table) for table in self._tables]
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -87,16 +89,55 @@ def attach_optimizer(
             for parameter in tables:
                 for _ in optimizer_state.of_rows(part, parameter):
                     pass
+        if begins:
+            _refuse_unknown(parts, tables, begins)
         for part in parts:
-            declare(part, initial_state or {})
+            declare(part, begins)
             if not optimizer_state.is_among(part, attached(self)):
                 self._optimizers.append(weakref.ref(part))
 
 
 @untraced
 def detach_optimizer(self: StackedParameterDict, optimizer: Optimizer) -> None:
-    """Stop what ``attach_optimizer`` began. An optimizer that is not attached is ignored."""
+    """Stop what ``attach_optimizer`` began.
+
+    Raises
+    ------
+    TypeError
+        If ``optimizer`` is not an optimizer.
+    ValueError
+        If it is not attached.
+    """
+    _refuse_no_optimizer(optimizer)
     with self._lock.change():
-        parts = optimizer_state.parts_of(optimizer)
-        kept = [one for one in attached(self) if not optimizer_state.is_among(one, parts)]
+        parts, held = optimizer_state.parts_of(optimizer), attached(self)
+        kept = [one for one in held if not optimizer_state.is_among(one, parts)]
+        if len(kept) == len(held):
+            raise ValueError(f"the optimizer ({type(optimizer).__name__}) is not attached to this dictionary")
         self.__dict__["_optimizers"] = list(map(weakref.ref, kept))
+
+
+def _refuse_no_optimizer(given: object) -> None:
+    if not (hasattr(given, "param_groups") and hasattr(given, "state")):
+        raise TypeError(f"expected an optimizer, got {type(given).__name__}")
+
+
+def _refuse_no_mapping(given: object) -> None:
+    if not isinstance(given, Mapping):
+        what = type(given).__name__
+        raise TypeError(f"expected initial_state as a mapping from keys of the optimizer's state, got {what}")
+
+
+def _refuse_unknown(parts: list[Optimizer], tables: list[Tensor], keys: Mapping[str, Beginning]) -> None:
+    """Raise ValueError for a key that no part of an optimizer has, once each of them has state."""
+    states = [[state for one in tables if (state := part.state.get(one))] for part in parts]
+    if not all(states):
+        return
+    for key in keys:
+        if not any(key in state for of_part in states for state in of_part):
+            by_row = dict.fromkeys(
+                repr(name) for part in parts for one in tables for _, name in optimizer_state.of_rows(part, one)
+            )
+            raise ValueError(
+                f"the optimizer ({type(parts[0]).__name__}) has no state {key!r}; it has {', '.join(by_row) or 'none'}"
+            )
