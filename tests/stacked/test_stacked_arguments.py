@@ -209,3 +209,38 @@ def test_what_is_not_attached_cannot_be_detached(sd: SD) -> None:
     sd.detach_optimizer(optimizer)
     with pytest.raises(ValueError, match=r"Adam.* is not attached"):
         sd.detach_optimizer(optimizer)
+
+
+# -- names of rows -----------------------------------------------------------------------------------------------------
+
+
+def test_names_of_chooses_a_table_as_table_does() -> None:
+    sd = SD([("a", torch.ones(2)), ("b", nn.Parameter(torch.ones(2), requires_grad=False)), ("c", torch.ones(2))])
+    sd["d"] = torch.ones(3)
+    assert sd.names_of(sd.indices(["c", "a"]), shape=(2,), requires_grad=True) == ["c", "a"]
+    assert sd.names_of(sd.indices(["b"]), shape=(2,), requires_grad=False) == ["b"]
+    assert sd.names_of(sd.indices(["b"]), requires_grad=False) == ["b"]  # the only table without gradients
+    with pytest.raises(ValueError, match=r"float32_2', 'float32_2_no_grad'.* requires_grad="):
+        sd.names_of([0], shape=(2,))
+    with pytest.raises(ValueError, match=r"pass shape=, .* \[2\] and \[3\]"):
+        sd.names_of([0], requires_grad=True)
+    with pytest.raises(KeyError, match="no table"):
+        sd.names_of([0], shape=(5,))
+    with pytest.raises(KeyError, match="no table"):
+        sd.names_of([0], dtype=torch.int8)
+
+
+def test_no_rows_have_no_names(sd: SD, mixed: SD) -> None:
+    for one in (SD(), sd, mixed):
+        assert one.names_of([]) == []
+        assert one.names_of(torch.tensor([], dtype=torch.int64)) == []
+        assert one.names_of(one.indices([])) == []
+    with pytest.raises(KeyError, match="no table"):
+        SD().names_of([0])
+
+
+def test_an_error_about_rows_has_the_name_of_the_table(sd: SD) -> None:
+    with pytest.raises(IndexError, match=r"table 'float32_3' has 3 rows, got row 7"):
+        sd.names_of([0, 7])
+    with pytest.raises(IndexError, match=r"table 'float32_3' has 3 rows, got row -1"):
+        sd.names_of(torch.tensor([-1]))

@@ -261,6 +261,7 @@ def names_of(
     *,
     shape: Sequence[int] | None = None,
     dtype: torch.dtype | None = None,
+    requires_grad: bool | None = None,
 ) -> list[str | None]:
     """Return the names of rows, the reverse of :meth:`StackedParameterDict.indices`. **O(n + m)**.
 
@@ -268,14 +269,13 @@ def names_of(
     ----------
     indices
         Row numbers of one table, ``[m]``: a tensor, an array or a list of int.
-    shape, dtype
-        The shape and dtype of an entry, as for :meth:`StackedParameterDict.table`. Needed only if there are several
-        tables.
+    shape, dtype, requires_grad
+        They choose the table as for :meth:`StackedParameterDict.table`. Needed only if there are several tables.
 
     Returns
     -------
     list
-        The name of each row, or None for a free row.
+        The name of each row, or None for a free row. Of no row numbers, an empty list.
 
     Raises
     ------
@@ -295,13 +295,32 @@ def names_of(
 
     """
     with self._lock:
-        if shape is None:
-            shape = kind_to_insert(self, None, dtype, "the entries", frozen=True).shape
-        number = table_number(self, shape, dtype, None)
         given = indices.detach().cpu().numpy() if isinstance(indices, Tensor) else np.asarray(indices)
         if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
             raise TypeError(f"expected a list of rows of a table, got {given.dtype} with {given.ndim} dimensions")
-        return self._index.names_of(number, given.astype(np.int64))
+        if given.size == 0:
+            return []
+        if shape is None:
+            shape = _only_shape(self, dtype, requires_grad)
+        number = table_number(self, shape, dtype, requires_grad)
+        try:
+            return self._index.names_of(number, given.astype(np.int64))
+        except IndexError as error:
+            named = f"the table '{self._tables[number].attribute}'"
+            raise IndexError(str(error).replace(f"table {number}", named, 1)) from None
+
+
+def _only_shape(sd: StackedParameterDict, dtype: torch.dtype | None, requires_grad: bool | None) -> tuple[int, ...]:
+    """Return the only shape of the tables that fit: of those that require gradients, if there are any."""
+    kinds = [kind_of(sd, table) for table in sd._tables]
+    fitting = [one for one in kinds if dtype in (None, one.dtype) and requires_grad in (None, one.trainable)]
+    shapes = sorted({one.shape for one in fitting if one.trainable} or {one.shape for one in fitting})
+    if not shapes:
+        raise KeyError("no table of this dtype and requires_grad" if kinds else "no table: the dictionary is empty")
+    if len(shapes) > 1:
+        listing = " and ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(f"pass shape=, that of an entry: there are tables of the shapes {listing}")
+    return shapes[0]
 
 
 # -- gathering and scattering ------------------------------------------------------------------------------------------
