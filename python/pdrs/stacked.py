@@ -307,9 +307,7 @@ class StackedParameterDict(Module):
     def __delitem__(self, key: str) -> None:
         """Remove ``key``. The other entries keep their order. Raises KeyError if ``key`` is missing. **O(1)**."""
         with self._lock.change():
-            if not isinstance(key, str):
-                raise TypeError(f"expected a str as key, got {type(key).__name__}")
-            _insert.remove(self, self._index.plan_remove([key]))
+            _insert.remove_entry(self, key)
 
     def __contains__(self, key: object) -> bool:
         """Return whether ``key`` is the key of an entry. **O(1)**."""
@@ -357,9 +355,9 @@ class StackedParameterDict(Module):
     def popitem(self, last: bool = True) -> tuple[str, Tensor]:
         """Remove the last (or the first) entry and return its key and a copy of its row. **O(1)** at both ends.
 
-        Raises KeyError if the dictionary is empty.
+        Raises KeyError if the dictionary is empty, and TypeError if ``last`` is not a bool.
         """
-        popped = pop_end_entry_row(self, last)
+        popped = pop_end_entry_row(self, _insert.as_last(last))
         if popped is None:
             raise KeyError("popitem(): dictionary is empty")
         return popped
@@ -435,7 +433,7 @@ class StackedParameterDict(Module):
         if isinstance(parameters, StackedParameterDict):
             names, values = parameters._detached()
         else:
-            names, values = sources.columns(parameters)
+            names, values = sources.columns(parameters, "StackedParameterDict")
         with self._lock.change():
             _insert.insert_values(self, names, values, distinct=isinstance(parameters, Mapping | StackedParameterDict))
 
@@ -569,7 +567,7 @@ class StackedParameterDict(Module):
             return ParameterDict([(name, tables[number][row]) for name, number, row in self._index.entries()])
 
     def _detached(self) -> tuple[list[str], list[Tensor]]:
-        """Return the names and the rows, detached; those of frozen tables as frozen Parameters."""
+        """Return the names and the rows, detached; those of tables without gradients as such Parameters."""
         with self._lock.read():
             tables = []
             for table in self._tables:

@@ -244,3 +244,111 @@ def test_an_error_about_rows_has_the_name_of_the_table(sd: SD) -> None:
         sd.names_of([0, 7])
     with pytest.raises(IndexError, match=r"table 'float32_3' has 3 rows, got row -1"):
         sd.names_of(torch.tensor([-1]))
+
+
+# -- errors that say what to do ----------------------------------------------------------------------------------------
+
+
+def test_last_is_a_bool(sd: SD) -> None:
+    for given in (0, 1, None, "yes"):
+        for use in (lambda given: sd.move_to_end("a", last=given), lambda given: sd.popitem(last=given)):
+            with pytest.raises(TypeError, match=f"last must be a bool, got {given!r}"):
+                use(given)
+    assert list(sd) == ["a", "b", "c"]
+
+
+def test_an_error_about_pairs_has_the_name_of_the_class() -> None:
+    with pytest.raises(ValueError, match=r"^StackedParameterDict update sequence element #0 has length 1"):
+        SD(["a", "b"])
+    with pytest.raises(TypeError, match=r"^StackedParameterDict update sequence element #0 should be Iterable"):
+        SD([1])
+    with pytest.raises(ValueError, match=r"^ParameterDict update sequence element #0 has length 1"):
+        pdrs.ParameterDict(["a", "b"])
+
+
+def test_scattered_values_are_one_for_each_name(sd: SD) -> None:
+    with pytest.raises(ValueError, match="expected one value for each name, got 1 values for 2 names"):
+        sd.scatter(["a", "b"], torch.zeros(1, 3))
+    with pytest.raises(ValueError, match="expected one value for each name, got a single number"):
+        sd.scatter(["a"], torch.tensor(1.0))
+
+
+def test_a_shape_that_cannot_be_inferred_is_asked_for(sd: SD, mixed: SD) -> None:
+    for use in (lambda: SD().reserve(3), lambda: SD().insert(["f"]), lambda: SD().gather(["f"], missing="insert")):
+        with pytest.raises(ValueError, match="pass shape=, the shape of an entry, because there is no table yet"):
+            use()
+    for use in (lambda: mixed.reserve(3), lambda: mixed.insert(["f"]), lambda: mixed.gather([])):
+        with pytest.raises(ValueError, match="pass shape=, the shape of an entry, because 2 tables could be meant"):
+            use()
+    sd.requires_grad_(False)
+    for use in (lambda: sd.reserve(3), lambda: sd.insert(["f"])):
+        with pytest.raises(ValueError, match=r"no table requires gradients: pass shape= .* requires_grad=False\)"):
+            use()
+    assert sd.insert(["f"], shape=(3,)) == ["f"]
+
+
+def test_options_by_patterns_are_checked(sd: SD) -> None:
+    with pytest.raises(ValueError, match=r"expected a regular expression, got '\(': "):
+        sd.param_groups(by={"(": {}})
+    for key in ("params", "pattern"):
+        with pytest.raises(ValueError, match=f"'{key}' is not an option"):
+            sd.param_groups(by={"a": {key: 1}})
+        with pytest.raises(ValueError, match=f"'{key}' is not an option"):
+            sd.param_groups({"a": {}}, **{key: 1})
+    assert len(sd.tables()) == 1
+
+
+def test_a_name_that_is_no_str_is_refused_in_the_same_words(sd: SD) -> None:
+    row = torch.zeros(3)
+    for use in (
+        lambda: sd[5],  # type: ignore[index]
+        lambda: sd.get(5),  # type: ignore[call-overload]
+        lambda: sd.pop(5),  # type: ignore[call-overload]
+        lambda: sd.__delitem__(5),  # type: ignore[arg-type]
+        lambda: sd.rename(5, "x"),  # type: ignore[arg-type]
+        lambda: sd.rename("a", 5),  # type: ignore[arg-type]
+        lambda: sd.move_to_end(5),  # type: ignore[arg-type]
+        lambda: sd.__setitem__(5, row),  # type: ignore[index]
+        lambda: pdrs.IndexMap().get(5),  # type: ignore[call-overload]
+        lambda: pdrs.ParameterDict().__delitem__(5),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(TypeError, match=r"^names must be str, got int"):
+            use()
+
+
+def test_a_missing_name_raises_the_same_error_everywhere(sd: SD) -> None:
+    for use in (
+        lambda: sd["x"],
+        lambda: sd.__delitem__("x"),
+        lambda: sd.pop("x"),
+        lambda: sd.drop(["x"]),
+        lambda: sd.rename("x", "y"),
+        lambda: sd.move_to_end("x"),
+    ):
+        with pytest.raises(pdrs.MissingEntryError, match="'x'"):
+            use()
+
+
+def test_a_name_that_is_listed_twice_is_a_value_error(sd: SD) -> None:
+    with pytest.raises(ValueError, match="'a' is listed twice"):
+        sd.drop(["a", "b", "a"])
+    with pytest.raises(ValueError, match="'a' is listed twice"):
+        sd.drop(["a", "x", "a"], missing="skip")
+    with pytest.raises(ValueError, match="'a' is listed twice"):
+        SD.from_tensor(["a", "b", "a"], torch.eye(3))
+    assert list(sd) == ["a", "b", "c"]
+
+
+def test_a_name_does_not_move_between_groups_by_its_new_name(sd: SD) -> None:
+    sd.param_groups(by={"^b": {"lr": 0.1}})
+    with pytest.raises(ValueError, match=r"'a2'.* pop .* begins its optimizer state anew"):
+        sd.rename("b", "a2")
+
+
+def test_a_mask_is_no_list_of_names(sd: SD) -> None:
+    mask = [True, False, True]
+    for given in (mask, np.array(mask), torch.tensor(mask)):
+        for method in (sd.freeze, sd.unfreeze):
+            with pytest.raises(TypeError, match=r"got a mask: pass sd\.select\(mask\)"):
+                method(given)
+    sd.freeze(sd.select(mask))

@@ -530,13 +530,13 @@ def test_a_batch_of_unknown_names_only_has_the_shape_of_a_frozen_table(dtype: to
     assert sd.gather(["q"], missing="zero", shape=(2,)).dtype == dtype
     assert sd.gather(["q"], missing="skip").shape == (0, 2)
     assert sd.gather([]).shape == (0, 2)
-    with pytest.raises(ValueError, match="because no table is trainable"):
+    with pytest.raises(ValueError, match="no table requires gradients"):
         sd.gather(["q"], missing="insert")
 
 
 def test_the_shape_of_a_result_of_no_names_is_asked_for_as_that() -> None:
     sd = StackedParameterDict({"a": torch.zeros(2), "b": torch.zeros(3)})
-    with pytest.raises(ValueError, match="expected shape=, that of a result of no names, because 2 tables"):
+    with pytest.raises(ValueError, match="pass shape=, the shape of an entry, because 2 tables"):
         sd.gather([])
     assert sd.gather([], shape=(3,)).shape == (0, 3)
 
@@ -586,7 +586,7 @@ def test_an_array_without_a_dimension_is_no_list_of_names(call: str) -> None:
 
 def test_a_name_that_is_to_be_dropped_twice_is_said_to_be_listed_twice() -> None:
     sd = two(3)
-    with pytest.raises(KeyError, match="'a' is listed twice"):
+    with pytest.raises(ValueError, match="'a' is listed twice"):
         sd.drop(["a", "b", "a"])
     with pytest.raises(pdrs.MissingEntryError, match="1 of 2 names are not in the dictionary: 'c'"):
         sd.drop(["a", "c"])

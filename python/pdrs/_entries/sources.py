@@ -35,8 +35,8 @@ def _gives_its_own(parameters: Any) -> TypeGuard[ParameterDict]:
     )
 
 
-def columns(parameters: Iterable[Any]) -> tuple[list[Any], list[Any]]:
-    """Give names and values in the order in which to insert them."""
+def columns(parameters: Iterable[Any], owner: str = "ParameterDict") -> tuple[list[Any], list[Any]]:
+    """Give names and values in the order in which to insert them; errors name the class ``owner``."""
     # Names and values at one time, whatever another thread does.
     if _gives_its_own(parameters) and in_step(parameters._keys, parameters._parameters):
         entries = parameters._parameters.copy()
@@ -54,7 +54,7 @@ def columns(parameters: Iterable[Any]) -> tuple[list[Any], list[Any]]:
     columns = unzip(pairs)
     if columns is None:
         for at, pair in enumerate(pairs):
-            _check_pair(at, pair)
+            _check_pair(at, pair, owner)
         columns = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     return columns
 
@@ -65,8 +65,8 @@ def refuse_stacked(parameters: object) -> None:
         raise TypeError(f"expected a mapping or pairs, got a {type(parameters).__name__}: pass its unstack()")
 
 
-def _check_pair(at: int, pair: Any) -> None:
+def _check_pair(at: int, pair: Any, owner: str) -> None:
     if not isinstance(pair, Iterable):
-        raise TypeError(f"ParameterDict update sequence element #{at} should be Iterable; is {type(pair).__name__}")
+        raise TypeError(f"{owner} update sequence element #{at} should be Iterable; is {type(pair).__name__}")
     if len(pair) != 2:  # type: ignore[arg-type]
-        raise ValueError(f"ParameterDict update sequence element #{at} has length {len(pair)}; 2 is required")  # type: ignore[arg-type]
+        raise ValueError(f"{owner} update sequence element #{at} has length {len(pair)}; 2 is required")  # type: ignore[arg-type]

@@ -446,8 +446,7 @@ def _gather_places(
 ) -> Tensor:
     parts = [(parameter_of(sd, sd._tables[number]), there, rows) for number, there, rows in places.by_table()]
     if not parts:
-        what = "names that are not there" if len(places) else "a result of no names"
-        kind = kind_to_insert(sd, shape, dtype, what, frozen=True)
+        kind = kind_to_insert(sd, shape, dtype, also_no_grad=True)
         fitting = [number for one, number in numbers_by_kind(sd).items() if one._replace(group=0) == kind]
         if not fitting or device_of(sd).type == "meta":
             return torch.zeros((len(places), *kind.shape), dtype=kind.dtype, device=device_of(sd))
@@ -505,11 +504,11 @@ def scatter(
     if values.layout != torch.strided:
         raise TypeError(f"expected a dense tensor of values, got one with the layout {values.layout}")
     if values.dim() == 0:
-        raise ValueError("expected a value a name, got a single number")
+        raise ValueError("expected one value for each name, got a single number")
     if not isinstance(names, Lookup):
         names = as_list(names)
     if len(names) != len(values):
-        raise ValueError(f"expected a value a name, got {len(values)} values for {len(names)} names")
+        raise ValueError(f"expected one value for each name, got {len(values)} values for {len(names)} names")
     with self._lock.change():
         places = look_up(self, names, "error" if isinstance(names, Lookup) or missing == "error" else "zero")
         parts = places.by_table()

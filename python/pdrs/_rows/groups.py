@@ -45,8 +45,8 @@ def param_groups(
     The options of an optimizer belong to whole tables. New names go to the table of their pattern from then on. Each
     pattern is searched in each name, in Python. Gathering names of two groups takes a few operations more than
     gathering names of one. Call this before you make the optimizer, then call ``attach_optimizer``, so that new tables
-    join their group. Frozen names stay frozen, and the state of attached optimizers moves along. Names that move lose
-    their gradients.
+    join their group. Names that move keep the mask of ``freeze`` and the
+    state of attached optimizers, and lose their gradients.
 
     Parameters
     ----------
@@ -67,6 +67,8 @@ def param_groups(
         state.
     TypeError
         If ``by`` is not a mapping from ``str`` to mappings.
+    ValueError
+        If a pattern is not a regular expression, or if options contain ``"params"`` or ``"pattern"``.
 
     Examples
     --------
@@ -85,6 +87,9 @@ def param_groups(
             raise TypeError(f"expected regular expressions as str, with flags as '(?i)', got {expression!r}")
         if not isinstance(by[expression], Mapping):
             raise TypeError(f"expected a mapping of options for {expression!r}, got {type(by[expression]).__name__}")
+        _check_pattern(expression)
+        _check_options(by[expression])
+    _check_options(others)
     with self._lock.change():
         options = [(None, dict(others)), *((pattern, {**others, **options}) for pattern, options in by.items())]
         _regroup(self, tuple(by))
@@ -94,6 +99,19 @@ def param_groups(
             trainable = [table for table in tables if table.requires_grad]
             made.append({"params": trainable, "pattern": pattern, **chosen})
         return made
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError, RuntimeError) as error:
+        raise ValueError(f"expected a regular expression, got {pattern!r}: {error}") from error
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    for key in ("params", "pattern"):
+        if key in options:
+            raise ValueError(f"{key!r} is not an option: param_groups sets it, from the names that match a pattern")
 
 
 def _regroup(sd: StackedParameterDict, patterns: tuple[str, ...]) -> None:

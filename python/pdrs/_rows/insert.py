@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Initialiser",
+    "as_last",
     "as_shape",
     "drop",
     "free_rows",
@@ -48,6 +49,7 @@ __all__ = [
     "refuse_other",
     "refuse_uncallable",
     "remove",
+    "remove_entry",
     "rename",
     "retain",
     "select",
@@ -138,20 +140,27 @@ def kind_to_insert(
     sd: StackedParameterDict,
     shape: Sequence[int] | None,
     dtype: torch.dtype | None,
-    of_what: str = "names that are not there",
-    frozen: bool = False,
+    also_no_grad: bool = False,
 ) -> Kind:
-    """Return the kind that is asked for, or that of the only table that can be meant: ``frozen``, also of these."""
+    """Return the kind that is asked for, or that of the only table that can be meant.
+
+    With ``also_no_grad`` it may be a table without gradients.
+    """
     shape = None if shape is None else as_shape(shape)
     kinds = {kind_of(sd, table)._replace(group=0) for table in sd._tables}
     all_fitting = {kind for kind in kinds if (shape is None or kind.shape == shape) and dtype in (None, kind.dtype)}
-    fitting = {kind for kind in all_fitting if kind.trainable} or (all_fitting if frozen else set())
+    fitting = {kind for kind in all_fitting if kind.trainable} or (all_fitting if also_no_grad else set())
     if len(fitting) == 1:
         return fitting.pop()
     if shape is None:
-        none = "no table is trainable" if sd._tables else "there is no table yet"
+        if all_fitting and not fitting:
+            raise ValueError(
+                "no table requires gradients: pass shape= to make one that does, or insert "
+                "torch.nn.Parameter(tensor, requires_grad=False)"
+            )
+        none = f"no table is of {dtype}" if sd._tables else "there is no table yet"
         which = f"{len(fitting)} tables could be meant" if fitting else none
-        raise ValueError(f"expected shape=, that of {of_what}, because {which}")
+        raise ValueError(f"pass shape=, the shape of an entry, because {which}")
     return Kind(shape, dtype or torch.get_default_dtype())
 
 
@@ -239,7 +248,8 @@ def rename(self: StackedParameterDict, old: str, new: str) -> None:
     KeyError
         If ``old`` is missing, or ``new`` is empty.
     ValueError
-        If ``new`` exists already.
+        If ``new`` exists already, or if it belongs to another parameter group than ``old``. Then pop the one and set
+        the other, which begins its optimizer state anew.
     TypeError
         If a name is not a ``str``.
 
@@ -254,14 +264,17 @@ def rename(self: StackedParameterDict, old: str, new: str) -> None:
     """
     _check_name(self, old)
     if not isinstance(new, str):
-        raise TypeError(f"expected a str as name, got {type(new).__name__}")
+        raise TypeError(f"names must be str, got {type(new).__name__}")
     if not new:
         raise KeyError(_EMPTY)
     with self._lock.change():
         plan = self._index.plan_rename(old, new)
         groups = groups_of(self._patterns, [old, new])
         if groups is not None and groups[0] != groups[1]:
-            raise ValueError(f"'{new}' belongs to another group of options than '{old}': pop the one and set the other")
+            raise ValueError(
+                f"'{new}' belongs to another parameter group than '{old}': pop '{old}' and set '{new}', which begins "
+                "its optimizer state anew"
+            )
         changes = Changes()
         changes.call(self._index.commit, plan)
         changes.make()
@@ -275,7 +288,7 @@ def move_to_end(self: StackedParameterDict, name: str, last: bool = True) -> Non
     KeyError
         If ``name`` is missing.
     TypeError
-        If ``name`` is not a ``str``.
+        If ``name`` is not a ``str``, or ``last`` is not a bool.
 
     Examples
     --------
@@ -289,13 +302,20 @@ def move_to_end(self: StackedParameterDict, name: str, last: bool = True) -> Non
     _check_name(self, name)
     with self._lock.change():
         changes = Changes()
-        changes.call(self._index.commit, self._index.plan_move_to_end(name, last))
+        changes.call(self._index.commit, self._index.plan_move_to_end(name, as_last(last)))
         changes.make()
+
+
+def as_last(last: object) -> bool:
+    """Return the argument ``last`` of a method; TypeError if it is not a bool."""
+    if not isinstance(last, bool):
+        raise TypeError(f"last must be a bool, got {last!r}")
+    return last
 
 
 def _check_name(sd: StackedParameterDict, name: object) -> None:
     if not isinstance(name, str):
-        raise TypeError(f"expected a str as name, got {type(name).__name__}")
+        raise TypeError(f"names must be str, got {type(name).__name__}")
     if name not in sd._index:
         raise MissingEntryError(name)
 
@@ -510,9 +530,11 @@ def drop(self: StackedParameterDict, names: Names | Mask, *, missing: Literal["e
     Raises
     ------
     KeyError
-        If a name is missing, or is listed twice. Then nothing has been removed.
-    TypeError, ValueError
-        If ``names`` are neither names nor a mask for all names.
+        If a name is missing. Then nothing has been removed.
+    ValueError
+        If a name is listed twice, or if a mask has another length. Then nothing has been removed.
+    TypeError
+        If ``names`` are neither names nor a mask.
 
     Examples
     --------
@@ -539,7 +561,13 @@ def drop(self: StackedParameterDict, names: Names | Mask, *, missing: Literal["e
                 lacking = set(absent.tolist())
                 gone = [name for at, name in enumerate(gone) if at not in lacking]
         with self._lock.change():
-            remove(self, self._index.plan_remove(gone))
+            try:
+                plan = self._index.plan_remove(gone)
+            except KeyError as error:
+                if len(set(gone)) < len(gone):
+                    raise ValueError(error.args[0]) from None
+                raise
+            remove(self, plan)
 
 
 @untraced
@@ -587,6 +615,17 @@ def retain(self: StackedParameterDict, names: Names | Mask, *, missing: Literal[
                     is_wanted[of_table[number]] = True
                     kept[there] = is_wanted[rows]
         remove(self, index.plan_remove(index.select(~kept)))
+
+
+def remove_entry(sd: StackedParameterDict, name: str) -> None:
+    """Remove one name, within a change; MissingEntryError if it is missing."""
+    if not isinstance(name, str):
+        raise TypeError(f"names must be str, got {type(name).__name__}")
+    try:
+        plan = sd._index.plan_remove([name])
+    except KeyError:
+        raise MissingEntryError(name) from None
+    remove(sd, plan)
 
 
 @untraced

@@ -17,7 +17,7 @@ from pdrs._rows.optimizers import attached
 from pdrs._rows.room import clear_gradient_rows
 from pdrs._rows.store import device_of
 from pdrs._rows.table import Rows, Table, mask_device, parameter_of, refuse_foreign, whole
-from pdrs._torch.names import Names
+from pdrs._torch.names import Names, is_mask
 from pdrs._torch.transaction import Changes
 from pdrs._torch.untraced import untraced
 
@@ -109,6 +109,8 @@ def freeze(self: StackedParameterDict, names: Names | Lookup) -> None:
     ------
     KeyError
         If a name is missing.
+    TypeError
+        If ``names`` are not names. Of a mask, pass ``sd.select(mask)``.
     RuntimeError
         If the table is sharded or parametrized. Names that were frozen before stay frozen.
 
@@ -161,4 +163,6 @@ def unfreeze(self: StackedParameterDict, names: Names | Lookup | None = None) ->
 
 
 def _by_table(sd: StackedParameterDict, names: Names | Lookup) -> list[tuple[Table, Rows]]:
+    if not isinstance(names, Lookup) and is_mask(names):
+        raise TypeError("expected names, got a mask: pass sd.select(mask)")
     return [(sd._tables[number], rows) for number, _, rows in look_up(sd, names).by_table()]
