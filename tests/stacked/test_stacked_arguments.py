@@ -352,3 +352,14 @@ def test_a_mask_is_no_list_of_names(sd: SD) -> None:
             with pytest.raises(TypeError, match=r"got a mask: pass sd\.select\(mask\)"):
                 method(given)
     sd.freeze(sd.select(mask))
+
+
+def test_views_of_names_show_names() -> None:
+    names = [f"n{at}" for at in range(1000)]
+    for made in (SD.from_tensor(names, torch.zeros(1000, 1)), pdrs.IndexMap.from_names(names)):
+        assert (
+            repr(made.keys()) == "KeysView(['n0', 'n1', 'n2', 'n3', 'n4', ..., 'n995', 'n996', 'n997', 'n998', 'n999'])"
+        )
+    for small in (SD(mapping := {"a": torch.zeros(2), "b": torch.ones(2)}), pdrs.ParameterDict(mapping)):
+        assert repr(small.keys()) == "KeysView(['a', 'b'])"
+    assert repr(SD().keys()) == "KeysView([])"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import abc
 from collections.abc import Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from pdrs._core import EntryIterator, IndexMap
@@ -14,11 +15,22 @@ if TYPE_CHECKING:
 
 abc.MutableMapping.register(IndexMap)
 
+# The names of a longer view are shown at its two ends only.
+_REPR_WHOLE = 20
+_REPR_END = 5
+
 
 class KeysView(abc.KeysView[str]):
     """The names of an IndexMap, in order; a set."""
 
     _mapping: IndexMap
+
+    def __repr__(self) -> str:
+        if len(self) <= _REPR_WHOLE:
+            return f"KeysView({list(self)})"
+        first = ", ".join(map(repr, islice(self, _REPR_END)))
+        last = ", ".join(map(repr, reversed(list(islice(reversed(self), _REPR_END)))))
+        return f"KeysView([{first}, ..., {last}])"
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._mapping)
