@@ -62,17 +62,22 @@ def test_what_is_no_module_is_not_filled(path: Path, wrong: Any) -> None:
 
 def test_names_that_are_not_there_are_missing_in_the_checkpoint(path: Path) -> None:
     names = ["a", *(f"n{n}" for n in range(7))]
-    with pytest.raises(KeyError) as caught:
+    with pytest.raises(pdrs.MissingEntryError) as caught:
         pdrs.open(path, names=names)
     assert caught.value.args == ("7 of 8 names are not in the checkpoint: 'n0', 'n1', 'n2', 'n3', 'n4', ...",)
     with pytest.raises(KeyError, match="1 of 2 names are not in the checkpoint: 'c'"):
         pdrs.open(path, names=["c", "b"])
 
 
+def test_a_name_that_is_to_be_opened_twice_is_refused_by_name(path: Path) -> None:
+    with pytest.raises(ValueError, match="'b' is listed twice"):
+        pdrs.open(path, names=["b", "a", "b"])
+
+
 def test_a_name_that_is_the_prefix_itself_has_none_left_and_is_not_taken(path: Path) -> None:
     assert {name: row.tolist() for name, row in pdrs.open(path, prefix="a").items()} == {".x": [0.0, 0.0]}
     for prefix in ("b", "a.x", "c"):
-        with pytest.raises(KeyError, match=f"nothing in the checkpoint begins with '{prefix}'"):
+        with pytest.raises(KeyError, match=rf"longer than '{prefix}' and .*; names=\['{prefix}'\] opens one"):
             pdrs.open(path, prefix=prefix)
 
 

@@ -144,7 +144,7 @@ def test_a_broken_header_is_refused(at: int, value: int, message: str) -> None:
 def test_another_version_is_refused() -> None:
     packed = _written(["x"], None, [Table("a", 1)])
     for version, message in [
-        (2, r"later version of pdrs \(layout 2, this one reads 1\)"),
+        (2, r"later version of pdrs \(format version 2, this one reads 1\)"),
         (0, "a version that is known"),
     ]:
         packed[7] = version

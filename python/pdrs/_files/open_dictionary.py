@@ -17,6 +17,7 @@ from pdrs._files.checkpoint_file import CheckpointFile
 from pdrs._files.saved_dictionary import PackedDictionary, PlainTensors, SavedDictionary
 from pdrs._moves.staging import upload
 from pdrs._rows.store import add_table
+from pdrs._torch.errors import MissingEntryError
 from pdrs._torch.huge_pages import empty
 from pdrs.stacked import StackedParameterDict
 
@@ -52,7 +53,10 @@ def open_dictionary(
         parts = list(_in_order(checkpoint, prefix, members, chosen))
         is_there = bool(parts)
     if prefix and not is_there:
-        raise KeyError(f"nothing in the checkpoint begins with {prefix!r}")
+        raise KeyError(
+            f"no name in the checkpoint is longer than {prefix!r} and begins with it; "
+            f"names=[{prefix!r}] opens one entry"
+        )
     index = parts[0].index if len(parts) == 1 else _joined(checkpoint, parts)
     if names is None and within:
         names = index.names()
@@ -118,17 +122,17 @@ def _joined(checkpoint: CheckpointFile, parts: list[SavedDictionary]) -> RowInde
     try:
         return RowIndex.of(names, Places.of(np.concatenate(numbers), np.concatenate(rows)), used)
     except ValueError as error:
-        raise checkpoint.error("a name is listed twice: as that of a tensor, or in two dictionaries") from error
+        raise checkpoint.error(f"{error}: as that of a tensor, or in two dictionaries") from error
 
 
 def _chosen(index: RowIndex, names: list[str]) -> Places:
-    """Return the places of some names; KeyError if one is missing."""
+    """Return the places of some names; MissingEntryError if one is missing."""
     places = index.places(names)
     missing = places.missing()
     if len(missing):
         listed = ", ".join(repr(names[at]) for at in missing[:_LISTED].tolist())
         more = ", ..." if len(missing) > _LISTED else ""
-        raise KeyError(f"{len(missing)} of {len(names)} names are not in the checkpoint: {listed}{more}")
+        raise MissingEntryError(f"{len(missing)} of {len(names)} names are not in the checkpoint: {listed}{more}")
     return places
 
 
@@ -140,7 +144,7 @@ def _index_of(names: list[str], tables: list[NDArray[np.int64]]) -> RowIndex:
     try:
         return RowIndex.of(names, Places.of(numbers, rows), list(map(len, tables)))
     except ValueError as error:
-        raise ValueError("expected each name once, got one twice") from error
+        raise ValueError(f"expected each name once: {error}") from error
 
 
 def _moved(tensor: Tensor, device: torch.device | None, dtype: torch.dtype | None) -> Tensor:

@@ -140,7 +140,7 @@ def unpack(packed: Tensor, prefix: str | None = None) -> tuple[IndexMap, Header]
     version = int(data[7]) if len(data) > 7 else 0
     if version > _VERSION:
         raise ValueError(
-            f"the names were packed by a later version of pdrs (layout {version}, this one reads {_VERSION})"
+            f"the names were packed by a later version of pdrs (format version {version}, this one reads {_VERSION})"
         )
     names, tables, patterns = unpack_names(data, prefix)
     return names, Header(tuple(TableHeader(*table) for table in tables), tuple(patterns))
