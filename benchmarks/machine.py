@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,7 +25,7 @@ def describe(command: str) -> dict[str, str]:
         "CPU": f"{_cpu_model()}, {_cores()} cores",
         **({} if name is None else {"GPU": name}),
         "memory": f"{_memory_bytes() / 2**30:.0f} GiB",
-        "OS": f"{_system()}, {platform.system()} {platform.release()}",
+        "OS": f"{_system()}, {platform.system()} {_kernel_version()}",
         "Python": platform.python_version(),
         "torch": torch.__version__,
         **_version("tensordict"),
@@ -65,6 +66,13 @@ def _cores() -> int:
 
 def _memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _kernel_version() -> str:
+    # Without what a build of the kernel is called, which says more of the host than of its speed.
+    release = platform.release()
+    numbers = re.match(r"\d+(\.\d+)*", release)
+    return numbers[0] if numbers else release
 
 
 def _system() -> str:
