@@ -602,7 +602,7 @@ def _import_figures() -> list[Figure]:
         Figure("files in import circles", sum(map(len, found)), 0, places=named, topic="imports"),
         Figure("imports against the layer rule", len(against), 1, places=places, topic="imports", met=not forbidden),
         Figure("files without a layer", len(homeless), 0, places=unknown, topic="imports"),
-        Figure("places where Rust imports a Python module", len(from_rust), places=from_rust, topic="imports"),
+        Figure("places where Rust imports a Python module", len(from_rust), 8, places=from_rust, topic="imports"),
     ]
 
 
