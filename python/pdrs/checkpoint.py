@@ -195,13 +195,13 @@ def open(  # noqa: A001  # read as pdrs.open
     CheckpointError
         If the file is damaged or is no checkpoint, or if a folder has none or several.
     KeyError
-        If one of ``names`` or ``key`` is missing, or if no name begins with ``prefix``.
+        If one of ``names`` or ``key`` is missing, or if no name is longer than ``prefix`` and begins with it.
     OSError
         If the file cannot be opened.
     TypeError
         If ``dtype`` is neither floating point nor complex.
     ValueError
-        If ``key`` is given for a safetensors file.
+        If ``key`` is given for a safetensors file, or if one of ``names`` is listed twice.
 
     Notes
     -----

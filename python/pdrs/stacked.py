@@ -138,8 +138,8 @@ class StackedParameterDict(Module):
         names
             Distinct names.
         values
-            ``[len(names), *shape]``. A Parameter becomes the table itself. The table shares the memory of another
-            tensor.
+            ``[len(names), *shape]``. A Parameter becomes the table itself. Of another tensor, the table shares
+            the memory until it grows or is compacted.
         requires_grad
             Whether the table requires gradients. The default is True, or the flag of a Parameter.
 
@@ -283,7 +283,7 @@ class StackedParameterDict(Module):
         """Copy a tensor into the row of ``key``. A new key goes to the end, an old one keeps its place. **O(1)**.
 
         A tensor of another shape, or a Parameter with another ``requires_grad``, moves the key to another table. The
-        key then loses its optimizer state, its gradient and its mask. A refused value changes nothing.
+        key then loses its optimizer state, its gradient and its gradient mask. A refused value changes nothing.
 
         Raises
         ------

@@ -43,8 +43,9 @@ Missing = Literal["error", "skip", "zero", "insert"]
 class Lookup:
     """Names that have been looked up, to be used in many steps. :meth:`StackedParameterDict.lookup` makes it.
 
-    It notices when rows have moved or names have gone, and looks its names up again. A removed name then raises
-    KeyError. Otherwise gathering costs what ``torch.nn.functional.embedding`` costs.
+    It notices when rows have changed places or names have gone, and looks its names up again. A removed name then
+    raises KeyError. ``missing=`` has no effect on a Lookup. Otherwise gathering costs what
+    ``torch.nn.functional.embedding`` costs.
     """
 
     def __init__(self, owner: StackedParameterDict, names: Sequence[str]) -> None:
