@@ -34,7 +34,11 @@ def pair() -> SD:
 
 def insert(sd: SD, name: str, init: Callable[[], object]) -> None:
     """Insert a name, and call ``init`` while the dictionary is being changed."""
-    sd.gather([name], missing="insert", init=lambda _: init())
+
+    def call(_: torch.Tensor) -> None:
+        init()
+
+    sd.gather([name], missing="insert", init=call)
 
 
 def test_one_thread_at_a_time_is_inside() -> None:

@@ -168,7 +168,7 @@ def test_a_missing_name_is_a_key_error_and_an_attribute_error(sd: pdrs.StackedPa
         del sd["z"]
     with pytest.raises(KeyError, match="z"):
         sd.drop(["a", "z"])
-    with pytest.raises(KeyError, match="a"):
+    with pytest.raises(ValueError, match="'a' is listed twice"):
         sd.drop(["a", "b", "a"])
     assert list(sd) == ["a", "b", "c"]
     with pytest.raises(KeyError, match="empty"):
@@ -304,7 +304,7 @@ def test_shapes_cannot_be_mixed_or_guessed(sd: pdrs.StackedParameterDict) -> Non
         sd.gather(["a", "long"])
     with pytest.raises(ValueError, match="more than one table"):
         sd.indices(["a", "long"])
-    with pytest.raises(ValueError, match=r"expected shape=, .* because 2 tables could be meant"):
+    with pytest.raises(ValueError, match="pass shape=, the shape of an entry, because 2 tables could be meant"):
         sd.gather(["new"], missing="insert")
     with pytest.raises(ValueError, match=r"expected rows of shape \[2\]"):
         sd.scatter(["a", "new"], torch.zeros(2, 3), missing="insert")
@@ -326,7 +326,7 @@ def test_shapes_cannot_be_mixed_or_guessed(sd: pdrs.StackedParameterDict) -> Non
         sd.attach_optimizer(3)
     with pytest.raises(ValueError, match="there is no table yet"):
         SD().gather(["new"], missing="insert")
-    with pytest.raises(ValueError, match="no table is trainable"):
+    with pytest.raises(ValueError, match="no table requires gradients"):
         SD({"a": nn.Parameter(torch.zeros(2), requires_grad=False)}).gather(["new"], missing="insert")
     assert list(sd) == ["a", "b", "c", "long"]
     with pytest.raises(KeyError, match="no table of float64"):
