@@ -9,6 +9,7 @@ import json
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,16 +102,16 @@ def pack(entries: Mapping[str, int], *tables: Table) -> Tensor:
     names = [name.encode("utf-8", "surrogatepass") for name in entries]
     labels = b"".join(table.attribute.encode() for table in tables)
     ids = [] if list(entries.values()) == list(range(len(entries))) else list(entries.values())
-    counts = struct.pack("<5Q", len(names), len(ids), len(tables), 0, len(labels))
+    counts = struct.pack("<6Q", len(names), len(ids), len(tables), 0, len(labels), 0)
     records = [struct.pack("<4Q", len(one.attribute.encode()), one.group, one.trainable, one.used) for one in tables]
-    lengths = struct.pack(f"<{len(names)}I", *map(len, names))
-    parts = [b"pdrs\0\0\0\1", counts, *records, labels, bytes(-len(labels) % 8), struct.pack(f"<{len(ids)}Q", *ids)]
-    return torch.frombuffer(bytearray(b"".join([*parts, lengths, bytes(-len(lengths) % 8), *names])), dtype=torch.uint8)
+    ends = struct.pack(f"<{len(names)}Q", *accumulate(map(len, names)))
+    parts = [b"pdrs\0\0\0\2", counts, *records, labels, bytes(-len(labels) % 8), struct.pack(f"<{len(ids)}Q", *ids)]
+    return torch.frombuffer(bytearray(b"".join([*parts, ends, *names])), dtype=torch.uint8)
 
 
 def delta_of(removed: Sequence[int], moved: Mapping[int, int], added: Tensor) -> Tensor:
     """Return the difference of packed names: positions that go, new ids by position, and the names that come."""
-    parts = [b"pdrd\0\0\0\1", struct.pack("<2Q", len(removed), len(moved))]
+    parts = [b"pdrd\0\0\0\2", struct.pack("<2Q", len(removed), len(moved))]
     for positions in (removed, list(moved)):
         data = struct.pack(f"<{len(positions)}I", *positions)
         parts += [data, bytes(-len(data) % 8)]

@@ -12,6 +12,7 @@ import re
 import struct
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType, FunctionType, ModuleType
 from typing import Any, NamedTuple
@@ -60,9 +61,10 @@ class PackedNames(NamedTuple):
 def read_names(packed: Tensor) -> PackedNames:
     """Read what ``get_extra_state`` returns."""
     data = packed.numpy().tobytes()
-    assert data[:8] == b"pdrs\0\0\0\1"
-    count, ids_count, table_count, pattern_count, label_bytes = struct.unpack_from("<5Q", data, 8)
-    at = 48
+    assert data[:8] == b"pdrs\0\0\0\2"
+    count, ids_count, table_count, pattern_count, label_bytes, words = struct.unpack_from("<6Q", data, 8)
+    assert words == 0
+    at = 56
     records = [struct.unpack_from("<4Q", data, at + 32 * number) for number in range(table_count)]
     at += 32 * table_count
     pattern_sizes = struct.unpack_from(f"<{pattern_count}Q", data, at)
@@ -74,13 +76,10 @@ def read_names(packed: Tensor) -> PackedNames:
     at += 8 * pattern_count + label_bytes + -label_bytes % 8
     ids = struct.unpack_from(f"<{ids_count}Q", data, at) if ids_count else range(count)
     at += 8 * ids_count
-    lengths = struct.unpack_from(f"<{count}I", data, at)
-    at += 4 * count + -4 * count % 8
-    names = []
-    for length in lengths:
-        names.append(data[at : at + length].decode("utf-8", "surrogatepass"))
-        at += length
-    assert at == len(data)
+    ends = struct.unpack_from(f"<{count}Q", data, at)
+    text = data[at + 8 * count :]
+    names = [text[begin:end].decode("utf-8", "surrogatepass") for begin, end in pairwise([0, *ends])]
+    assert len(text) == max(ends, default=0)
     tables = [PackedTable(texts[n], group, flag == 1, used) for n, (_, group, flag, used) in enumerate(records)]
     rows = {name: (id_ >> 40, id_ % (1 << 40)) for name, id_ in zip(names, ids, strict=True)}
     return PackedNames(rows, tables, texts[table_count:])

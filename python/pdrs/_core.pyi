@@ -30,6 +30,7 @@ __all__ = [
     "are_functions_own",
     "can_take_over",
     "changed_rows",
+    "check_words",
     "clear_entries",
     "collect_parameters",
     "complete_move",
@@ -44,6 +45,7 @@ __all__ = [
     "is_own",
     "load_matching",
     "map_over",
+    "names_without_words",
     "not_copied_yet",
     "pack_names",
     "place_copies",
@@ -55,6 +57,7 @@ __all__ = [
     "safetensors_entries",
     "safetensors_shards",
     "save_parameters",
+    "searchable_names",
     "set_entry",
     "set_entry_row",
     "shard_lines",
@@ -62,6 +65,7 @@ __all__ = [
     "sort_tensors",
     "take_over",
     "unexpected_keys",
+    "unpack_header",
     "unpack_names",
     "unzip",
     "use_huge_pages",
@@ -644,6 +648,13 @@ class RowIndex:
     @staticmethod
     def of_ids(index: IndexMap, used: Sequence[int]) -> RowIndex:
         """Make an index of ids: the table in the upper bits, 40 bits for the row. **O(n)**; no name is hashed."""
+    @staticmethod
+    def of_packed(packed: NDArray[np.uint8], error: type[Exception], path: str, origin: str) -> RowIndex | None:
+        """Make an index that looks names up where they were packed, until one changes. **O(tables)**.
+
+        None if they have no table of words. If names turn out to be damaged later, an ``error(path, message)`` is
+        raised, whose message begins with ``origin``.
+        """
     @property
     def moves(self) -> int:
         """A number that changes when a name that was there gets another row or goes. No two indices have the same."""
@@ -952,8 +963,17 @@ def crc32(data: NDArray[np.uint8], start: int = 0) -> int: ...
 def delete_entry(module: Module, key: object) -> bool: ...
 def diff_names(old: NDArray[np.uint8], new: NDArray[np.uint8]) -> NDArray[np.uint8]: ...
 def pack_names(
-    index: RowIndex | IndexMap, tables: Sequence[_TableTuple], patterns: Sequence[str], places: Places | None = None
+    index: RowIndex | IndexMap,
+    tables: Sequence[_TableTuple],
+    patterns: Sequence[str],
+    places: Places | None = None,
+    *,
+    searchable: bool = False,
 ) -> NDArray[np.uint8]: ...
+def searchable_names(packed: NDArray[np.uint8]) -> NDArray[np.uint8]: ...
+def names_without_words(packed: NDArray[np.uint8]) -> NDArray[np.uint8]: ...
+def check_words(packed: NDArray[np.uint8]) -> None: ...
+def unpack_header(packed: NDArray[np.uint8]) -> tuple[int, list[_TableTuple], list[str]]: ...
 def unpack_names(
     packed: NDArray[np.uint8], prefix: str | None = None
 ) -> tuple[IndexMap, list[_TableTuple], list[str]]: ...

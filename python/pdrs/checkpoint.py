@@ -329,6 +329,4 @@ def verify(path: _Path, *, key: Key | None = None) -> None:
     with open_file(path, key) as checkpoint:
         checkpoint.verify()
         for prefix in checkpoint.prefixes():
-            saved = PackedDictionary(checkpoint, prefix)
-            for number in range(len(saved.header.tables)):
-                saved.table(number)
+            PackedDictionary(checkpoint, prefix).check()

@@ -9,11 +9,13 @@ import json
 import struct
 import zlib
 from array import array
+from itertools import accumulate, pairwise
 from math import prod
 from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 
 import pdrs
 
@@ -100,9 +102,9 @@ class Reader:
 
 
 def _unpack(data: bytes) -> tuple[list[dict], list[str], list[tuple[str, int]]]:
-    assert data[:8] == b"pdrs\0\0\0\1"
-    names, ids, tables, patterns, labels = struct.unpack_from("<5Q", data, 8)
-    at = 48
+    assert data[:8] == b"pdrs\0\0\0\2"
+    names, ids, tables, patterns, labels, words = struct.unpack_from("<6Q", data, 8)
+    at = 56
     records = [struct.unpack_from("<4Q", data, at + 32 * n) for n in range(tables)]
     at += 32 * tables
     pattern_sizes = struct.unpack_from(f"<{patterns}Q", data, at)
@@ -123,15 +125,33 @@ def _unpack(data: bytes) -> tuple[list[dict], list[str], list[tuple[str, int]]]:
     at += -at % 8
     numbers = struct.unpack_from(f"<{ids}Q", data, at) if ids else range(names)
     at += 8 * ids
-    lengths = struct.unpack_from(f"<{names}I", data, at)
-    at += 4 * names + -4 * names % 8
-    entries = [(text(length), number) for length, number in zip(lengths, numbers, strict=True)]
+    ends = struct.unpack_from(f"<{names}Q", data, at)
+    at += 8 * names
+    entries = [(text(end - begin), number) for (begin, end), number in zip(pairwise([0, *ends]), numbers, strict=True)]
+    if words:
+        at += -at % 8
+        _check_words([name for name, _ in entries], struct.unpack_from(f"<{words}Q", data, at))
+        at += 8 * words
     assert at == len(data)
     return made, found, entries
 
 
+def _check_words(names: list[str], words: tuple[int, ...]) -> None:
+    """Fail unless a search among the words finds each name."""
+    assert len(words) == len(names) + len(names) // 3 + 1
+    for number, name in enumerate(names):
+        hash_ = xxhash.xxh3_64_intdigest(name.encode("utf-8", "surrogatepass"))
+        at = (hash_ % (1 << 32)) * len(words) >> 32
+        seen = 0
+        while words[at] != (hash_ >> 32 << 32) + number + 1:
+            assert words[at] != 0, name
+            at, seen = (at + 1) % len(words), seen + 1
+        assert seen < 1024
+    assert sum(word != 0 for word in words) == len(names)
+
+
 def _apply(old: bytes, delta: bytes) -> bytes:
-    assert delta[:8] == b"pdrd\0\0\0\1"
+    assert delta[:8] == b"pdrd\0\0\0\2"
     removed, moved = struct.unpack_from("<2Q", delta, 8)
     at = 24
     gone = set(struct.unpack_from(f"<{removed}I", delta, at))
@@ -144,14 +164,14 @@ def _apply(old: bytes, delta: bytes) -> bytes:
     _, _, added = _unpack(delta[at:])
     entries = [(name, new_ids.get(n, id_)) for n, (name, id_) in enumerate(before) if n not in gone] + added
     # The header is that of the delta, with the counts of the whole.
-    _, _, tables, patterns, labels = struct.unpack_from("<5Q", delta, at + 8)
+    _, _, tables, patterns, labels, _ = struct.unpack_from("<6Q", delta, at + 8)
     plain = all(id_ == n for n, (_, id_) in enumerate(entries))
-    counts = struct.pack("<5Q", len(entries), 0 if plain else len(entries), tables, patterns, labels)
-    head = delta[at + 48 : at + 48 + 32 * tables + 8 * patterns + labels + -labels % 8]
+    counts = struct.pack("<6Q", len(entries), 0 if plain else len(entries), tables, patterns, labels, 0)
+    head = delta[at + 56 : at + 56 + 32 * tables + 8 * patterns + labels + -labels % 8]
     texts = [name.encode("utf-8", "surrogatepass") for name, _ in entries]
     listed = b"" if plain else struct.pack(f"<{len(entries)}Q", *(id_ for _, id_ in entries))
-    lengths = struct.pack(f"<{len(texts)}I", *map(len, texts))
-    return b"pdrs\0\0\0\1" + counts + head + listed + lengths + bytes(-len(lengths) % 8) + b"".join(texts)
+    ends = struct.pack(f"<{len(texts)}Q", *accumulate(map(len, texts)))
+    return b"pdrs\0\0\0\2" + counts + head + listed + ends + b"".join(texts)
 
 
 @pytest.mark.parametrize("stacked", [False, True])

@@ -34,7 +34,7 @@ def grown(count: int) -> SD:
 def test_rows_that_were_never_given_are_not_written_and_come_back(count: int, way: str, tmp_path: Path) -> None:
     sd = grown(count)
     path = tmp_path / "file"
-    assert pdrs.save(sd, path) < (count + 1) * 64 + 1_600_000 + 4096 * 4 + 30 * count
+    assert pdrs.save(sd, path) < (count + 1) * 64 + 1_600_000 + 4096 * 4 + 34 * count
     assert len(sd.table((16,))) == 2 * count
     made = SD()
     if way == "load":

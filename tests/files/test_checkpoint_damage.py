@@ -173,7 +173,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Tensor], str]] = {
         "later version",
     ),
     "nothing behind the version": (
-        {"t": torch.ones(2, 2), "_extra_state": torch.tensor([*b"pdrs\0\0\0\x01", *bytes(8)], dtype=torch.uint8)},
+        {"t": torch.ones(2, 2), "_extra_state": torch.tensor([*b"pdrs\0\0\0\x02", *bytes(8)], dtype=torch.uint8)},
         "they end",
     ),
 }

@@ -147,7 +147,7 @@ def test_a_table_is_read_once_also_when_it_is_verified_and_in_steps(
         opened = pdrs.open(path, device="cpu", verify=verify)
         assert torch.equal(opened.table((5000,)), large.table((5000,)))
         # The header, and the packed names twice.
-        assert 20_000_000 < sum(reads.sizes) < path.stat().st_size + 20_000
+        assert 20_000_000 < sum(reads.sizes) < path.stat().st_size + 30_000
         assert max(reads.sizes) < 10_000_000
 
 

@@ -8,6 +8,7 @@ without bounds.
 from __future__ import annotations
 
 import struct
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,16 +40,16 @@ def _written(
     encoded = [table.attribute.encode("utf-8", "surrogatepass") for table in tables]
     of_patterns = [pattern.encode("utf-8", "surrogatepass") for pattern in patterns]
     labels = b"".join([*encoded, *of_patterns])
-    counts = [len(names), len(ids or []), len(tables), len(patterns), len(labels)]
+    counts = [len(names), len(ids or []), len(tables), len(patterns), len(labels), 0]
     records = [
         struct.pack("<4Q", len(attribute), table.group, table.trainable, table.used)
         for table, attribute in zip(tables, encoded, strict=True)
     ]
     texts = [name.encode("utf-8", "surrogatepass") for name in names]
-    lengths = struct.pack(f"<{len(texts)}I", *map(len, texts))
-    parts = [b"pdrs\0\0\0\1", struct.pack("<5Q", *counts), *records]
+    ends = struct.pack(f"<{len(texts)}Q", *accumulate(map(len, texts)))
+    parts = [b"pdrs\0\0\0\2", struct.pack("<6Q", *counts), *records]
     parts += [struct.pack(f"<{len(of_patterns)}Q", *map(len, of_patterns)), labels, bytes(-len(labels) % 8)]
-    parts += [np.array(ids or [], "<i8").tobytes(), lengths, bytes(-len(lengths) % 8), *texts]
+    parts += [np.array(ids or [], "<i8").tobytes(), ends, *texts]
     return torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8)
 
 
@@ -123,11 +124,11 @@ def test_names_that_contradict_themselves_change_nothing(
     [
         (16, 2, "there are not as many ids as names"),
         (24, 1 << 60, "they end where"),
-        (48, 9, "they end where"),
-        (48, 0, "what is told of a table"),
-        (64, 2, "what is told of a table"),
-        (72, (1 << 40) + 1, "what is told of a table"),
-        (80, 0x161, "what should be zero"),
+        (56, 9, "they end where"),
+        (56, 0, "what is told of a table"),
+        (72, 2, "what is told of a table"),
+        (80, (1 << 40) + 1, "what is told of a table"),
+        (88, 0x161, "what should be zero"),
     ],
     ids=["ids", "tables", "label too long", "label too short", "trainable", "rows used", "padding"],
 )
@@ -144,8 +145,8 @@ def test_a_broken_header_is_refused(at: int, value: int, message: str) -> None:
 def test_another_version_is_refused() -> None:
     packed = _written(["x"], None, [Table("a", 1)])
     for version, message in [
-        (2, r"later version of pdrs \(format version 2, this one reads 1\)"),
-        (0, "a version that is known"),
+        (3, r"a later version of pdrs \(format version 3, this one reads 2\)"),
+        (1, r"an earlier version of pdrs \(format version 1, this one reads 2\)"),
     ]:
         packed[7] = version
         with pytest.raises(RuntimeError, match=message):

@@ -34,9 +34,11 @@ from pdrs._files.checkpoint_file import EXTRA_STATE
 from pdrs._files.collect import Collected
 from pdrs._files.safetensors_file import CODES
 from pdrs._files.safetensors_write import NewTensor, refuse_dtype, write_tensors
-from pdrs._rows.names_codec import bytes_in, bytes_of, claims_too_much, is_packed
+from pdrs._rows.names_codec import bytes_in, bytes_of, claims_too_much, is_packed, without_words
 
 __all__ = ["packed_before", "write_archive"]
+
+_Change = tuple[str, tuple[int, ...], str, list[NewTensor]]
 
 
 def write_archive(
@@ -71,8 +73,8 @@ def write_archive(
             size = bytes_in((rows, *tensor.shape[1:]), tensor.dtype)
             # A reader refuses tensors that are much larger than the files.
             may_grow = not claims_too_much(claimed + size, since.chain_bytes())
-            how, total, made = _since(tensor, since, may_grow)
-            entry = fields["tensors"][tensor.name] = [how, tensor.shape, total]
+            how, shape, total, made = _since(tensor, since, may_grow)
+            entry = fields["tensors"][tensor.name] = [how, shape, total]
             claimed += size if how != WHOLE else 0
             tensors += [_summed(one, sums, entry if how == WHOLE else None) for one in made]
 
@@ -108,18 +110,18 @@ def _summed(tensor: NewTensor, sums: dict[str, str], entry: list[Any] | None = N
     return tensor._replace(blocks=blocks)
 
 
-def _since(new: NewTensor, since: Archive, may_grow: bool) -> tuple[str, str, list[NewTensor]]:
-    """Return how a delta makes a tensor, the checksum of its data, and what is written for it."""
-    whole = WHOLE, "00000000", [new]
+def _since(new: NewTensor, since: Archive, may_grow: bool) -> _Change:
+    """Return how a delta makes a tensor, its shape, the checksum of its data, and what is written for it."""
+    whole = WHOLE, new.shape, "00000000", [new]
     old = since.tensor(new.name) if new.name in since else None
     if old is None or old.dtype != new.dtype or old.dim() != len(new.shape) or old.shape[1:] != new.shape[1:]:
         return whole
     if new.name.endswith(EXTRA_STATE) and is_packed(old):
-        return _names_since(new, bytes_of(old))
+        return _names_since(new, old)
     row = prod(new.shape[1:]) * new.dtype.itemsize
     changed, total = _changed(new, bytes_of(old), row)
     if len(changed) == 0 and old.shape == new.shape:
-        return SAME, total, []
+        return SAME, new.shape, total, []
     numbers = torch.from_numpy(changed if len(changed) and changed[-1] >> 31 else changed.astype(np.int32))
     is_little = len(changed) * (row + numbers.itemsize) <= new.nbytes // 2
     if not new.shape or not row or not is_little or not may_grow:
@@ -127,7 +129,7 @@ def _since(new: NewTensor, since: Archive, may_grow: bool) -> tuple[str, str, li
     values = NewTensor(
         f"{new.name}.__values__", new.dtype, (len(changed), *new.shape[1:]), lambda: _selected(new, changed, row)
     )
-    return ROWS, total, [NewTensor.of(f"{new.name}.__{ROWS}__", numbers), values]
+    return ROWS, new.shape, total, [NewTensor.of(f"{new.name}.__{ROWS}__", numbers), values]
 
 
 def _changed(new: NewTensor, old: NDArray[np.uint8], row: int) -> tuple[NDArray[np.int64], str]:
@@ -167,13 +169,13 @@ def _row_blocks(new: NewTensor, row: int) -> Iterator[NDArray[np.uint8]]:
         left = part[whole:]
 
 
-def _names_since(new: NewTensor, old: NDArray[np.uint8]) -> tuple[str, str, list[NewTensor]]:
-    """Do what :func:`_since` does, for packed names."""
-    packed = np.concatenate(list(new.blocks()))
-    total = f"{crc32(packed):08x}"
-    if len(old) == len(packed) and changed_rows(old, packed, len(packed)).size == 0:
-        return SAME, total, []
-    delta = torch.from_numpy(diff_names(old, packed))
+def _names_since(new: NewTensor, old: Tensor) -> _Change:
+    """Do what :func:`_since` does, for packed names. Those that a delta makes have no table of words."""
+    packed = bytes_of(without_words(torch.from_numpy(np.concatenate(list(new.blocks())))))
+    before = bytes_of(without_words(old))
+    if len(before) == len(packed) and changed_rows(before, packed, len(packed)).size == 0:
+        return SAME, tuple(old.shape), f"{crc32(bytes_of(old)):08x}", []
+    delta = torch.from_numpy(diff_names(before, packed))
     if len(delta) > len(packed) // 2:
-        return WHOLE, total, [new]
-    return NAMES, total, [NewTensor.of(f"{new.name}.__{NAMES}__", delta)]
+        return WHOLE, new.shape, "00000000", [new]
+    return NAMES, packed.shape, f"{crc32(packed):08x}", [NewTensor.of(f"{new.name}.__{NAMES}__", delta)]

@@ -29,7 +29,7 @@ from pdrs._files.safetensors_write import (
     refuse_expanded,
     refuse_unusual,
 )
-from pdrs._rows.names_codec import MOST_TIMES, Header, TableHeader, is_packed, pack, unpack, used_rows
+from pdrs._rows.names_codec import MOST_TIMES, Header, TableHeader, is_packed, pack, unpack, used_rows, with_words
 from pdrs._rows.table import Kind
 from pdrs.parameter_dict import ParameterDict
 
@@ -84,6 +84,8 @@ def collect(obj: Module, before: Callable[[str], Tensor | None] = lambda _: None
             found.dictionaries[prefix] = "StackedParameterDict"
             used |= {prefix + attribute: rows for attribute, rows in used_rows(value).items()}
     for name, value in state.items():
+        if isinstance(value, Tensor) and name.removesuffix(EXTRA_STATE) in found.dictionaries and is_packed(value):
+            value = with_words(value)
         if not isinstance(value, Tensor):
             raise TypeError(
                 f"'{name}' of the state dict is of type {type(value).__name__}, and an archive holds tensors: save the "
@@ -139,7 +141,8 @@ def _of_parameter_dict(
         tables_of[there], rows_of[there] = number, rows
         tables.append(TableHeader(attribute, 0, kind.trainable, used))
         yield NewTensor(prefix + attribute, kind.dtype, (used, *kind.shape), _stacked(chosen, is_alike))
-    yield NewTensor.of(prefix + EXTRA_STATE, pack(index, Header(tuple(tables)), Places.of(tables_of, rows_of)))
+    of_names = pack(index, Header(tuple(tables)), Places.of(tables_of, rows_of), searchable=True)
+    yield NewTensor.of(prefix + EXTRA_STATE, of_names)
 
 
 def _free(name: str, prefix: str, taken: set[str]) -> str:

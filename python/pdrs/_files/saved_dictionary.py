@@ -12,10 +12,19 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from pdrs._core import IndexMap, Places, RowIndex, slab_views
+from pdrs._core import Places, RowIndex, slab_views
 from pdrs._files.checkpoint_file import EXTRA_STATE, CheckpointError, CheckpointFile
 from pdrs._files.collect import sort_alike, without_none
-from pdrs._rows.names_codec import Header, TableHeader, check_header, claims_too_much, refuse_claim, unpack
+from pdrs._rows.names_codec import (
+    Header,
+    TableHeader,
+    check_header,
+    check_search,
+    claims_too_much,
+    refuse_claim,
+    search,
+    unpack,
+)
 from pdrs._rows.table import Kind
 from pdrs._rows.write import scatter
 from pdrs.parameter_dict import ParameterDict
@@ -119,31 +128,45 @@ class PackedDictionary(SavedDictionary):
     """
 
     def __init__(self, checkpoint: CheckpointFile, prefix: str, shown: str = "") -> None:
-        self.checkpoint, self.prefix = checkpoint, prefix
-        self._packed: IndexMap
+        self.checkpoint, self.prefix, self._shown = checkpoint, prefix, shown
         try:
-            self._packed, self.header = unpack(checkpoint.tensor(prefix + EXTRA_STATE), shown)
+            self._packed = checkpoint.tensor(prefix + EXTRA_STATE)
+            self._index, self._names, self.header = search(
+                self._packed, CheckpointError, checkpoint.path, f"the tensor {prefix + EXTRA_STATE!r}: "
+            )
             check_header(self.header)
         except CheckpointError:
             raise
         except ValueError as error:
             raise self._damaged(error) from error
-        self._names = len(self._packed)
-        self._index: RowIndex | None = None
+        if shown:
+            self._index = None
 
     @property
     def index(self) -> RowIndex:  # type: ignore[override]  # read-only
-        """The names, and the place of each."""
+        """The names, and the place of each. They are looked up in the file if it has a table of words."""
+        used = [table.used for table in self.header.tables]
+        if claims_too_much(sum(used), self._names):
+            for number in range(len(used)):
+                self.table(number)
         if self._index is None:
-            used = [table.used for table in self.header.tables]
-            if claims_too_much(sum(used), self._names):
-                for number in range(len(used)):
-                    self.table(number)
             try:
-                self._index = RowIndex.of_ids(self._packed, used)
+                names, _ = unpack(self._packed, self._shown)
+                self._index = RowIndex.of_ids(names, used)
             except ValueError as error:
                 raise self._damaged(error) from error
         return self._index
+
+    def check(self) -> None:
+        """Refuse names that contradict their tables or their table of words. **O(n)**."""
+        try:
+            names, _ = unpack(self._packed)
+            RowIndex.of_ids(names, [table.used for table in self.header.tables])
+            check_search(self._packed)
+        except ValueError as error:
+            raise self._damaged(error) from error
+        for number in range(len(self.header.tables)):
+            self.table(number)
 
     def members(self) -> set[str]:
         """Return the names of the tensors that make up the dictionary."""

@@ -17,7 +17,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Parameter
 
-from pdrs._core import IndexMap, Places, RowIndex, pack_names, unpack_names
+from pdrs._core import (
+    IndexMap,
+    Places,
+    RowIndex,
+    check_words,
+    names_without_words,
+    pack_names,
+    searchable_names,
+    unpack_header,
+    unpack_names,
+)
 
 __all__ = [
     "MOST_TIMES",
@@ -26,18 +36,24 @@ __all__ = [
     "bytes_in",
     "bytes_of",
     "check_header",
+    "check_search",
     "claims_too_much",
     "is_packed",
     "pack",
     "refuse_claim",
     "same_bytes",
+    "search",
     "unpack",
     "used_rows",
+    "with_words",
+    "without_words",
 ]
 
 _MAGIC = b"pdrs\x00\x00\x00"
-_VERSION = 1
+_VERSION = 2
 _EXTRA_STATE = "_extra_state"
+# The bytes of the magic number and the counts.
+_START = 56
 # What a file may claim: this many times its bytes, and this many bytes more. A row without elements counts as so many.
 MOST_TIMES, _ALLOWANCE, _EMPTY_ROW = 16, 64 << 20, 1024
 # Groups are as many as patterns, which take bytes; a larger number is no number of a group.
@@ -93,9 +109,9 @@ def is_packed(value: Any) -> bool:
 def used_rows(packed: Tensor) -> dict[str, int]:
     """Return how many rows of each table were ever used, from the result of :func:`pack`. **O(tables)**."""
     data = bytes_of(packed)
-    _, _, tables, patterns, _ = data[8:48].view(np.int64).tolist()
-    records = data[48 : 48 + 32 * tables].view(np.int64).reshape(tables, 4).tolist()
-    at, used = 48 + 32 * tables + 8 * patterns, {}
+    _, _, tables, patterns, *_ = data[8:_START].view(np.int64).tolist()
+    records = data[_START : _START + 32 * tables].view(np.int64).reshape(tables, 4).tolist()
+    at, used = _START + 32 * tables + 8 * patterns, {}
     for size, _, _, rows in records:
         used[data[at : at + size].tobytes().decode("utf-8", "surrogatepass")] = rows
         at += size
@@ -111,12 +127,28 @@ def same_bytes(one: Tensor, other: Tensor) -> bool:
     return torch.equal(*words) and torch.equal(one[whole:], other[whole:])
 
 
-def pack(index: IndexMap | RowIndex, header: Header, places: Places | None = None) -> Tensor:
+def pack(
+    index: IndexMap | RowIndex, header: Header, places: Places | None = None, *, searchable: bool = False
+) -> Tensor:
     """Return the names of an index, their places and a header: uint8 ``[bytes]``. **O(n)**.
 
-    The places are those of a :class:`RowIndex`, or, for an IndexMap, one for each name.
+    The places are those of a :class:`RowIndex`, or, for an IndexMap, one for each name. ``searchable`` names have a
+    table of words, by which :func:`search` finds them.
     """
-    return torch.from_numpy(pack_names(index, list(header.tables), list(header.patterns), places))
+    tables, patterns = list(header.tables), list(header.patterns)
+    return torch.from_numpy(pack_names(index, tables, patterns, places, searchable=searchable))
+
+
+def with_words(packed: Tensor) -> Tensor:
+    """Return packed names with a table of words. **O(n)**."""
+    return torch.from_numpy(searchable_names(_bytes_of_names(packed)))
+
+
+def without_words(packed: Tensor) -> Tensor:
+    """Return packed names without a table of words. **O(n)**, or **O(1)** if they have none."""
+    data = _bytes_of_names(packed)
+    has_words = len(data) >= _START and data[_START - 8 : _START].any()
+    return torch.from_numpy(names_without_words(data)) if has_words else packed
 
 
 def unpack(packed: Tensor, prefix: str | None = None) -> tuple[IndexMap, Header]:
@@ -134,16 +166,43 @@ def unpack(packed: Tensor, prefix: str | None = None) -> tuple[IndexMap, Header]
     ValueError
         If the bytes are damaged, or of a version that is not known.
     """
+    names, tables, patterns = unpack_names(_bytes_of_names(packed), prefix)
+    return names, Header(tuple(TableHeader(*table) for table in tables), tuple(patterns))
+
+
+def search(packed: Tensor, error: type[Exception], path: str, origin: str) -> tuple[RowIndex | None, int, Header]:
+    """Return an index that looks names up where they were packed, how many there are, and the header. **O(tables)**.
+
+    Nothing but the header is read. There is no index if the names have no table of words. If the names turn out to be
+    damaged later, an ``error(path, message)`` is raised, whose message begins with ``origin``.
+
+    Raises
+    ------
+    ValueError
+        As :func:`unpack`, for the header.
+    """
+    data = _bytes_of_names(packed)
+    count, tables, patterns = unpack_header(data)
+    header = Header(tuple(TableHeader(*table) for table in tables), tuple(patterns))
+    return RowIndex.of_packed(data, error, path, origin), count, header
+
+
+def check_search(packed: Tensor) -> None:
+    """Refuse names whose table of words does not find them: ValueError. **O(n)**."""
+    check_words(_bytes_of_names(packed))
+
+
+def _bytes_of_names(packed: Tensor) -> NDArray[np.uint8]:
     if packed.device.type == "meta":
         raise ValueError("the packed names lie on the meta device, and so have no values")
     data = bytes_of(packed)
-    version = int(data[7]) if len(data) > 7 else 0
-    if version > _VERSION:
+    version = int(data[7]) if len(data) > 7 else _VERSION
+    if version != _VERSION and bytes(data[:7]) == _MAGIC:
+        what = "a later" if version > _VERSION else "an earlier"
         raise ValueError(
-            f"the names were packed by a later version of pdrs (format version {version}, this one reads {_VERSION})"
+            f"the names were packed by {what} version of pdrs (format version {version}, this one reads {_VERSION})"
         )
-    names, tables, patterns = unpack_names(data, prefix)
-    return names, Header(tuple(TableHeader(*table) for table in tables), tuple(patterns))
+    return data
 
 
 def check_header(header: Header) -> None:

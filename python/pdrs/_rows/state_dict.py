@@ -26,6 +26,7 @@ from pdrs._rows.names_codec import (
     same_bytes,
     unpack,
     used_rows,
+    without_words,
 )
 from pdrs._rows.optimizers import attached, refuse_strangers
 from pdrs._rows.room import clear_free, lent_whole, rearrange, resize
@@ -305,7 +306,7 @@ def _has_the_names(sd: StackedParameterDict, packed: Tensor) -> bool:
     if sd._same is not None and sd._same[0]() is packed and sd._same[1:] == _count(sd, packed):
         return True
     ours = names_as_packed(sd)
-    same = ours is packed or same_bytes(ours, packed.cpu())
+    same = ours is packed or same_bytes(ours, without_words(packed.cpu()))
     if same and not packed.is_inference():  # of which torch does not count what is written to them
         sd.__dict__["_same"] = (weakref.ref(packed), *_count(sd, packed))
     return same

@@ -64,13 +64,10 @@ pub enum Damage {
     Text,
     /// A name is empty.
     Empty,
-    /// The lengths of the names do not add up to their text.
-    Lengths {
-        /// The sum.
-        wanted: u64,
-        /// The bytes of text.
-        got: u64,
-    },
+    /// A name ends before it begins, or behind the text.
+    Order,
+    /// The table of words has another size than the names ask for, or something follows it.
+    Words,
     /// A name has a row that no table has given.
     NoRow,
     /// A name has the row of another.
@@ -111,7 +108,8 @@ impl fmt::Display for Damage {
             Self::Header => write!(f, "what is told of a table cannot be"),
             Self::Text => write!(f, "a text is not UTF-8"),
             Self::Empty => write!(f, "a name is empty"),
-            Self::Lengths { wanted, got } => write!(f, "the names should have {wanted} bytes, and there are {got}"),
+            Self::Order => write!(f, "a name ends before it begins, or behind the text"),
+            Self::Words => write!(f, "the names and the table of their words have another size than they should"),
             Self::NoRow => write!(f, "a name lies in a table or a row that is not there"),
             Self::SharedRow => write!(f, "two names have one row"),
             Self::Place => write!(f, "a place does not lie behind the one before, or is that of no name"),

@@ -1,10 +1,12 @@
 //! Packed names against a plain list of them, and against bytes that were damaged on purpose.
 //!
-//! The bugs that this hunts: a name, an id or a field of a header that comes back as another one; bytes that are taken
+//! The bugs that this hunts: a search that misses a name, gives the row of another, or has no end; a name, an id or a field of a header that comes back as another one; bytes that are taken
 //! though they contradict themselves (a row with two names, a row that no table has, lengths that do not add up); a
 //! panic, or memory without bounds, for bytes that an attacker wrote; a delta that does not give the new names.
 
-use pdrs_core::names::codec::{Encoder, Header, ROW_BITS, Table, decode};
+use pdrs_core::names::codec::{
+    Encoder, Header, Names, Parts, ROW_BITS, Table, decode, hash, searchable, without_words,
+};
 use pdrs_core::names::delta::{apply, diff};
 use pdrs_core::names::text::{invalid_at, push_character};
 use pdrs_core::{Damage, Error};
@@ -20,9 +22,9 @@ struct Model {
 fn encode(model: &Model) -> Vec<u8> {
     let ids: Vec<u64> = model.entries.iter().map(|(_, id)| *id).collect();
     let plain = ids.iter().enumerate().all(|(at, id)| at as u64 == *id);
-    let mut encoder = Encoder::new(&model.header, ids.len(), (!plain).then_some(ids.into_iter()), 0).unwrap();
+    let mut encoder = Encoder::new(&model.header, ids.len(), (!plain).then_some(ids.into_iter()), 0, false).unwrap();
     model.entries.iter().for_each(|(name, _)| encoder.push(name).unwrap());
-    encoder.finish()
+    encoder.finish().unwrap()
 }
 
 fn model_of(bytes: &[u8]) -> Model {
@@ -117,6 +119,148 @@ proptest! {
     }
 }
 
+/// The id of a name, found by the words alone.
+fn found(names: &Names<'_>, name: &[u8]) -> Option<u64> {
+    names.find(hash(name), |other| other == name).and_then(|number| names.id(number))
+}
+
+/// Names that are found by their words, as a reader has them who has looked at the header only.
+fn view(bytes: &[u8]) -> Names<'_> {
+    let (_, parts) = Parts::of(bytes).unwrap();
+    assert!(parts.is_searchable());
+    parts.names(bytes).unwrap()
+}
+
+proptest! {
+    #[test]
+    fn each_name_is_found_by_its_words_and_no_other(model in models(), others in prop::collection::vec(text(), 8)) {
+        let bytes = searchable(&encode(&model)).unwrap();
+        prop_assert_eq!(&model_of(&bytes), &model);
+        let names = view(&bytes);
+        prop_assert_eq!(names.len(), model.entries.len());
+        for (number, (name, id)) in model.entries.iter().enumerate() {
+            prop_assert_eq!(found(&names, name), Some(*id));
+            prop_assert_eq!(names.name(number), Some(name.as_slice()));
+        }
+        for other in &others {
+            let id = model.entries.iter().find(|(name, _)| name == other).map(|(_, id)| *id);
+            prop_assert_eq!(found(&names, other), id);
+        }
+        for (number, (name, _)) in model.entries.iter().enumerate() {
+            prop_assert!(names.home(hash(name)).is_some() && names.entry(number)[0].is_some());
+        }
+        prop_assert!(decode(&bytes).unwrap().1.are_words_right().unwrap());
+        for cut in 0..bytes.len() {
+            prop_assert!(Parts::of(&bytes[..cut]).is_err() && decode(&bytes[..cut]).is_err(), "cut at {cut}");
+        }
+        let mut longer = bytes.clone();
+        longer.extend([0; 8]);
+        prop_assert!(Parts::of(&longer).is_err());
+    }
+
+    #[test]
+    fn a_delta_is_that_of_the_names_whether_they_have_words_or_not(old in models(), new in models()) {
+        let (before, after) = (encode(&old), encode(&new));
+        let delta = diff(&before, &after).unwrap();
+        let words = searchable(&after).unwrap();
+        prop_assert_eq!(&without_words(&words).unwrap(), &after);
+        prop_assert_eq!(&without_words(&after).unwrap(), &after);
+        prop_assert_eq!(&diff(&searchable(&before).unwrap(), &words).unwrap(), &delta);
+        prop_assert_eq!(&apply(&searchable(&before).unwrap(), &delta).unwrap(), &after);
+    }
+
+    #[test]
+    fn damage_may_hide_a_name_but_never_gives_it_the_place_of_another(
+        model in models(), at in any::<usize>(), with in any::<u64>(), many in any::<bool>()
+    ) {
+        let mut bytes = searchable(&encode(&model)).unwrap();
+        let (_, parts) = Parts::of(&bytes).unwrap();
+        let words = words_at(&bytes);
+        prop_assume!(words < bytes.len());
+        let count = (bytes.len() - words) / 8;
+        for word in if many { 0..count } else { at % count..at % count + 1 } {
+            // A word, or the number in it, is anything: one of no name, of another name, or each the same.
+            let number = if with % 3 == 0 { with } else { with % (count as u64 + 2) };
+            bytes[words + 8 * word..words + 8 * word + 8].copy_from_slice(&number.to_le_bytes());
+        }
+        let names = parts.names(&bytes).unwrap();
+        for (name, id) in &model.entries {
+            prop_assert!(found(&names, name).is_none_or(|found| found == *id));
+        }
+        let same = bytes == searchable(&encode(&model)).unwrap();
+        prop_assert_eq!(decode(&bytes).unwrap().1.are_words_right().unwrap(), same);
+    }
+}
+
+/// Where the words begin.
+fn words_at(bytes: &[u8]) -> usize {
+    let words = u64::from_le_bytes(bytes[48..56].try_into().unwrap());
+    bytes.len() - 8 * words as usize
+}
+
+#[test]
+fn the_hash_is_a_part_of_the_format() {
+    // As the reference implementation of XXH3 gives them, with the seed 0.
+    assert_eq!(hash(b""), 0x2d06_8005_38d3_94c2);
+    assert_eq!(hash(b"a"), 0xe6c6_32b6_1e96_4e1f);
+    assert_eq!(hash(b"abc"), 0x78af_5f94_892f_3950);
+}
+
+#[test]
+fn many_names_are_found_and_a_search_among_words_that_are_full_ends() {
+    let count = 300_000;
+    let header = Header { tables: vec![Table { used: count, ..Table::default() }], patterns: vec![] };
+    let entries: Vec<_> =
+        (0..count).map(|n| (format!("model.layers.{n}.weight").into_bytes(), count - 1 - n)).collect();
+    let mut bytes = searchable(&encode(&Model { header, entries: entries.clone() })).unwrap();
+    let names = view(&bytes);
+    for (name, id) in &entries {
+        assert_eq!(found(&names, name), Some(*id));
+        assert_eq!(found(&names, &name[1..]), None);
+    }
+    // No word is empty, and none is of the right name.
+    let words = words_at(&bytes);
+    for word in bytes[words..].chunks_exact_mut(8) {
+        word.copy_from_slice(&u64::MAX.to_le_bytes());
+    }
+    let names = view(&bytes);
+    assert!(entries.iter().take(1000).all(|(name, _)| found(&names, name).is_none()));
+    // Each word has the upper half of one name's hash and the number of another name.
+    let (name, _) = &entries[0];
+    for word in bytes[words..].chunks_exact_mut(8) {
+        word.copy_from_slice(&(hash(name) >> 32 << 32 | 2).to_le_bytes());
+    }
+    assert_eq!(found(&view(&bytes), name), None);
+}
+
+#[test]
+fn ends_that_lie_run_backwards_or_outside_hide_names_and_are_refused_when_all_are_read() {
+    let good = searchable(&encode(&small())).unwrap();
+    let (_, parts) = Parts::of(&good).unwrap();
+    // The ends of three names stand before the text.
+    let ends = (0..good.len())
+        .find(|at| good[*at..].starts_with(&1_u64.to_le_bytes()) && good[*at + 8..].starts_with(&3_u64.to_le_bytes()));
+    let ends = ends.unwrap();
+    for (number, end, what) in [
+        (0, 0, Damage::Empty),
+        (0, 4, Damage::Order),
+        (1, 0, Damage::Order),
+        (1, 1, Damage::Empty),
+        (1, u64::MAX, Damage::Order),
+        (1, 1 << 40, Damage::Order),
+    ] {
+        let mut bytes = good.clone();
+        bytes[ends + 8 * number..ends + 8 * number + 8].copy_from_slice(&end.to_le_bytes());
+        assert_eq!(damage(&bytes), what);
+        let names = parts.names(&bytes).unwrap();
+        for (name, id) in &small().entries {
+            assert!(found(&names, name).is_none_or(|found| found == *id));
+        }
+        assert!(names.iter().count() <= 3);
+    }
+    assert!(parts.names(&good[..good.len() - 1]).is_err());
+}
+
 #[test]
 fn a_delta_of_few_changes_is_small() {
     let header = Header { tables: vec![Table { used: 10_001, ..Table::default() }], patterns: vec![] };
@@ -193,7 +337,7 @@ fn an_empty_name_and_one_that_is_no_text_are_refused() {
 #[test]
 fn a_wrong_count_is_refused_before_memory_is_asked_for() {
     let good = encode(&small());
-    for at in (8..48).step_by(8) {
+    for at in (8..56).step_by(8) {
         for count in [1 << 60, u64::MAX, u64::MAX / 4, u64::MAX / 32 + 1, 1000] {
             let mut bytes = good.clone();
             bytes[at..at + 8].copy_from_slice(&count.to_le_bytes());
@@ -218,7 +362,8 @@ impl Random {
 #[test]
 fn damaged_bytes_are_refused_or_hold_names_that_can_be_packed_again() {
     let mut random = Random(0x9e37_79b9_7f4a_7c15);
-    let seeds = [encode(&small()), encode(&Model::default()), with_ids([0, 1, 2])];
+    let words = searchable(&encode(&small())).unwrap();
+    let seeds = [encode(&small()), encode(&Model::default()), with_ids([0, 1, 2]), words];
     let delta = diff(&seeds[0], &seeds[2]).unwrap();
     let mut taken = 0;
     for _ in 0..60_000 {
@@ -239,6 +384,10 @@ fn damaged_bytes_are_refused_or_hold_names_that_can_be_packed_again() {
                     }
                 }
             }
+        }
+        if let Ok((_, parts)) = Parts::of(&bytes) {
+            let names = parts.names(&bytes).unwrap();
+            let _ = (found(&names, b"a"), found(&names, b"bb"), names.iter().count());
         }
         if let Ok((header, names)) = decode(&bytes) {
             taken += 1;

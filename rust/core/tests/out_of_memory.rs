@@ -334,11 +334,11 @@ fn packed(count: u32) -> Vec<u8> {
     let table = Table { attribute: b"table".to_vec(), used: count.into(), ..Table::default() };
     let header = Header { tables: vec![table; 50], patterns: vec![b"a".to_vec(); 300] };
     let ids = (0..count).rev().map(u64::from);
-    let mut encoder = Encoder::new(&header, count as usize, Some(ids), 0).unwrap();
+    let mut encoder = Encoder::new(&header, count as usize, Some(ids), 0, false).unwrap();
     for name in names(count as usize) {
         encoder.push(name.as_bytes()).unwrap();
     }
-    encoder.finish()
+    encoder.finish().unwrap()
 }
 
 #[test]
@@ -347,15 +347,21 @@ fn packed_names_are_written_and_read_whole_or_not_at_all() {
     let (header, read) = codec::decode(&bytes).unwrap();
     let (again, failed) = at_every_limit(
         || {
-            let mut encoder = Encoder::new(&header, 1_000, Some((0..1_000_u32).rev().map(u64::from)), 0)?;
+            let mut encoder = Encoder::new(&header, 1_000, Some((0..1_000_u32).rev().map(u64::from)), 0, false)?;
             read.iter().try_for_each(|(name, _)| encoder.push(name))?;
-            Ok(encoder.finish())
+            encoder.finish()
         },
         is_memory,
     );
     assert!(failed > 2 && again == bytes);
     let ((), failed) = at_every_limit(|| codec::decode(&bytes).map(drop), is_memory);
     assert!(failed > 1);
+    let words = codec::searchable(&bytes).unwrap();
+    let (made, failed) = at_every_limit(|| codec::searchable(&bytes), is_memory);
+    assert!(failed > 4 && made == words);
+    let (_, read) = codec::decode(&words).unwrap();
+    let (are_right, failed) = at_every_limit(|| read.are_words_right(), is_memory);
+    assert!(failed > 1 && are_right);
     let other = packed(1_500);
     let (delta, failed) = at_every_limit(|| delta::diff(&bytes, &other), is_memory);
     assert!(failed > 3);

@@ -18,7 +18,10 @@ mod _core {
     use pyo3::prelude::*;
 
     #[pymodule_export]
-    use super::files::names::{apply_names, changed_rows, crc32, diff_names, pack_names, unpack_names};
+    use super::files::names::{
+        apply_names, changed_rows, crc32, diff_names, names_without_words, pack_names, searchable_names, unpack_header,
+        unpack_names,
+    };
     #[pymodule_export]
     use super::files::safetensors::{SafetensorsHeader, SafetensorsStack, safetensors_entries, safetensors_shards};
     #[pymodule_export]
@@ -50,6 +53,8 @@ mod _core {
     use super::python::type_slots::use_native_slots;
     #[pymodule_export]
     use super::stacked::one_entry::{pop_end_entry_row, pop_entry_row, set_entry_row};
+    #[pymodule_export]
+    use super::stacked::packed::check_words;
     #[pymodule_export]
     use super::stacked::places::Places;
     #[pymodule_export]

@@ -1,14 +1,15 @@
 //! Packs the names of a dictionary into bytes: one tensor of a state dict or an archive.
 //!
 //! ```text
-//! magic      8 bytes      "pdrs", 0, 0, 0, and 1, the version of the layout
-//! counts     5 u64        names; ids (as many, or 0); tables; patterns; bytes of labels
+//! magic      8 bytes      "pdrs", 0, 0, 0, and 2, the version of the format
+//! counts     6 u64        names; ids (as many, or 0); tables; patterns; bytes of labels; words
 //! tables     4 u64 each   bytes of the attribute; group; 1 if trainable, else 0; rows used
 //! patterns   u64 each     bytes
 //! labels     bytes        the attribute of each table, then the patterns; padded to 8 bytes
 //! ids        u64 each     table and row of each name, in order; none where the n-th name has row n of table 0
-//! lengths    u32 each     bytes of each name; padded to 8 bytes
-//! text       bytes        the names, without separators
+//! ends       u64 each     where each name ends in the text
+//! text       bytes        the names, without separators; padded to 8 bytes if there are words
+//! words      u64 each     the table by which a name is found: see `words.rs`; or none
 //! ```
 //!
 //! All numbers are little-endian; padding is zero. Texts are UTF-8, with surrogates as three bytes each. An id is the
@@ -20,8 +21,10 @@
 use std::collections::HashSet;
 
 pub use super::header::{Header, MAGIC, ROW_BITS, Table};
-use super::header::{Reader, damaged, numbers, put, short_numbers};
+use super::header::{Reader, SLOTS_AT, damaged, numbers, put};
 use super::text::invalid_at;
+pub use super::words::hash;
+use super::words::{Words, build, words_for};
 use crate::error::{Damage, Error, Result};
 use crate::memory;
 
@@ -29,15 +32,18 @@ use crate::memory;
 #[derive(Debug)]
 pub struct Encoder {
     bytes: Vec<u8>,
-    /// Where the length of the next name goes, and where those lengths end.
-    length: usize,
-    lengths_end: usize,
+    /// Where the end of the next name goes.
+    end: usize,
+    /// Where the text begins.
+    text: usize,
+    /// Those of the names so far, if they get words.
+    hashes: Option<Vec<u64>>,
 }
 
 impl Encoder {
     /// Begins with a header and the ids of so many names; `None` if the n-th name has row n of table 0.
     ///
-    /// `text` is about how many bytes the names will have.
+    /// `text` is about how many bytes the names will have. `searchable` names get words.
     ///
     /// # Errors
     ///
@@ -47,104 +53,199 @@ impl Encoder {
         names: usize,
         ids: Option<impl ExactSizeIterator<Item = u64>>,
         text: usize,
+        searchable: bool,
     ) -> Result<Self> {
         let listed = ids.as_ref().map_or(0, ExactSizeIterator::len);
         let mut bytes = header.encode(names, listed)?;
-        memory::reserve(&mut bytes, 8 * listed + 4 * names + 8 + text)?;
+        let words = if searchable { words_for(names) } else { 0 };
+        memory::reserve(&mut bytes, 8 * (listed + names + words) + text + 8)?;
         if let Some(ids) = ids {
             ids.for_each(|id| put(&mut bytes, id));
         }
-        let length = bytes.len();
-        let lengths_end = length + 4 * names;
-        bytes.resize(lengths_end.next_multiple_of(8), 0);
-        Ok(Self { bytes, length, lengths_end })
+        let end = bytes.len();
+        let text = end + 8 * names;
+        bytes.resize(text, 0);
+        let hashes = if searchable { Some(memory::with_capacity(names)?) } else { None };
+        Ok(Self { bytes, end, text, hashes })
     }
 
     /// Adds the next name.
     ///
     /// # Errors
     ///
-    /// [`Error::TooLarge`] if it has 4 GB or more, or there are more names than were announced; [`Error::Memory`].
+    /// [`Error::TooLarge`] if there are more names than were announced; [`Error::Memory`].
     pub fn push(&mut self, name: &[u8]) -> Result<()> {
-        let length = u32::try_from(name.len()).map_err(|_| Error::TooLarge)?;
-        let end = self.length + 4;
-        if end > self.lengths_end {
+        let next = self.end + 8;
+        if next > self.text {
             return Err(Error::TooLarge);
         }
         memory::append(&mut self.bytes, name)?;
-        self.bytes[self.length..end].copy_from_slice(&length.to_le_bytes());
-        self.length = end;
+        let length = (self.bytes.len() - self.text) as u64;
+        self.bytes[self.end..next].copy_from_slice(&length.to_le_bytes());
+        self.end = next;
+        if let Some(hashes) = &mut self.hashes {
+            hashes.push(hash(name));
+        }
         Ok(())
     }
 
     /// All bytes.
     ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`].
+    ///
     /// # Panics
     ///
     /// If there are fewer names than were announced.
-    #[must_use]
-    pub fn finish(self) -> Vec<u8> {
-        assert_eq!(self.length, self.lengths_end, "fewer names than were announced");
-        self.bytes
+    pub fn finish(mut self) -> Result<Vec<u8>> {
+        assert_eq!(self.end, self.text, "fewer names than were announced");
+        if let Some(words) = self.hashes.map_or(Ok(None), |hashes| build(&hashes))? {
+            memory::reserve(&mut self.bytes, 8 + 8 * words.len())?;
+            self.bytes.resize(self.bytes.len().next_multiple_of(8), 0);
+            words.iter().for_each(|word| put(&mut self.bytes, *word));
+            self.bytes[SLOTS_AT..SLOTS_AT + 8].copy_from_slice(&(words.len() as u64).to_le_bytes());
+        }
+        Ok(self.bytes)
     }
 }
 
 /// Reads what [`Encoder`] wrote. **O(n)**.
 ///
-/// Everything is checked except whether a name is listed twice. That would cost more than the rest, and making an index
-/// of the names finds it anyway; see [`Names::repeated`].
+/// Everything is checked except whether a name is listed twice, and whether the words fit. That would cost more than the
+/// rest. Making an index of the names finds the one; see [`Names::repeated`] and [`Names::are_words_right`].
 ///
 /// # Errors
 ///
 /// [`Error::Damaged`] if the bytes are anything else; [`Error::Memory`].
 pub fn decode(data: &[u8]) -> Result<(Header, Names<'_>)> {
-    let mut reader = Reader { data, at: 0 };
-    let (header, names, ids) = Header::decode(&mut reader)?;
+    let (header, parts) = Parts::of(data)?;
+    let names = parts.names(data)?;
     let used: Vec<u64> = memory::collect(header.tables.iter().map(|table| table.used))?;
-    let names = Names::parse(reader, names, ids != 0, &used)?;
+    names.check(&parts, &used)?;
     Ok((header, names))
 }
 
-/// Checked names and ids, as a view of the packed bytes.
+/// Where the parts of packed names lie in their bytes.
+#[derive(Debug, Clone, Copy)]
+pub struct Parts {
+    names: usize,
+    /// Where the ids begin, if they are listed.
+    ids: Option<usize>,
+    ends: usize,
+    text: usize,
+    text_end: usize,
+    words: usize,
+    len: usize,
+}
+
+impl Parts {
+    /// Reads the header of packed names, and where what follows it lies. **O(tables)**.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Damaged`] if the sizes do not add up; [`Error::Memory`].
+    pub fn of(data: &[u8]) -> Result<(Header, Self)> {
+        let mut reader = Reader { data, at: 0 };
+        let (header, counts) = Header::decode(&mut reader)?;
+        let ids = (counts.ids != 0).then_some(reader.at);
+        reader.many(counts.ids, 8)?;
+        let ends = reader.at;
+        let listed = reader.many(counts.names, 8)?;
+        let text = reader.at;
+        reader.many(listed.last_chunk().map_or(0, |end| u64::from_le_bytes(*end)), 1)?;
+        let text_end = reader.at;
+        if counts.words != 0 {
+            reader.padding()?;
+        }
+        let words = reader.at;
+        reader.many(counts.words, 8)?;
+        let names = listed.len() / 8;
+        if reader.at != data.len() || (counts.words != 0 && counts.words != words_for(names) as u64) {
+            return Err(damaged(words, Damage::Words));
+        }
+        Ok((header, Self { names, ids, ends, text, text_end, words, len: data.len() }))
+    }
+
+    /// The names in the bytes that these are the parts of. **O(1)**.
+    ///
+    /// Nothing is known of what lies in the parts. All that [`Names`] gives is looked at before it is used.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Damaged`] if the bytes have another length.
+    pub fn names<'a>(&self, data: &'a [u8]) -> Result<Names<'a>> {
+        if data.len() != self.len {
+            return Err(damaged(self.len, Damage::Words));
+        }
+        Ok(Names {
+            ids: self.ids.map(|ids| &data[ids..self.ends]),
+            ends: &data[self.ends..self.text],
+            text: &data[self.text..self.text_end],
+            words: Words(&data[self.words..]),
+        })
+    }
+
+    /// The number of names. **O(1)**.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.names
+    }
+
+    /// Whether there are no names. **O(1)**.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.names == 0
+    }
+
+    /// Whether names are found without looking at all of them. **O(1)**.
+    #[must_use]
+    pub fn is_searchable(&self) -> bool {
+        self.words < self.len || self.names == 0
+    }
+}
+
+/// Names and ids, as a view of the packed bytes.
 #[derive(Debug, Clone, Copy)]
 pub struct Names<'a> {
-    len: usize,
     /// Eight bytes each, if they are listed.
     ids: Option<&'a [u8]>,
-    /// Four bytes each.
-    lengths: &'a [u8],
+    /// Eight bytes each.
+    ends: &'a [u8],
     text: &'a [u8],
+    words: Words<'a>,
+}
+
+/// The number at a place of a list of them.
+#[inline]
+fn number_at(bytes: &[u8], at: usize) -> Option<u64> {
+    let begin = at.checked_mul(8)?;
+    bytes.get(begin..)?.first_chunk().map(|number| u64::from_le_bytes(*number))
 }
 
 impl<'a> Names<'a> {
-    /// Reads and checks what follows the header; `used` is the number of used rows of each table.
-    fn parse(mut reader: Reader<'a>, names: u64, has_ids: bool, used: &[u64]) -> Result<Self> {
-        let at = reader.at;
-        let ids = if has_ids { Some(reader.many(names, 8)?) } else { None };
-        let lengths_at = reader.at;
-        let lengths = reader.many(names, 4)?;
-        reader.padding()?;
-        let text_at = reader.at;
-        let text = reader.rest();
-        let found = Self { len: lengths.len() / 4, ids, lengths, text };
-        // The sum of so many 32-bit numbers does not overflow.
-        let wanted: u64 = short_numbers(lengths).map(u64::from).sum();
-        if wanted != text.len() as u64 {
-            return Err(damaged(lengths_at, Damage::Lengths { wanted, got: text.len() as u64 }));
+    /// Checks what follows the header; `used` is the number of used rows of each table.
+    fn check(&self, parts: &Parts, used: &[u64]) -> Result<()> {
+        let mut start = 0;
+        for (at, end) in numbers(self.ends).enumerate() {
+            let here = parts.ends + 8 * at;
+            if end == start {
+                return Err(damaged(here, Damage::Empty));
+            }
+            if end < start || end > self.text.len() as u64 {
+                return Err(damaged(here, Damage::Order));
+            }
+            start = end;
         }
-        found.check_text(lengths_at, text_at)?;
-        match ids {
-            Some(ids) => check_ids(ids, at, used)?,
-            None if names > used.first().copied().unwrap_or(0) => return Err(damaged(at, Damage::NoRow)),
-            None => {}
+        self.check_text(parts.text)?;
+        match self.ids {
+            Some(ids) => check_ids(ids, parts.ids.unwrap_or(0), used),
+            None if self.len() as u64 > used.first().copied().unwrap_or(0) => Err(damaged(parts.ends, Damage::NoRow)),
+            None => Ok(()),
         }
-        Ok(found)
     }
 
-    fn check_text(&self, lengths_at: usize, text_at: usize) -> Result<()> {
-        if let Some(empty) = short_numbers(self.lengths).position(|length| length == 0) {
-            return Err(damaged(lengths_at + 4 * empty, Damage::Empty));
-        }
+    fn check_text(&self, text_at: usize) -> Result<()> {
         if self.text.is_ascii() {
             return Ok(());
         }
@@ -161,33 +262,127 @@ impl<'a> Names<'a> {
     /// The number of names. **O(1)**.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.len
+        self.ends.len() / 8
     }
 
     /// Whether there are no names. **O(1)**.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.len == 0
+        self.ends.is_empty()
     }
 
-    /// The names and their ids, in order.
+    /// Whether there are words. **O(1)**.
+    #[must_use]
+    pub fn has_words(&self) -> bool {
+        self.words.len() > 0
+    }
+
+    /// A name; `None` if there are not so many, or the bytes do not have it. **O(1)**.
+    #[must_use]
+    #[inline]
+    pub fn name(&self, number: usize) -> Option<&'a [u8]> {
+        let start = if number == 0 { 0 } else { number_at(self.ends, number - 1)? };
+        let end = number_at(self.ends, number)?;
+        self.text.get(usize::try_from(start).ok()?..usize::try_from(end).ok()?)
+    }
+
+    /// The id of a name; `None` if there are not so many. **O(1)**.
+    #[must_use]
+    #[inline]
+    pub fn id(&self, number: usize) -> Option<u64> {
+        match self.ids {
+            Some(ids) => number_at(ids, number),
+            None => (number < self.len()).then_some(number as u64),
+        }
+    }
+
+    /// The names and their ids, in order. Ends where the bytes do not have a name.
     pub fn iter(&self) -> impl Iterator<Item = (&'a [u8], u64)> + use<'a> {
-        let mut text = self.text;
+        let text = self.text;
         let mut ids = self.ids.map(numbers);
-        short_numbers(self.lengths).enumerate().map(move |(at, length)| {
-            let (name, rest) = text.split_at(length as usize);
-            text = rest;
-            (name, ids.as_mut().and_then(Iterator::next).unwrap_or(at as u64))
+        let mut start = 0;
+        numbers(self.ends).enumerate().map_while(move |(at, end)| {
+            let name = text.get(start..usize::try_from(end).ok()?)?;
+            start += name.len();
+            Some((name, ids.as_mut().and_then(Iterator::next).unwrap_or(at as u64)))
         })
+    }
+
+    /// The number of the name with this [`hash`] of which `is_it` says that it is the one; among names that have words.
+    ///
+    /// `is_it` must compare the whole name. **O(1)**.
+    #[inline]
+    pub fn find(&self, hash: u64, is_it: impl Fn(&[u8]) -> bool) -> Option<usize> {
+        if !self.has_words() {
+            return None;
+        }
+        self.words.search(hash, |number| self.name(number).is_some_and(&is_it))
+    }
+
+    /// The number of the first name that [`find`](Self::find) would ask about. **O(1)**.
+    #[inline]
+    pub fn candidate(&self, hash: u64) -> Option<usize> {
+        self.find(hash, |_| true)
+    }
+
+    /// Where [`find`](Self::find) begins: whoever looks many names up has this loaded first.
+    #[inline]
+    pub fn home(&self, hash: u64) -> Option<&'a u8> {
+        self.words.home(hash)
+    }
+
+    /// What [`name`](Self::name) and [`id`](Self::id) read of a name, apart from its text: to be loaded next.
+    #[inline]
+    pub fn entry(&self, number: usize) -> [Option<&'a u8>; 2] {
+        [self.ends.get(8 * number), self.ids.and_then(|ids| ids.get(8 * number))]
     }
 
     /// The position of the first name that is listed before, too; `None` also if memory is lacking. **O(n)**.
     #[must_use]
     pub fn repeated(&self) -> Option<usize> {
         let mut seen = HashSet::new();
-        seen.try_reserve(self.len).ok()?;
+        seen.try_reserve(self.len()).ok()?;
         self.iter().position(|(name, _)| !seen.insert(name))
     }
+
+    /// Whether the words find each name, and no other. True if there are none. **O(n)**.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`].
+    pub fn are_words_right(&self) -> Result<bool> {
+        if !self.has_words() {
+            return Ok(true);
+        }
+        self.words.are_of(&memory::collect(self.iter().map(|(name, _)| hash(name)))?)
+    }
+}
+
+/// Takes the words from packed names. **O(n)**.
+///
+/// # Errors
+///
+/// [`Error::Damaged`] if the sizes do not add up; [`Error::Memory`].
+pub fn without_words(packed: &[u8]) -> Result<Vec<u8>> {
+    let (_, parts) = Parts::of(packed)?;
+    let mut bytes = memory::collect(packed[..parts.text_end].iter().copied())?;
+    bytes[SLOTS_AT..SLOTS_AT + 8].fill(0);
+    Ok(bytes)
+}
+
+/// Adds words to packed names that have none. **O(n)**.
+///
+/// # Errors
+///
+/// [`Error::Damaged`], [`Error::Memory`].
+pub fn searchable(packed: &[u8]) -> Result<Vec<u8>> {
+    let (header, names) = decode(packed)?;
+    let ids: Option<Vec<u64>> = names.ids.map(|ids| memory::collect(numbers(ids))).transpose()?;
+    let mut encoder = Encoder::new(&header, names.len(), ids.map(IntoIterator::into_iter), names.text.len(), true)?;
+    for (name, _) in names.iter() {
+        encoder.push(name)?;
+    }
+    encoder.finish()
 }
 
 /// Refuses ids whose table or row does not exist, and a row that two names have.

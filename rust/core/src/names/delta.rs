@@ -1,7 +1,7 @@
 //! The difference between two pieces of packed names, which is small if few names changed.
 //!
 //! ```text
-//! magic      8 bytes      "pdrd", 0, 0, 0, and 1, the version of the layout
+//! magic      8 bytes      "pdrd", 0, 0, 0, and 2, the version of the format
 //! counts     2 u64        names that are removed; names that have another id
 //! removed    u32 each     their positions among the old names, ascending; padded to 8 bytes
 //! moved      u32 each     their positions among the old names, ascending; padded to 8 bytes
@@ -18,9 +18,9 @@ use crate::error::{Damage, Error, Result};
 use crate::memory;
 
 /// The first bytes of a delta: the format and its version.
-pub const MAGIC: [u8; 8] = *b"pdrd\0\0\0\x01";
+pub const MAGIC: [u8; 8] = *b"pdrd\0\0\0\x02";
 
-/// The delta from which [`apply`] makes `new` again, given `old`. **O(n)**.
+/// The delta from which [`apply`] makes `new` again, without its words, given `old`. **O(n)**.
 ///
 /// # Errors
 ///
@@ -58,15 +58,15 @@ pub fn diff(old: &[u8], new: &[u8]) -> Result<Vec<u8>> {
     }
     let added = || after.iter().skip(kept);
     let added_ids: Vec<u64> = memory::collect(added().map(|(_, id)| id))?;
-    let mut encoder = Encoder::new(&header, added_ids.len(), Some(added_ids.into_iter()), 0)?;
+    let mut encoder = Encoder::new(&header, added_ids.len(), Some(added_ids.into_iter()), 0, false)?;
     for (name, _) in added() {
         encoder.push(name)?;
     }
-    memory::append(&mut bytes, &encoder.finish())?;
+    memory::append(&mut bytes, &encoder.finish()?)?;
     Ok(bytes)
 }
 
-/// The new names, made from the old ones and a delta. **O(n)**.
+/// The new names without words, made from the old ones and a delta. **O(n)**.
 ///
 /// The result is checked as [`codec::decode`] checks.
 ///
@@ -106,11 +106,11 @@ pub fn apply(old: &[u8], delta: &[u8]) -> Result<Vec<u8>> {
     let plain = new_ids.iter().enumerate().all(|(at, id)| at as u64 == *id);
     let listed = (!plain).then_some(new_ids);
     let text = names.iter().map(|name| name.len()).sum();
-    let mut encoder = Encoder::new(&header, names.len(), listed.map(IntoIterator::into_iter), text)?;
+    let mut encoder = Encoder::new(&header, names.len(), listed.map(IntoIterator::into_iter), text, false)?;
     for name in names {
         encoder.push(name)?;
     }
-    let bytes = encoder.finish();
+    let bytes = encoder.finish()?;
     codec::decode(&bytes)?;
     Ok(bytes)
 }

@@ -5,13 +5,16 @@ use crate::error::{Damage, Error, Result};
 use crate::memory;
 
 /// The first bytes of packed names: the format and its version.
-pub const MAGIC: [u8; 8] = *b"pdrs\0\0\0\x01";
+pub const MAGIC: [u8; 8] = *b"pdrs\0\0\0\x02";
 
 /// The number of lower bits of an id that hold the row; the upper ones hold the table.
 pub const ROW_BITS: u32 = 40;
 
 /// The bytes of the magic number and the counts.
-const START: usize = 8 + 5 * 8;
+const START: usize = 8 + 6 * 8;
+
+/// Where the number of words stands.
+pub(super) const SLOTS_AT: usize = START - 8;
 
 /// The bytes of a table's record.
 const RECORD: usize = 4 * 8;
@@ -38,6 +41,13 @@ pub struct Table {
     pub used: u64,
 }
 
+/// How much follows the header.
+pub(super) struct Counts {
+    pub(super) names: u64,
+    pub(super) ids: u64,
+    pub(super) words: u64,
+}
+
 impl Header {
     /// The bytes before the ids.
     pub(super) fn encode(&self, names: usize, ids: usize) -> Result<Vec<u8>> {
@@ -46,7 +56,7 @@ impl Header {
         let records = self.tables.len() * RECORD + self.patterns.len() * 8;
         let mut bytes = memory::with_capacity(START + records + labels + 8)?;
         bytes.extend(MAGIC);
-        for count in [names, ids, self.tables.len(), self.patterns.len(), labels] {
+        for count in [names, ids, self.tables.len(), self.patterns.len(), labels, 0] {
             put(&mut bytes, count as u64);
         }
         for table in &self.tables {
@@ -60,16 +70,16 @@ impl Header {
         Ok(bytes)
     }
 
-    /// Reads what [`encode`](Self::encode) wrote; returns the numbers of names and ids, too.
-    pub(super) fn decode(reader: &mut Reader<'_>) -> Result<(Self, u64, u64)> {
+    /// Reads what [`encode`](Self::encode) wrote.
+    pub(super) fn decode(reader: &mut Reader<'_>) -> Result<(Self, Counts)> {
         if reader.take(8)? != MAGIC {
             return Err(damaged(0, Damage::Magic));
         }
-        let mut counts = [0; 5];
+        let mut counts = [0; 6];
         for count in &mut counts {
             *count = reader.number()?;
         }
-        let [names, ids, tables, patterns, labels] = counts;
+        let [names, ids, tables, patterns, labels, words] = counts;
         if ids != 0 && ids != names {
             return Err(damaged(16, Damage::Ids));
         }
@@ -97,7 +107,7 @@ impl Header {
         if labels.at < labels.data.len() {
             return Err(damaged(labels.at, Damage::Header));
         }
-        Ok((header, names, ids))
+        Ok((header, Counts { names, ids, words }))
     }
 }
 

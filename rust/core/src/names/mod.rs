@@ -4,3 +4,4 @@ pub mod codec;
 pub mod delta;
 mod header;
 pub mod text;
+mod words;

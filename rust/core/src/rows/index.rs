@@ -48,6 +48,19 @@ impl<K> RowIndex<K> {
         Self { names, tables, version: draw(), moves: draw(), inserts: draw() }
     }
 
+    /// The same index, which counts on from these numbers: those of one with the same names and places.
+    #[must_use]
+    pub fn counted_from(mut self, moves: u64, inserts: u64) -> Self {
+        (self.moves, self.inserts) = (moves, inserts);
+        self
+    }
+
+    /// A number for [`counted_from`](Self::counted_from) that no index has had.
+    #[must_use]
+    pub fn new_count() -> u64 {
+        draw()
+    }
+
     /// An index of no names and no tables.
     #[must_use]
     pub fn new() -> Self {

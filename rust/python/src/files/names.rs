@@ -44,51 +44,56 @@ pub(crate) enum Named<'py> {
 }
 
 impl Named<'_> {
-    fn for_each(&self, py: Python<'_>, mut take: impl FnMut(&Name)) {
+    fn for_each_utf8(&self, py: Python<'_>, mut take: impl FnMut(&[u8])) -> PyResult<()> {
         match self {
-            Self::Rows(index) => index.get().lock(py).names().for_each(|name, _| take(name)),
-            Self::Names(index) => index.get().for_each(py, |name, _| take(name)),
+            Self::Rows(index) => index.get().for_each_utf8(py, |name, _| take(name)),
+            Self::Names(index) => {
+                let mut buffer = Vec::new();
+                index.get().for_each(py, |name, _| name.with_utf8(py, &mut buffer, &mut take));
+                Ok(())
+            }
         }
     }
 }
 
 /// The packed names of an index, with its places or others.
 #[pyfunction]
-#[pyo3(signature = (index, tables, patterns, places = None))]
+#[pyo3(signature = (index, tables, patterns, places = None, *, searchable = false))]
 pub(crate) fn pack_names<'py>(
     py: Python<'py>,
     index: Named<'py>,
     tables: Vec<TableTuple<'py>>,
     patterns: Vec<Bound<'py, PyString>>,
     places: Option<Bound<'py, Places>>,
+    searchable: bool,
 ) -> PyResult<Bound<'py, PyArray1<u8>>> {
     let header = to_header(tables, &patterns);
     let places = match (&places, &index) {
         (Some(places), _) => places.get().found().clone(),
-        (None, Named::Rows(index)) => Arc::new(index.get().lock(py).places().or_raise()?),
+        (None, Named::Rows(index)) => Arc::new(index.get().all_places(py)?),
         (None, Named::Names(_)) => return Err(PyValueError::new_err("an IndexMap has no places: expected some")),
     };
     let ids = || places.iter().map(|place| place.map_or(0, pdrs_core::Place::id));
     let is_plain = ids().enumerate().all(|(at, id)| at as u64 == id);
     let listed = if is_plain { None } else { Some(memory::collect(ids())?.into_iter()) };
     let count = places.len();
-    let mut encoder = Encoder::new(&header, count, listed, 16 * count).or_raise()?;
-    let (mut buffer, mut pushed, mut refused) = (Vec::new(), 0, None);
-    index.for_each(py, |name| {
+    let mut encoder = Encoder::new(&header, count, listed, 16 * count, searchable).or_raise()?;
+    let (mut pushed, mut refused) = (0, None);
+    index.for_each_utf8(py, |name| {
         pushed += 1;
         if refused.is_none()
-            && let Err(error) = name.with_utf8(py, &mut buffer, |text| encoder.push(text))
+            && let Err(error) = encoder.push(name)
         {
             refused = Some(error);
         }
-    });
+    })?;
     if pushed != count {
         return Err(PyValueError::new_err(format!("got {pushed} names and {count} places")));
     }
     if let Some(error) = refused {
         return Err(memory::refused(error));
     }
-    Ok(PyArray1::from_vec(py, encoder.finish()))
+    Ok(PyArray1::from_vec(py, encoder.finish().or_raise()?))
 }
 
 /// The packed names, each after a prefix, with their ids, the tables and the patterns.
@@ -103,9 +108,7 @@ pub(crate) fn unpack_names<'py>(
     let packed = packed.as_slice()?;
     let (header, names) = py.detach(|| codec::decode(packed)).or_raise()?;
     let index = to_index(py, &names, prefix)?;
-    let from_table = |table: Table| Ok((from_utf8(py, &table.attribute)?, table.group, table.trainable, table.used));
-    let tables = memory::try_collect(header.tables.into_iter().map(from_table))?;
-    let patterns = memory::try_collect(header.patterns.iter().map(|pattern| from_utf8(py, pattern)))?;
+    let (tables, patterns) = from_header(py, header)?;
     Ok((index, tables, patterns))
 }
 
@@ -128,6 +131,48 @@ fn to_index(py: Python<'_>, names: &Names<'_>, prefix: Option<&Bound<'_, PyStrin
         return Err(PyValueError::new_err(format!("the packed names are damaged: {name:?} is listed twice")));
     }
     Ok(index)
+}
+
+/// Packed names with words, made from some without.
+#[pyfunction]
+pub(crate) fn searchable_names<'py>(
+    py: Python<'py>,
+    packed: PyReadonlyArray1<'py, u8>,
+) -> PyResult<Bound<'py, PyArray1<u8>>> {
+    let packed = packed.as_slice()?;
+    let made = py.detach(|| codec::searchable(packed)).or_raise()?;
+    Ok(PyArray1::from_vec(py, made))
+}
+
+/// Packed names without words, made from some with.
+#[pyfunction]
+pub(crate) fn names_without_words<'py>(
+    py: Python<'py>,
+    packed: PyReadonlyArray1<'py, u8>,
+) -> PyResult<Bound<'py, PyArray1<u8>>> {
+    let packed = packed.as_slice()?;
+    let made = py.detach(|| codec::without_words(packed)).or_raise()?;
+    Ok(PyArray1::from_vec(py, made))
+}
+
+/// The number of packed names, the tables and the patterns.
+#[pyfunction]
+#[allow(clippy::type_complexity)]
+pub(crate) fn unpack_header<'py>(
+    py: Python<'py>,
+    packed: PyReadonlyArray1<'py, u8>,
+) -> PyResult<(usize, Vec<TableTuple<'py>>, Vec<Bound<'py, PyString>>)> {
+    let (header, parts) = codec::Parts::of(packed.as_slice()?).or_raise()?;
+    let (tables, patterns) = from_header(py, header)?;
+    Ok((parts.len(), tables, patterns))
+}
+
+#[allow(clippy::type_complexity)]
+fn from_header<'py>(py: Python<'py>, header: Header) -> PyResult<(Vec<TableTuple<'py>>, Vec<Bound<'py, PyString>>)> {
+    let from_table = |table: Table| Ok((from_utf8(py, &table.attribute)?, table.group, table.trainable, table.used));
+    let tables = memory::try_collect(header.tables.into_iter().map(from_table))?;
+    let patterns = memory::try_collect(header.patterns.iter().map(|pattern| from_utf8(py, pattern)))?;
+    Ok((tables, patterns))
 }
 
 /// The delta from packed names to others.

@@ -219,7 +219,7 @@ impl<'a> Text<'a> {
 
 /// What lies in a list, borrowed from it: an exact `str` to look a [`Name`] up by, or something that matches none.
 #[repr(transparent)]
-struct Listed<'a, 'py>(Bound<'py, PyAny>, PhantomData<&'a ()>);
+pub(crate) struct Listed<'a, 'py>(Bound<'py, PyAny>, PhantomData<&'a ()>);
 
 impl Hashed for Listed<'_, '_> {
     fn hash(&self) -> u32 {
@@ -239,15 +239,18 @@ impl Matches<Listed<'_, '_>> for Name {
     }
 }
 
-/// What `convert` makes of the value of each name in a list or tuple of nothing but exact `str`, in their order.
+impl Listed<'_, '_> {
+    /// The text, if it is an exact `str`.
+    pub(crate) fn text(&self) -> Option<&Py<PyString>> {
+        self.0.cast_exact::<PyString>().ok().map(Bound::as_unbound)
+    }
+}
+
+/// Hands over what lies in a list or tuple; `None` for any other kind of object.
 ///
-/// `convert` gets `None` for a name that is not there. The result is `None` for any other kind of argument. The names
-/// stay in the list: to take a reference to each would write to all of them, and take 1.7 times as long.
-pub(crate) fn find_listed<V: Copy, T>(
-    map: &Map<Name, V>,
-    names: &Bound<'_, PyAny>,
-    convert: impl Fn(Option<V>) -> T,
-) -> pdrs_core::Result<Option<Vec<T>>> {
+/// The names stay in the list: to take a reference to each would write to all of them, and take 1.7 times as long.
+/// `take` must run no Python code.
+pub(crate) fn with_listed<R>(names: &Bound<'_, PyAny>, take: impl FnOnce(&[Listed<'_, '_>]) -> R) -> Option<R> {
     // Without a GIL it keeps other threads from changing the list; with one it does nothing.
     with_critical_section(names, || {
         // SAFETY: a list and a tuple hold as many pointers to live objects as they are long, in a row (a list without
@@ -257,19 +260,32 @@ pub(crate) fn find_listed<V: Copy, T>(
             let (items, length) = match (names.cast_exact::<PyList>(), names.cast_exact::<PyTuple>()) {
                 (Ok(list), _) => ((*list.as_ptr().cast::<ffi::PyListObject>()).ob_item.cast_const(), list.len()),
                 (_, Ok(tuple)) => (tuple.as_slice().as_ptr().cast(), tuple.len()),
-                _ => return Ok(None),
+                _ => return None,
             };
             if items.is_null() { &[] } else { slice::from_raw_parts(items.cast(), length) }
         };
+        Some(take(listed))
+    })
+}
+
+/// What `convert` makes of the value of each name in a list or tuple of nothing but exact `str`, in their order.
+///
+/// `convert` gets `None` for a name that is not there. The result is `None` for any other kind of argument.
+pub(crate) fn find_listed<V: Copy, T>(
+    map: &Map<Name, V>,
+    names: &Bound<'_, PyAny>,
+    convert: impl Fn(Option<V>) -> T,
+) -> pdrs_core::Result<Option<Vec<T>>> {
+    let found = with_listed(names, |listed| {
         let mut values = memory::with_capacity(listed.len())?;
         let mut all_found = true;
         map.get_many(listed, |_, value| {
             all_found &= value.is_some();
             values.push(convert(value.copied()));
         });
-        let is_text = |name: &Listed<'_, '_>| name.0.is_exact_instance_of::<PyString>();
-        Ok((all_found || listed.iter().all(is_text)).then_some(values))
-    })
+        Ok((all_found || listed.iter().all(|name| name.text().is_some())).then_some(values))
+    });
+    found.unwrap_or(Ok(None))
 }
 
 /// A place in a dict that may change between two steps, which `PyO3`'s iterators take for a reason to panic.

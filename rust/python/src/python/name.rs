@@ -16,7 +16,7 @@ use crate::python::cpython::{Characters, Text, new_ascii};
 use crate::python::memory::new_text;
 use crate::torch::bytes::hint;
 
-pub(crate) use crate::python::cpython::find_listed;
+pub(crate) use crate::python::cpython::{Listed, find_listed, with_listed};
 
 /// Where the hash of a `str` stands in it, behind its length.
 pub(crate) const HASH: usize = std::mem::offset_of!(PyASCIIObject, hash);
@@ -40,9 +40,7 @@ impl Name {
 
     /// Begins to load the object, for a reference to it that will be taken.
     pub(crate) fn prefetch_object(&self) {
-        // The count of references stands in front, and often in another cache line than hash and characters.
-        hint(self.0.as_ptr() as usize);
-        self.prefetch();
+        prefetch(&self.0);
     }
 
     pub(crate) fn full_hash(&self) -> u64 {
@@ -61,19 +59,9 @@ impl Name {
         self.0.bind(py).clone()
     }
 
-    /// Hands the characters in UTF-8, surrogates too, as Python's error handler `surrogatepass` writes them.
-    ///
-    /// `buffer` is used where they do not lie in memory like that.
+    /// Hands the characters over in UTF-8: see [`with_utf8`].
     pub(crate) fn with_utf8<R>(&self, _py: Python<'_>, buffer: &mut Vec<u8>, take: impl FnOnce(&[u8]) -> R) -> R {
-        buffer.clear();
-        let mut push = |character: u32| push_character(character, buffer);
-        match Text::of(&self.0).characters {
-            Characters::Ascii(ascii) => return take(ascii),
-            Characters::Latin1(all) => all.iter().for_each(|one| push(u32::from(*one))),
-            Characters::TwoBytes(all) => all.iter().for_each(|one| push(u32::from(*one))),
-            Characters::FourBytes(all) => all.iter().for_each(|one| push(*one)),
-        }
-        take(buffer)
+        with_utf8(&self.0, buffer, take)
     }
 
     /// The name that [`with_utf8`](Self::with_utf8) handed out; an error if the bytes are no such name.
@@ -90,6 +78,29 @@ impl Name {
     pub(crate) fn into_text(self, py: Python<'_>) -> Bound<'_, PyString> {
         self.0.into_bound(py)
     }
+}
+
+/// Begins to load a `str`.
+pub(crate) fn prefetch(text: &Py<PyString>) {
+    // The count of references stands in front, and often in another cache line than hash and characters.
+    hint(text.as_ptr() as usize);
+    hint(text.as_ptr() as usize + HASH);
+}
+
+/// Hands the characters in UTF-8, surrogates too, as Python's error handler `surrogatepass` writes them.
+///
+/// `buffer` is used where they do not lie in memory like that.
+#[inline]
+pub(crate) fn with_utf8<R>(text: &Py<PyString>, buffer: &mut Vec<u8>, take: impl FnOnce(&[u8]) -> R) -> R {
+    buffer.clear();
+    let mut push = |character: u32| push_character(character, buffer);
+    match Text::of(text).characters {
+        Characters::Ascii(ascii) => return take(ascii),
+        Characters::Latin1(all) => all.iter().for_each(|one| push(u32::from(*one))),
+        Characters::TwoBytes(all) => all.iter().for_each(|one| push(u32::from(*one))),
+        Characters::FourBytes(all) => all.iter().for_each(|one| push(*one)),
+    }
+    take(buffer)
 }
 
 impl<'a, 'py> From<&'a Bound<'py, PyString>> for Query<'a, 'py> {

@@ -1,6 +1,7 @@
 //! What a `StackedParameterDict` asks for natively.
 
 pub(crate) mod one_entry;
+pub(crate) mod packed;
 pub(crate) mod places;
 pub(crate) mod plan;
 pub(crate) mod row;

@@ -46,7 +46,7 @@ impl<'a, 'py> Stacked<'a, 'py> {
     /// Whether the rows of all names are where they were when this was counted, and the index is the same.
     fn is_as_counted(&self, moves: u64) -> PyResult<bool> {
         // Python code may have loaded other names: then there is another index, which never counts the same.
-        Ok(self.index()?.get().lock(self.py()).moves() == moves)
+        Ok(self.index()?.get().moves(self.py()) == moves)
     }
 
     fn tables(&self) -> PyResult<Bound<'py, PyList>> {
@@ -123,7 +123,7 @@ pub(crate) fn set_entry_row(
     let stacked = Stacked::new(stacked)?;
     stacked.lock()?.get().refuse_change()?;
     let index = stacked.index()?;
-    match index.get().place(name) {
+    match index.get().place(name)? {
         Some(place) => replace(&stacked, index.get(), place, &value, group),
         None => insert(&stacked, index.get(), name, &value, group),
     }
@@ -138,7 +138,7 @@ fn replace(
 ) -> PyResult<bool> {
     let py = stacked.py();
     let torch = Torch::get(py)?;
-    let moves = index.lock(py).moves();
+    let moves = index.moves(py);
     let table = stacked.tables()?.get_item(place.table())?;
     match stacked.parameter(&table)? {
         Some(parameter) if Stacked::is_of_group(&table, group)? => {
@@ -148,7 +148,7 @@ fn replace(
                 let is_there = stacked.is_as_counted(moves)?;
                 let set = fits && is_there && value.write(torch, &parameter, place.row())?;
                 if set {
-                    index.lock(py).note_set();
+                    index.note_set(py);
                 }
                 Ok(set)
             })
@@ -166,7 +166,7 @@ fn insert(
 ) -> PyResult<bool> {
     let py = stacked.py();
     let torch = Torch::get(py)?;
-    let moves = index.lock(py).moves();
+    let moves = index.moves(py);
     for (number, table) in stacked.tables()?.iter().enumerate() {
         if !Stacked::is_of_group(&table, group)? {
             continue;
@@ -179,7 +179,7 @@ fn insert(
             Fit::Other => continue,
             Fit::Unusual => return Ok(false),
         };
-        let Some((row, is_reused)) = index.lock(py).next_row(number, capacity) else {
+        let Some((row, is_reused)) = index.lock(py)?.next_row(number, capacity) else {
             return Ok(false);
         };
         let is_bare = !is_reused
@@ -199,7 +199,7 @@ fn insert(
                 return Ok(false);
             }
             {
-                let mut state = index.lock(py);
+                let mut state = index.lock(py)?;
                 let is_next = state.next_row(number, capacity).is_some_and(|(next, _)| next == row);
                 if !is_next || state.names().contains(&Query::from(name)) {
                     return Ok(false);
@@ -209,7 +209,7 @@ fn insert(
             if !value.write(torch, &parameter, row)? {
                 return Ok(false);
             }
-            index.lock(py).insert_one(Name::new(name.clone()), number, row).or_raise()
+            index.lock(py)?.insert_one(Name::new(name.clone()), number, row).or_raise()
         });
     }
     Ok(false)
@@ -227,10 +227,10 @@ pub(crate) fn pop_entry_row<'py>(
     lock.lock().refuse_change()?;
     loop {
         let index = stacked.index()?;
-        let Some(place) = index.get().place(&name) else {
+        let Some(place) = index.get().place(&name)? else {
             return Ok(None);
         };
-        let remove = |py| index.get().lock(py).remove_one(&Query::from(&name), place);
+        let remove = |py| index.get().lock(py)?.remove_one(&Query::from(&name), place).or_raise();
         if let Some(row) = take_row(&stacked, index.get(), place, remove)? {
             return Ok(Some(row));
         }
@@ -250,7 +250,7 @@ pub(crate) fn pop_end_entry_row<'py>(
     loop {
         let index = stacked.index()?;
         let end = {
-            let state = index.get().lock(py);
+            let state = index.get().lock(py)?;
             let end = if last { state.names().last() } else { state.names().first() };
             end.map(|(name, place)| (name.clone_ref(py), *place))
         };
@@ -259,10 +259,10 @@ pub(crate) fn pop_end_entry_row<'py>(
         };
         let name = name.into_text(py);
         let remove = |py| {
-            let mut state = index.get().lock(py);
+            let mut state = index.get().lock(py)?;
             // Another name may have come to the end.
             if state.names().get(&Query::from(&name)) == Some(&place) {
-                state.remove_end(last, place)
+                state.remove_end(last, place).or_raise()
             } else {
                 Ok(None)
             }
@@ -282,11 +282,11 @@ fn take_row<'py>(
     stacked: &Stacked<'_, 'py>,
     index: &RowIndex,
     place: Place,
-    remove: impl FnOnce(Python<'py>) -> pdrs_core::Result<Option<Name>>,
+    remove: impl FnOnce(Python<'py>) -> PyResult<Option<Name>>,
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
     let py = stacked.py();
     let torch = Torch::get(py)?;
-    let moves = index.lock(py).moves();
+    let moves = index.moves(py);
     let table = stacked.tables()?.get_item(place.table())?;
     let parameter = stacked.parameter(&table)?.filter(|parameter| torch.is_plain(parameter));
     let copied = match &parameter {
@@ -313,7 +313,7 @@ fn take_row<'py>(
         if !stacked.is_as_counted(moves)? {
             return Ok(None);
         }
-        let removed = remove(py).or_raise()?;
+        let removed = remove(py)?;
         if removed.is_some() {
             call_all(&calls, &mut given)?;
             if changes.is_none() {

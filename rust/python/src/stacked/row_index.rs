@@ -3,6 +3,7 @@
 //! It lies behind a lock that is held only for pure Rust work. While it is held, no Python code runs, and no object is
 //! made that Python's garbage collector tracks.
 
+use std::ops::{Deref, DerefMut};
 use std::sync::{Mutex, MutexGuard};
 
 use numpy::{PyArray1, PyReadonlyArray1};
@@ -11,20 +12,59 @@ use pyo3::exceptions::{PyIndexError, PyKeyError, PyOverflowError, PyRuntimeError
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::{MutexExt, PyOnceLock};
-use pyo3::types::{PyBytes, PyList, PyString, PyTuple};
+use pyo3::types::{PyBytes, PyList, PyString, PyTuple, PyType};
 
 use crate::index_map::{Given, IndexMap};
 use crate::python::memory::{self, OrRaise, new_list, new_number, new_pair};
-use crate::python::name::{Name, Query, exact_text, find_listed, to_text};
+use crate::python::name::{Listed, Name, Query, exact_text, find_listed, to_text, with_listed};
 use crate::python::names::{ExactNames, listed, to_names, to_names_that};
+use crate::stacked::packed::Packed;
 use crate::stacked::places::Places;
 use crate::stacked::plan::{OrRefuse, RowPlan, no_table, refused_removal};
 use crate::stacked::walk::RowIterator;
 
 #[pyclass(frozen, mapping, module = "pdrs._core")]
 pub(crate) struct RowIndex {
-    state: Mutex<Index<Name>>,
+    state: Mutex<State>,
 }
+
+/// Where the names are.
+enum State {
+    /// In memory. If they were packed once, with the generation of the names when they were read.
+    Live(Index<Name>, Option<u64>),
+    /// Where they were packed. The first change reads them into memory, and so does whatever else is not here.
+    Packed(Packed),
+}
+
+/// The names in memory, locked.
+pub(crate) struct Live<'a> {
+    state: MutexGuard<'a, State>,
+    /// Where they were until now. Goes when the lock is given back, because Python code may run then.
+    _packed: Option<Packed>,
+}
+
+impl Deref for Live<'_> {
+    type Target = Index<Name>;
+
+    fn deref(&self) -> &Index<Name> {
+        match &*self.state {
+            State::Live(index, _) => index,
+            State::Packed(_) => unreachable!("the names have been read into memory"),
+        }
+    }
+}
+
+impl DerefMut for Live<'_> {
+    fn deref_mut(&mut self) -> &mut Index<Name> {
+        match &mut *self.state {
+            State::Live(index, _) => index,
+            State::Packed(_) => unreachable!("the names have been read into memory"),
+        }
+    }
+}
+
+/// A walk that began when the names were packed has this generation.
+pub(crate) const PACKED: u64 = u64::MAX;
 
 /// `KeyError` for the name that no entry can have.
 fn refuse_empty(name: &Bound<'_, PyString>) -> PyResult<()> {
@@ -83,24 +123,129 @@ fn to_bytes(py: Python<'_>, numbers: Vec<i64>) -> PyResult<Option<Bound<'_, PyBy
 
 impl RowIndex {
     fn new_of(index: Index<Name>) -> Self {
-        Self { state: Mutex::new(index) }
+        Self { state: Mutex::new(State::Live(index, None)) }
     }
 
-    pub(crate) fn lock(&self, py: Python<'_>) -> MutexGuard<'_, Index<Name>> {
+    fn state(&self, py: Python<'_>) -> MutexGuard<'_, State> {
         self.state.lock_py_attached(py).unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
+    /// The names in memory. **O(n)** if they were packed until now.
+    pub(crate) fn lock(&self, py: Python<'_>) -> PyResult<Live<'_>> {
+        let mut state = self.state(py);
+        let mut packed = None;
+        if let State::Packed(read) = &*state {
+            let index = read.to_index(py)?;
+            let generation = index.names().generation();
+            if let State::Packed(read) = std::mem::replace(&mut *state, State::Live(index, Some(generation))) {
+                packed = Some(read);
+            }
+        }
+        Ok(Live { state, _packed: packed })
+    }
+
     /// The place of a name, if it is there.
-    pub(crate) fn place(&self, name: &Bound<'_, PyString>) -> Option<Place> {
-        self.lock(name.py()).names().get(&Query::from(name)).copied()
+    pub(crate) fn place(&self, name: &Bound<'_, PyString>) -> PyResult<Option<Place>> {
+        match &*self.state(name.py()) {
+            State::Live(index, _) => Ok(index.names().get(&Query::from(name)).copied()),
+            State::Packed(packed) => packed.place(name.py(), &Name::new(name.clone())),
+        }
+    }
+
+    pub(crate) fn moves(&self, py: Python<'_>) -> u64 {
+        match &*self.state(py) {
+            State::Live(index, _) => index.moves(),
+            State::Packed(packed) => packed.moves,
+        }
+    }
+
+    /// Notes that the values of entries were set, whose rows stay.
+    pub(crate) fn note_set(&self, py: Python<'_>) {
+        match &mut *self.state(py) {
+            State::Live(index, _) => index.note_set(),
+            State::Packed(packed) => packed.inserts = Index::<Name>::new_count(),
+        }
+    }
+
+    /// Where a walk over the names begins, and what tells whether they have changed since.
+    pub(crate) fn begin(&self, py: Python<'_>, is_reversed: bool) -> (usize, u64) {
+        let (end, generation) = match &*self.state(py) {
+            State::Live(index, _) => (index.names().positions(), index.names().generation()),
+            State::Packed(packed) => (packed.len(), PACKED),
+        };
+        (if is_reversed { end } else { 0 }, generation)
+    }
+
+    /// Takes a step of a walk, unless the names have changed since it began.
+    pub(crate) fn step<R>(
+        &self,
+        py: Python<'_>,
+        generation: u64,
+        live: impl FnOnce(&Map<Name, Place>) -> R,
+        packed: impl FnOnce(&Packed) -> PyResult<R>,
+    ) -> PyResult<R> {
+        let state = self.state(py);
+        match &*state {
+            State::Live(index, read) => {
+                let now = index.names().generation();
+                if now == generation || (generation == PACKED && *read == Some(now)) {
+                    return Ok(live(index.names()));
+                }
+            }
+            State::Packed(names) if generation == PACKED => return packed(names),
+            State::Packed(_) => {}
+        }
+        drop(state);
+        Err(PyRuntimeError::new_err("dictionary changed during iteration"))
+    }
+
+    /// Hands over each name in UTF-8, in order, and the place that it has.
+    pub(crate) fn for_each_utf8(&self, py: Python<'_>, mut take: impl FnMut(&[u8], Option<Place>)) -> PyResult<()> {
+        match &*self.state(py) {
+            State::Live(index, _) => {
+                let mut buffer = Vec::new();
+                let names = index.names();
+                names.for_each(|name, place| name.with_utf8(py, &mut buffer, |text| take(text, Some(*place))));
+                Ok(())
+            }
+            State::Packed(packed) => packed.for_each(py, take),
+        }
+    }
+
+    /// All places, in order.
+    pub(crate) fn all_places(&self, py: Python<'_>) -> PyResult<Found> {
+        match &*self.state(py) {
+            State::Live(index, _) => index.places().or_raise(),
+            State::Packed(packed) => packed.all_places(py),
+        }
+    }
+
+    fn places_of(&self, py: Python<'_>, names: &[Name]) -> PyResult<Found> {
+        match &*self.state(py) {
+            State::Live(index, _) => {
+                let mut places = memory::with_capacity(names.len())?;
+                index.names().get_many(names, |_, place| places.push(place.copied()));
+                Ok(Found::from(places))
+            }
+            State::Packed(packed) => {
+                Ok(packed.places(py, names, |name| Some(name.text_ref()))?.expect("each name has a text"))
+            }
+        }
+    }
+
+    fn used_of_all(&self, py: Python<'_>) -> PyResult<Vec<u64>> {
+        match &*self.state(py) {
+            State::Live(index, _) => memory::collect(index.tables().iter().map(Rows::used)),
+            State::Packed(packed) => memory::collect(packed.used().iter().copied()),
+        }
     }
 
     fn plan(
         &self,
         py: Python<'_>,
         make: impl FnOnce(&mut Index<Name>) -> Result<Plan<Name>, Refusal<Name>>,
-    ) -> Result<RowPlan, Refusal<Name>> {
-        make(&mut self.lock(py)).map(RowPlan::new)
+    ) -> PyResult<Result<RowPlan, Refusal<Name>>> {
+        Ok(make(&mut *self.lock(py)?).map(RowPlan::new))
     }
 
     fn to_list(py: Python<'_>, names: Vec<Name>) -> PyResult<Bound<'_, PyList>> {
@@ -114,7 +259,7 @@ impl RowIndex {
     }
 
     fn duplicate(&self, py: Python<'_>) -> PyResult<Self> {
-        Ok(Self::new_of(self.lock(py).copy(|name| name.clone_ref(py)).or_raise()?))
+        Ok(Self::new_of(self.lock(py)?.copy(|name| name.clone_ref(py)).or_raise()?))
     }
 }
 
@@ -154,26 +299,44 @@ impl RowIndex {
         made.or_refuse(py).map(Self::new_of)
     }
 
-    #[getter]
-    fn moves(&self, py: Python<'_>) -> u64 {
-        self.lock(py).moves()
+    /// Names that are looked up where they were packed; `None` if they have no words.
+    #[staticmethod]
+    fn of_packed(
+        packed: &Bound<'_, PyArray1<u8>>,
+        error: &Bound<'_, PyType>,
+        path: String,
+        origin: String,
+    ) -> PyResult<Option<Self>> {
+        let state = Packed::of(packed, error, path, origin)?.map(State::Packed);
+        Ok(state.map(|state| Self { state: Mutex::new(state) }))
+    }
+
+    #[getter(moves)]
+    fn count_of_moves(&self, py: Python<'_>) -> u64 {
+        self.moves(py)
     }
 
     #[getter]
     fn inserts(&self, py: Python<'_>) -> u64 {
-        self.lock(py).inserts()
+        match &*self.state(py) {
+            State::Live(index, _) => index.inserts(),
+            State::Packed(packed) => packed.inserts,
+        }
     }
 
     fn __len__(&self, py: Python<'_>) -> usize {
-        self.lock(py).names().len()
+        match &*self.state(py) {
+            State::Live(index, _) => index.names().len(),
+            State::Packed(packed) => packed.len(),
+        }
     }
 
     fn __contains__(&self, name: &Bound<'_, PyAny>) -> PyResult<bool> {
         if let Ok(text) = name.cast_exact::<PyString>() {
-            return Ok(self.place(text).is_some());
+            return Ok(self.place(text)?.is_some());
         }
         match exact_text(name)? {
-            Some(text) => Ok(self.place(&text).is_some()),
+            Some(text) => Ok(self.place(&text)?.is_some()),
             // As in a dict: what cannot be hashed is an error, what can is simply not there.
             None => name.hash().map(|_| false),
         }
@@ -194,7 +357,7 @@ impl RowIndex {
 
     fn find<'py>(&self, name: &Bound<'py, PyAny>) -> PyResult<Option<Bound<'py, PyTuple>>> {
         let py = name.py();
-        let Some(place) = self.place(&to_text(name)?) else {
+        let Some(place) = self.place(&to_text(name)?)? else {
             return Ok(None);
         };
         let table = new_number(py, (place.table() as u64).cast_signed())?;
@@ -204,21 +367,28 @@ impl RowIndex {
     #[pyo3(signature = (names = Given(None)), text_signature = "($self, names=...)")]
     fn places(&self, py: Python<'_>, names: Given<'_>) -> PyResult<Places> {
         let Given(Some(names)) = names else {
-            return Ok(self.lock(py).places().or_raise()?.into());
+            return Ok(self.all_places(py)?.into());
         };
         let names = &listed(&names)?;
-        let found = find_listed(self.lock(py).names(), names, std::convert::identity).or_raise()?;
+        let found = match &*self.state(py) {
+            State::Live(index, _) => {
+                find_listed(index.names(), names, std::convert::identity).or_raise()?.map(Found::from)
+            }
+            State::Packed(packed) => {
+                with_listed(names, |listed| packed.places(py, listed, Listed::text)).transpose()?.flatten()
+            }
+        };
         if let Some(places) = found {
-            return Ok(Found::from(places).into());
+            return Ok(places.into());
         }
-        let names = to_names(names)?;
-        let mut places = memory::with_capacity(names.len())?;
-        self.lock(py).names().get_many(&names, |_, place| places.push(place.copied()));
-        Ok(Found::from(places).into())
+        Ok(self.places_of(py, &to_names(names)?)?.into())
     }
 
     fn names<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
-        let names = Self::all_names(&self.lock(py), py)?;
+        let names = match &*self.state(py) {
+            State::Live(index, _) => Self::all_names(index, py)?,
+            State::Packed(packed) => packed.names(py)?,
+        };
         Self::to_list(py, names)
     }
 
@@ -226,15 +396,10 @@ impl RowIndex {
         let py = names.py();
         let names = to_names(names)?;
         let mut missing = Map::new();
-        {
-            let state = self.lock(py);
-            let mut refused = None;
-            state.names().get_many(&names, |at, place| {
-                if place.is_none() && refused.is_none() {
-                    refused = missing.get_or_insert_with(names[at].clone_ref(py), || ()).err();
-                }
-            });
-            refused.map_or(Ok(()), Err).or_raise()?;
+        for (name, place) in names.iter().zip(self.places_of(py, &names)?.iter()) {
+            if place.is_none() {
+                missing.get_or_insert_with(name.clone_ref(py), || ()).or_raise()?;
+            }
         }
         Self::to_list(py, memory::collect(missing.iter().map(|(name, ())| name.clone_ref(py)))?)
     }
@@ -245,7 +410,7 @@ impl RowIndex {
         let mask = mask.extract::<PyReadonlyArray1<'_, bool>>()?;
         let mask = mask.as_array();
         let chosen = {
-            let state = self.lock(py);
+            let state = self.lock(py)?;
             if state.names().len() != mask.len() {
                 return Err(PyRuntimeError::new_err("dictionary changed while names were selected"));
             }
@@ -259,37 +424,38 @@ impl RowIndex {
         let py = prefix.py();
         let mut buffer = Vec::new();
         let prefix = Name::new(to_text(prefix)?).with_utf8(py, &mut buffer, <[u8]>::to_vec);
-        let mut kept = Ok(Vec::new());
-        self.lock(py).names().for_each(|name, _| {
-            if name.with_utf8(py, &mut buffer, |text| text.starts_with(&prefix))
-                && let Ok(list) = &mut kept
-                && let Err(error) = pdrs_core::memory::push(list, name.clone_ref(py))
-            {
-                kept = Err(error);
+        let kept = match &*self.state(py) {
+            State::Live(index, _) => {
+                let mut kept = Ok(Vec::new());
+                index.names().for_each(|name, _| {
+                    if name.with_utf8(py, &mut buffer, |text| text.starts_with(&prefix))
+                        && let Ok(list) = &mut kept
+                        && let Err(error) = pdrs_core::memory::push(list, name.clone_ref(py))
+                    {
+                        kept = Err(error);
+                    }
+                });
+                kept.or_raise()?
             }
-        });
-        Self::to_list(py, kept.or_raise()?)
+            State::Packed(packed) => packed.names_that(py, |text| text.starts_with(&prefix))?,
+        };
+        Self::to_list(py, kept)
     }
 
     /// An index of the names that begin so and go on, without their beginning. The tables are the same.
     fn below(&self, prefix: &Bound<'_, PyAny>) -> PyResult<Self> {
         let py = prefix.py();
-        let (mut buffer, mut kept, mut failed) = (Vec::new(), Vec::new(), None);
-        let prefix = Name::new(to_text(prefix)?).with_utf8(py, &mut buffer, <[u8]>::to_vec);
-        let used: Vec<u64> = {
-            let state = self.lock(py);
-            state.names().for_each(|name, place| {
-                name.with_utf8(py, &mut buffer, |text| {
-                    if let Some(rest) = text.strip_prefix(&*prefix).filter(|rest| !rest.is_empty())
-                        && failed.is_none()
-                    {
-                        let rest = pdrs_core::memory::collect(rest.iter().copied());
-                        failed = rest.and_then(|rest| pdrs_core::memory::push(&mut kept, (rest, Some(*place)))).err();
-                    }
-                });
-            });
-            state.tables().iter().map(Rows::used).collect()
-        };
+        let (mut kept, mut failed) = (Vec::new(), None);
+        let prefix = Name::new(to_text(prefix)?).with_utf8(py, &mut Vec::new(), <[u8]>::to_vec);
+        self.for_each_utf8(py, |text, place| {
+            if let Some(rest) = text.strip_prefix(&*prefix).filter(|rest| !rest.is_empty())
+                && failed.is_none()
+            {
+                let rest = pdrs_core::memory::collect(rest.iter().copied());
+                failed = rest.and_then(|rest| pdrs_core::memory::push(&mut kept, (rest, place))).err();
+            }
+        })?;
+        let used = self.used_of_all(py)?;
         if let Some(error) = failed {
             return Err(memory::refused(error));
         }
@@ -306,7 +472,7 @@ impl RowIndex {
     ) -> PyResult<Bound<'py, PyList>> {
         let rows = rows.as_array();
         let named = {
-            let state = self.lock(py);
+            let state = self.lock(py)?;
             match state.names_of(table, rows.iter().map(|row| row.cast_unsigned())) {
                 Ok(named) => memory::collect(named.into_iter().map(|name| name.map(|name| name.clone_ref(py))))?,
                 Err(Refusal::Place { at }) => {
@@ -339,12 +505,16 @@ impl RowIndex {
     }
 
     fn __sizeof__(&self, py: Python<'_>) -> usize {
-        size_of::<Self>() + self.lock(py).names().allocated_bytes()
+        let allocated = match &*self.state(py) {
+            State::Live(index, _) => index.names().allocated_bytes(),
+            State::Packed(_) => 0,
+        };
+        size_of::<Self>() + allocated
     }
 
     fn __reduce__<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
         let (names, places, used) = {
-            let state = self.lock(py);
+            let state = self.lock(py)?;
             let used: Vec<u64> = memory::collect(state.tables().iter().map(Rows::used))?;
             (Self::all_names(&state, py)?, state.places().or_raise()?, used)
         };
@@ -357,11 +527,11 @@ impl RowIndex {
     }
 
     fn add_table(&self, py: Python<'_>) -> PyResult<usize> {
-        self.lock(py).add_table().or_raise()
+        self.lock(py)?.add_table().or_raise()
     }
 
     fn pop_table(&self, py: Python<'_>) -> PyResult<()> {
-        let mut state = self.lock(py);
+        let mut state = self.lock(py)?;
         if state.pop_table().is_some() {
             return Ok(());
         }
@@ -371,23 +541,32 @@ impl RowIndex {
 
     #[getter]
     fn table_count(&self, py: Python<'_>) -> usize {
-        self.lock(py).tables().len()
+        match &*self.state(py) {
+            State::Live(index, _) => index.tables().len(),
+            State::Packed(packed) => packed.used().len(),
+        }
     }
 
     fn used(&self, py: Python<'_>, table: i64) -> PyResult<u64> {
-        Ok(table_of(&self.lock(py), table)?.used())
+        match &*self.state(py) {
+            State::Live(index, _) => Ok(table_of(index, table)?.used()),
+            State::Packed(packed) => {
+                let used = usize::try_from(table).ok().and_then(|table| packed.used().get(table));
+                used.copied().ok_or_else(|| no_table(table))
+            }
+        }
     }
 
     fn count(&self, py: Python<'_>, table: i64) -> PyResult<u64> {
-        Ok(table_of(&self.lock(py), table)?.len())
+        Ok(table_of(&*self.lock(py)?, table)?.len())
     }
 
     fn free<'py>(&self, py: Python<'py>, table: i64) -> PyResult<Bound<'py, PyArray1<i64>>> {
-        to_array(py, table_of(&self.lock(py), table)?.free())
+        to_array(py, table_of(&*self.lock(py)?, table)?.free())
     }
 
     fn next<'py>(&self, py: Python<'py>, table: i64, count: u64) -> PyResult<Bound<'py, PyArray1<i64>>> {
-        let state = self.lock(py);
+        let state = self.lock(py)?;
         let rows = table_of(&state, table)?;
         if rows.used().checked_add(count).is_none_or(|end| i64::try_from(end).is_err()) {
             return Err(too_many(count));
@@ -396,7 +575,7 @@ impl RowIndex {
     }
 
     fn reused(&self, py: Python<'_>, table: i64, count: u64) -> PyResult<u64> {
-        Ok(table_of(&self.lock(py), table)?.reused(count))
+        Ok(table_of(&*self.lock(py)?, table)?.reused(count))
     }
 
     fn is_taken<'py>(
@@ -405,7 +584,7 @@ impl RowIndex {
         table: i64,
         rows: PyReadonlyArray1<'py, i64>,
     ) -> PyResult<Bound<'py, PyArray1<bool>>> {
-        let state = self.lock(py);
+        let state = self.lock(py)?;
         let ours = table_of(&state, table)?;
         let is_taken =
             |row: &i64| (0..ours.used()).contains(&row.cast_unsigned()) && !ours.is_free(row.cast_unsigned());
@@ -415,7 +594,7 @@ impl RowIndex {
     }
 
     fn capacity_for(&self, py: Python<'_>, table: i64, count: u64, capacity: u64) -> PyResult<u64> {
-        table_of(&self.lock(py), table)?.capacity_for(count, capacity).ok_or_else(|| too_many(count))
+        table_of(&*self.lock(py)?, table)?.capacity_for(count, capacity).ok_or_else(|| too_many(count))
     }
 
     fn plan_insert(&self, names: &Bound<'_, PyAny>, tables: PyReadonlyArray1<'_, i64>) -> PyResult<RowPlan> {
@@ -423,39 +602,39 @@ impl RowIndex {
         let apart =
             if tables.as_slice().is_ok() { Vec::new() } else { memory::collect(tables.as_array().iter().copied())? };
         let tables = tables.as_slice().unwrap_or(&apart);
-        self.plan(py, |state| state.plan_insert(names, tables)).or_refuse(py)
+        self.plan(py, |state| state.plan_insert(names, tables))?.or_refuse(py)
     }
 
     fn plan_remove(&self, names: &Bound<'_, PyAny>) -> PyResult<RowPlan> {
         let (py, names) = (names.py(), to_names(names)?);
-        self.plan(py, |state| state.plan_remove(names)).map_err(|refusal| refused_removal(py, refusal))
+        self.plan(py, |state| state.plan_remove(names))?.map_err(|refusal| refused_removal(py, refusal))
     }
 
     fn plan_clear(&self, py: Python<'_>) -> PyResult<RowPlan> {
-        self.plan(py, |state| Ok(state.plan_clear()?)).or_refuse(py)
+        self.plan(py, |state| Ok(state.plan_clear()?))?.or_refuse(py)
     }
 
     fn plan_places(&self, places: &Bound<'_, Places>, used: &Bound<'_, PyAny>) -> PyResult<RowPlan> {
         let (py, places, used) = (places.py(), places.get().found().clone(), to_counts(used)?);
-        self.plan(py, |state| state.plan_places(places, &used)).or_refuse(py)
+        self.plan(py, |state| state.plan_places(places, &used))?.or_refuse(py)
     }
 
     fn plan_rename(&self, old: &Bound<'_, PyAny>, new: &Bound<'_, PyAny>) -> PyResult<RowPlan> {
         let (py, old, new) = (old.py(), to_text(old)?, to_text(new)?);
         refuse_empty(&new)?;
-        self.plan(py, |state| state.plan_rename(Name::new(old), Name::new(new))).or_refuse(py)
+        self.plan(py, |state| state.plan_rename(Name::new(old), Name::new(new)))?.or_refuse(py)
     }
 
     fn plan_move_to_end(&self, name: &Bound<'_, PyAny>, last: bool) -> PyResult<RowPlan> {
         let (py, name) = (name.py(), to_text(name)?);
-        self.plan(py, |state| state.plan_move_to_end(Name::new(name), last)).or_refuse(py)
+        self.plan(py, |state| state.plan_move_to_end(Name::new(name), last))?.or_refuse(py)
     }
 
     fn commit(&self, plan: &Bound<'_, RowPlan>) -> PyResult<()> {
         let py = plan.py();
         let mut plan = plan.get().lock(py);
         // To drop an exact `str` runs no Python code.
-        if self.lock(py).commit(&mut plan, drop) {
+        if self.lock(py)?.commit(&mut plan, drop) {
             return Ok(());
         }
         Err(PyRuntimeError::new_err(

@@ -2,7 +2,6 @@
 
 use std::sync::Mutex;
 
-use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 
@@ -30,33 +29,36 @@ pub(crate) struct RowIterator {
 
 impl RowIterator {
     pub(crate) fn new(index: &Bound<'_, RowIndex>, is_reversed: bool, with_places: bool) -> Self {
-        let state = index.get().lock(index.py());
-        let position = if is_reversed { state.names().positions() } else { 0 };
-        let generation = state.names().generation();
-        drop(state);
+        let (position, generation) = index.get().begin(index.py(), is_reversed);
         let step = Step { index: index.clone().unbind(), position, generation };
         Self { step: Mutex::new(Some(step)), is_reversed, with_places }
     }
 
     /// The next name, its table and its row.
     fn advance(&self, py: Python<'_>, step: &mut Step) -> PyResult<Option<(Name, i64, i64)>> {
-        let state = step.index.get().lock(py);
-        let names = state.names();
-        // Where only rows move the walk goes on: names keep their order, and who looks at rows sees that they moved.
-        if names.generation() != step.generation {
-            return Err(PyRuntimeError::new_err("dictionary changed during iteration"));
-        }
-        let at = step.position;
-        let ahead = if self.is_reversed { at.checked_sub(AHEAD) } else { Some(at + AHEAD) };
-        if let Some((name, _)) = ahead.and_then(|ahead| names.entry_at(ahead)) {
-            name.prefetch_object();
-        }
-        let next = if self.is_reversed { names.entry_before(at) } else { names.entry_at_or_after(at) };
+        let (at, index) = (step.position, step.index.get());
+        let next = index.step(
+            py,
+            step.generation,
+            |names| {
+                let ahead = if self.is_reversed { at.checked_sub(AHEAD) } else { Some(at + AHEAD) };
+                if let Some((name, _)) = ahead.and_then(|ahead| names.entry_at(ahead)) {
+                    name.prefetch_object();
+                }
+                let next = if self.is_reversed { names.entry_before(at) } else { names.entry_at_or_after(at) };
+                next.map(|(found, name, place)| (found, name.clone_ref(py), *place))
+            },
+            |packed| {
+                let found = if self.is_reversed { at.checked_sub(1) } else { Some(at) };
+                let entry = found.map_or(Ok(None), |found| packed.entry(py, found))?;
+                Ok(entry.zip(found).map(|((name, place), found)| (found, name, place)))
+            },
+        )?;
         let Some((found, name, place)) = next else {
             return Ok(None);
         };
         step.position = if self.is_reversed { found } else { found + 1 };
-        Ok(Some((name.clone_ref(py), (place.table() as u64).cast_signed(), place.row().cast_signed())))
+        Ok(Some((name, (place.table() as u64).cast_signed(), place.row().cast_signed())))
     }
 }
 
