@@ -24,7 +24,7 @@ from pdrs._files.named_layout import MAX_SHARD, write_named
 from pdrs._files.open_dictionary import is_loaded, open_dictionary
 from pdrs._files.open_file import Key, open_file
 from pdrs._files.safetensors_write import as_texts
-from pdrs._files.saved_dictionary import PackedDictionary
+from pdrs._files.saved_dictionary import verify_all
 from pdrs._files.shards import remove_interrupted
 from pdrs._rows.names_codec import refuse_claim
 from pdrs._torch.gc_pause import collector_paused
@@ -227,7 +227,7 @@ def open(  # noqa: A001  # read as pdrs.open
     loads = names is None and is_loaded(device, dtype)
     with open_file(path, key) as checkpoint:
         if verify:
-            checkpoint.verify(keeps=lambda name: loads and name.startswith(prefix))
+            verify_all(checkpoint, lambda name: loads and name.startswith(prefix))
         with collector_paused():
             sd = open_dictionary(checkpoint, prefix, None if names is None else as_list(names), device, dtype)
             sd.metadata = texts_of(checkpoint.metadata)
@@ -309,7 +309,7 @@ def load(
         raise ValueError("expected a device with memory for what is loaded, got the meta device")
     with open_file(path, key) as checkpoint:
         if verify:
-            checkpoint.verify()
+            verify_all(checkpoint)
         with with_memory(module, device) as missing:
             result = load_module(module, checkpoint, strict)
             missing += getattr(result, "missing_keys", [])  # whose own method may return nothing
@@ -327,6 +327,4 @@ def verify(path: _Path, *, key: Key | None = None) -> None:
         If the file cannot be opened.
     """
     with open_file(path, key) as checkpoint:
-        checkpoint.verify()
-        for prefix in checkpoint.prefixes():
-            PackedDictionary(checkpoint, prefix).check()
+        verify_all(checkpoint)

@@ -378,6 +378,11 @@ class Owner(Module):
         return SimpleNamespace(calls=[])
 
     @property
+    def called_but_copies(self) -> list[str]:
+        # torch before 2.14 has no native way to make the copy of a row.
+        return [call for call in self.called if not call.startswith("copy")]
+
+    @property
     def index(self) -> RowIndex:
         index: RowIndex = self.__dict__["_index"]
         return index
@@ -401,7 +406,8 @@ def test_entries_are_set_and_removed_natively() -> None:
     end = pop_end_entry_row(owner, True)
     assert end is not None
     assert (end[0], end[1].tolist()) == ("c", [1.0] * 3)
-    assert (pop_entry_row(owner, "a"), owner.called) == (None, [])
+    assert (pop_entry_row(owner, "a"), owner.called_but_copies) == (None, [])
+    owner.called.clear()
     # The row of a removed name is made ready by Python.
     assert owner.set("d", torch.ones(2))
     assert (owner.called, owner.index.find("d")) == (["make ready 0 0"], (0, 0))
@@ -421,7 +427,7 @@ def test_what_is_unusual_is_left_to_python() -> None:
     assert not owner.set("a", torch.ones(2))  # of another table
     owner.__dict__["_tables"][1].lent = []
     assert pop_entry_row(owner, "b") is not None
-    assert owner.called == ["clear 1 1"]
+    assert owner.called_but_copies == ["clear 1 1"]
 
 
 @pytest.fixture(params=["remove", "insert", "other index"])

@@ -261,7 +261,11 @@ class AtLines(Stop):
 
 @cache
 def shielded(file: str) -> frozenset[int]:
-    """Return the numbers of the lines in ``finally`` blocks, and of those of ``try`` and ``with`` themselves."""
+    """Return the numbers of the lines in ``finally`` blocks, and of those of ``try`` and ``with`` themselves.
+
+    And, from Python 3.12 on, of comprehensions, which run in the function around them: what a trace function raises in
+    one passes the handlers of that function.
+    """
     lines: set[int] = set()
     for node in ast.walk(ast.parse(Path(file).read_text())):
         if isinstance(node, ast.With):
@@ -270,6 +274,8 @@ def shielded(file: str) -> frozenset[int]:
             lines.add(node.lineno)
             for last in node.finalbody:
                 lines.update(range(last.lineno, (last.end_lineno or last.lineno) + 1))
+        elif isinstance(node, ast.ListComp | ast.SetComp | ast.DictComp) and sys.version_info >= (3, 12):
+            lines.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
     return frozenset(lines)
 
 

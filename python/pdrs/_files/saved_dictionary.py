@@ -29,7 +29,7 @@ from pdrs._rows.table import Kind
 from pdrs._rows.write import scatter
 from pdrs.parameter_dict import ParameterDict
 
-__all__ = ["PackedDictionary", "PlainTensors", "SavedDictionary"]
+__all__ = ["PackedDictionary", "PlainTensors", "SavedDictionary", "verify_all"]
 
 
 class SavedDictionary(ABC):
@@ -107,6 +107,14 @@ class SavedDictionary(ABC):
         tables = [self.table(number).unbind() for number in range(len(self.header.tables))]
         for name, number, row in self.index.entries():
             yield prefix + name, tables[number][row]
+
+
+def verify_all(checkpoint: CheckpointFile, keeps: Callable[[str], bool] = lambda _: False) -> bool:
+    """Compare the checksums of a checkpoint, and check its dictionaries; see `CheckpointFile.verify`. **O(bytes)**."""
+    verified = checkpoint.verify(keeps=keeps)
+    for prefix in checkpoint.prefixes():
+        PackedDictionary(checkpoint, prefix).check()
+    return verified
 
 
 class PackedDictionary(SavedDictionary):

@@ -103,7 +103,9 @@ impl Encoder {
         if let Some(words) = self.hashes.map_or(Ok(None), |hashes| build(&hashes))? {
             memory::reserve(&mut self.bytes, 8 + 8 * words.len())?;
             self.bytes.resize(self.bytes.len().next_multiple_of(8), 0);
-            words.iter().for_each(|word| put(&mut self.bytes, *word));
+            for &word in &words {
+                put(&mut self.bytes, word);
+            }
             self.bytes[SLOTS_AT..SLOTS_AT + 8].copy_from_slice(&(words.len() as u64).to_le_bytes());
         }
         Ok(self.bytes)
@@ -136,7 +138,8 @@ pub struct Parts {
     text: usize,
     text_end: usize,
     words: usize,
-    len: usize,
+    /// Where the bytes end.
+    bytes: usize,
 }
 
 impl Parts {
@@ -164,7 +167,7 @@ impl Parts {
         if reader.at != data.len() || (counts.words != 0 && counts.words != words_for(names) as u64) {
             return Err(damaged(words, Damage::Words));
         }
-        Ok((header, Self { names, ids, ends, text, text_end, words, len: data.len() }))
+        Ok((header, Self { names, ids, ends, text, text_end, words, bytes: data.len() }))
     }
 
     /// The names in the bytes that these are the parts of. **O(1)**.
@@ -175,8 +178,8 @@ impl Parts {
     ///
     /// [`Error::Damaged`] if the bytes have another length.
     pub fn names<'a>(&self, data: &'a [u8]) -> Result<Names<'a>> {
-        if data.len() != self.len {
-            return Err(damaged(self.len, Damage::Words));
+        if data.len() != self.bytes {
+            return Err(damaged(self.bytes, Damage::Words));
         }
         Ok(Names {
             ids: self.ids.map(|ids| &data[ids..self.ends]),
@@ -201,7 +204,7 @@ impl Parts {
     /// Whether names are found without looking at all of them. **O(1)**.
     #[must_use]
     pub fn is_searchable(&self) -> bool {
-        self.words < self.len || self.names == 0
+        self.words < self.bytes || self.names == 0
     }
 }
 
@@ -311,6 +314,7 @@ impl<'a> Names<'a> {
     /// The number of the name with this [`hash`] of which `is_it` says that it is the one; among names that have words.
     ///
     /// `is_it` must compare the whole name. **O(1)**.
+    #[must_use]
     #[inline]
     pub fn find(&self, hash: u64, is_it: impl Fn(&[u8]) -> bool) -> Option<usize> {
         if !self.has_words() {
@@ -320,18 +324,21 @@ impl<'a> Names<'a> {
     }
 
     /// The number of the first name that [`find`](Self::find) would ask about. **O(1)**.
+    #[must_use]
     #[inline]
     pub fn candidate(&self, hash: u64) -> Option<usize> {
         self.find(hash, |_| true)
     }
 
     /// Where [`find`](Self::find) begins: whoever looks many names up has this loaded first.
+    #[must_use]
     #[inline]
     pub fn home(&self, hash: u64) -> Option<&'a u8> {
         self.words.home(hash)
     }
 
     /// What [`name`](Self::name) and [`id`](Self::id) read of a name, apart from its text: to be loaded next.
+    #[must_use]
     #[inline]
     pub fn entry(&self, number: usize) -> [Option<&'a u8>; 2] {
         [self.ends.get(8 * number), self.ids.and_then(|ids| ids.get(8 * number))]

@@ -42,7 +42,7 @@ pub(super) fn words_for(names: usize) -> usize {
 /// Where the search for a hash begins.
 #[inline]
 fn home(hash: u64, words: usize) -> usize {
-    ((hash & u64::from(u32::MAX)) * words as u64 >> 32) as usize
+    (((hash & u64::from(u32::MAX)) * words as u64) >> 32) as usize
 }
 
 #[inline]

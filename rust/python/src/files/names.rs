@@ -148,7 +148,7 @@ pub(crate) fn searchable_names<'py>(
 #[pyfunction]
 pub(crate) fn names_without_words<'py>(
     py: Python<'py>,
-    packed: PyReadonlyArray1<'py, u8>,
+    packed: PyReadonlyArray1<'_, u8>,
 ) -> PyResult<Bound<'py, PyArray1<u8>>> {
     let packed = packed.as_slice()?;
     let made = py.detach(|| codec::without_words(packed)).or_raise()?;
@@ -160,7 +160,7 @@ pub(crate) fn names_without_words<'py>(
 #[allow(clippy::type_complexity)]
 pub(crate) fn unpack_header<'py>(
     py: Python<'py>,
-    packed: PyReadonlyArray1<'py, u8>,
+    packed: PyReadonlyArray1<'_, u8>,
 ) -> PyResult<(usize, Vec<TableTuple<'py>>, Vec<Bound<'py, PyString>>)> {
     let (header, parts) = codec::Parts::of(packed.as_slice()?).or_raise()?;
     let (tables, patterns) = from_header(py, header)?;
@@ -168,7 +168,7 @@ pub(crate) fn unpack_header<'py>(
 }
 
 #[allow(clippy::type_complexity)]
-fn from_header<'py>(py: Python<'py>, header: Header) -> PyResult<(Vec<TableTuple<'py>>, Vec<Bound<'py, PyString>>)> {
+fn from_header(py: Python<'_>, header: Header) -> PyResult<(Vec<TableTuple<'_>>, Vec<Bound<'_, PyString>>)> {
     let from_table = |table: Table| Ok((from_utf8(py, &table.attribute)?, table.group, table.trainable, table.used));
     let tables = memory::try_collect(header.tables.into_iter().map(from_table))?;
     let patterns = memory::try_collect(header.patterns.iter().map(|pattern| from_utf8(py, pattern)))?;
