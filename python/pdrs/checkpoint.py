@@ -160,7 +160,11 @@ def open(  # noqa: A001  # read as pdrs.open
     key: Key | None = None,
     verify: bool = False,
 ) -> StackedParameterDict:
-    """Open a checkpoint as a StackedParameterDict whose tables are memory maps of the file. **O(n)** in the names.
+    """Open a checkpoint as a StackedParameterDict whose tables are memory maps of the file. **O(1)** for an archive.
+
+    Names of an archive are found in the file. They are read into memory by the first change of the names, and by calls
+    that need all of them, such as ``state_dict`` or ``copy``: **O(n)**, once. Other files have no table of names, and
+    are opened in **O(n)**. So are archives with ``since``, and several dictionaries at once.
 
     Parameters
     ----------
@@ -174,7 +178,7 @@ def open(  # noqa: A001  # read as pdrs.open
     dtype
         The dtype of floating point tables. The default is that of the file.
     names
-        Take only these names, in this order. Their rows are read.
+        Take only these names, in this order. Their rows are read. **O(m)** for ``m`` names.
     prefix
         Take only names that begin with this text and are longer, and remove the text from them. ``"weights."`` opens
         the dictionary ``weights`` of a module. ``"weights.a."`` reads the rows of it whose names begin with ``"a."``.
@@ -193,7 +197,8 @@ def open(  # noqa: A001  # read as pdrs.open
     Raises
     ------
     CheckpointError
-        If the file is damaged or is no checkpoint, or if a folder has none or several.
+        If the file is damaged or is no checkpoint, or if a folder has none or several. Damage of names may be found
+        later, when they are read; ``verify`` finds it at once.
     KeyError
         If one of ``names`` or ``key`` is missing, or if no name is longer than ``prefix`` and begins with it.
     OSError

@@ -5,9 +5,9 @@
 //!            h << 32 | n + 1    name n, whose hash has h in its upper half
 //! ```
 //!
-//! A search begins at the word that the lower half of the hash names, its home, goes on one by one and around the end,
-//! and stops at the first word without a name. The hash is XXH3 (64 bits, seed 0) of the UTF-8 of a name: it is a part
-//! of the format, the same in every process.
+//! A search begins at the home of a hash: the word that its lower half names. It goes on one by one and around the end,
+//! and stops at the first word without a name. The hash is XXH3 (64 bits, seed 0) of the UTF-8 of a name. It is a part
+//! of the format, and the same in every process.
 //!
 //! The words may come from an attacker. So a search also stops after [`LONGEST`] words, and whoever searches compares
 //! the name itself. A damaged table can hide a name; it cannot give it the row of another.
