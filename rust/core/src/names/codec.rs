@@ -24,7 +24,7 @@ pub use super::header::{Header, MAGIC, ROW_BITS, Table};
 use super::header::{Reader, SLOTS_AT, damaged, numbers, put};
 use super::text::invalid_at;
 pub use super::words::hash;
-use super::words::{Words, build, words_for};
+use super::words::{Words, fill, words_for};
 use crate::error::{Damage, Error, Result};
 use crate::memory;
 
@@ -100,16 +100,24 @@ impl Encoder {
     /// If there are fewer names than were announced.
     pub fn finish(mut self) -> Result<Vec<u8>> {
         assert_eq!(self.end, self.text, "fewer names than were announced");
-        if let Some(words) = self.hashes.map_or(Ok(None), |hashes| build(&hashes))? {
-            memory::reserve(&mut self.bytes, 8 + 8 * words.len())?;
-            self.bytes.resize(self.bytes.len().next_multiple_of(8), 0);
-            for &word in &words {
-                put(&mut self.bytes, word);
-            }
-            self.bytes[SLOTS_AT..SLOTS_AT + 8].copy_from_slice(&(words.len() as u64).to_le_bytes());
+        if let Some(hashes) = self.hashes {
+            append_words(&mut self.bytes, &hashes)?;
         }
         Ok(self.bytes)
     }
+}
+
+/// Adds the words of names with these hashes, if they have a table that is good enough.
+fn append_words(bytes: &mut Vec<u8>, hashes: &[u64]) -> Result<()> {
+    let (text_end, words) = (bytes.len(), words_for(hashes.len()));
+    let start = text_end.next_multiple_of(8);
+    memory::resize(bytes, start + 8 * words, 0)?;
+    if words > 0 && fill(&mut bytes[start..], hashes)? {
+        bytes[SLOTS_AT..SLOTS_AT + 8].copy_from_slice(&(words as u64).to_le_bytes());
+    } else {
+        bytes.truncate(text_end);
+    }
+    Ok(())
 }
 
 /// Reads what [`Encoder`] wrote. **O(n)**.
@@ -383,13 +391,17 @@ pub fn without_words(packed: &[u8]) -> Result<Vec<u8>> {
 ///
 /// [`Error::Damaged`], [`Error::Memory`].
 pub fn searchable(packed: &[u8]) -> Result<Vec<u8>> {
-    let (header, names) = decode(packed)?;
-    let ids: Option<Vec<u64>> = names.ids.map(|ids| memory::collect(numbers(ids))).transpose()?;
-    let mut encoder = Encoder::new(&header, names.len(), ids.map(IntoIterator::into_iter), names.text.len(), true)?;
-    for (name, _) in names.iter() {
-        encoder.push(name)?;
+    let (_, parts) = Parts::of(packed)?;
+    let names = parts.names(packed)?;
+    let mut hashes = memory::with_capacity(names.len())?;
+    hashes.extend(names.iter().map(|(name, _)| hash(name)));
+    if hashes.len() != names.len() {
+        return Err(damaged(parts.ends, Damage::Order));
     }
-    encoder.finish()
+    let mut bytes = memory::with_capacity(parts.text_end + 8 + 8 * words_for(names.len()))?;
+    bytes.extend_from_slice(&packed[..parts.text_end]);
+    append_words(&mut bytes, &hashes)?;
+    Ok(bytes)
 }
 
 /// Refuses ids whose table or row does not exist, and a row that two names have.

@@ -14,7 +14,6 @@
 
 use twox_hash::XxHash3_64;
 
-use super::header::numbers;
 use crate::error::Result;
 use crate::memory;
 
@@ -50,28 +49,28 @@ fn upper(hash: u64) -> u64 {
     hash & !u64::from(u32::MAX)
 }
 
-/// The words of names with these hashes, in their order; `None` if a search would be longer than [`LONGEST`].
-pub(super) fn build(hashes: &[u64]) -> Result<Option<Vec<u64>>> {
-    let mut words = memory::zeros(words_for(hashes.len()))?;
-    let len = words.len();
-    for number in by_region(hashes, len)? {
-        let hash = hashes[number as usize];
+/// Fills zeros with the words of names with these hashes, in their order. `false` if a search would be longer than
+/// [`LONGEST`]: then the words are of no use.
+pub(super) fn fill(words: &mut [u8], hashes: &[u64]) -> Result<bool> {
+    let len = words.len() / 8;
+    for (hash, number) in by_region(hashes, len)? {
         let mut at = home(hash, len);
         let mut looked = 1;
-        while words[at] != 0 {
+        while Words(words).get(at) != 0 {
             at = if at + 1 == len { 0 } else { at + 1 };
             looked += 1;
         }
         if looked > LONGEST {
-            return Ok(None);
+            return Ok(false);
         }
-        words[at] = upper(hash) | u64::from(number + 1);
+        let word = upper(hash) | u64::from(number + 1);
+        words[8 * at..8 * at + 8].copy_from_slice(&word.to_le_bytes());
     }
-    Ok(Some(words))
+    Ok(true)
 }
 
-/// The numbers of the hashes, those first whose homes lie in the first region, and so on.
-fn by_region(hashes: &[u64], words: usize) -> Result<Vec<u32>> {
+/// The hashes and their numbers, those first whose homes lie in the first region, and so on.
+fn by_region(hashes: &[u64], words: usize) -> Result<Vec<(u64, u32)>> {
     let regions = (words / REGION).clamp(1, MOST_REGIONS);
     let region = |hash: u64| home(hash, regions);
     let mut next = [0; MOST_REGIONS];
@@ -82,10 +81,10 @@ fn by_region(hashes: &[u64], words: usize) -> Result<Vec<u32>> {
     for count in &mut next {
         before += std::mem::replace(count, before);
     }
-    let mut sorted = memory::filled(0_u32, hashes.len())?;
-    for (number, hash) in (0_u32..).zip(hashes) {
+    let mut sorted = memory::filled((0, 0), hashes.len())?;
+    for (number, hash) in (0..).zip(hashes) {
         let place = &mut next[region(*hash)];
-        sorted[*place] = number;
+        sorted[*place] = (*hash, number);
         *place += 1;
     }
     Ok(sorted)
@@ -132,8 +131,9 @@ impl<'a> Words<'a> {
         None
     }
 
-    /// Whether these are the words that [`build`] makes for names with these hashes. **O(n)**.
+    /// Whether these are the words of names with these hashes. **O(n)**.
     pub(super) fn are_of(self, hashes: &[u64]) -> Result<bool> {
-        Ok(build(hashes)?.is_some_and(|words| words.into_iter().eq(numbers(self.0))))
+        let mut words = memory::filled(0, 8 * words_for(hashes.len()))?;
+        Ok(fill(&mut words, hashes)? && words == self.0)
     }
 }
