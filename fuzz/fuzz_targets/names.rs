@@ -18,9 +18,9 @@ fuzz_target!(|data: &[u8]| {
     if let Ok((header, names)) = decode(data) {
         let _ = names.repeated();
         let ids: Vec<u64> = names.iter().map(|(_, id)| id).collect();
-        let mut encoder = Encoder::new(&header, names.len(), Some(ids.into_iter()), 0, false).unwrap();
+        let mut encoder = Encoder::new(&header, names.len(), Some(ids.into_iter()), 0).unwrap();
         names.iter().for_each(|(name, _)| encoder.push(name).unwrap());
-        let again = encoder.finish().unwrap();
+        let again = encoder.finish();
         let (same_header, same_names) = decode(&again).unwrap();
         assert_eq!(header, same_header);
         assert!(names.iter().eq(same_names.iter()));

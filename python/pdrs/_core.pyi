@@ -58,6 +58,7 @@ __all__ = [
     "safetensors_shards",
     "save_parameters",
     "searchable_names",
+    "searchable_size",
     "set_entry",
     "set_entry_row",
     "shard_lines",
@@ -967,9 +968,8 @@ def pack_names(
     tables: Sequence[_TableTuple],
     patterns: Sequence[str],
     places: Places | None = None,
-    *,
-    searchable: bool = False,
 ) -> NDArray[np.uint8]: ...
+def searchable_size(packed: NDArray[np.uint8]) -> int: ...
 def searchable_names(packed: NDArray[np.uint8]) -> NDArray[np.uint8]: ...
 def names_without_words(packed: NDArray[np.uint8]) -> NDArray[np.uint8]: ...
 def check_words(packed: NDArray[np.uint8]) -> None: ...

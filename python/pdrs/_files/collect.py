@@ -6,6 +6,7 @@ memory for one block only.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +30,17 @@ from pdrs._files.safetensors_write import (
     refuse_expanded,
     refuse_unusual,
 )
-from pdrs._rows.names_codec import MOST_TIMES, Header, TableHeader, is_packed, pack, unpack, used_rows, with_words
+from pdrs._rows.names_codec import (
+    MOST_TIMES,
+    Header,
+    TableHeader,
+    is_packed,
+    pack,
+    size_with_words,
+    unpack,
+    used_rows,
+    with_words,
+)
 from pdrs._rows.table import Kind
 from pdrs.parameter_dict import ParameterDict
 
@@ -84,8 +95,6 @@ def collect(obj: Module, before: Callable[[str], Tensor | None] = lambda _: None
             found.dictionaries[prefix] = "StackedParameterDict"
             used |= {prefix + attribute: rows for attribute, rows in used_rows(value).items()}
     for name, value in state.items():
-        if isinstance(value, Tensor) and name.removesuffix(EXTRA_STATE) in found.dictionaries and is_packed(value):
-            value = with_words(value)
         if not isinstance(value, Tensor):
             raise TypeError(
                 f"'{name}' of the state dict is of type {type(value).__name__}, and an archive holds tensors: save the "
@@ -99,8 +108,32 @@ def collect(obj: Module, before: Callable[[str], Tensor | None] = lambda _: None
             if rows < len(value):
                 found.capacities[name] = len(value)
                 value = value[:rows]
-        found.tensors.append(NewTensor.of(name, value))
+        is_names = name.endswith(EXTRA_STATE) and name.removesuffix(EXTRA_STATE) in found.dictionaries
+        found.tensors.append(_searchable(name, value) if is_names else NewTensor.of(name, value))
     return found
+
+
+def _searchable(name: str, packed: Tensor) -> NewTensor:
+    """Give packed names their table of words, in another thread while the tables are written."""
+    made: list[Tensor] = []
+    failed: list[BaseException] = []
+
+    def make() -> None:
+        try:
+            made.append(with_words(packed))
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=make, daemon=True)
+    thread.start()
+
+    def blocks() -> Iterator[NDArray[np.uint8]]:
+        thread.join()
+        if failed:
+            raise failed[0]
+        yield from blocks_of(made[0])
+
+    return NewTensor(name, torch.uint8, (size_with_words(packed),), blocks)
 
 
 def _of_parameter_dict(
@@ -141,8 +174,7 @@ def _of_parameter_dict(
         tables_of[there], rows_of[there] = number, rows
         tables.append(TableHeader(attribute, 0, kind.trainable, used))
         yield NewTensor(prefix + attribute, kind.dtype, (used, *kind.shape), _stacked(chosen, is_alike))
-    of_names = pack(index, Header(tuple(tables)), Places.of(tables_of, rows_of), searchable=True)
-    yield NewTensor.of(prefix + EXTRA_STATE, of_names)
+    yield _searchable(prefix + EXTRA_STATE, pack(index, Header(tuple(tables)), Places.of(tables_of, rows_of)))
 
 
 def _free(name: str, prefix: str, taken: set[str]) -> str:

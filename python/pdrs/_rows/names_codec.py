@@ -25,6 +25,7 @@ from pdrs._core import (
     names_without_words,
     pack_names,
     searchable_names,
+    searchable_size,
     unpack_header,
     unpack_names,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "refuse_claim",
     "same_bytes",
     "search",
+    "size_with_words",
     "unpack",
     "used_rows",
     "with_words",
@@ -127,21 +129,22 @@ def same_bytes(one: Tensor, other: Tensor) -> bool:
     return torch.equal(*words) and torch.equal(one[whole:], other[whole:])
 
 
-def pack(
-    index: IndexMap | RowIndex, header: Header, places: Places | None = None, *, searchable: bool = False
-) -> Tensor:
+def pack(index: IndexMap | RowIndex, header: Header, places: Places | None = None) -> Tensor:
     """Return the names of an index, their places and a header: uint8 ``[bytes]``. **O(n)**.
 
-    The places are those of a :class:`RowIndex`, or, for an IndexMap, one for each name. ``searchable`` names have a
-    table of words, by which :func:`search` finds them.
+    The places are those of a :class:`RowIndex`, or, for an IndexMap, one for each name.
     """
-    tables, patterns = list(header.tables), list(header.patterns)
-    return torch.from_numpy(pack_names(index, tables, patterns, places, searchable=searchable))
+    return torch.from_numpy(pack_names(index, list(header.tables), list(header.patterns), places))
 
 
 def with_words(packed: Tensor) -> Tensor:
-    """Return packed names with a table of words. **O(n)**."""
+    """Return packed names with a table of words, by which :func:`search` finds them. **O(n)**."""
     return torch.from_numpy(searchable_names(_bytes_of_names(packed)))
+
+
+def size_with_words(packed: Tensor) -> int:
+    """Return how many bytes :func:`with_words` gives. **O(tables)**."""
+    return searchable_size(_bytes_of_names(packed))
 
 
 def without_words(packed: Tensor) -> Tensor:

@@ -22,9 +22,9 @@ struct Model {
 fn encode(model: &Model) -> Vec<u8> {
     let ids: Vec<u64> = model.entries.iter().map(|(_, id)| *id).collect();
     let plain = ids.iter().enumerate().all(|(at, id)| at as u64 == *id);
-    let mut encoder = Encoder::new(&model.header, ids.len(), (!plain).then_some(ids.into_iter()), 0, false).unwrap();
+    let mut encoder = Encoder::new(&model.header, ids.len(), (!plain).then_some(ids.into_iter()), 0).unwrap();
     model.entries.iter().for_each(|(name, _)| encoder.push(name).unwrap());
-    encoder.finish().unwrap()
+    encoder.finish()
 }
 
 fn model_of(bytes: &[u8]) -> Model {
@@ -135,6 +135,8 @@ proptest! {
     #[test]
     fn each_name_is_found_by_its_words_and_no_other(model in models(), others in prop::collection::vec(text(), 8)) {
         let bytes = searchable(&encode(&model)).unwrap();
+        prop_assert_eq!(bytes.len(), Parts::of(&encode(&model)).unwrap().1.searchable_len());
+        prop_assert_eq!(&searchable(&bytes).unwrap(), &bytes);
         prop_assert_eq!(&model_of(&bytes), &model);
         let names = view(&bytes);
         prop_assert_eq!(names.len(), model.entries.len());

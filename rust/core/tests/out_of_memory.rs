@@ -334,11 +334,11 @@ fn packed(count: u32) -> Vec<u8> {
     let table = Table { attribute: b"table".to_vec(), used: count.into(), ..Table::default() };
     let header = Header { tables: vec![table; 50], patterns: vec![b"a".to_vec(); 300] };
     let ids = (0..count).rev().map(u64::from);
-    let mut encoder = Encoder::new(&header, count as usize, Some(ids), 0, false).unwrap();
+    let mut encoder = Encoder::new(&header, count as usize, Some(ids), 0).unwrap();
     for name in names(count as usize) {
         encoder.push(name.as_bytes()).unwrap();
     }
-    encoder.finish().unwrap()
+    encoder.finish()
 }
 
 #[test]
@@ -347,9 +347,9 @@ fn packed_names_are_written_and_read_whole_or_not_at_all() {
     let (header, read) = codec::decode(&bytes).unwrap();
     let (again, failed) = at_every_limit(
         || {
-            let mut encoder = Encoder::new(&header, 1_000, Some((0..1_000_u32).rev().map(u64::from)), 0, false)?;
+            let mut encoder = Encoder::new(&header, 1_000, Some((0..1_000_u32).rev().map(u64::from)), 0)?;
             read.iter().try_for_each(|(name, _)| encoder.push(name))?;
-            encoder.finish()
+            Ok(encoder.finish())
         },
         is_memory,
     );

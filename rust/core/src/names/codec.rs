@@ -8,8 +8,9 @@
 //! labels     bytes        the attribute of each table, then the patterns; padded to 8 bytes
 //! ids        u64 each     table and row of each name, in order; none where the n-th name has row n of table 0
 //! ends       u64 each     where each name ends in the text
-//! text       bytes        the names, without separators; padded to 8 bytes if there are words
-//! words      u64 each     the table by which a name is found: see `words.rs`; or none
+//! text       bytes        the names, without separators; padded to 8 bytes if something follows
+//! words      u64 each     the table by which a name is found: see `words.rs`; or none. Not counted, and of no meaning,
+//!                         if a search would be too long
 //! ```
 //!
 //! All numbers are little-endian; padding is zero. Texts are UTF-8, with surrogates as three bytes each. An id is the
@@ -36,14 +37,12 @@ pub struct Encoder {
     end: usize,
     /// Where the text begins.
     text: usize,
-    /// Those of the names so far, if they get words.
-    hashes: Option<Vec<u64>>,
 }
 
 impl Encoder {
     /// Begins with a header and the ids of so many names; `None` if the n-th name has row n of table 0.
     ///
-    /// `text` is about how many bytes the names will have. `searchable` names get words.
+    /// `text` is about how many bytes the names will have.
     ///
     /// # Errors
     ///
@@ -53,20 +52,17 @@ impl Encoder {
         names: usize,
         ids: Option<impl ExactSizeIterator<Item = u64>>,
         text: usize,
-        searchable: bool,
     ) -> Result<Self> {
         let listed = ids.as_ref().map_or(0, ExactSizeIterator::len);
         let mut bytes = header.encode(names, listed)?;
-        let words = if searchable { words_for(names) } else { 0 };
-        memory::reserve(&mut bytes, 8 * (listed + names + words) + text + 8)?;
+        memory::reserve(&mut bytes, 8 * (listed + names) + text)?;
         if let Some(ids) = ids {
             ids.for_each(|id| put(&mut bytes, id));
         }
         let end = bytes.len();
         let text = end + 8 * names;
         bytes.resize(text, 0);
-        let hashes = if searchable { Some(memory::with_capacity(names)?) } else { None };
-        Ok(Self { bytes, end, text, hashes })
+        Ok(Self { bytes, end, text })
     }
 
     /// Adds the next name.
@@ -83,41 +79,19 @@ impl Encoder {
         let length = (self.bytes.len() - self.text) as u64;
         self.bytes[self.end..next].copy_from_slice(&length.to_le_bytes());
         self.end = next;
-        if let Some(hashes) = &mut self.hashes {
-            hashes.push(hash(name));
-        }
         Ok(())
     }
 
     /// All bytes.
     ///
-    /// # Errors
-    ///
-    /// [`Error::Memory`].
-    ///
     /// # Panics
     ///
     /// If there are fewer names than were announced.
-    pub fn finish(mut self) -> Result<Vec<u8>> {
+    #[must_use]
+    pub fn finish(self) -> Vec<u8> {
         assert_eq!(self.end, self.text, "fewer names than were announced");
-        if let Some(hashes) = self.hashes {
-            append_words(&mut self.bytes, &hashes)?;
-        }
-        Ok(self.bytes)
+        self.bytes
     }
-}
-
-/// Adds the words of names with these hashes, if they have a table that is good enough.
-fn append_words(bytes: &mut Vec<u8>, hashes: &[u64]) -> Result<()> {
-    let (text_end, words) = (bytes.len(), words_for(hashes.len()));
-    let start = text_end.next_multiple_of(8);
-    memory::resize(bytes, start + 8 * words, 0)?;
-    if words > 0 && fill(&mut bytes[start..], hashes)? {
-        bytes[SLOTS_AT..SLOTS_AT + 8].copy_from_slice(&(words as u64).to_le_bytes());
-    } else {
-        bytes.truncate(text_end);
-    }
-    Ok(())
 }
 
 /// Reads what [`Encoder`] wrote. **O(n)**.
@@ -166,14 +140,15 @@ impl Parts {
         let text = reader.at;
         reader.many(listed.last_chunk().map_or(0, |end| u64::from_le_bytes(*end)), 1)?;
         let text_end = reader.at;
-        if counts.words != 0 {
-            reader.padding()?;
-        }
-        let words = reader.at;
-        reader.many(counts.words, 8)?;
         let names = listed.len() / 8;
-        if reader.at != data.len() || (counts.words != 0 && counts.words != words_for(names) as u64) {
-            return Err(damaged(words, Damage::Words));
+        if reader.at < data.len() {
+            reader.padding()?;
+            reader.many(words_for(names) as u64, 8)?;
+        }
+        let words = data.len() - if counts.words == 0 { 0 } else { 8 * words_for(names) };
+        let is_right = counts.words == 0 || (counts.words == words_for(names) as u64 && words >= text_end);
+        if reader.at != data.len() || !is_right || (names == 0 && text_end < data.len()) {
+            return Err(damaged(text_end, Damage::Words));
         }
         Ok((header, Self { names, ids, ends, text, text_end, words, bytes: data.len() }))
     }
@@ -207,6 +182,12 @@ impl Parts {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.names == 0
+    }
+
+    /// The number of bytes that the names have with words. **O(1)**.
+    #[must_use]
+    pub fn searchable_len(&self) -> usize {
+        if self.names == 0 { self.text_end } else { self.text_end.next_multiple_of(8) + 8 * words_for(self.names) }
     }
 
     /// Whether names are found without looking at all of them. **O(1)**.
@@ -398,9 +379,17 @@ pub fn searchable(packed: &[u8]) -> Result<Vec<u8>> {
     if hashes.len() != names.len() {
         return Err(damaged(parts.ends, Damage::Order));
     }
-    let mut bytes = memory::with_capacity(parts.text_end + 8 + 8 * words_for(names.len()))?;
+    let words = words_for(names.len());
+    let size = parts.searchable_len();
+    let mut bytes = memory::with_capacity(size)?;
     bytes.extend_from_slice(&packed[..parts.text_end]);
-    append_words(&mut bytes, &hashes)?;
+    bytes.resize(size, 0);
+    let found = fill(&mut bytes[size - 8 * words..], &hashes)?;
+    if !found {
+        bytes[parts.text_end..].fill(0);
+    }
+    let count = if found { words as u64 } else { 0 };
+    bytes[SLOTS_AT..SLOTS_AT + 8].copy_from_slice(&count.to_le_bytes());
     Ok(bytes)
 }
 

@@ -58,11 +58,11 @@ pub fn diff(old: &[u8], new: &[u8]) -> Result<Vec<u8>> {
     }
     let added = || after.iter().skip(kept);
     let added_ids: Vec<u64> = memory::collect(added().map(|(_, id)| id))?;
-    let mut encoder = Encoder::new(&header, added_ids.len(), Some(added_ids.into_iter()), 0, false)?;
+    let mut encoder = Encoder::new(&header, added_ids.len(), Some(added_ids.into_iter()), 0)?;
     for (name, _) in added() {
         encoder.push(name)?;
     }
-    memory::append(&mut bytes, &encoder.finish()?)?;
+    memory::append(&mut bytes, &encoder.finish())?;
     Ok(bytes)
 }
 
@@ -106,11 +106,11 @@ pub fn apply(old: &[u8], delta: &[u8]) -> Result<Vec<u8>> {
     let plain = new_ids.iter().enumerate().all(|(at, id)| at as u64 == *id);
     let listed = (!plain).then_some(new_ids);
     let text = names.iter().map(|name| name.len()).sum();
-    let mut encoder = Encoder::new(&header, names.len(), listed.map(IntoIterator::into_iter), text, false)?;
+    let mut encoder = Encoder::new(&header, names.len(), listed.map(IntoIterator::into_iter), text)?;
     for name in names {
         encoder.push(name)?;
     }
-    let bytes = encoder.finish()?;
+    let bytes = encoder.finish();
     codec::decode(&bytes)?;
     Ok(bytes)
 }

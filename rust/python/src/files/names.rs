@@ -58,14 +58,13 @@ impl Named<'_> {
 
 /// The packed names of an index, with its places or others.
 #[pyfunction]
-#[pyo3(signature = (index, tables, patterns, places = None, *, searchable = false))]
+#[pyo3(signature = (index, tables, patterns, places = None))]
 pub(crate) fn pack_names<'py>(
     py: Python<'py>,
     index: Named<'py>,
     tables: Vec<TableTuple<'py>>,
     patterns: Vec<Bound<'py, PyString>>,
     places: Option<Bound<'py, Places>>,
-    searchable: bool,
 ) -> PyResult<Bound<'py, PyArray1<u8>>> {
     let header = to_header(tables, &patterns);
     let places = match (&places, &index) {
@@ -77,7 +76,7 @@ pub(crate) fn pack_names<'py>(
     let is_plain = ids().enumerate().all(|(at, id)| at as u64 == id);
     let listed = if is_plain { None } else { Some(memory::collect(ids())?.into_iter()) };
     let count = places.len();
-    let mut encoder = Encoder::new(&header, count, listed, 16 * count, searchable).or_raise()?;
+    let mut encoder = Encoder::new(&header, count, listed, 16 * count).or_raise()?;
     let (mut pushed, mut refused) = (0, None);
     index.for_each_utf8(py, |name| {
         pushed += 1;
@@ -93,7 +92,7 @@ pub(crate) fn pack_names<'py>(
     if let Some(error) = refused {
         return Err(memory::refused(error));
     }
-    Ok(PyArray1::from_vec(py, encoder.finish().or_raise()?))
+    Ok(PyArray1::from_vec(py, encoder.finish()))
 }
 
 /// The packed names, each after a prefix, with their ids, the tables and the patterns.
@@ -142,6 +141,12 @@ pub(crate) fn searchable_names<'py>(
     let packed = packed.as_slice()?;
     let made = py.detach(|| codec::searchable(packed)).or_raise()?;
     Ok(PyArray1::from_vec(py, made))
+}
+
+/// How many bytes packed names have with words.
+#[pyfunction]
+pub(crate) fn searchable_size(packed: PyReadonlyArray1<'_, u8>) -> PyResult<usize> {
+    Ok(codec::Parts::of(packed.as_slice()?).or_raise()?.1.searchable_len())
 }
 
 /// Packed names without words, made from some with.
