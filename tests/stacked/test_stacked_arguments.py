@@ -363,3 +363,24 @@ def test_views_of_names_show_names() -> None:
     for small in (SD(mapping := {"a": torch.zeros(2), "b": torch.ones(2)}), pdrs.ParameterDict(mapping)):
         assert repr(small.keys()) == "KeysView(['a', 'b'])"
     assert repr(SD().keys()) == "KeysView([])"
+
+
+@pytest.mark.parametrize("change", ["set", "gather", "update", "pop and set"])
+def test_what_is_said_of_the_state_of_torchs_own_optimizers_is_done(change: str) -> None:
+    sd = pdrs.StackedParameterDict({"a": torch.ones(2), "b": torch.ones(2)})
+    optimizer = torch.optim.Adam(sd.parameters())
+    sd.attach_optimizer(optimizer, initial_state={"exp_avg": "value", "exp_avg_sq": 0.5})
+    sd.gather(["a", "b"]).sum().backward()
+    optimizer.step()
+    value = torch.full((2,), 7.0)
+    if change == "pop and set":
+        sd.pop("a")
+    if change == "gather":
+        sd.gather(["new"], missing="insert", init=lambda rows: torch.nn.init.constant_(rows, 7.0))
+    elif change == "update":
+        sd.update({"new": value})
+    else:
+        sd["new"] = value
+    row = int(sd.indices(["new"]))
+    state = optimizer.state[sd.table((2,))]
+    assert (state["exp_avg"][row].tolist(), state["exp_avg_sq"][row].tolist()) == ([7.0, 7.0], [0.5, 0.5])

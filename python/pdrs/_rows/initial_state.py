@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import ASGD, Adagrad, Optimizer, Rprop
 
-__all__ = ["Beginning", "as_pair", "beginning", "declare", "is_torchs", "options"]
+__all__ = ["Beginning", "as_pair", "beginning", "declare", "is_declared", "is_torchs", "options"]
 
 Beginning = complex | Literal["value"]
 
@@ -32,6 +32,7 @@ _STEPS = 4
 # What users have said, and what optimizers were seen to do: by dtype and shape of a row, for each key a beginning, or
 # None where there is none for each row.
 _declared: WeakKeyDictionary[Any, dict[str, Beginning]] = WeakKeyDictionary()
+_is_used = False
 _seen: WeakKeyDictionary[Any, dict[Any, dict[str, Beginning | None]]] = WeakKeyDictionary()
 
 
@@ -49,7 +50,14 @@ def declare(optimizer: Any, begins: Mapping[str, Beginning]) -> None:
         elif not isinstance(begin, int | float | complex):
             raise TypeError(f'expected a number or "value" for the state {key!r}, got {type(begin).__name__}')
     if begins:
+        global _is_used
+        _is_used = True
         _declared.setdefault(optimizer, {}).update(begins)
+
+
+def is_declared(optimizer: Any) -> bool:
+    """Whether a user has said what the state of an optimizer begins with. Asked in each insertion: nearly free."""
+    return _is_used and optimizer in _declared
 
 
 def options(optimizer: Any, parameter: Tensor) -> dict[str, Any]:

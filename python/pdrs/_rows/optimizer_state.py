@@ -43,7 +43,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from pdrs._core import zero_row_of_state
 from pdrs._rows import step_warnings
-from pdrs._rows.initial_state import Beginning, as_pair, beginning, is_torchs
+from pdrs._rows.initial_state import Beginning, as_pair, beginning, is_declared, is_torchs
 from pdrs._rows.sparse_gradient import GradientRows, moved_rows
 from pdrs._torch import huge_pages
 from pdrs._torch.transaction import Changes
@@ -288,17 +288,21 @@ def fill_of(begin: Beginning) -> complex:
 
 def begins_with_values(optimizer: Optimizer, parameter: Tensor) -> bool:
     """Whether an optimizer has state that begins with the value of a row, which has to be there before."""
-    if type(optimizer) in _ZEROS:
+    if _begins_with_zeros(optimizer):
         return False
     return any(begin == "value" for _, _, begin in rows_and_beginnings(optimizer, parameter))
+
+
+def _begins_with_zeros(optimizer: Optimizer) -> bool:
+    return type(optimizer) in _ZEROS and not is_declared(optimizer)
 
 
 def forget_row(optimizer: Optimizer, parameter: Tensor, row: int) -> None:
     """Set what an optimizer has for a row back to what it begins with."""
     state = optimizer.state.get(parameter)
-    if type(optimizer) in _ZEROS and not state:
+    if _begins_with_zeros(optimizer) and not state:
         return
-    if type(optimizer) not in _ZEROS or type(state) is not dict or not zero_row_of_state(parameter, state, row):
+    if not _begins_with_zeros(optimizer) or type(state) is not dict or not zero_row_of_state(parameter, state, row):
         changes = Changes()
         forget_rows(changes, optimizer, parameter, np.array([row]))
         changes.make()
@@ -310,8 +314,8 @@ def states_of_zeros(optimizers: Iterable[ref[Optimizer]], parameter: Tensor) -> 
     for reference in optimizers:
         optimizer = reference()
         state = None if optimizer is None else optimizer.state.get(parameter)
-        if state:
-            if type(optimizer) not in _ZEROS or type(state) is not dict:
+        if optimizer is not None and state:
+            if not _begins_with_zeros(optimizer) or type(state) is not dict:
                 return None
             found.append(state)
     return found
