@@ -384,3 +384,13 @@ def test_what_is_said_of_the_state_of_torchs_own_optimizers_is_done(change: str)
     row = int(sd.indices(["new"]))
     state = optimizer.state[sd.table((2,))]
     assert (state["exp_avg"][row].tolist(), state["exp_avg_sq"][row].tolist()) == ([7.0, 7.0], [0.5, 0.5])
+
+
+def test_a_row_that_was_reserved_has_no_name() -> None:
+    sd = pdrs.StackedParameterDict.from_tensor(["a", "b"], torch.ones(2, 2))
+    sd.pop("a")
+    sd.reserve(5)
+    assert sd.names_of(range(len(sd.table((2,))))) == [None, "b", *[None] * (len(sd.table((2,))) - 2)]
+    for row in (-1, len(sd.table((2,)))):
+        with pytest.raises(IndexError, match=rf"'float32_2' has \d+ rows, got row {row}"):
+            sd.names_of([1, row])

@@ -304,11 +304,17 @@ def names_of(
         if shape is None:
             shape = _only_shape(self, dtype, requires_grad)
         number = table_number(self, shape, dtype, requires_grad)
-        try:
-            return self._index.names_of(number, given.astype(np.int64))
-        except IndexError as error:
-            named = f"the table '{self._tables[number].attribute}'"
-            raise IndexError(str(error).replace(f"table {number}", named, 1)) from None
+        table, rows = self._tables[number], given.astype(np.int64)
+        capacity = len(parameter_of(self, table))
+        outside = np.flatnonzero((rows < 0) | (rows >= capacity))
+        if len(outside):
+            raise IndexError(f"the table '{table.attribute}' has {capacity} rows, got row {rows[outside[0]]}")
+        # Rows that were never given are free, and the index does not know them.
+        known = rows < self._index.used(number)
+        found = np.full(len(rows), None, object)
+        found[known] = self._index.names_of(number, rows[known])
+        names: list[str | None] = found.tolist()
+        return names
 
 
 def _only_shape(sd: StackedParameterDict, dtype: torch.dtype | None, requires_grad: bool | None) -> tuple[int, ...]:
