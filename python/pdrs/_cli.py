@@ -1,6 +1,6 @@
-"""``python -m pdrs inspect|convert|verify``: look into checkpoints of any format, convert and verify them.
+"""``python -m pdrs inspect|get|convert|verify``: look into checkpoints of any format, convert and verify them.
 
-Exit codes: 0 for success, 1 if a file is damaged, missing or cannot be written, 2 if the command is not understood, and
+Exit codes: 0 for success, 1 if a file or a name is missing, or a file is damaged or cannot be written, 2 if the command is not understood, and
 130 after an interrupt. A reader that closes the pipe, as `head` does, is no error.
 """
 
@@ -105,6 +105,14 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--no-verify", action="store_true", help="read no data: do not compare checksums")
     inspect.set_defaults(run=_inspect)
 
+    get = commands.add_parser(
+        "get", help="print the values of entries", description="Print the values of entries, a line for each."
+    )
+    get.add_argument("file", help="a checkpoint of any format; of an archive only what is asked for is read")
+    get.add_argument("names", nargs="*", metavar="NAME", help="without names, those of standard input, one a line")
+    get.add_argument("--json", action="store_true", help="print a JSON object for each entry")
+    get.set_defaults(run=_get)
+
     convert = commands.add_parser(
         "convert", help="write a checkpoint in another format", description="Write a checkpoint in another format."
     )
@@ -130,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("file", help="a checkpoint of any format; safetensors alone has no checksums")
     verify.set_defaults(run=_verify)
-    for command in (inspect, convert, verify):
+    for command in (inspect, get, convert, verify):
         command.add_argument(
             "--key",
             action="append",
@@ -211,6 +219,28 @@ def _contents(path: str, key: Key | None, file: CheckpointFile) -> _Contents:
     sd = checkpoint.open(path, key=key)
     kinds = [(short_name(table.dtype), tuple(table.shape[1:])) for table in sd.tables().values()]
     return _Contents(list(sd), kinds, sd._index.places().tables)
+
+
+# -- get ---------------------------------------------------------------------------------------------------------------
+
+
+def _get(options: argparse.Namespace) -> int:
+    names = options.names or (line.removesuffix("\n") for line in sys.stdin)
+    sd = checkpoint.open(options.file, key=options.key)
+    result = 0
+    for name in names:
+        row = sd.get(name)
+        if row is None:
+            result = _complain(f"{_printable(name)} is not in {_printable(str(options.file))}")
+            continue
+        row = row.detach()
+        values = (torch.view_as_real(row) if row.is_complex() else row).tolist()
+        if options.json:
+            entry = {"name": name, "dtype": short_name(row.dtype), "shape": list(row.shape), "values": values}
+            print(json.dumps(entry), flush=not options.names)
+        else:
+            print(_printable(name), json.dumps(values), sep="\t", flush=not options.names)
+    return result
 
 
 # -- inspect -----------------------------------------------------------------------------------------------------------

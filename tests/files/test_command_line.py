@@ -6,6 +6,7 @@ file that moves the cursor, a million lines that nobody asked for, an error that
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -150,6 +151,33 @@ def test_names_in_files_that_others_wrote_of_stacked_dictionaries_are_seen(
     assert {entry["name"] for entry in found["entries"]} == set(named)
     assert run(["convert", str(path), str(tmp_path / "out"), "--layout", "named"]) == 0
     same(safetensors.torch.load_file(tmp_path / "out"), named)
+
+
+# -- get ---------------------------------------------------------------------------------------------------------------
+
+
+def test_get_prints_values_by_name(capsys: pytest.CaptureFixture[str], archive: Path, named: dict[str, Any]) -> None:
+    assert run(["get", str(archive), "words.word.7", "head.bias", "words.word.7"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    bias = json.dumps(named["head.bias"].tolist())
+    assert lines == ["words.word.7\t[28.0, 29.0, 30.0, 31.0]", f"head.bias\t{bias}", lines[0]]
+    assert run(["get", str(archive), "head.bias", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"name": "head.bias", "dtype": "bfloat16", "shape": [2], "values": named["head.bias"].tolist()}
+
+
+def test_get_reads_names_from_a_pipe_and_goes_on_behind_one_that_is_missing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "words"
+    pdrs.save(
+        pdrs.StackedParameterDict({"é x": torch.ones(()), "c": torch.tensor([1 + 2j]), "\t": torch.ones(2)}), path
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO("é x\nnope\n\nc\n\t\n"))
+    assert run(["get", str(path)]) == 1
+    output, errors = capsys.readouterr()
+    assert output.splitlines() == ["é x\t1.0", "c\t[[1.0, 2.0]]", "'\\t'\t[1.0, 1.0]"]
+    assert errors.splitlines() == [f"pdrs: nope is not in {path}", f"pdrs:  is not in {path}"]
 
 
 # -- convert -----------------------------------------------------------------------------------------------------------
