@@ -164,7 +164,7 @@ def open(  # noqa: A001  # read as pdrs.open
 
     Names of an archive are found in the file. They are read into memory by the first change of the names, and by calls
     that need all of them, such as ``state_dict`` or ``copy``: **O(n)**, once. Other files have no table of names, and
-    are opened in **O(n)**. So are archives with ``since``, and several dictionaries at once.
+    are opened in **O(n)**. So are files with ``since``, and whole modules, unless ``prefix`` is that of a dictionary.
 
     Parameters
     ----------

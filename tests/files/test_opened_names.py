@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 from torch.nn import Parameter
 
 import pdrs
@@ -272,6 +273,20 @@ def test_damaged_words_hide_names_and_nothing_else(fill: bytes, tmp_path: Path) 
                 check()
         found["fresh"] = torch.ones(2)  # whoever reads all names needs no words
         assert content(found) == content(sd) | {"fresh": [1.0, 1.0]}
+
+
+def test_a_search_goes_on_behind_names_with_the_same_upper_half(tmp_path: Path) -> None:
+    sd = plain()
+    words = len(sd) + len(sd) // 3 + 1
+    for name in ("n7", "n499"):
+        upper = xxhash.xxh3_64_intdigest(name.encode()) >> 32 << 32
+        # Each word has the upper half of this name's hash, and they have all numbers in turn.
+        fill = b"".join((upper | at % len(sd) + 1).to_bytes(8, "little") for at in range(words))
+        found = pdrs.open(damaged(tmp_path, -8 * words, fill, sd))
+        assert found[name].tolist() == sd[name].tolist()
+        assert found.gather([name, name]).tolist() == [sd[name].tolist()] * 2
+        assert [other for other in sd if other in found] == [name]
+        assert found.isin(list(sd)).sum() == 1
 
 
 @pytest.mark.parametrize("end", [0, 1, 3, 2**40, 2**64 - 1])
