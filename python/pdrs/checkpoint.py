@@ -105,7 +105,7 @@ def save(
     >>> path = os.path.join(tempfile.mkdtemp(), "words.safetensors")
     >>> sd = pdrs.StackedParameterDict.from_tensor(["a", "b", "c"], torch.eye(3))
     >>> pdrs.save(sd, path)
-    4247
+    4308
     >>> pdrs.open(path)["b"].tolist()
     [0.0, 1.0, 0.0]
     >>> _ = pdrs.save(sd, path, metadata={"source": "first run"})
@@ -113,6 +113,10 @@ def save(
     {'format': 'pt', 'source': 'first run'}
 
     """
+    if not isinstance(obj, Module):
+        raise TypeError(
+            f"expected a torch.nn.Module, such as a ParameterDict, and then a path, got {type(obj).__name__}"
+        )
     path = os.fsdecode(path)
     refuse_folder(path)
     own = obj.metadata if isinstance(obj, StackedParameterDict) else {}
@@ -126,7 +130,7 @@ def save(
     if layout != "archive":
         raise ValueError(f"expected layout 'archive' or 'named', got {layout!r}")
     remove_interrupted(Path(path))
-    for module in obj.modules() if isinstance(obj, Module) else ():
+    for module in obj.modules():
         if isinstance(module, StackedParameterDict):
             for attribute, table in module.tables().items():
                 refuse_claim(attribute, table.detach(), len(module))

@@ -36,7 +36,7 @@ from pdrs._rows.names_codec import Header
 from pdrs._rows.table import Kind, Table, parameter_of, whole
 from pdrs._rows.views import ItemsView, RowsView
 from pdrs._torch.errors import MissingEntryError
-from pdrs._torch.modes import is_intercepted
+from pdrs._torch.modes import is_intercepted, refuse_symbolic_trace
 from pdrs._torch.names import Names, as_list
 from pdrs._torch.transaction import Changes
 from pdrs._torch.untraced import untraced
@@ -266,6 +266,7 @@ class StackedParameterDict(Module):
                 raise MissingEntryError(key) from None
 
     def _row_of(self, key: str) -> Tensor:
+        refuse_symbolic_trace()
         index = self.__dict__["_index"]
         version = index.moves
         place = index.find(key)

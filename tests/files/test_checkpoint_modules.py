@@ -361,3 +361,35 @@ def test_versions_that_are_no_numbers_are_passed_over(tmp_path: Path) -> None:
         state._metadata = odd
         torch.save(state, tmp_path / "f.pt")
         assert not any(pdrs.load(tmp_path / "f.pt", model))
+
+
+class Inner(nn.Module):
+    """Has a dictionary inside of a dictionary."""
+
+    def __init__(self, kind: type, entry: str) -> None:
+        super().__init__()
+        self.words = kind({entry: torch.ones(2), "float32_2": torch.ones(2)})
+        self.words.sub = pdrs.StackedParameterDict({"x": torch.ones(2)})
+        self.words.register_buffer("count", torch.zeros(1))
+
+
+@pytest.mark.parametrize("kind", [pdrs.ParameterDict, pdrs.StackedParameterDict])
+@pytest.mark.parametrize("entry", ["count", "sub.x"])
+def test_an_entry_with_the_name_of_another_tensor_is_refused_before_anything_is_written(
+    kind: type, entry: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "file"
+    model = Inner(pdrs.StackedParameterDict, "other")
+    pdrs.save(model, path)
+    assert {"words.other", "words.float32_2", "words.count", "words.sub.x"} == set(pdrs.open(path))
+    before = path.read_bytes()
+    broken = Inner(pdrs.StackedParameterDict, entry)
+    if kind is pdrs.ParameterDict:
+        broken.words = pdrs.ParameterDict({})
+        broken.words.register_buffer("count", torch.zeros(1))
+        broken.words.sub = pdrs.StackedParameterDict({"x": torch.ones(2)})
+        broken.words._parameters[entry] = nn.Parameter(torch.ones(2))
+        broken.words._keys[entry] = 0
+    with pytest.raises(ValueError, match=rf"an entry '{entry}' of the dictionary at 'words\.'"):
+        pdrs.save(broken, path)
+    assert path.read_bytes() == before

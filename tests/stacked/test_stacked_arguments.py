@@ -386,6 +386,76 @@ def test_what_is_said_of_the_state_of_torchs_own_optimizers_is_done(change: str)
     assert (state["exp_avg"][row].tolist(), state["exp_avg_sq"][row].tolist()) == ([7.0, 7.0], [0.5, 0.5])
 
 
+TRACED: dict[str, Any] = {
+    "getitem": lambda sd: sd["a"],
+    "get": lambda sd: sd.get("a"),
+    "gather": lambda sd: sd.gather(["a"]),
+    "gather of all": lambda sd: sd.gather(),
+    "gather of a lookup": lambda sd: sd.gather(sd.lookup(["a"])),
+    "values": lambda sd: next(iter(sd.values())),
+    "items": lambda sd: dict(sd.items())["a"],
+}
+
+
+class Scaled(nn.Module):
+    def __init__(self, read: Any) -> None:
+        super().__init__()
+        self.rows, self.read = pdrs.StackedParameterDict({"a": torch.ones(2), "b": torch.ones(2)}), read
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(self.rows) * x
+
+
+@pytest.mark.parametrize("read", TRACED)
+def test_a_row_by_name_is_no_constant_of_a_symbolic_trace(read: str) -> None:
+    model = Scaled(TRACED[read])
+    with pytest.raises(RuntimeError, match=r"symbolic_trace would record .* read table\(shape\)\[rows\]"):
+        torch.fx.symbolic_trace(model)
+    expected = model(torch.ones(2))
+    exported = torch.export.export(model, (torch.ones(2),), strict=False)
+    assert [name for name, _ in exported.named_parameters()] == ["rows.float32_2"]
+    assert torch.equal(exported.module()(torch.ones(2)), expected)
+
+
+def test_a_table_with_row_numbers_is_traced() -> None:
+    class Read(Scaled):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.rows.table((2,))[x]
+
+    model = Read(None)
+    traced = torch.fx.symbolic_trace(model)
+    assert "rows.float32_2" in dict(traced.named_parameters())
+    rows = model.rows.indices(["b", "a"])
+    assert torch.equal(traced(rows), model(rows))
+
+
+@pytest.mark.parametrize("read", ["gather", "lookup", "indices"])
+def test_a_set_of_names_has_no_order(read: str) -> None:
+    sd = pdrs.StackedParameterDict({"a": torch.ones(2), "b": torch.ones(2)})
+    for names in ({"a", "b"}, frozenset("ab")):
+        with pytest.raises(TypeError, match=r"names must be in an order, got a (frozen)?set: pass a list"):
+            getattr(sd, read)(names)
+    with pytest.raises(TypeError, match="names must be in an order"):
+        sd.scatter({"a", "b"}, torch.ones(2, 2))
+    sd.drop({"a", "b"})  # where the order is of no consequence
+    assert len(sd) == 0
+
+
+def test_a_dtype_that_is_none_or_of_another_entry_is_named() -> None:
+    sd = pdrs.StackedParameterDict({"a": torch.ones(2)})
+    for call in (
+        lambda: sd.reserve(5, shape=(3,), dtype="float32"),
+        lambda: sd.insert(["x"], shape=(3,), dtype="float32"),
+    ):
+        with pytest.raises(TypeError, match=r"expected a torch\.dtype, such as torch\.float32, got 'float32'"):
+            call()
+    with pytest.raises(TypeError, match=r"expected torch\.float32 for 'a', as its row has, got torch\.int64"):
+        sd["a"] = torch.ones(2, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="only tensors of floating point"):
+        sd["new"] = torch.ones(2, dtype=torch.int64)
+    assert list(sd) == ["a"]
+
+
 def test_a_row_that_was_reserved_has_no_name() -> None:
     sd = pdrs.StackedParameterDict.from_tensor(["a", "b"], torch.ones(2, 2))
     sd.pop("a")

@@ -43,6 +43,7 @@ from pdrs._rows.names_codec import (
 )
 from pdrs._rows.table import Kind
 from pdrs.parameter_dict import ParameterDict
+from pdrs.stacked import StackedParameterDict
 
 __all__ = ["Collected", "collect", "sort_alike", "sort_by_kind", "without_none"]
 
@@ -94,6 +95,7 @@ def collect(obj: Module, before: Callable[[str], Tensor | None] = lambda _: None
             prefix = name.removesuffix(EXTRA_STATE)
             found.dictionaries[prefix] = "StackedParameterDict"
             used |= {prefix + attribute: rows for attribute, rows in used_rows(value).items()}
+    _refuse_shared_names(_dictionaries(obj, collected), [name for name in state if name not in used])
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise TypeError(
@@ -111,6 +113,34 @@ def collect(obj: Module, before: Callable[[str], Tensor | None] = lambda _: None
         is_names = name.endswith(EXTRA_STATE) and name.removesuffix(EXTRA_STATE) in found.dictionaries
         found.tensors.append(_searchable(name, value) if is_names else NewTensor.of(name, value))
     return found
+
+
+def _dictionaries(
+    obj: Module, collected: list[tuple[str, ParameterDict]]
+) -> dict[str, ParameterDict | StackedParameterDict]:
+    """Return the dictionaries of a module by their prefixes."""
+    found: dict[str, ParameterDict | StackedParameterDict] = dict(collected)
+    for name, module in obj.named_modules(remove_duplicate=False):
+        if isinstance(module, StackedParameterDict):
+            found[name + "." if name else ""] = module
+    return found
+
+
+def _refuse_shared_names(dictionaries: dict[str, ParameterDict | StackedParameterDict], others: list[str]) -> None:
+    """Refuse a tensor, or an entry of an inner dictionary, that has the name of an entry: ValueError."""
+    for name in [*others, *dictionaries]:
+        for at in [0, *(at + 1 for at, character in enumerate(name) if character == ".")]:
+            prefix, rest = name[:at], name[at:]
+            if prefix not in dictionaries or rest in ("", EXTRA_STATE):
+                continue
+            outer, inner = dictionaries[prefix], dictionaries.get(name)
+            names = [rest] if inner is None else (rest + one for one in inner)
+            shared = next((one for one in names if one in outer), None)
+            if shared is not None:
+                raise ValueError(
+                    f"expected one tensor of each name, got an entry {shared!r} of the dictionary at {prefix!r}, and "
+                    "another tensor of that name beside it: rename one of them"
+                )
 
 
 def _searchable(name: str, packed: Tensor) -> NewTensor:

@@ -28,6 +28,7 @@ from pdrs._rows.layout import table_number
 from pdrs._rows.store import device_of, numbers_by_kind
 from pdrs._rows.table import Kind, Rows, Table, kind_of, parameter_of, refuse_foreign
 from pdrs._rows.write import note_rows, share_memory
+from pdrs._torch.modes import refuse_symbolic_trace
 from pdrs._torch.names import Names, as_list, listed
 from pdrs._torch.transaction import Changes
 from pdrs._torch.untraced import untraced
@@ -101,7 +102,7 @@ def look_up(
     if isinstance(names, Lookup):
         _refresh(sd, names)
         return names._places
-    names = listed(names)
+    names = _in_order(names)
     return _without_missing(sd, names, sd._index.places(names), missing, init, shape, dtype)
 
 
@@ -179,7 +180,7 @@ def lookup(self: StackedParameterDict, names: Names) -> Lookup:
 
     """
     with self._lock:
-        made = Lookup(self, as_list(names))
+        made = Lookup(self, as_list(_in_order(names)))
         _refresh(self, made)
         return made
 
@@ -396,8 +397,9 @@ def gather(
     if missing != "error" or init is not None:
         _check_missing(missing, init)
     with self._lock:
+        refuse_symbolic_trace()
         if not isinstance(names, Lookup) and names is not ...:
-            names = listed(names)
+            names = _in_order(names)
         while True:
             index = self.__dict__["_index"]
             version = index.moves
@@ -513,7 +515,7 @@ def scatter(
     if values.dim() == 0:
         raise ValueError("expected one value for each name, got a single number")
     if not isinstance(names, Lookup):
-        names = as_list(names)
+        names = as_list(_in_order(names))
     if len(names) != len(values):
         raise ValueError(f"expected one value for each name, got {len(values)} values for {len(names)} names")
     with self._lock.change():
@@ -547,6 +549,13 @@ def scatter(
             changes = Changes()
             note(changes)
             changes.make()
+
+
+def _in_order(names: Names) -> list[Any] | tuple[Any, ...]:
+    """Return names as a list or tuple; TypeError for a set, whose rows would come in any order."""
+    if isinstance(names, set | frozenset):
+        raise TypeError(f"names must be in an order, got a {type(names).__name__}: pass a list, such as sorted(names)")
+    return listed(names)
 
 
 def _each_once(names: list[str], places: Rows) -> Rows:

@@ -82,6 +82,8 @@ def refuse_integers(
     dtype: torch.dtype, instead: str = "insert torch.nn.Parameter(tensor, requires_grad=False)"
 ) -> None:
     """Raise RuntimeError if entries of a dtype cannot require gradients; ``instead`` is what to do then."""
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"expected a torch.dtype, such as torch.float32, got {dtype!r}")
     if not (dtype.is_floating_point or dtype.is_complex):
         raise RuntimeError(
             f"only tensors of floating point or complex dtype can require gradients, got {dtype}: {instead}"
@@ -403,9 +405,6 @@ def _classes(names: list[str], values: list[Any]) -> tuple[Rows, list[_Class]]:
         if class_ not in classes:
             classes.append(class_)
         kinds[at] = classes.index(class_)
-    for class_ in classes:
-        if class_.trainable is not False:
-            refuse_integers(class_.dtype)
     return kinds, classes
 
 
@@ -420,6 +419,8 @@ def _kind_for(
             raise TypeError(f"expected {held.dtype} for '{name}', as its row has, got {class_.dtype}")
         if class_.trainable is None:
             trainable = held.requires_grad
+    if trainable:
+        refuse_integers(class_.dtype)
     kind = Kind(class_.shape, class_.dtype, trainable, group)
     there = numbers.get(kind)
     if there is not None:

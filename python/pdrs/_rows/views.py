@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from pdrs._rows.table import kind_of, parameter_of
+from pdrs._torch.modes import refuse_symbolic_trace
 
 if TYPE_CHECKING:
     from pdrs.stacked import StackedParameterDict
@@ -76,6 +77,7 @@ def _items(sd: StackedParameterDict, backwards: bool) -> Iterator[tuple[str, Ten
     """Yield names and rows; what another thread moves between the look-up of a row and the row is looked up again."""
     state = sd.__dict__
     with sd._lock:  # not in the middle of a change
+        refuse_symbolic_trace()
         index = state["_index"]
         version = index.moves
     for name, number, row in index.entries(reverse=backwards):
