@@ -57,7 +57,6 @@ __all__ = [
     "safetensors_entries",
     "safetensors_shards",
     "save_parameters",
-    "searchable_names",
     "searchable_size",
     "set_entry",
     "set_entry_row",
@@ -73,6 +72,7 @@ __all__ = [
     "use_native_slots",
     "walk_modules",
     "watch_functions",
+    "words_behind",
     "zero_row",
     "zero_row_of_state",
     "zero_rows",
@@ -970,7 +970,7 @@ def pack_names(
     places: Places | None = None,
 ) -> NDArray[np.uint8]: ...
 def searchable_size(packed: NDArray[np.uint8]) -> int: ...
-def searchable_names(packed: NDArray[np.uint8]) -> NDArray[np.uint8]: ...
+def words_behind(packed: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], int]: ...
 def names_without_words(packed: NDArray[np.uint8]) -> NDArray[np.uint8]: ...
 def check_words(packed: NDArray[np.uint8]) -> None: ...
 def unpack_header(packed: NDArray[np.uint8]) -> tuple[int, list[_TableTuple], list[str]]: ...

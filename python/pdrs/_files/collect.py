@@ -34,12 +34,12 @@ from pdrs._rows.names_codec import (
     MOST_TIMES,
     Header,
     TableHeader,
+    add_words,
     is_packed,
     pack,
     size_with_words,
     unpack,
     used_rows,
-    with_words,
 )
 from pdrs._rows.table import Kind
 from pdrs.parameter_dict import ParameterDict
@@ -49,6 +49,8 @@ __all__ = ["Collected", "collect", "sort_alike", "sort_by_kind", "without_none"]
 
 # Entries are gathered so many at a time, and so many bytes: what was gathered is still in the cache when it is written.
 _CHUNK, _CHUNK_BYTES = 1 << 13, 2 << 20
+# So many bytes of names are written at a time.
+_LARGEST_BLOCK = 64 << 20
 # Larger entries are written without a copy.
 _LARGE = 1 << 18
 
@@ -145,12 +147,12 @@ def _refuse_shared_names(dictionaries: dict[str, ParameterDict | StackedParamete
 
 def _searchable(name: str, packed: Tensor) -> NewTensor:
     """Give packed names their table of words, in another thread while the tables are written."""
-    made: list[Tensor] = []
+    made: list[NDArray[np.uint8]] = []
     failed: list[BaseException] = []
 
     def make() -> None:
         try:
-            made.append(with_words(packed))
+            made.extend(add_words(packed))
         except BaseException as error:
             failed.append(error)
 
@@ -161,7 +163,9 @@ def _searchable(name: str, packed: Tensor) -> NewTensor:
         thread.join()
         if failed:
             raise failed[0]
-        yield from blocks_of(made[0])
+        for piece in made:
+            for start in range(0, len(piece), _LARGEST_BLOCK):
+                yield piece[start : start + _LARGEST_BLOCK]
 
     return NewTensor(name, torch.uint8, (size_with_words(packed),), blocks)
 

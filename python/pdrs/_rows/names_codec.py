@@ -24,16 +24,17 @@ from pdrs._core import (
     check_words,
     names_without_words,
     pack_names,
-    searchable_names,
     searchable_size,
     unpack_header,
     unpack_names,
+    words_behind,
 )
 
 __all__ = [
     "MOST_TIMES",
     "Header",
     "TableHeader",
+    "add_words",
     "bytes_in",
     "bytes_of",
     "check_header",
@@ -47,7 +48,6 @@ __all__ = [
     "size_with_words",
     "unpack",
     "used_rows",
-    "with_words",
     "without_words",
 ]
 
@@ -137,14 +137,18 @@ def pack(index: IndexMap | RowIndex, header: Header, places: Places | None = Non
     return torch.from_numpy(pack_names(index, list(header.tables), list(header.patterns), places))
 
 
-def with_words(packed: Tensor) -> Tensor:
-    """Return packed names with a table of words, by which :func:`search` finds them. **O(n)**."""
-    return torch.from_numpy(searchable_names(_bytes_of_names(packed)))
-
-
 def size_with_words(packed: Tensor) -> int:
-    """Return how many bytes :func:`with_words` gives. **O(tables)**."""
+    """Return how many bytes packed names have with a table of words. **O(tables)**."""
     return searchable_size(_bytes_of_names(packed))
+
+
+def add_words(packed: Tensor) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]:
+    """Return packed names with a table of words, by which :func:`search` finds them, in three pieces. **O(n)**."""
+    data = _bytes_of_names(packed)
+    behind, count = words_behind(data)
+    head = data[:_START].copy()
+    head[-8:] = np.frombuffer(count.to_bytes(8, "little"), np.uint8)
+    return head, data[_START : searchable_size(data) - len(behind)], behind
 
 
 def without_words(packed: Tensor) -> Tensor:

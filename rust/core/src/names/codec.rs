@@ -350,7 +350,7 @@ impl<'a> Names<'a> {
         if !self.has_words() {
             return Ok(true);
         }
-        self.words.are_of(&memory::collect(self.iter().map(|(name, _)| hash(name)))?)
+        self.words.are_of(self.len(), || self.iter().map(|(name, _)| hash(name)))
     }
 }
 
@@ -366,29 +366,36 @@ pub fn without_words(packed: &[u8]) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Adds words to packed names that have none. **O(n)**.
+/// What packed names have behind their text if they get words, and how many words are counted in their header. **O(n)**.
 ///
 /// # Errors
 ///
 /// [`Error::Damaged`], [`Error::Memory`].
-pub fn searchable(packed: &[u8]) -> Result<Vec<u8>> {
+pub fn words_behind(packed: &[u8]) -> Result<(Vec<u8>, u64)> {
     let (_, parts) = Parts::of(packed)?;
     let names = parts.names(packed)?;
-    let mut hashes = memory::with_capacity(names.len())?;
-    hashes.extend(names.iter().map(|(name, _)| hash(name)));
-    if hashes.len() != names.len() {
+    if names.iter().count() != names.len() {
         return Err(damaged(parts.ends, Damage::Order));
     }
+    let mut behind = memory::filled(0, parts.searchable_len() - parts.text_end)?;
     let words = words_for(names.len());
-    let size = parts.searchable_len();
-    let mut bytes = memory::with_capacity(size)?;
-    bytes.extend_from_slice(&packed[..parts.text_end]);
-    bytes.resize(size, 0);
-    let found = fill(&mut bytes[size - 8 * words..], &hashes)?;
+    let start = behind.len() - 8 * words;
+    let found = fill(&mut behind[start..], names.len(), || names.iter().map(|(name, _)| hash(name)))?;
     if !found {
-        bytes[parts.text_end..].fill(0);
+        behind.fill(0);
     }
-    let count = if found { words as u64 } else { 0 };
+    Ok((behind, if found { words as u64 } else { 0 }))
+}
+
+/// Packed names with words. **O(n)**.
+///
+/// # Errors
+///
+/// As of [`words_behind`].
+pub fn searchable(packed: &[u8]) -> Result<Vec<u8>> {
+    let (behind, count) = words_behind(packed)?;
+    let mut bytes = without_words(packed)?;
+    memory::append(&mut bytes, &behind)?;
     bytes[SLOTS_AT..SLOTS_AT + 8].copy_from_slice(&count.to_le_bytes());
     Ok(bytes)
 }

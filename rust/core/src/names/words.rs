@@ -50,10 +50,16 @@ fn upper(hash: u64) -> u64 {
 }
 
 /// Fills zeros with the words of names with these hashes, in their order. `false` if a search would be longer than
-/// [`LONGEST`]: then the words are of no use.
-pub(super) fn fill(words: &mut [u8], hashes: &[u64]) -> Result<bool> {
+/// [`LONGEST`], or if there are not as many hashes as the words are for: then the words are of no use.
+///
+/// The hashes are asked for twice.
+pub(super) fn fill<I: Iterator<Item = u64>>(words: &mut [u8], names: usize, hashes: impl Fn() -> I) -> Result<bool> {
     let len = words.len() / 8;
-    for (hash, number) in by_region(hashes, len)? {
+    let sorted = by_region(names, hashes, len)?;
+    if sorted.len() != names {
+        return Ok(false);
+    }
+    for (hash, number) in sorted {
         let mut at = home(hash, len);
         let mut looked = 1;
         while Words(words).get(at) != 0 {
@@ -69,22 +75,27 @@ pub(super) fn fill(words: &mut [u8], hashes: &[u64]) -> Result<bool> {
     Ok(true)
 }
 
-/// The hashes and their numbers, those first whose homes lie in the first region, and so on.
-fn by_region(hashes: &[u64], words: usize) -> Result<Vec<(u64, u32)>> {
+/// The hashes and their numbers, those first whose homes lie in the first region, and so on; fewer than `names` if there
+/// are not so many.
+fn by_region<I: Iterator<Item = u64>>(names: usize, hashes: impl Fn() -> I, words: usize) -> Result<Vec<(u64, u32)>> {
     let regions = (words / REGION).clamp(1, MOST_REGIONS);
     let region = |hash: u64| home(hash, regions);
-    let mut next = [0; MOST_REGIONS];
-    for hash in hashes {
-        next[region(*hash)] += 1;
+    let (mut next, mut count) = ([0; MOST_REGIONS], 0);
+    for hash in hashes() {
+        next[region(hash)] += 1;
+        count += 1;
+    }
+    if count != names {
+        return Ok(Vec::new());
     }
     let mut before = 0;
     for count in &mut next {
         before += std::mem::replace(count, before);
     }
-    let mut sorted = memory::filled((0, 0), hashes.len())?;
-    for (number, hash) in (0..).zip(hashes) {
-        let place = &mut next[region(*hash)];
-        sorted[*place] = (*hash, number);
+    let mut sorted = memory::filled((0, 0), names)?;
+    for (number, hash) in (0..).zip(hashes()) {
+        let place = &mut next[region(hash)];
+        sorted[*place] = (hash, number);
         *place += 1;
     }
     Ok(sorted)
@@ -132,8 +143,8 @@ impl<'a> Words<'a> {
     }
 
     /// Whether these are the words of names with these hashes. **O(n)**.
-    pub(super) fn are_of(self, hashes: &[u64]) -> Result<bool> {
-        let mut words = memory::filled(0, 8 * words_for(hashes.len()))?;
-        Ok(fill(&mut words, hashes)? && words == self.0)
+    pub(super) fn are_of<I: Iterator<Item = u64>>(self, names: usize, hashes: impl Fn() -> I) -> Result<bool> {
+        let mut words = memory::filled(0, 8 * words_for(names))?;
+        Ok(fill(&mut words, names, hashes)? && words == self.0)
     }
 }

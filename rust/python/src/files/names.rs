@@ -132,15 +132,15 @@ fn to_index(py: Python<'_>, names: &Names<'_>, prefix: Option<&Bound<'_, PyStrin
     Ok(index)
 }
 
-/// Packed names with words, made from some without.
+/// What packed names have behind their text if they get words, and how many words their header counts then.
 #[pyfunction]
-pub(crate) fn searchable_names<'py>(
+pub(crate) fn words_behind<'py>(
     py: Python<'py>,
-    packed: PyReadonlyArray1<'py, u8>,
-) -> PyResult<Bound<'py, PyArray1<u8>>> {
+    packed: PyReadonlyArray1<'_, u8>,
+) -> PyResult<(Bound<'py, PyArray1<u8>>, u64)> {
     let packed = packed.as_slice()?;
-    let made = py.detach(|| codec::searchable(packed)).or_raise()?;
-    Ok(PyArray1::from_vec(py, made))
+    let (behind, count) = py.detach(|| codec::words_behind(packed)).or_raise()?;
+    Ok((PyArray1::from_vec(py, behind), count))
 }
 
 /// How many bytes packed names have with words.
