@@ -6,12 +6,14 @@ import ctypes
 import mmap
 import os
 import tempfile
+import time
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_ATTEMPTS = 20
 
 
 def drop(path: Path) -> bool:
@@ -22,9 +24,14 @@ def drop(path: Path) -> bool:
     try:
         # What is not on the disk yet cannot be forgotten.
         os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        with mmap.mmap(descriptor, 0, prot=mmap.PROT_READ) as mapped:
-            return _resident(mapped) == 0
+        # Pages that another processor has just read, and not yet put in order, stay the first time.
+        for _ in range(_ATTEMPTS):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            with mmap.mmap(descriptor, 0, prot=mmap.PROT_READ) as mapped:
+                if _resident(mapped) == 0:
+                    return True
+            time.sleep(0.1)
+        return False
     finally:
         os.close(descriptor)
 
