@@ -1,7 +1,7 @@
 """``python -m pdrs inspect|get|convert|verify``: look into checkpoints of any format, convert and verify them.
 
-Exit codes: 0 for success, 1 if a file or a name is missing, or a file is damaged or cannot be written, 2 if the command
-is not understood, and 130 after an interrupt. A reader that closes the pipe, as `head` does, is no error.
+Exit codes: 0 for success. 1 if a file or a name is missing, or a file is damaged or cannot be written. 2 if the command
+is not understood. 130 after an interrupt. A reader that closes the pipe, as `head` does, is no error.
 """
 
 from __future__ import annotations
