@@ -6,7 +6,6 @@ memory for one block only.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -146,24 +145,10 @@ def _refuse_shared_names(dictionaries: dict[str, ParameterDict | StackedParamete
 
 
 def _searchable(name: str, packed: Tensor) -> NewTensor:
-    """Give packed names their table of words, in another thread while the tables are written."""
-    made: list[NDArray[np.uint8]] = []
-    failed: list[BaseException] = []
-
-    def make() -> None:
-        try:
-            made.extend(add_words(packed))
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=make, daemon=True)
-    thread.start()
+    """Return packed names with a table of words, which is made when it is written."""
 
     def blocks() -> Iterator[NDArray[np.uint8]]:
-        thread.join()
-        if failed:
-            raise failed[0]
-        for piece in made:
+        for piece in add_words(packed):
             for start in range(0, len(piece), _LARGEST_BLOCK):
                 yield piece[start : start + _LARGEST_BLOCK]
 
