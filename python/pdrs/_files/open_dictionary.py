@@ -37,7 +37,9 @@ def open_dictionary(
     """Return a StackedParameterDict of everything below a prefix; see :func:`pdrs.open`."""
     prefixes = checkpoint.prefixes()
     below = {
-        one: PackedDictionary(checkpoint, one, one.removeprefix(prefix)) for one in prefixes if one.startswith(prefix)
+        one: PackedDictionary(checkpoint, one, one.removeprefix(prefix), loads=device is not None)
+        for one in prefixes
+        if one.startswith(prefix)
     }
     around = {one: PackedDictionary(checkpoint, one) for one in prefixes if prefix.startswith(one) and one not in below}
     parts: list[SavedDictionary]

@@ -128,6 +128,8 @@ class PackedDictionary(SavedDictionary):
         Of the dictionary.
     shown
         Is put before its names.
+    loads
+        Whether the packed names are read into memory, so that later changes of the file do not reach them.
 
     Raises
     ------
@@ -135,10 +137,10 @@ class PackedDictionary(SavedDictionary):
         If the packed names are damaged. All methods raise it if names and tables disagree.
     """
 
-    def __init__(self, checkpoint: CheckpointFile, prefix: str, shown: str = "") -> None:
+    def __init__(self, checkpoint: CheckpointFile, prefix: str, shown: str = "", *, loads: bool = False) -> None:
         self.checkpoint, self.prefix, self._shown = checkpoint, prefix, shown
         try:
-            self._packed = checkpoint.tensor(prefix + EXTRA_STATE)
+            self._packed = (checkpoint.load if loads else checkpoint.tensor)(prefix + EXTRA_STATE)
             self._index, self._names, self.header = search(
                 self._packed, CheckpointError, checkpoint.path, f"the tensor {prefix + EXTRA_STATE!r}: "
             )
