@@ -330,3 +330,13 @@ def test_names_that_are_listed_twice_are_refused_when_all_are_read(tmp_path: Pat
         pdrs.open(path)["fresh"] = torch.ones(2)
     with pytest.raises(pdrs.CheckpointError):
         verify(path)
+
+
+def test_a_name_that_is_no_text_is_refused_when_it_is_read(tmp_path: Path) -> None:
+    sd = SD.from_tensor(["aa", "bb", "cc"], rows(3))
+    path = damaged(tmp_path, 56 + 32 + 16 + 3 * 8, b"\xc0", sd)
+    for read in (list, lambda found: list(found.items()), lambda found: found.keys(prefix=""), SD.copy):
+        found = pdrs.open(path)
+        assert found["bb"].tolist() == sd["bb"].tolist()
+        with pytest.raises(pdrs.CheckpointError, match="bad: the tensor '_extra_state': the packed names are damaged"):
+            read(found)

@@ -5,7 +5,7 @@ use std::ptr;
 use numpy::{PyArray1, PyArrayMethods};
 use pdrs_core::names::codec::{self, Names, Parts, hash};
 use pdrs_core::{MAX_TABLES, Place, Places as Found, Refusal, RowIndex as Index};
-use pyo3::exceptions::PyValueError;
+use pyo3::exceptions::{PyMemoryError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyString, PyType};
 
@@ -155,8 +155,10 @@ impl Packed {
             let (name, place) = (names.name(number)?, self.place_at(names, number)?);
             (!name.is_empty()).then(|| Ok::<_, PyErr>((Name::from_utf8(py, name)?, place)))
         })?;
-        let found = found.unwrap_or_else(|| Err(self.damaged(format!("name {number} does not lie in them"))));
-        found.map(Some)
+        match found {
+            Some(entry) => entry.map(Some).map_err(|error| self.unreadable(py, error)),
+            None => Err(self.damaged(format!("name {number} does not lie in them"))),
+        }
     }
 
     /// All names, in order. **O(n)**.
@@ -168,7 +170,7 @@ impl Packed {
             Err(error) => failed = Some(error),
         })?;
         match failed {
-            Some(error) => Err(self.damaged(error)),
+            Some(error) => Err(self.unreadable(py, error)),
             None if made.len() < self.len() => Err(self.damaged("a name does not lie in them")),
             None => Ok(made),
         }
@@ -187,7 +189,7 @@ impl Packed {
                 }
             }
         })?;
-        made.map_err(|error| self.damaged(error))
+        made.map_err(|error| self.unreadable(py, error))
     }
 
     /// An index of the same names in memory. **O(n)**.
@@ -205,6 +207,11 @@ impl Packed {
             }
             Err(_) => Err(self.damaged("a name has no row of its own")),
         }
+    }
+
+    /// The error for a name of which no `str` can be made: damage, unless memory is lacking.
+    fn unreadable(&self, py: Python<'_>, error: PyErr) -> PyErr {
+        if error.is_instance_of::<PyMemoryError>(py) { error } else { self.damaged(error) }
     }
 
     fn damaged(&self, what: impl std::fmt::Display) -> PyErr {
