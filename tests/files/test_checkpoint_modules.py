@@ -373,6 +373,22 @@ class Inner(nn.Module):
         self.words.register_buffer("count", torch.zeros(1))
 
 
+def test_a_dictionary_that_a_hook_saves_by_name_is_no_collision(tmp_path: Path) -> None:
+    sd = pdrs.StackedParameterDict({"a": torch.ones(2), "b": torch.zeros(2)})
+
+    def by_name(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+        for name in [name for name in state if name.startswith(prefix)]:
+            del state[name]
+        state.update({prefix + name: row for name, row in sd.named_state_dict().items()})
+
+    sd.register_state_dict_post_hook(by_name)
+    pdrs.save(nn.ModuleDict({"sd": sd}), tmp_path / "file")
+    assert {name: row.tolist() for name, row in pdrs.open(tmp_path / "file").items()} == {
+        "sd.a": [1.0, 1.0],
+        "sd.b": [0.0, 0.0],
+    }
+
+
 @pytest.mark.parametrize("kind", [pdrs.ParameterDict, pdrs.StackedParameterDict])
 @pytest.mark.parametrize("entry", ["count", "sub.x"])
 def test_an_entry_with_the_name_of_another_tensor_is_refused_before_anything_is_written(

@@ -380,7 +380,8 @@ class Owner(Module):
     @property
     def called_but_copies(self) -> list[str]:
         # torch before 2.14 has no native way to make the copy of a row.
-        return [call for call in self.called if not call.startswith("copy")]
+        is_old = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14)
+        return [call for call in self.called if not (is_old and call.startswith("copy"))]
 
     @property
     def index(self) -> RowIndex:

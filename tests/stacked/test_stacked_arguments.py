@@ -36,9 +36,9 @@ def mixed() -> SD:
 
 def test_a_missing_name_has_no_row_number(sd: SD) -> None:
     with pytest.raises(ValueError, match=r"isin\(\) .* missing=\"skip\""):
-        sd.indices(["nope"], missing="zero")  # type: ignore[arg-type]
+        sd.indices(["nope"], missing="zero")
     with pytest.raises(ValueError, match=r"isin\(\)"):
-        sd.indices(["a"], missing="zero")  # type: ignore[arg-type]
+        sd.indices(["a"], missing="zero")
     assert sd.indices(["nope", "c"], missing="skip").tolist() == [2]
 
 
@@ -53,9 +53,9 @@ def test_the_names_of_a_lookup_cannot_be_changed(sd: SD) -> None:
     assert list(batch) == ["c", "a"]
     assert len(batch) == 2
     with pytest.raises(AttributeError):
-        batch.names = ("a",)  # type: ignore[misc]
+        batch.names = ("a",)
     with pytest.raises(AttributeError):
-        batch.names.append("b")  # type: ignore[attr-defined]
+        batch.names.append("b")
     sd.scatter(batch, torch.zeros(2, 3))
     assert sd.gather(["a", "c"]).abs().sum() == 0
 
@@ -137,10 +137,10 @@ def test_a_shape_or_dtype_that_names_do_not_have_is_refused(sd: SD, other: dict[
             if missing == "error" and names == ["a", "new"]:
                 continue
             with pytest.raises(ValueError, match=r"float32 of shape \[3\]"):
-                sd.gather(names, missing=missing, **other)  # type: ignore[arg-type]
+                sd.gather(names, missing=missing, **other)
             if missing != "zero":
                 with pytest.raises(ValueError, match=r"float32 of shape \[3\]"):
-                    sd.indices(names, missing=missing, **other)  # type: ignore[arg-type]
+                    sd.indices(names, missing=missing, **other)
     with pytest.raises(ValueError, match=r"'a' .* float32 of shape \[3\]"):
         sd.insert(["new", "a"], **other)
     assert list(sd) == ["a", "b", "c"]
@@ -149,12 +149,12 @@ def test_a_shape_or_dtype_that_names_do_not_have_is_refused(sd: SD, other: dict[
 
 def test_the_shape_and_dtype_that_names_have_are_taken(mixed: SD) -> None:
     for same in ({"shape": (3,)}, {"shape": torch.Size([3])}, {"shape": [3], "dtype": torch.float32}):
-        assert mixed.gather(["a", "c"], **same).shape == (2, 3)  # type: ignore[arg-type]
-        assert mixed.indices(["a", "c"], **same).tolist() == [0, 1]  # type: ignore[arg-type]
-        assert mixed.gather(["none"], missing="zero", **same).shape == (1, 3)  # type: ignore[arg-type]
-        assert mixed.insert(["a"], **same) == []  # type: ignore[arg-type]
+        assert mixed.gather(["a", "c"], **same).shape == (2, 3)
+        assert mixed.indices(["a", "c"], **same).tolist() == [0, 1]
+        assert mixed.gather(["none"], missing="zero", **same).shape == (1, 3)
+        assert mixed.insert(["a"], **same) == []
     with pytest.raises(TypeError, match="the number 3"):
-        mixed.gather(["a"], shape=3)  # type: ignore[arg-type]
+        mixed.gather(["a"], shape=3)
 
 
 def test_everything_of_one_shape_is_gathered(mixed: SD) -> None:
@@ -202,7 +202,7 @@ def test_what_is_not_attached_cannot_be_detached(sd: SD) -> None:
     optimizer = stepped(sd)
     for none in (None, sd):
         with pytest.raises(TypeError, match="expected an optimizer, got "):
-            sd.detach_optimizer(none)  # type: ignore[arg-type]
+            sd.detach_optimizer(none)
     with pytest.raises(ValueError, match=r"Adam.* is not attached"):
         sd.detach_optimizer(optimizer)
     sd.attach_optimizer(optimizer)
@@ -301,16 +301,16 @@ def test_options_by_patterns_are_checked(sd: SD) -> None:
 def test_a_name_that_is_no_str_is_refused_in_the_same_words(sd: SD) -> None:
     row = torch.zeros(3)
     for use in (
-        lambda: sd[5],  # type: ignore[index]
-        lambda: sd.get(5),  # type: ignore[call-overload]
-        lambda: sd.pop(5),  # type: ignore[call-overload]
-        lambda: sd.__delitem__(5),  # type: ignore[arg-type]
-        lambda: sd.rename(5, "x"),  # type: ignore[arg-type]
-        lambda: sd.rename("a", 5),  # type: ignore[arg-type]
-        lambda: sd.move_to_end(5),  # type: ignore[arg-type]
-        lambda: sd.__setitem__(5, row),  # type: ignore[index]
-        lambda: pdrs.IndexMap().get(5),  # type: ignore[call-overload]
-        lambda: pdrs.ParameterDict().__delitem__(5),  # type: ignore[arg-type]
+        lambda: sd[5],
+        lambda: sd.get(5),
+        lambda: sd.pop(5),
+        lambda: sd.__delitem__(5),
+        lambda: sd.rename(5, "x"),
+        lambda: sd.rename("a", 5),
+        lambda: sd.move_to_end(5),
+        lambda: sd.__setitem__(5, row),
+        lambda: pdrs.IndexMap().get(5),
+        lambda: pdrs.ParameterDict().__delitem__(5),
     ):
         with pytest.raises(TypeError, match=r"^names must be str, got int"):
             use()

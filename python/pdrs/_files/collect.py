@@ -96,7 +96,9 @@ def collect(obj: Module, before: Callable[[str], Tensor | None] = lambda _: None
             prefix = name.removesuffix(EXTRA_STATE)
             found.dictionaries[prefix] = "StackedParameterDict"
             used |= {prefix + attribute: rows for attribute, rows in used_rows(value).items()}
-    _refuse_shared_names(_dictionaries(obj, collected), [name for name in state if name not in used])
+    # Those that hooks have put into the state dict by name have tensors like any other module.
+    packed = {prefix: one for prefix, one in _dictionaries(obj, collected).items() if prefix in found.dictionaries}
+    _refuse_shared_names(packed, [name for name in state if name not in used])
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise TypeError(
@@ -135,8 +137,11 @@ def _refuse_shared_names(dictionaries: dict[str, ParameterDict | StackedParamete
             if prefix not in dictionaries or rest in ("", EXTRA_STATE):
                 continue
             outer, inner = dictionaries[prefix], dictionaries.get(name)
-            names = [rest] if inner is None else (rest + one for one in inner)
-            shared = next((one for one in names if one in outer), None)
+            if inner is None:
+                shared = rest if rest in outer else None
+            else:
+                there = outer.keys(prefix=rest) if isinstance(outer, StackedParameterDict) else outer.keys()
+                shared = next((one for one in there if one.startswith(rest) and one[len(rest) :] in inner), None)
             if shared is not None:
                 raise ValueError(
                     f"expected one tensor of each name, got an entry {shared!r} of the dictionary at {prefix!r}, and "

@@ -22,7 +22,7 @@
 use std::collections::HashSet;
 
 pub use super::header::{Header, MAGIC, ROW_BITS, Table};
-use super::header::{Reader, SLOTS_AT, damaged, numbers, put};
+use super::header::{Reader, WORDS_AT, damaged, numbers, put};
 use super::text::invalid_at;
 pub use super::words::hash;
 use super::words::{Words, fill, words_for};
@@ -362,7 +362,7 @@ impl<'a> Names<'a> {
 pub fn without_words(packed: &[u8]) -> Result<Vec<u8>> {
     let (_, parts) = Parts::of(packed)?;
     let mut bytes = memory::collect(packed[..parts.text_end].iter().copied())?;
-    bytes[SLOTS_AT..SLOTS_AT + 8].fill(0);
+    bytes[WORDS_AT..WORDS_AT + 8].fill(0);
     Ok(bytes)
 }
 
@@ -396,7 +396,7 @@ pub fn searchable(packed: &[u8]) -> Result<Vec<u8>> {
     let (behind, count) = words_behind(packed)?;
     let mut bytes = without_words(packed)?;
     memory::append(&mut bytes, &behind)?;
-    bytes[SLOTS_AT..SLOTS_AT + 8].copy_from_slice(&count.to_le_bytes());
+    bytes[WORDS_AT..WORDS_AT + 8].copy_from_slice(&count.to_le_bytes());
     Ok(bytes)
 }
 

@@ -14,7 +14,7 @@ pub const ROW_BITS: u32 = 40;
 const START: usize = 8 + 6 * 8;
 
 /// Where the number of words stands.
-pub(super) const SLOTS_AT: usize = START - 8;
+pub(super) const WORDS_AT: usize = START - 8;
 
 /// The bytes of a table's record.
 const RECORD: usize = 4 * 8;

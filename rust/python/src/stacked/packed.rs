@@ -64,7 +64,8 @@ impl Packed {
         &self.used
     }
 
-    fn with<R>(&self, py: Python<'_>, take: impl FnOnce(&Names<'_>) -> R) -> PyResult<R> {
+    /// Hands over the names. It asks `NumPy` for the bytes, which may run Python code the first time.
+    pub(crate) fn with<R>(&self, py: Python<'_>, take: impl FnOnce(&Names<'_>) -> R) -> PyResult<R> {
         let held = self.bytes.bind(py).try_readonly()?;
         let names = self.parts.names(held.as_slice()?).or_raise()?;
         Ok(take(&names))
@@ -88,45 +89,44 @@ impl Packed {
     /// The place of each of many names, of which `text_of` gives the text; `None` if one has none. **O(m)**.
     ///
     /// All that a name needs is loaded a batch ahead: the cache misses of a batch overlap.
+    /// Runs no Python code.
     pub(crate) fn places<Q>(
         &self,
-        py: Python<'_>,
+        names: &Names<'_>,
         wanted: &[Q],
         text_of: impl Fn(&Q) -> Option<&Py<PyString>>,
     ) -> PyResult<Option<Found>> {
         let load = |place: Option<&u8>| place.into_iter().for_each(|place| hint(ptr::from_ref(place) as usize));
         let mut places = memory::with_capacity(wanted.len())?;
-        let all = self.with(py, |names| {
-            let mut buffer = Vec::new();
-            let (mut hashes, mut numbers) = ([0; BATCH], [None; BATCH]);
-            let mut batches = wanted.chunks(BATCH).peekable();
-            while let Some(batch) = batches.next() {
-                for (place, name) in hashes.iter_mut().zip(batch) {
-                    *place = with_utf8(text_of(name)?, &mut buffer, hash);
-                    load(names.home(*place));
-                }
-                for text in batches.peek().into_iter().copied().flatten().filter_map(&text_of) {
-                    prefetch(text);
-                }
-                for (number, hash) in numbers.iter_mut().zip(&hashes[..batch.len()]) {
-                    *number = names.candidate(*hash);
-                    number.map(|number| names.entry(number)).into_iter().flatten().for_each(load);
-                }
-                for number in &numbers[..batch.len()] {
-                    load(number.and_then(|number| names.name(number)?.first()));
-                }
-                for ((name, hash), number) in batch.iter().zip(&hashes).zip(&numbers) {
-                    let number = with_utf8(text_of(name)?, &mut buffer, |text| match number {
-                        Some(number) if names.name(*number) == Some(text) => Some(*number),
-                        Some(_) => names.find(*hash, |other| other == text),
-                        None => None,
-                    });
-                    places.push(number.and_then(|number| self.place_at(names, number)));
-                }
+        let mut buffer = Vec::new();
+        let (mut hashes, mut numbers) = ([0; BATCH], [None; BATCH]);
+        let mut batches = wanted.chunks(BATCH).peekable();
+        while let Some(batch) = batches.next() {
+            for (place, name) in hashes.iter_mut().zip(batch) {
+                let Some(text) = text_of(name) else { return Ok(None) };
+                *place = with_utf8(text, &mut buffer, hash);
+                load(names.home(*place));
             }
-            Some(())
-        })?;
-        Ok(all.map(|()| places.into()))
+            for text in batches.peek().into_iter().copied().flatten().filter_map(&text_of) {
+                prefetch(text);
+            }
+            for (number, hash) in numbers.iter_mut().zip(&hashes[..batch.len()]) {
+                *number = names.candidate(*hash);
+                number.map(|number| names.entry(number)).into_iter().flatten().for_each(load);
+            }
+            for number in &numbers[..batch.len()] {
+                load(number.and_then(|number| names.name(number)?.first()));
+            }
+            for ((text, hash), number) in batch.iter().filter_map(&text_of).zip(&hashes).zip(&numbers) {
+                let number = with_utf8(text, &mut buffer, |text| match number {
+                    Some(number) if names.name(*number) == Some(text) => Some(*number),
+                    Some(_) => names.find(*hash, |other| other == text),
+                    None => None,
+                });
+                places.push(number.and_then(|number| self.place_at(names, number)));
+            }
+        }
+        Ok(Some(places.into()))
     }
 
     /// All places, in order. **O(n)**.

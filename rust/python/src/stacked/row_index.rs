@@ -7,6 +7,7 @@ use std::ops::{Deref, DerefMut};
 use std::sync::{Mutex, MutexGuard};
 
 use numpy::{PyArray1, PyReadonlyArray1};
+use pdrs_core::names::codec::Names as Saved;
 use pdrs_core::{Error, IndexMap as Map, MAX_TABLES, Place, Places as Found, Plan, Refusal, RowIndex as Index, Rows};
 use pyo3::exceptions::{PyIndexError, PyKeyError, PyOverflowError, PyRuntimeError, PyValueError};
 use pyo3::intern;
@@ -228,7 +229,8 @@ impl RowIndex {
                 Ok(Found::from(places))
             }
             State::Packed(packed) => {
-                Ok(packed.places(py, names, |name| Some(name.text_ref()))?.expect("each name has a text"))
+                let found = packed.with(py, |saved| packed.places(saved, names, |name| Some(name.text_ref())))??;
+                Ok(found.expect("each name has a text"))
             }
         }
     }
@@ -375,7 +377,10 @@ impl RowIndex {
                 find_listed(index.names(), names, std::convert::identity).or_raise()?.map(Found::from)
             }
             State::Packed(packed) => {
-                with_listed(names, |listed| packed.places(py, listed, Listed::text)).transpose()?.flatten()
+                let listed = |saved: &Saved<'_>| {
+                    with_listed(names, |listed| packed.places(saved, listed, Listed::text)).transpose()
+                };
+                packed.with(py, listed)??.flatten()
             }
         };
         if let Some(places) = found {
