@@ -59,14 +59,12 @@ class Lookup:
         self._on_cpu = True
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to the tables of this very owner."""
-        state = self.__dict__.copy()
-        del state["_places"], state["_table"]
-        return state | {"_version": -1}
+        """Return the owner and the names. All else belongs to the tables of this very owner."""
+        return {"_owner": self._owner, "names": self._names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore what was pickled or copied; the names are looked up when they are used."""
-        self.__init__(state["_owner"], state["_names"])  # type: ignore[misc]
+        self.__init__(state["_owner"], state["names"])  # type: ignore[misc]
 
     @property
     def names(self) -> tuple[str, ...]:
