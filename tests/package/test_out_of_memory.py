@@ -157,7 +157,7 @@ limit = resource.getrlimit(resource.RLIMIT_AS)[1]
 for kind, works in WORKS.items():
     failed = 0
     for number, (make, work) in enumerate(works):
-        for room in (0, 1 << 19, 2 << 20, 1 << 29):
+        for room in [*range(0, 6 << 20, 3 << 17), 1 << 29]:
             made = make()
             before = seen(made)
             print(kind, number, "with", room, "bytes", flush=True)

@@ -28,7 +28,7 @@ pub(crate) fn complete_move(
         checked.push((group.get(), group.get().checked_slab(torch, slab)?));
     }
     let _paused = Paused::new(py)?;
-    check_room(checked.iter().map(|(group, _)| *group))?;
+    check_room(checked.iter().map(|(group, _)| group.moved()).sum(), "nothing has moved")?;
     replace(&buffers)?;
     for (group, slab) in &checked {
         group.set_data(torch, slab)?;

@@ -307,6 +307,7 @@ pub(crate) fn slab_views<'py>(
         return Err(PyValueError::new_err("only floating point and complex Parameters can require gradients"));
     }
     let _paused = Paused::new(py)?;
+    check_room(shapes.len(), "none was made")?;
     let mut made = memory::with_capacity(shapes.len())?;
     let mut strides = Vec::new();
     for (offset, shape) in offsets.into_iter().zip(shapes) {
@@ -415,6 +416,7 @@ impl TensorGroup {
         let slab = self.slab_of(torch, slab, door)?;
         let trainable = slab.found.dtype().is_differentiable();
         let _paused = Paused::new(py)?;
+        check_room(self.moved(), "none was made")?;
         let mut made = memory::with_capacity(self.entries.len())?;
         let mut forms = Latest::new(&self.forms);
         for (at, entry) in self.entries.iter().enumerate() {
@@ -460,6 +462,11 @@ impl TensorGroup {
 }
 
 impl TensorGroup {
+    /// How many tensors become views when the group moves.
+    pub(crate) fn moved(&self) -> usize {
+        self.entries.len()
+    }
+
     pub(crate) fn tensor<'a, 'py: 'a>(&'a self, py: Python<'py>, at: usize) -> PyResult<&'a Bound<'py, PyAny>> {
         let entry = self.entries.get(at).ok_or_else(|| PyIndexError::new_err("the group is empty"))?;
         Ok(&self.regions.tensors(py).as_slice()[entry.index as usize])
@@ -579,17 +586,16 @@ const BYTES_PER_VIEW: usize = 1024;
 /// And for what C libraries allocate ahead.
 const AHEAD_OF_VIEWS: usize = 1 << 20;
 
-/// Looks whether there is room for the views of groups, before the first is made: torch ends the process where it has no
-/// memory for one.
+/// Looks whether there is room for so many views, before the first is made: torch ends the process where it has no memory
+/// for one.
 ///
 /// To make all views before the first is used would show it, too. But then old and new views exist side by side and
 /// fragment memory. Each move of small tensors would take longer than the one before: 2 to 4 times as long after some.
 /// Nobody writes to the room, so it takes addresses, but no memory.
-pub(crate) fn check_room<'a>(groups: impl IntoIterator<Item = &'a TensorGroup>) -> PyResult<()> {
-    let views: usize = groups.into_iter().map(|group| group.entries.len()).sum();
+pub(crate) fn check_room(views: usize, otherwise: &str) -> PyResult<()> {
     let mut room = Vec::<u8>::new();
     room.try_reserve_exact(views.saturating_mul(BYTES_PER_VIEW).saturating_add(AHEAD_OF_VIEWS))
-        .map_err(|_| PyMemoryError::new_err(format!("there is no room for {views} tensors; nothing has moved")))?;
+        .map_err(|_| PyMemoryError::new_err(format!("there is no room for {views} tensors; {otherwise}")))?;
     // Or the compiler might see that nobody reads it, and leave it out.
     drop(black_box(room));
     Ok(())
