@@ -25,6 +25,11 @@ pub enum Error {
         /// The largest number that can be given.
         limit: u64,
     },
+    /// A name, or the text of all names, would be too long.
+    Text {
+        /// The bytes of the name.
+        bytes: u64,
+    },
     /// There is no memory for what was asked for.
     Memory,
     /// A slab would have more bytes than an `i64` can count.
@@ -89,6 +94,10 @@ impl fmt::Display for Error {
             }
             Self::Tables { limit } => write!(f, "an index has at most {limit} tables"),
             Self::Rows { wanted, limit } => write!(f, "a table has at most {limit} rows, and {wanted} were asked for"),
+            Self::Text { bytes } => write!(
+                f,
+                "a name has less than 256 MiB, all names together at most 64 GiB, and one of {bytes} bytes is too much"
+            ),
             Self::Memory => write!(f, "out of memory"),
             Self::TooLarge => write!(f, "all tensors together have more than {} bytes", i64::MAX),
             Self::BlockSize { got, multiple_of } => {

@@ -34,15 +34,15 @@ pub(crate) struct Slots {
     table_len: usize,
 }
 
-fn word(hash: u32, id: u32) -> u64 {
+pub(crate) fn word(hash: u32, id: u32) -> u64 {
     u64::from(hash) << 32 | u64::from(id)
 }
 
-fn hash_of(word: u64) -> u32 {
+pub(crate) fn hash_of(word: u64) -> u32 {
     (word >> 32) as u32
 }
 
-fn id_of(word: u64) -> u32 {
+pub(crate) fn id_of(word: u64) -> u32 {
     word as u32
 }
 
@@ -51,15 +51,36 @@ fn words_for(len: usize) -> usize {
     if len == 0 { 0 } else { (len * 4).div_ceil(3).next_power_of_two().max(8) }
 }
 
+/// The number of the first key that is the same as one before it, by the hashes of all; `None` if all are distinct.
+/// **O(m)**.
+///
+/// # Errors
+///
+/// [`Error::Memory`].
+pub(crate) fn first_repeated(
+    hashes: impl ExactSizeIterator<Item = u32>,
+    are_same: impl Fn(u32, u32) -> bool,
+) -> Result<Option<usize>> {
+    let mut words = Words::default();
+    words.reserve(hashes.len())?;
+    for (hash, at) in hashes.zip(0..) {
+        match words.search(hash, |found| are_same(found, at)) {
+            Ok(_) => return Ok(Some(at as usize)),
+            Err(empty) => words.fill(empty, hash, at),
+        }
+    }
+    Ok(None)
+}
+
 impl Words {
     pub(crate) fn allocated_bytes(&self) -> usize {
         self.words.capacity() * size_of::<u64>()
     }
 
-    /// The words of entries with these hashes, whose ids count from 0; `None` if `are_same` says so of two ids.
-    pub(crate) fn of_distinct(hashes: &[u32], are_same: impl Fn(u32, u32) -> bool) -> Result<Option<Self>> {
-        let mut made = Self { words: memory::zeros(words_for(hashes.len()))? };
-        for word in made.by_region(hashes)? {
+    /// A table of words; `None` if `are_same` says so of two ids.
+    pub(crate) fn of_distinct(words: &[u64], are_same: impl Fn(u32, u32) -> bool) -> Result<Option<Self>> {
+        let mut made = Self { words: memory::zeros(words_for(words.len()))? };
+        for word in made.by_region(words.iter().copied())? {
             let (hash, id) = (hash_of(word), id_of(word));
             match made.search(hash, |found| are_same(found, id)) {
                 Ok(_) => return Ok(None),
@@ -69,26 +90,26 @@ impl Words {
         Ok(Some(made))
     }
 
-    /// The words of hashes, those first whose homes lie in the first region, and so on.
-    fn by_region(&self, hashes: &[u32]) -> Result<Vec<u64>> {
+    /// The same words, those first whose homes lie in the first region, and so on.
+    fn by_region(&self, words: impl ExactSizeIterator<Item = u64> + Clone) -> Result<Vec<u64>> {
         let regions = (self.words.len() / REGION).min(MOST_REGIONS);
         if regions < 2 {
-            return memory::collect(hashes.iter().zip(0..).map(|(hash, id)| word(*hash, id)));
+            return memory::collect(words);
         }
         let bits = (self.words.len() / regions).ilog2();
-        let region = |hash: u32| (self.home(hash) >> bits) % MOST_REGIONS;
+        let region = |word: u64| (self.home(hash_of(word)) >> bits) % MOST_REGIONS;
         let mut counts = [0; MOST_REGIONS];
-        for hash in hashes {
-            counts[region(*hash)] += 1;
+        for word in words.clone() {
+            counts[region(word)] += 1;
         }
         let mut next = [0; MOST_REGIONS];
         for at in 1..MOST_REGIONS {
             next[at] = next[at - 1] + counts[at - 1];
         }
-        let mut sorted = memory::zeros(hashes.len())?;
-        for (id, &hash) in hashes.iter().enumerate() {
-            let place = &mut next[region(hash)];
-            sorted[*place] = word(hash, id as u32);
+        let mut sorted = memory::zeros(words.len())?;
+        for word in words {
+            let place = &mut next[region(word)];
+            sorted[*place] = word;
             *place += 1;
         }
         Ok(sorted)
@@ -101,7 +122,7 @@ impl Words {
         hashes: &[u32],
         are_same: impl Fn(u32, u32) -> bool,
     ) -> Result<Option<Slots>> {
-        let words = self.by_region(hashes)?;
+        let words = self.by_region(hashes.iter().enumerate().map(|(number, hash)| word(*hash, number as u32)))?;
         let mut at = memory::with_capacity(words.len())?;
         // Each word is written, with its number as the id, so that the next ones find its slot taken.
         for &new in &words {
@@ -119,15 +140,15 @@ impl Words {
         Ok(are_distinct.then_some(Slots { words, at, table_len: self.words.len() }))
     }
 
-    /// Writes words into their slots, with ids that count from `first_id`. Nothing but reservations may have happened
-    /// since the slots were found.
-    pub(crate) fn fill_slots(&mut self, found: &Slots, first_id: u32) {
+    /// Writes words into their slots, with the id that `id` gives for each number. Nothing but reservations may have
+    /// happened since the slots were found.
+    pub(crate) fn fill_slots(&mut self, found: &Slots, id: impl Fn(u32) -> u32) {
         let are_valid = found.table_len == self.words.len();
         for (&new, &slot) in found.words.iter().zip(&found.at) {
             let hash = hash_of(new);
             let searched = || self.search(hash, |_| false).unwrap_or_else(|slot| slot);
             let slot = if are_valid { slot as usize } else { searched() };
-            self.words[slot] = word(hash, first_id.wrapping_add(id_of(new)));
+            self.words[slot] = word(hash, id(id_of(new)));
         }
     }
 

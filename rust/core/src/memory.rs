@@ -56,6 +56,17 @@ pub fn append<T: Copy>(list: &mut Vec<T>, items: &[T]) -> Result<()> {
     Ok(())
 }
 
+/// Adds items; the list becomes just as long as it must.
+///
+/// # Errors
+///
+/// [`Error::Memory`]; the list is as it was.
+pub fn append_exact<T: Copy>(list: &mut Vec<T>, items: &[T]) -> Result<()> {
+    reserve(list, items.len())?;
+    list.extend_from_slice(items);
+    Ok(())
+}
+
 /// Adds a text; the string grows by doubling.
 ///
 /// # Errors

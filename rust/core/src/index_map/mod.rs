@@ -20,7 +20,6 @@
 
 mod bulk_build;
 mod bulk_read;
-mod planned;
 
 use std::collections::VecDeque;
 
@@ -28,8 +27,6 @@ use crate::error::{Error, Result};
 use crate::hash_table::Words;
 use crate::key::{Hashed, Matches};
 use crate::memory;
-
-pub(crate) use bulk_build::first_repeated;
 
 /// The largest number of entries of a map: half of the ids, because up to half of the entries may be holes.
 pub const MAX_ENTRIES: usize = (1 << 31) - 64;

@@ -1,7 +1,9 @@
-//! The names of a dictionary as bytes, and the difference between two such pieces.
+//! The names of a dictionary: in memory, as bytes, and the difference between two such pieces.
 
 pub mod codec;
 pub mod delta;
 mod header;
+mod record;
+pub mod table;
 pub mod text;
 mod words;

@@ -30,3 +30,47 @@ pub fn invalid_at(text: &[u8]) -> Option<usize> {
         }
     }
 }
+
+/// Something that says what a name is: its bytes in UTF-8, where surrogates may stand, too.
+pub trait Text {
+    /// Hands over the bytes.
+    fn with_utf8<R>(&self, take: impl FnOnce(&[u8]) -> R) -> R;
+
+    /// Begins to load what [`with_utf8`](Self::with_utf8) will read.
+    fn prefetch(&self) {}
+
+    /// Begins to load what lies at a place: a hint that this crate cannot give, for it has no unsafe code.
+    fn prefetch_place<T>(_place: &T) {}
+}
+
+impl Text for [u8] {
+    fn with_utf8<R>(&self, take: impl FnOnce(&[u8]) -> R) -> R {
+        take(self)
+    }
+}
+
+impl<T: Text + ?Sized> Text for &T {
+    fn with_utf8<R>(&self, take: impl FnOnce(&[u8]) -> R) -> R {
+        (**self).with_utf8(take)
+    }
+
+    fn prefetch(&self) {
+        (**self).prefetch();
+    }
+
+    fn prefetch_place<P>(place: &P) {
+        T::prefetch_place(place);
+    }
+}
+
+impl Text for str {
+    fn with_utf8<R>(&self, take: impl FnOnce(&[u8]) -> R) -> R {
+        take(self.as_bytes())
+    }
+}
+
+impl Text for String {
+    fn with_utf8<R>(&self, take: impl FnOnce(&[u8]) -> R) -> R {
+        take(self.as_bytes())
+    }
+}

@@ -14,16 +14,17 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::{Error, Result};
-use crate::index_map::{IndexMap, MAX_ENTRIES};
-use crate::key::{Hashed, Matches};
+use crate::index_map::MAX_ENTRIES;
 use crate::memory;
+use crate::names::table::{NameTable, Repeated};
+use crate::names::text::Text;
 use crate::rows::allocator::Rows;
 use crate::rows::places::{MAX_TABLES, Place, Places};
 use crate::rows::plan::Refusal;
 
 /// Names in order, and the table and row of each. Costs are amortised, with `n` the number of names.
-pub struct RowIndex<K> {
-    pub(super) names: IndexMap<K, Place>,
+pub struct RowIndex {
+    pub(super) names: NameTable,
     pub(super) tables: Vec<Rows>,
     /// Drawn anew with each change of what this struct describes.
     pub(super) version: u64,
@@ -37,14 +38,14 @@ pub(super) fn draw() -> u64 {
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
-impl<K> Default for RowIndex<K> {
+impl Default for RowIndex {
     fn default() -> Self {
-        Self::of_parts(IndexMap::new(), Vec::new())
+        Self::of_parts(NameTable::default(), Vec::new())
     }
 }
 
-impl<K> RowIndex<K> {
-    fn of_parts(names: IndexMap<K, Place>, tables: Vec<Rows>) -> Self {
+impl RowIndex {
+    fn of_parts(names: NameTable, tables: Vec<Rows>) -> Self {
         Self { names, tables, version: draw(), moves: draw(), inserts: draw() }
     }
 
@@ -69,7 +70,7 @@ impl<K> RowIndex<K> {
 
     /// The names and their places. **O(1)**.
     #[must_use]
-    pub fn names(&self) -> &IndexMap<K, Place> {
+    pub fn names(&self) -> &NameTable {
         &self.names
     }
 
@@ -125,7 +126,7 @@ impl<K> RowIndex<K> {
     ///
     /// [`Error::Memory`].
     pub fn places(&self) -> Result<Places> {
-        Ok(memory::collect(self.names.iter().map(|(_, place)| Some(*place)))?.into())
+        Ok(memory::collect(self.names.iter().map(|(_, place)| Some(place)))?.into())
     }
 
     /// The name that each of some rows of a table has now, `None` for a free one. **O(n + m)**, and O(used) bytes.
@@ -137,32 +138,31 @@ impl<K> RowIndex<K> {
         &self,
         table: i64,
         rows: impl Iterator<Item = u64> + Clone,
-    ) -> std::result::Result<Vec<Option<&K>>, Refusal<K>> {
+    ) -> std::result::Result<Vec<Option<&[u8]>>, Refusal> {
         let number = usize::try_from(table).unwrap_or(usize::MAX);
         let used = self.tables.get(number).ok_or(Refusal::NoTable(table))?.used();
         if let Some(at) = rows.clone().position(|row| row >= used) {
             return Err(Refusal::Place { at });
         }
-        let mut named: Vec<Option<&K>> = memory::filled(None, usize::try_from(used).unwrap_or(usize::MAX))?;
+        let mut named: Vec<Option<&[u8]>> = memory::filled(None, usize::try_from(used).unwrap_or(usize::MAX))?;
         for (name, place) in self.names.iter().filter(|(_, place)| place.table() == number) {
             named[place.row() as usize] = Some(name);
         }
         Ok(memory::collect(rows.map(|row| named[row as usize]))?)
     }
 
-    /// Another index with the same names, in the same order and rows, of what `convert` makes of each name, which must
-    /// match and hash the same. Nothing is hashed. **O(n)**.
+    /// Another index with the same names, in the same order and rows. Nothing is hashed. **O(n)**.
     ///
     /// # Errors
     ///
     /// [`Error::Memory`].
-    pub fn copy<L>(&self, mut convert: impl FnMut(&K) -> L) -> Result<RowIndex<L>> {
-        let names = self.names.map_entries(|name, place| (convert(name), *place))?;
+    pub fn copy(&self) -> Result<Self> {
+        let names = self.names.copy()?;
         let mut tables = memory::with_capacity(self.tables.len())?;
         for rows in &self.tables {
             tables.push(rows.copy()?);
         }
-        Ok(RowIndex::of_parts(names, tables))
+        Ok(Self::of_parts(names, tables))
     }
 
     /// The row that the next name of a table would get, and whether another name had it. `None` if a table of this
@@ -174,24 +174,21 @@ impl<K> RowIndex<K> {
         (row < capacity).then(|| (row, rows.reused(1) == 1))
     }
 
-    /// Makes sure that one more name needs no memory. **O(1)**.
+    /// Makes sure that to insert this name needs no memory. **O(1)**.
     ///
     /// # Errors
     ///
     /// [`Error::Memory`], [`Error::Full`].
-    pub fn reserve_one(&mut self) -> Result<()> {
-        self.names.make_ids(1)?;
-        self.names.reserve(1)
+    pub fn reserve_one(&mut self, name: &(impl Text + ?Sized)) -> Result<()> {
+        self.names.reserve_one(name)
     }
-}
 
-impl<K: Matches<K>> RowIndex<K> {
     /// An index of distinct names, of which the n-th has row n of the only table. **O(n)**.
     ///
     /// # Errors
     ///
     /// [`Refusal::Repeated`], [`Error::Memory`], [`Error::Full`].
-    pub fn of_one_table(names: impl Iterator<Item = K>) -> std::result::Result<Self, Refusal<K>> {
+    pub fn of_one_table<Q: Text>(names: impl Iterator<Item = Q>) -> std::result::Result<Self, Refusal> {
         let places = (0..).map_while(|row| Place::new(0, row));
         let names = distinct(names.zip(places))?;
         let tables = memory::collect([Rows::full(names.len() as u64)])?;
@@ -205,32 +202,17 @@ impl<K: Matches<K>> RowIndex<K> {
     ///
     /// [`Refusal::Repeated`]; [`Refusal::Lengths`] if there are not as many places; [`Refusal::Place`] for a place that
     /// is missing, outside, or that of a name before; [`Error::Memory`], [`Error::Full`], [`Error::Tables`].
-    pub fn of(names: Vec<K>, places: &Places, used: &[u64]) -> std::result::Result<Self, Refusal<K>> {
+    pub fn of<Q: Text>(
+        names: impl ExactSizeIterator<Item = Q>,
+        places: &Places,
+        used: &[u64],
+    ) -> std::result::Result<Self, Refusal> {
         if names.len() != places.len() {
             return Err(Refusal::Lengths { names: names.len(), places: places.len() });
         }
         let tables = tables_of(places, used)?;
-        let entries = names.into_iter().zip(places.iter()).map(|(name, place)| (name, certain(place)));
+        let entries = names.zip(places.iter()).map(|(name, place)| (name, certain(place)));
         Ok(Self::of_parts(distinct(entries)?, tables))
-    }
-
-    /// An index of names that are in another map, where `place_of` gives the place of each by its value. Nothing is
-    /// hashed. **O(n)**, and **O(used / 64)**.
-    ///
-    /// # Errors
-    ///
-    /// As of [`of`](Self::of).
-    pub fn of_map<L, V>(
-        map: &IndexMap<L, V>,
-        used: &[u64],
-        mut convert: impl FnMut(&L) -> K,
-        place_of: impl Fn(&V) -> Option<Place>,
-    ) -> std::result::Result<Self, Refusal<K>> {
-        let places: Places = memory::collect(map.iter().map(|(_, value)| place_of(value)))?.into();
-        let tables = tables_of(&places, used)?;
-        let mut places = places.iter();
-        let names = map.map_entries(|name, _| (convert(name), certain(places.next().flatten())))?;
-        Ok(Self::of_parts(names, tables))
     }
 
     /// Adds a name at the end with a row that is the next of its table; there must be room for it. `false`, and nothing
@@ -239,58 +221,52 @@ impl<K: Matches<K>> RowIndex<K> {
     /// # Errors
     ///
     /// [`Error::Memory`], [`Error::Full`]; nothing has changed. None after [`reserve_one`](Self::reserve_one).
-    pub fn insert_one(&mut self, name: K, table: usize, row: u64) -> Result<bool> {
+    pub fn insert_one(&mut self, name: &(impl Text + ?Sized), table: usize, row: u64) -> Result<bool> {
         let Some(place) = Place::new(table, row) else { return Ok(false) };
-        if self.next_row(table, u64::MAX).is_none_or(|(next, _)| next != row) || self.names.contains(&name) {
+        if self.next_row(table, u64::MAX).is_none_or(|(next, _)| next != row) || !self.names.insert_new(name, place)? {
             return Ok(false);
         }
-        self.names.insert(name, place)?;
         self.tables[table].take(1);
         (self.version, self.inserts) = (draw(), draw());
         Ok(true)
     }
 
-    /// Removes the name that `query` names, if it has this place, and gives it; its row is free. **O(1)**.
+    /// Removes a name, if it has this place; its row is free. Whether it did. **O(1)**.
     ///
     /// # Errors
     ///
     /// [`Error::Memory`]; nothing has changed.
-    pub fn remove_one<Q>(&mut self, query: &Q, place: Place) -> Result<Option<K>>
-    where
-        Q: Hashed + ?Sized,
-        K: Matches<Q>,
-    {
-        if self.names.get(query) != Some(&place) {
-            return Ok(None);
-        }
-        self.make_room_to_free(place)?;
-        let removed = self.names.remove(query);
-        Ok(removed.map(|(name, _)| self.give_back(name, place)))
+    pub fn remove_one(&mut self, name: &(impl Text + ?Sized), place: Place) -> Result<bool> {
+        let position = self.names.position_of(name).filter(|at| self.names.place_at(*at) == Some(place));
+        self.remove_at(position, place)
     }
 
-    /// Removes the last or the first name, if it has this place, and gives it; its row is free. **O(1)**.
+    /// Removes the last or the first name, if it has this place; its row is free. Whether it did. **O(1)**.
     ///
     /// # Errors
     ///
     /// [`Error::Memory`]; nothing has changed.
-    pub fn remove_end(&mut self, last: bool, place: Place) -> Result<Option<K>> {
+    pub fn remove_end(&mut self, last: bool, place: Place) -> Result<bool> {
         let end = if last { self.names.last() } else { self.names.first() };
-        if end.map(|(_, at_end)| *at_end) != Some(place) {
-            return Ok(None);
-        }
+        let position = end.filter(|end| end.place == place).map(|end| end.position);
+        self.remove_at(position, place)
+    }
+
+    fn remove_at(&mut self, position: Option<usize>, place: Place) -> Result<bool> {
+        let Some(position) = position else { return Ok(false) };
         self.make_room_to_free(place)?;
-        let removed = if last { self.names.pop_last() } else { self.names.pop_first() };
-        Ok(removed.map(|(name, _)| self.give_back(name, place)))
+        self.names.remove_at(&[position]);
+        self.give_back(place);
+        Ok(true)
     }
 
     fn make_room_to_free(&mut self, place: Place) -> Result<()> {
         self.tables[place.table()].reserve_free_below(place.row() + 1)
     }
 
-    fn give_back(&mut self, name: K, place: Place) -> K {
+    fn give_back(&mut self, place: Place) {
         self.tables[place.table()].give_back(place.row());
         (self.version, self.moves) = (draw(), draw());
-        name
     }
 
     /// Checks that the index is as its description says. For tests: **O(n + used)**.
@@ -302,7 +278,7 @@ impl<K: Matches<K>> RowIndex<K> {
         self.names.check();
         let mut tables: Vec<Rows> =
             self.tables.iter().map(|rows| Rows::all_free(rows.used()).expect("memory for a test")).collect();
-        for (_, place) in &self.names {
+        for (_, place) in self.names.iter() {
             assert!(tables[place.table()].claim(place.row()), "two names have {place:?}, or no table has given it");
         }
         for (number, (claimed, rows)) in tables.iter().zip(&self.tables).enumerate() {
@@ -317,22 +293,13 @@ pub(super) fn certain(place: Option<Place>) -> Place {
     place.expect("what has no place has been refused")
 }
 
-/// A map of entries whose names are distinct.
-pub(super) fn distinct<K: Matches<K>>(
-    entries: impl Iterator<Item = (K, Place)>,
-) -> std::result::Result<IndexMap<K, Place>, Refusal<K>> {
-    match IndexMap::from_distinct(entries)? {
-        Ok(map) => Ok(map),
-        Err(mut entries) if entries.len() <= MAX_ENTRIES => {
-            let repeated = crate::index_map::first_repeated(entries.len(), |at| &entries[at].0)?;
-            Err(Refusal::Repeated(entries.swap_remove(repeated.expect("a name is repeated")).0))
-        }
-        Err(entries) => Err(Error::Full { wanted: entries.len(), limit: MAX_ENTRIES }.into()),
-    }
+/// A table of distinct names.
+pub(super) fn distinct<Q: Text>(entries: impl Iterator<Item = (Q, Place)>) -> std::result::Result<NameTable, Refusal> {
+    NameTable::of_distinct(entries)?.map_err(|Repeated(at)| Refusal::Repeated { at })
 }
 
 /// Tables that have given so many rows, of which those at some places belong to names and all others are free.
-pub(super) fn tables_of<K>(places: &Places, used: &[u64]) -> std::result::Result<Vec<Rows>, Refusal<K>> {
+pub(super) fn tables_of(places: &Places, used: &[u64]) -> std::result::Result<Vec<Rows>, Refusal> {
     if used.len() > MAX_TABLES {
         return Err(Error::Tables { limit: MAX_TABLES }.into());
     }

@@ -44,6 +44,16 @@ impl Place {
         !self.0.get()
     }
 
+    /// The place as a number that is not 0.
+    pub(crate) fn bits(self) -> u64 {
+        self.0.get()
+    }
+
+    /// The place with these [bits](Self::bits); `None` for 0.
+    pub(crate) fn of_bits(bits: u64) -> Option<Self> {
+        NonZeroU64::new(bits).map(Self)
+    }
+
     /// The number of the table.
     #[must_use]
     pub fn table(self) -> usize {

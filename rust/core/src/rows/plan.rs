@@ -6,25 +6,31 @@
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-use crate::hash_table::Slots;
-use crate::index_map::{IndexMap, MAX_ENTRIES};
-use crate::key::Matches;
+use crate::index_map::MAX_ENTRIES;
 use crate::memory;
+use crate::names::table::{NameTable, New, Repeated};
+use crate::names::text::Text;
 use crate::rows::allocator::Rows;
 use crate::rows::index::{RowIndex, certain, distinct, draw, tables_of};
 use crate::rows::places::{Place, Places};
 
 /// Why a plan cannot be made. Nothing has changed.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Refusal<K> {
+pub enum Refusal {
     /// There is no memory, or there are too many.
     Limit(Error),
     /// A name is not there.
-    Missing(K),
+    Missing {
+        /// Its position in the list of names.
+        at: usize,
+    },
     /// A name is there already.
-    Present(K),
+    Present,
     /// A name is listed twice.
-    Repeated(K),
+    Repeated {
+        /// The position at which it is listed once more.
+        at: usize,
+    },
     /// There are not as many places, or tables, as names.
     Lengths {
         /// The number of names.
@@ -48,31 +54,31 @@ pub enum Refusal<K> {
     },
 }
 
-impl<K> From<Error> for Refusal<K> {
+impl From<Error> for Refusal {
     fn from(error: Error) -> Self {
         Self::Limit(error)
     }
 }
 
-type Planned<K> = std::result::Result<Plan<K>, Refusal<K>>;
+type Planned = std::result::Result<Plan, Refusal>;
 
 /// A change that can be committed without failing.
-pub struct Plan<K> {
+pub struct Plan {
     /// The version of the index that it was made for.
     version: u64,
     places: Arc<Places>,
     new: NewRows,
     freed: Arc<Places>,
-    change: Change<K>,
+    change: Change,
 }
 
-enum Change<K> {
+enum Change {
     Committed,
-    Insert { added: Added<K>, moved: Vec<Moved>, taken: Vec<(usize, u64)> },
+    Insert { added: Added, moved: Vec<Moved>, taken: Vec<(usize, u64)> },
     Remove { positions: Vec<usize> },
     Clear { tables: Vec<Rows> },
     Replace { tables: Vec<Rows> },
-    Rename { position: usize, name: K },
+    Rename { position: usize, name: Vec<u8> },
     MoveToEnd { position: usize, last: bool },
 }
 
@@ -92,14 +98,14 @@ struct Moved {
     position: usize,
 }
 
-enum Added<K> {
+enum Added {
     /// All names of an index that has none yet.
-    First(IndexMap<K, Place>),
-    More(Vec<K>, Slots),
+    First(NameTable),
+    More(New),
 }
 
-impl<K> Plan<K> {
-    fn new(version: u64, change: Change<K>) -> Self {
+impl Plan {
+    fn new(version: u64, change: Change) -> Self {
         let (places, freed) = (Arc::new(Places::default()), Arc::new(Places::default()));
         Self { version, places, new: NewRows::All(0), freed, change }
     }
@@ -155,7 +161,7 @@ struct Choice {
     counts: Vec<u64>,
 }
 
-impl<K: Matches<K>> RowIndex<K> {
+impl RowIndex {
     /// Plans that each of some distinct names lies in the table that is listed for it. **O(m)**.
     ///
     /// A name that lies there already keeps its row. Others get the next rows of their tables, in the order of the list.
@@ -165,7 +171,7 @@ impl<K: Matches<K>> RowIndex<K> {
     ///
     /// [`Refusal::Repeated`], [`Refusal::Lengths`], [`Refusal::NoTable`], [`Error::Memory`], [`Error::Full`],
     /// [`Error::Rows`].
-    pub fn plan_insert(&mut self, mut names: Vec<K>, tables: &[i64]) -> Planned<K> {
+    pub fn plan_insert<Q: Text>(&mut self, mut names: Vec<Q>, tables: &[i64]) -> Planned {
         if names.len() != tables.len() {
             return Err(Refusal::Lengths { names: names.len(), places: tables.len() });
         }
@@ -176,7 +182,6 @@ impl<K: Matches<K>> RowIndex<K> {
         if names.len() > MAX_ENTRIES {
             return Err(Error::Full { wanted: names.len(), limit: MAX_ENTRIES }.into());
         }
-        self.names.make_ids(names.len())?;
         let is_first = self.names.is_empty();
         let (mut places, mut hashes) = (memory::with_capacity(names.len())?, Vec::new());
         if is_first {
@@ -184,12 +189,12 @@ impl<K: Matches<K>> RowIndex<K> {
         } else {
             memory::reserve(&mut hashes, names.len())?;
             self.names.find_many(&names, |_, hash, found| {
-                places.push(found.map(|(_, place)| *place));
+                places.push(found.map(|(_, place)| place));
                 hashes.push(hash);
             });
         }
         if let Some(at) = first_shared(&places)? {
-            return Err(Refusal::Repeated(names.swap_remove(at)));
+            return Err(Refusal::Repeated { at });
         }
         let Choice { new, freed, moved, counts } = self.choose(&names, &mut places, tables)?;
         let places = Arc::new(Places::from(places));
@@ -199,9 +204,9 @@ impl<K: Matches<K>> RowIndex<K> {
         } else {
             plan.keep_added(&mut names, &moved);
             plan.keep_added(&mut hashes, &moved);
-            match self.names.slots_of_new(&names, &hashes)? {
-                Ok(slots) => Added::More(names, slots),
-                Err(at) => return Err(Refusal::Repeated(names.swap_remove(at))),
+            match self.names.plan_new(&names, &hashes)? {
+                Ok(new) => Added::More(new),
+                Err(Repeated(at)) => return Err(Refusal::Repeated { at: plan.added(&moved).nth(at).unwrap_or(at) }),
             }
         };
         self.reserve_free(&freed)?;
@@ -212,7 +217,7 @@ impl<K: Matches<K>> RowIndex<K> {
     }
 
     /// Chooses a place in the table that is listed for each name; `places` are those that names have.
-    fn choose(&self, names: &[K], places: &mut [Option<Place>], tables: &[i64]) -> Result<Choice> {
+    fn choose<Q: Text>(&self, names: &[Q], places: &mut [Option<Place>], tables: &[i64]) -> Result<Choice> {
         let stays = |place: Option<Place>, table| place.is_some_and(|place| place.table() == table);
         let tables = || tables.iter().map(|table| table.cast_unsigned() as usize);
         let mut counts = memory::filled(0_u64, self.tables.len())?;
@@ -250,26 +255,26 @@ impl<K: Matches<K>> RowIndex<K> {
     /// # Errors
     ///
     /// [`Refusal::Missing`], [`Refusal::Repeated`], [`Error::Memory`].
-    pub fn plan_remove(&mut self, mut names: Vec<K>) -> Planned<K> {
+    pub fn plan_remove<Q: Text>(&mut self, names: &[Q]) -> Planned {
         let mut positions = memory::with_capacity(names.len())?;
         let mut freed = memory::with_capacity(names.len())?;
         let mut missing = None;
         if self.names.is_empty() {
             missing = (!names.is_empty()).then_some(0);
         } else {
-            self.names.find_many(&names, |at, _, found| match found {
+            self.names.find_many(names, |at, _, found| match found {
                 Some((position, place)) => {
                     positions.push(position);
-                    freed.push(Some(*place));
+                    freed.push(Some(place));
                 }
                 None => missing = missing.or(Some(at)),
             });
         }
         if let Some(at) = missing {
-            return Err(Refusal::Missing(names.swap_remove(at)));
+            return Err(Refusal::Missing { at });
         }
         if let Some(at) = first_shared(&freed)? {
-            return Err(Refusal::Repeated(names.swap_remove(at)));
+            return Err(Refusal::Repeated { at });
         }
         self.reserve_free(&freed)?;
         let mut plan = Plan::new(self.version, Change::Remove { positions });
@@ -283,7 +288,7 @@ impl<K: Matches<K>> RowIndex<K> {
     /// # Errors
     ///
     /// [`Error::Memory`].
-    pub fn plan_clear(&self) -> Result<Plan<K>> {
+    pub fn plan_clear(&self) -> Result<Plan> {
         let freed = self.places()?;
         let mut tables = memory::with_capacity(self.tables.len())?;
         for rows in &self.tables {
@@ -303,7 +308,7 @@ impl<K: Matches<K>> RowIndex<K> {
     /// - [`Refusal::Tables`] if there are not as many numbers as tables.
     /// - [`Refusal::Place`] for a place that is missing, outside, or that of an earlier name.
     /// - [`Error::Memory`], [`Error::Rows`].
-    pub fn plan_places(&self, places: Arc<Places>, used: &[u64]) -> Planned<K> {
+    pub fn plan_places(&self, places: Arc<Places>, used: &[u64]) -> Planned {
         if used.len() != self.tables.len() {
             return Err(Refusal::Tables { tables: self.tables.len(), used: used.len() });
         }
@@ -313,7 +318,7 @@ impl<K: Matches<K>> RowIndex<K> {
         let tables = tables_of(&places, used)?;
         let is_free = |place: Place| tables[place.table()].is_free(place.row());
         let freed = memory::collect(
-            self.names.iter().map(|(_, place)| Some(*place)).filter(|place| place.is_some_and(is_free)),
+            self.names.iter().map(|(_, place)| Some(place)).filter(|place| place.is_some_and(is_free)),
         )?;
         let mut plan = Plan::new(self.version, Change::Replace { tables });
         (plan.places, plan.freed) = (places, Arc::new(freed.into()));
@@ -324,15 +329,16 @@ impl<K: Matches<K>> RowIndex<K> {
     ///
     /// # Errors
     ///
-    /// [`Refusal::Missing`] if the old name is not there, [`Refusal::Present`] if the new one is.
-    pub fn plan_rename(&self, old: K, new: K) -> Planned<K> {
-        let Some(position) = self.names.position_of(&old) else {
-            return Err(Refusal::Missing(old));
+    /// [`Refusal::Missing`] if the old name is not there, [`Refusal::Present`] if the new one is; [`Error::Memory`].
+    pub fn plan_rename(&mut self, old: &(impl Text + ?Sized), new: &(impl Text + ?Sized)) -> Planned {
+        let Some(position) = self.names.position_of(old) else {
+            return Err(Refusal::Missing { at: 0 });
         };
-        if self.names.contains(&new) {
-            return Err(Refusal::Present(new));
+        if self.names.contains(new) {
+            return Err(Refusal::Present);
         }
-        Ok(Plan::new(self.version, Change::Rename { position, name: new }))
+        let name = self.names.reserve_renamed(new)?;
+        Ok(Plan::new(self.version, Change::Rename { position, name }))
     }
 
     /// Plans to move a name behind, or in front of, all others. **O(1)**.
@@ -340,20 +346,20 @@ impl<K: Matches<K>> RowIndex<K> {
     /// # Errors
     ///
     /// [`Refusal::Missing`], [`Error::Memory`].
-    pub fn plan_move_to_end(&mut self, name: K, last: bool) -> Planned<K> {
-        self.names.make_place()?;
-        let Some(position) = self.names.position_of(&name) else {
-            return Err(Refusal::Missing(name));
+    pub fn plan_move_to_end(&mut self, name: &(impl Text + ?Sized), last: bool) -> Planned {
+        let Some(position) = self.names.position_of(name) else {
+            return Err(Refusal::Missing { at: 0 });
         };
+        self.names.reserve_moved(position, last)?;
         Ok(Plan::new(self.version, Change::MoveToEnd { position, last }))
     }
 
-    /// Does what was planned, and hands the names that are gone to `discarded`. `false`, and nothing has changed, if
-    /// the index has changed since the plan was made, or the plan is of another index. It needs no memory.
+    /// Does what was planned. `false`, and nothing has changed, if the index has changed since the plan was made, or the
+    /// plan is of another index. It needs no memory.
     ///
     /// **O(m)** for `m` names that are listed in the plan; **O(n)** if it is one for all.
     #[must_use]
-    pub fn commit(&mut self, plan: &mut Plan<K>, mut discarded: impl FnMut(K)) -> bool {
+    pub fn commit(&mut self, plan: &mut Plan) -> bool {
         if plan.version != self.version {
             return false;
         }
@@ -368,13 +374,13 @@ impl<K: Matches<K>> RowIndex<K> {
             Change::Committed => {}
             Change::Insert { added, moved, taken } => {
                 for Moved { at, position } in &moved {
-                    self.names.set_value_at(*position, certain(plan.places.get(*at).flatten()));
+                    self.names.set_place_at(*position, certain(plan.places.get(*at).flatten()));
                 }
                 match added {
                     Added::First(map) => self.names.become_filled(map),
-                    Added::More(names, slots) => {
+                    Added::More(new) => {
                         let places = plan.added(&moved).map(|at| certain(plan.places.get(at).flatten()));
-                        self.names.append_new(names, &slots, places);
+                        self.names.append_new(new, places);
                     }
                 }
                 for (table, count) in taken {
@@ -383,26 +389,25 @@ impl<K: Matches<K>> RowIndex<K> {
                 self.free(&plan.freed);
             }
             Change::Remove { positions } => {
-                self.names.remove_at(&positions, discarded);
+                self.names.remove_at(&positions);
                 self.free(&plan.freed);
             }
             Change::Clear { tables } => {
-                self.names.remove_all(discarded);
+                self.names.clear();
                 self.tables = tables;
             }
             Change::Replace { tables } => {
-                let mut places = plan.places.iter().flatten();
-                self.names.for_each_value(|place| *place = places.next().unwrap_or(*place));
+                self.names.set_places(plan.places.iter().flatten());
                 self.tables = tables;
             }
-            Change::Rename { position, name } => discarded(self.names.rename_at(position, name)),
+            Change::Rename { position, name } => self.names.rename_at(position, name),
             Change::MoveToEnd { position, last } => self.names.move_at(position, last),
         }
         true
     }
 
     /// For each table an iterator of its next rows, of which so many will be asked for.
-    fn next_rows(&self, counts: &[u64]) -> Result<Vec<impl Iterator<Item = u64> + use<'_, K>>> {
+    fn next_rows(&self, counts: &[u64]) -> Result<Vec<impl Iterator<Item = u64> + use<'_>>> {
         let mut next = memory::with_capacity(counts.len())?;
         for (rows, count) in self.tables.iter().zip(counts) {
             let used = rows.used() + (count - rows.reused(*count));
@@ -433,7 +438,7 @@ impl<K: Matches<K>> RowIndex<K> {
     }
 }
 
-impl<K> Change<K> {
+impl Change {
     /// Whether it adds names, sets entries, or changes the order.
     fn is_insertion(&self) -> bool {
         matches!(self, Self::Insert { .. } | Self::Rename { .. } | Self::MoveToEnd { .. })

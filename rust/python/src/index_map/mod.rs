@@ -770,7 +770,7 @@ impl IndexMap {
             rows.iter_mut().filter(|row| **row < 0).for_each(|row| *row = default.unwrap_or(-1));
             return Ok(PyArray1::from_vec(py, rows));
         }
-        let names = to_names(names)?;
+        let names = to_names::<Name>(names)?;
         let mut rows = memory::with_capacity(names.len())?;
         let (mut first, mut count) = (Vec::with_capacity(LISTED), 0);
         self.read(py).map.get_many(&names, |at, row| {

@@ -4,7 +4,9 @@
 //! held, and dropping one runs none either. A `str` subclass may define its own `__hash__` and `__eq__` (a string
 //! enumeration does), so it is first made an exact `str` with the same characters.
 
-use pdrs_core::names::text::push_character;
+use std::cell::Cell;
+
+use pdrs_core::names::text::{Text as NameText, push_character};
 use pdrs_core::{Hashed, Matches};
 use pyo3::exceptions::PyTypeError;
 use pyo3::ffi::PyASCIIObject;
@@ -21,8 +23,14 @@ pub(crate) use crate::python::cpython::{Listed, find_listed, with_listed};
 /// Where the hash of a `str` stands in it, behind its length.
 pub(crate) const HASH: usize = std::mem::offset_of!(PyASCIIObject, hash);
 
+/// A buffer for characters is kept up to so many bytes.
+const LONG: usize = 1 << 12;
+
 /// A shared, exact `str` whose hash has been computed.
 pub(crate) struct Name(Py<PyString>);
+
+/// A shared, exact `str`, of which nothing but the characters is asked.
+pub(crate) struct Exact(Py<PyString>);
 
 /// A borrowed, exact `str` to look a [`Name`] up by.
 pub(crate) struct Query<'a, 'py>(&'a Bound<'py, PyString>);
@@ -66,18 +74,40 @@ impl Name {
 
     /// The name that [`with_utf8`](Self::with_utf8) handed out; an error if the bytes are no such name.
     pub(crate) fn from_utf8(py: Python<'_>, bytes: &[u8]) -> PyResult<Self> {
-        if let Some(text) = new_ascii(py, bytes)? {
-            return Ok(Self::new(text));
-        }
-        if let Ok(text) = std::str::from_utf8(bytes) {
-            return Ok(Self::new(new_text(py, text)?));
-        }
-        Ok(Self::new(with_surrogates(py, bytes)?))
+        text_of_utf8(py, bytes).map(Self::new)
     }
 
     pub(crate) fn into_text(self, py: Python<'_>) -> Bound<'_, PyString> {
         self.0.into_bound(py)
     }
+}
+
+/// The `str` with these bytes in UTF-8.
+fn text_of_utf8<'py>(py: Python<'py>, bytes: &[u8]) -> PyResult<Bound<'py, PyString>> {
+    if let Some(text) = new_ascii(py, bytes)? {
+        return Ok(text);
+    }
+    match std::str::from_utf8(bytes) {
+        Ok(text) => new_text(py, text),
+        Err(_) => with_surrogates(py, bytes),
+    }
+}
+
+/// Hands the characters in UTF-8 over; see [`with_utf8`].
+#[inline]
+fn utf8<R>(text: &Py<PyString>, take: impl FnOnce(&[u8]) -> R) -> R {
+    thread_local! {
+        static BUFFER: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+    }
+    if let Characters::Ascii(ascii) = Text::of(text).characters {
+        return take(ascii);
+    }
+    let mut buffer = BUFFER.take();
+    let result = with_utf8(text, &mut buffer, take);
+    if buffer.capacity() <= LONG {
+        BUFFER.set(buffer);
+    }
+    result
 }
 
 /// Begins to load a `str`.
@@ -101,6 +131,67 @@ pub(crate) fn with_utf8<R>(text: &Py<PyString>, buffer: &mut Vec<u8>, take: impl
         Characters::FourBytes(all) => all.iter().for_each(|one| push(*one)),
     }
     take(buffer)
+}
+
+impl From<Bound<'_, PyString>> for Name {
+    fn from(text: Bound<'_, PyString>) -> Self {
+        Self::new(text)
+    }
+}
+
+impl From<Bound<'_, PyString>> for Exact {
+    fn from(text: Bound<'_, PyString>) -> Self {
+        Self(text.unbind())
+    }
+}
+
+impl Exact {
+    /// The name with these bytes in UTF-8, in which surrogates may stand; an error if they are no such text.
+    pub(crate) fn from_utf8(py: Python<'_>, bytes: &[u8]) -> PyResult<Self> {
+        text_of_utf8(py, bytes).map(Self::from)
+    }
+
+    pub(crate) fn into_text(self, py: Python<'_>) -> Bound<'_, PyString> {
+        self.0.into_bound(py)
+    }
+}
+
+impl NameText for Exact {
+    fn with_utf8<R>(&self, take: impl FnOnce(&[u8]) -> R) -> R {
+        utf8(&self.0, take)
+    }
+
+    fn prefetch(&self) {
+        prefetch(&self.0);
+    }
+
+    fn prefetch_place<T>(place: &T) {
+        hint(std::ptr::from_ref(place) as usize);
+    }
+}
+
+impl NameText for Query<'_, '_> {
+    fn with_utf8<R>(&self, take: impl FnOnce(&[u8]) -> R) -> R {
+        utf8(self.0.as_unbound(), take)
+    }
+}
+
+impl NameText for Listed<'_, '_> {
+    fn with_utf8<R>(&self, take: impl FnOnce(&[u8]) -> R) -> R {
+        match self.text() {
+            Some(text) => utf8(text, take),
+            // No name is empty.
+            None => take(&[]),
+        }
+    }
+
+    fn prefetch(&self) {
+        Hashed::prefetch(self);
+    }
+
+    fn prefetch_place<T>(place: &T) {
+        hint(std::ptr::from_ref(place) as usize);
+    }
 }
 
 impl<'a, 'py> From<&'a Bound<'py, PyString>> for Query<'a, 'py> {

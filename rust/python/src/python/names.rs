@@ -1,5 +1,7 @@
 //! Many names that are given in one call, in whatever holds them.
 
+use std::marker::PhantomData;
+
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::list::BoundListIterator;
@@ -7,7 +9,7 @@ use pyo3::types::{PyList, PyString, PyTuple};
 
 use crate::index_map::AHEAD;
 use crate::python::memory;
-use crate::python::name::{HASH, Name, exact_text};
+use crate::python::name::{HASH, exact_text};
 use crate::torch::bytes::hint;
 
 /// The names as an exact list or tuple: themselves, if they are one, and otherwise what Python makes of them.
@@ -25,16 +27,17 @@ pub(crate) fn listed<'py>(names: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAn
 /// The names in a list, up to the first that is no exact `str`.
 ///
 /// Neither to hash nor to drop one runs Python code, so nothing changes the list meanwhile.
-pub(crate) struct ExactNames<'py> {
+pub(crate) struct ExactNames<'py, N> {
     names: BoundListIterator<'py>,
     has_other: bool,
+    made: PhantomData<N>,
 }
 
-impl<'py> ExactNames<'py> {
+impl<'py, N> ExactNames<'py, N> {
     /// `None` if this is no exact list.
     pub(crate) fn of(names: &Bound<'py, PyAny>) -> Option<Self> {
         let list = names.cast_exact::<PyList>().ok()?;
-        Some(Self { names: list.iter(), has_other: false })
+        Some(Self { names: list.iter(), has_other: false, made: PhantomData })
     }
 
     /// Whether nothing else was met.
@@ -43,13 +46,13 @@ impl<'py> ExactNames<'py> {
     }
 }
 
-impl Iterator for ExactNames<'_> {
-    type Item = Name;
+impl<'py, N: From<Bound<'py, PyString>>> Iterator for ExactNames<'py, N> {
+    type Item = N;
 
-    fn next(&mut self) -> Option<Name> {
+    fn next(&mut self) -> Option<N> {
         let text = self.names.next()?.cast_into_exact::<PyString>();
         self.has_other |= text.is_err();
-        text.ok().map(Name::new)
+        text.ok().map(N::from)
     }
 
     fn size_hint(&self) -> (usize, Option<usize>) {
@@ -58,22 +61,22 @@ impl Iterator for ExactNames<'_> {
 }
 
 /// The names as exact `str`; a `TypeError` that says what came instead, and where, otherwise.
-pub(crate) fn to_names(names: &Bound<'_, PyAny>) -> PyResult<Vec<Name>> {
+pub(crate) fn to_names<'py, N: From<Bound<'py, PyString>>>(names: &Bound<'py, PyAny>) -> PyResult<Vec<N>> {
     to_names_that(names, |_| Ok(()))
 }
 
 /// The same; `check` may refuse one.
-pub(crate) fn to_names_that<'py>(
+pub(crate) fn to_names_that<'py, N: From<Bound<'py, PyString>>>(
     names: &Bound<'py, PyAny>,
     check: impl Fn(&Bound<'py, PyString>) -> PyResult<()>,
-) -> PyResult<Vec<Name>> {
+) -> PyResult<Vec<N>> {
     let names = listed(names)?;
     let mut converted = memory::with_capacity(names.len()?)?;
     let mut take = |name: &Bound<'py, PyAny>| {
         match exact_text(name)? {
             Some(text) => {
                 check(&text)?;
-                memory::push(&mut converted, Name::new(text))?;
+                memory::push(&mut converted, N::from(text))?;
             }
             None => return Err(refused(name, converted.len())),
         }

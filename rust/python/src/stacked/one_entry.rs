@@ -10,7 +10,7 @@ use pdrs_core::Place;
 use crate::python::cpython::attributes;
 use crate::python::lock::{Holding, Lock, one_step};
 use crate::python::memory::OrRaise;
-use crate::python::name::{Name, Query, to_text};
+use crate::python::name::{Exact, Query, to_text};
 use crate::python::one_step::call_all;
 use crate::stacked::row::{Fit, RowValue, ZeroedRow, copy_row};
 use crate::stacked::row_index::RowIndex;
@@ -204,12 +204,12 @@ fn insert(
                 if !is_next || state.names().contains(&Query::from(name)) {
                     return Ok(false);
                 }
-                state.reserve_one().or_raise()?;
+                state.reserve_one(&Query::from(name)).or_raise()?;
             }
             if !value.write(torch, &parameter, row)? {
                 return Ok(false);
             }
-            index.lock(py)?.insert_one(Name::new(name.clone()), number, row).or_raise()
+            index.lock(py)?.insert_one(&Query::from(name), number, row).or_raise()
         });
     }
     Ok(false)
@@ -252,7 +252,7 @@ pub(crate) fn pop_end_entry_row<'py>(
         let end = {
             let state = index.get().lock(py)?;
             let end = if last { state.names().last() } else { state.names().first() };
-            end.map(|(name, place)| (name.clone_ref(py), *place))
+            end.map(|end| Ok::<_, PyErr>((Exact::from_utf8(py, end.name)?, end.place))).transpose()?
         };
         let Some((name, place)) = end else {
             return Ok(None);
@@ -261,10 +261,10 @@ pub(crate) fn pop_end_entry_row<'py>(
         let remove = |py| {
             let mut state = index.get().lock(py)?;
             // Another name may have come to the end.
-            if state.names().get(&Query::from(&name)) == Some(&place) {
+            if state.names().get(&Query::from(&name)) == Some(place) {
                 state.remove_end(last, place).or_raise()
             } else {
-                Ok(None)
+                Ok(false)
             }
         };
         if let Some(row) = take_row(&stacked, index.get(), place, remove)? {
@@ -282,7 +282,7 @@ fn take_row<'py>(
     stacked: &Stacked<'_, 'py>,
     index: &RowIndex,
     place: Place,
-    remove: impl FnOnce(Python<'py>) -> PyResult<Option<Name>>,
+    remove: impl FnOnce(Python<'py>) -> PyResult<bool>,
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
     let py = stacked.py();
     let torch = Torch::get(py)?;
@@ -311,10 +311,10 @@ fn take_row<'py>(
     let mut given = Vec::with_capacity(calls.len());
     let removed = one_step(py, || {
         if !stacked.is_as_counted(moves)? {
-            return Ok(None);
+            return Ok(false);
         }
         let removed = remove(py)?;
-        if removed.is_some() {
+        if removed {
             call_all(&calls, &mut given)?;
             if changes.is_none() {
                 zeroed.write(torch, py)?;
@@ -322,7 +322,7 @@ fn take_row<'py>(
         }
         PyResult::Ok(removed)
     })?;
-    Ok(removed.map(|_| copied))
+    Ok(removed.then_some(copied))
 }
 
 /// Adds all tensors in which a row of a table is to be zero when its name is gone; `false` if something else is to be

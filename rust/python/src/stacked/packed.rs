@@ -4,13 +4,14 @@ use std::ptr;
 
 use numpy::{PyArray1, PyArrayMethods};
 use pdrs_core::names::codec::{self, Names, Parts, hash};
+use pdrs_core::names::text::Text;
 use pdrs_core::{MAX_TABLES, Place, Places as Found, Refusal, RowIndex as Index};
 use pyo3::exceptions::{PyMemoryError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::{PyString, PyType};
+use pyo3::types::PyType;
 
 use crate::python::memory::{self, OrRaise};
-use crate::python::name::{Name, prefetch, with_utf8};
+use crate::python::name::Exact;
 use crate::torch::bytes::hint;
 
 /// How many names are looked up together.
@@ -48,8 +49,8 @@ impl Packed {
             bytes: bytes.clone().unbind(),
             parts,
             used,
-            moves: Index::<Name>::new_count(),
-            inserts: Index::<Name>::new_count(),
+            moves: Index::new_count(),
+            inserts: Index::new_count(),
             error: error.clone().unbind(),
             path,
             origin,
@@ -78,38 +79,29 @@ impl Packed {
     }
 
     /// The place of a name, if it is there. **O(1)**.
-    pub(crate) fn place(&self, py: Python<'_>, name: &Name) -> PyResult<Option<Place>> {
+    pub(crate) fn place(&self, py: Python<'_>, name: &impl Text) -> PyResult<Option<Place>> {
         self.with(py, |names| {
-            name.with_utf8(py, &mut Vec::new(), |text| {
+            name.with_utf8(|text| {
                 names.find(hash(text), |other| other == text).and_then(|number| self.place_at(names, number))
             })
         })
     }
 
-    /// The place of each of many names, of which `text_of` gives the text; `None` if one has none. **O(m)**.
+    /// The place of each of many names. **O(m)**.
     ///
     /// All that a name needs is loaded a batch ahead: the cache misses of a batch overlap.
     /// Runs no Python code.
-    pub(crate) fn places<Q>(
-        &self,
-        names: &Names<'_>,
-        wanted: &[Q],
-        text_of: impl Fn(&Q) -> Option<&Py<PyString>>,
-    ) -> PyResult<Option<Found>> {
+    pub(crate) fn places<Q: Text>(&self, names: &Names<'_>, wanted: &[Q]) -> PyResult<Found> {
         let load = |place: Option<&u8>| place.into_iter().for_each(|place| hint(ptr::from_ref(place) as usize));
         let mut places = memory::with_capacity(wanted.len())?;
-        let mut buffer = Vec::new();
         let (mut hashes, mut numbers) = ([0; BATCH], [None; BATCH]);
         let mut batches = wanted.chunks(BATCH).peekable();
         while let Some(batch) = batches.next() {
             for (place, name) in hashes.iter_mut().zip(batch) {
-                let Some(text) = text_of(name) else { return Ok(None) };
-                *place = with_utf8(text, &mut buffer, hash);
+                *place = name.with_utf8(hash);
                 load(names.home(*place));
             }
-            for text in batches.peek().into_iter().copied().flatten().filter_map(&text_of) {
-                prefetch(text);
-            }
+            batches.peek().into_iter().copied().flatten().for_each(Q::prefetch);
             for (number, hash) in numbers.iter_mut().zip(&hashes[..batch.len()]) {
                 *number = names.candidate(*hash);
                 number.map(|number| names.entry(number)).into_iter().flatten().for_each(load);
@@ -117,8 +109,8 @@ impl Packed {
             for number in &numbers[..batch.len()] {
                 load(number.and_then(|number| names.name(number)?.first()));
             }
-            for ((text, hash), number) in batch.iter().filter_map(&text_of).zip(&hashes).zip(&numbers) {
-                let number = with_utf8(text, &mut buffer, |text| match number {
+            for ((name, hash), number) in batch.iter().zip(&hashes).zip(&numbers) {
+                let number = name.with_utf8(|text| match number {
                     Some(number) if names.name(*number) == Some(text) => Some(*number),
                     Some(_) => names.find(*hash, |other| other == text),
                     None => None,
@@ -126,7 +118,7 @@ impl Packed {
                 places.push(number.and_then(|number| self.place_at(names, number)));
             }
         }
-        Ok(Some(places.into()))
+        Ok(places.into())
     }
 
     /// All places, in order. **O(n)**.
@@ -146,26 +138,31 @@ impl Packed {
         })
     }
 
-    /// A name and its place; `None` behind the last one.
-    pub(crate) fn entry(&self, py: Python<'_>, number: usize) -> PyResult<Option<(Name, Place)>> {
+    /// A name; `None` behind the last one.
+    pub(crate) fn name(&self, py: Python<'_>, number: usize) -> PyResult<Option<Exact>> {
         if number >= self.len() {
             return Ok(None);
         }
         let found = self.with(py, |names| {
-            let (name, place) = (names.name(number)?, self.place_at(names, number)?);
-            (!name.is_empty()).then(|| Ok::<_, PyErr>((Name::from_utf8(py, name)?, place)))
+            let name = names.name(number).filter(|name| !name.is_empty() && self.place_at(names, number).is_some())?;
+            Some(Exact::from_utf8(py, name))
         })?;
         match found {
-            Some(entry) => entry.map(Some).map_err(|error| self.unreadable(py, error)),
+            Some(name) => name.map(Some).map_err(|error| self.unreadable(py, error)),
             None => Err(self.damaged(format!("name {number} does not lie in them"))),
         }
     }
 
+    /// The place of the name with a number, if there is one.
+    pub(crate) fn place_of_number(&self, py: Python<'_>, number: usize) -> PyResult<Option<Place>> {
+        self.with(py, |names| self.place_at(names, number))
+    }
+
     /// All names, in order. **O(n)**.
-    pub(crate) fn names(&self, py: Python<'_>) -> PyResult<Vec<Name>> {
+    pub(crate) fn names(&self, py: Python<'_>) -> PyResult<Vec<Exact>> {
         let mut made = memory::with_capacity(self.len())?;
         let mut failed = None;
-        self.for_each(py, |name, _| match Name::from_utf8(py, name) {
+        self.for_each(py, |name, _| match Exact::from_utf8(py, name) {
             Ok(name) => made.push(name),
             Err(error) => failed = Some(error),
         })?;
@@ -177,13 +174,13 @@ impl Packed {
     }
 
     /// The names of which `keep` says so, in order. **O(n)**.
-    pub(crate) fn names_that(&self, py: Python<'_>, keep: impl Fn(&[u8]) -> bool) -> PyResult<Vec<Name>> {
+    pub(crate) fn names_that(&self, py: Python<'_>, keep: impl Fn(&[u8]) -> bool) -> PyResult<Vec<Exact>> {
         let mut made = Ok(Vec::new());
         self.for_each(py, |name, _| {
             if keep(name)
                 && let Ok(list) = &mut made
             {
-                match Name::from_utf8(py, name) {
+                match Exact::from_utf8(py, name) {
                     Ok(name) => made = memory::push(list, name).map(|()| std::mem::take(list)),
                     Err(error) => made = Err(error),
                 }
@@ -193,16 +190,16 @@ impl Packed {
     }
 
     /// An index of the same names in memory. **O(n)**.
-    pub(crate) fn to_index(&self, py: Python<'_>) -> PyResult<Index<Name>> {
+    pub(crate) fn to_index(&self, py: Python<'_>) -> PyResult<Index> {
         let held = self.bytes.bind(py).try_readonly()?;
         let (_, names) = codec::decode(held.as_slice()?).or_raise().map_err(|error| self.damaged(error.value(py)))?;
-        let made: Vec<Name> = memory::try_collect(names.iter().map(|(name, _)| Name::from_utf8(py, name)))?;
+        let made = memory::collect(names.iter().map(|(name, _)| name))?;
         let places: Found = memory::collect(names.iter().map(|(_, id)| Place::of_id(id)))?.into();
-        match Index::of(made, &places, &self.used) {
+        match Index::of(made.into_iter(), &places, &self.used) {
             Ok(index) => Ok(index.counted_from(self.moves, self.inserts)),
             Err(Refusal::Limit(error)) => Err(memory::refused(error)),
-            Err(Refusal::Repeated(_)) => {
-                let twice = names.repeated().and_then(|at| names.name(at)).unwrap_or_default();
+            Err(Refusal::Repeated { at }) => {
+                let twice = names.name(at).unwrap_or_default();
                 Err(self.damaged(format!("{:?} is listed twice", String::from_utf8_lossy(twice))))
             }
             Err(_) => Err(self.damaged("a name has no row of its own")),

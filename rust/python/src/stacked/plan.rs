@@ -9,21 +9,21 @@ use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 
 use crate::python::memory;
-use crate::python::name::Name;
+use crate::python::name::to_text;
 use crate::stacked::places::Places;
 
 /// Made by the `plan_...` methods of a `RowIndex`, whose `commit` takes it.
 #[pyclass(frozen, module = "pdrs._core")]
 pub(crate) struct RowPlan {
-    plan: Mutex<Plan<Name>>,
+    plan: Mutex<Plan>,
 }
 
 impl RowPlan {
-    pub(crate) fn new(plan: Plan<Name>) -> Self {
+    pub(crate) fn new(plan: Plan) -> Self {
         Self { plan: Mutex::new(plan) }
     }
 
-    pub(crate) fn lock(&self, py: Python<'_>) -> MutexGuard<'_, Plan<Name>> {
+    pub(crate) fn lock(&self, py: Python<'_>) -> MutexGuard<'_, Plan> {
         self.plan.lock_py_attached(py).unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 }
@@ -47,14 +47,14 @@ impl RowPlan {
     }
 }
 
-/// The exception for what was refused. It runs Python code, so no lock may be held.
-pub(crate) fn refused(py: Python<'_>, refusal: Refusal<Name>) -> PyErr {
+/// The exception for what was refused; `names` are those that were listed. It runs Python code, so no lock may be held.
+pub(crate) fn refused(names: &Bound<'_, PyAny>, refusal: Refusal) -> PyErr {
     let message = match refusal {
         Refusal::Limit(error) => return memory::refused(error),
-        Refusal::Missing(name) => return PyKeyError::new_err(name.into_text(py).unbind()),
+        Refusal::Missing { at } => return names.get_item(at).map_or_else(|error| error, |name| missing(&name)),
         Refusal::NoTable(table) => return no_table(table),
-        Refusal::Repeated(name) => return about(py, name, "is listed twice").unwrap_or_else(|error| error),
-        Refusal::Present(name) => return about(py, name, "is there already").unwrap_or_else(|error| error),
+        Refusal::Repeated { at } => return about(names.get_item(at), "is listed twice"),
+        Refusal::Present => return about(Ok(names.clone()), "is there already"),
         Refusal::Lengths { names, places } => format!("got {names} names and {places} places"),
         Refusal::Tables { tables, used } => format!("got {used} numbers of rows for {tables} tables"),
         Refusal::Place { at } => {
@@ -65,27 +65,33 @@ pub(crate) fn refused(py: Python<'_>, refusal: Refusal<Name>) -> PyErr {
 }
 
 /// The same, where a name that is listed twice is a key that cannot be there any more.
-pub(crate) fn refused_removal(py: Python<'_>, refusal: Refusal<Name>) -> PyErr {
-    let is_repeated = matches!(refusal, Refusal::Repeated(_));
-    let error = refused(py, refusal);
-    if is_repeated { PyKeyError::new_err(error.value(py).to_string()) } else { error }
+pub(crate) fn refused_removal(names: &Bound<'_, PyAny>, refusal: Refusal) -> PyErr {
+    let is_repeated = matches!(refusal, Refusal::Repeated { .. });
+    let error = refused(names, refusal);
+    if is_repeated { PyKeyError::new_err(error.value(names.py()).to_string()) } else { error }
+}
+
+pub(crate) fn missing(name: &Bound<'_, PyAny>) -> PyErr {
+    to_text(name).map_or_else(|error| error, |name| PyKeyError::new_err(name.unbind()))
 }
 
 pub(crate) fn no_table(table: impl std::fmt::Display) -> PyErr {
     PyIndexError::new_err(format!("there is no table {table}"))
 }
 
-fn about(py: Python<'_>, name: Name, what: &str) -> PyResult<PyErr> {
-    Ok(PyValueError::new_err(format!("{} {what}", name.into_text(py).repr()?)))
+fn about(name: PyResult<Bound<'_, PyAny>>, what: &str) -> PyErr {
+    let message = name.and_then(|name| to_text(&name)?.repr().map(|name| format!("{name} {what}")));
+    message.map_or_else(|error| error, PyValueError::new_err)
 }
 
 /// Makes a Python exception of what was refused.
 pub(crate) trait OrRefuse<T> {
-    fn or_refuse(self, py: Python<'_>) -> PyResult<T>;
+    /// `names` are those that were listed.
+    fn or_refuse(self, names: &Bound<'_, PyAny>) -> PyResult<T>;
 }
 
-impl<T> OrRefuse<T> for std::result::Result<T, Refusal<Name>> {
-    fn or_refuse(self, py: Python<'_>) -> PyResult<T> {
-        self.map_err(|refusal| refused(py, refusal))
+impl<T> OrRefuse<T> for std::result::Result<T, Refusal> {
+    fn or_refuse(self, names: &Bound<'_, PyAny>) -> PyResult<T> {
+        self.map_err(|refusal| refused(names, refusal))
     }
 }

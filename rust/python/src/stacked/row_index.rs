@@ -8,6 +8,8 @@ use std::sync::{Mutex, MutexGuard};
 
 use numpy::{PyArray1, PyReadonlyArray1};
 use pdrs_core::names::codec::Names as Saved;
+use pdrs_core::names::table::NameTable;
+use pdrs_core::names::text::Text;
 use pdrs_core::{Error, IndexMap as Map, MAX_TABLES, Place, Places as Found, Plan, Refusal, RowIndex as Index, Rows};
 use pyo3::exceptions::{PyIndexError, PyKeyError, PyOverflowError, PyRuntimeError, PyValueError};
 use pyo3::intern;
@@ -15,13 +17,13 @@ use pyo3::prelude::*;
 use pyo3::sync::{MutexExt, PyOnceLock};
 use pyo3::types::{PyBytes, PyList, PyString, PyTuple, PyType};
 
-use crate::index_map::{Given, IndexMap};
+use crate::index_map::{AHEAD, Given, IndexMap};
 use crate::python::memory::{self, OrRaise, new_list, new_number, new_pair};
-use crate::python::name::{Listed, Name, Query, exact_text, find_listed, to_text, with_listed};
-use crate::python::names::{ExactNames, listed, to_names, to_names_that};
+use crate::python::name::{Exact, Listed, Name, Query, exact_text, to_text, with_listed};
+use crate::python::names::{listed, to_names, to_names_that};
 use crate::stacked::packed::Packed;
 use crate::stacked::places::Places;
-use crate::stacked::plan::{OrRefuse, RowPlan, no_table, refused_removal};
+use crate::stacked::plan::{OrRefuse, RowPlan, missing, no_table, refused_removal};
 use crate::stacked::walk::RowIterator;
 
 #[pyclass(frozen, mapping, module = "pdrs._core")]
@@ -32,7 +34,7 @@ pub(crate) struct RowIndex {
 /// Where the names are.
 enum State {
     /// In memory. If they were packed once, with the generation of the names when they were read.
-    Live(Index<Name>, Option<u64>),
+    Live(Index, Option<u64>),
     /// Where they were packed. The first change reads them into memory, and so does whatever else is not here.
     Packed(Packed),
 }
@@ -45,9 +47,9 @@ pub(crate) struct Live<'a> {
 }
 
 impl Deref for Live<'_> {
-    type Target = Index<Name>;
+    type Target = Index;
 
-    fn deref(&self) -> &Index<Name> {
+    fn deref(&self) -> &Index {
         match &*self.state {
             State::Live(index, _) => index,
             State::Packed(_) => unreachable!("the names have been read into memory"),
@@ -56,10 +58,49 @@ impl Deref for Live<'_> {
 }
 
 impl DerefMut for Live<'_> {
-    fn deref_mut(&mut self) -> &mut Index<Name> {
+    fn deref_mut(&mut self) -> &mut Index {
         match &mut *self.state {
             State::Live(index, _) => index,
             State::Packed(_) => unreachable!("the names have been read into memory"),
+        }
+    }
+}
+
+/// What a walk over names goes over.
+#[derive(Clone, Copy)]
+pub(crate) enum Walked<'a> {
+    Live(&'a NameTable),
+    Packed(&'a Packed),
+}
+
+impl Walked<'_> {
+    /// The position of the name behind, or in front of, a position, where the walk goes on, and the name.
+    pub(crate) fn name(
+        self,
+        py: Python<'_>,
+        position: usize,
+        is_reversed: bool,
+    ) -> PyResult<Option<(usize, usize, Exact)>> {
+        match self {
+            Self::Live(names) => {
+                let found = if is_reversed { names.previous(position) } else { names.next(position) };
+                found.map(|found| Ok((found.position, found.next, Exact::from_utf8(py, found.name)?))).transpose()
+            }
+            Self::Packed(packed) => {
+                let Some(found) = (if is_reversed { position.checked_sub(1) } else { Some(position) }) else {
+                    return Ok(None);
+                };
+                let next = if is_reversed { found } else { found + 1 };
+                Ok(packed.name(py, found)?.map(|name| (found, next, name)))
+            }
+        }
+    }
+
+    /// The place of the name at a position.
+    pub(crate) fn place(self, py: Python<'_>, position: usize) -> PyResult<Option<Place>> {
+        match self {
+            Self::Live(names) => Ok(names.place_at(position)),
+            Self::Packed(packed) => packed.place_of_number(py, position),
         }
     }
 }
@@ -69,15 +110,11 @@ pub(crate) const PACKED: u64 = u64::MAX;
 
 /// `KeyError` for the name that no entry can have.
 fn refuse_empty(name: &Bound<'_, PyString>) -> PyResult<()> {
-    if name.is_empty()? { Err(empty_name()) } else { Ok(()) }
-}
-
-fn empty_name() -> PyErr {
-    PyKeyError::new_err("parameter name can't be empty string \"\"")
+    if name.is_empty()? { Err(PyKeyError::new_err("parameter name can't be empty string \"\"")) } else { Ok(()) }
 }
 
 /// Names of entries, none of them empty.
-fn to_entry_names(names: &Bound<'_, PyAny>) -> PyResult<Vec<Name>> {
+fn to_entry_names(names: &Bound<'_, PyAny>) -> PyResult<Vec<Exact>> {
     to_names_that(names, refuse_empty)
 }
 
@@ -95,7 +132,7 @@ fn to_counts(used: &Bound<'_, PyAny>) -> PyResult<Vec<u64>> {
     Ok(counts)
 }
 
-fn table_of(state: &Index<Name>, table: i64) -> PyResult<&Rows> {
+fn table_of(state: &Index, table: i64) -> PyResult<&Rows> {
     let rows = usize::try_from(table).ok().and_then(|table| state.tables().get(table));
     rows.ok_or_else(|| no_table(table))
 }
@@ -123,7 +160,7 @@ fn to_bytes(py: Python<'_>, numbers: Vec<i64>) -> PyResult<Option<Bound<'_, PyBy
 }
 
 impl RowIndex {
-    fn new_of(index: Index<Name>) -> Self {
+    fn new_of(index: Index) -> Self {
         Self { state: Mutex::new(State::Live(index, None)) }
     }
 
@@ -148,8 +185,8 @@ impl RowIndex {
     /// The place of a name, if it is there.
     pub(crate) fn place(&self, name: &Bound<'_, PyString>) -> PyResult<Option<Place>> {
         match &*self.state(name.py()) {
-            State::Live(index, _) => Ok(index.names().get(&Query::from(name)).copied()),
-            State::Packed(packed) => packed.place(name.py(), &Name::new(name.clone())),
+            State::Live(index, _) => Ok(index.names().get(&Query::from(name))),
+            State::Packed(packed) => packed.place(name.py(), &Query::from(name)),
         }
     }
 
@@ -164,7 +201,7 @@ impl RowIndex {
     pub(crate) fn note_set(&self, py: Python<'_>) {
         match &mut *self.state(py) {
             State::Live(index, _) => index.note_set(),
-            State::Packed(packed) => packed.inserts = Index::<Name>::new_count(),
+            State::Packed(packed) => packed.inserts = Index::new_count(),
         }
     }
 
@@ -182,18 +219,17 @@ impl RowIndex {
         &self,
         py: Python<'_>,
         generation: u64,
-        live: impl FnOnce(&Map<Name, Place>) -> R,
-        packed: impl FnOnce(&Packed) -> PyResult<R>,
+        take: impl FnOnce(Walked<'_>) -> PyResult<R>,
     ) -> PyResult<R> {
         let state = self.state(py);
         match &*state {
             State::Live(index, read) => {
                 let now = index.names().generation();
                 if now == generation || (generation == PACKED && *read == Some(now)) {
-                    return Ok(live(index.names()));
+                    return take(Walked::Live(index.names()));
                 }
             }
-            State::Packed(names) if generation == PACKED => return packed(names),
+            State::Packed(names) if generation == PACKED => return take(Walked::Packed(names)),
             State::Packed(_) => {}
         }
         drop(state);
@@ -204,9 +240,7 @@ impl RowIndex {
     pub(crate) fn for_each_utf8(&self, py: Python<'_>, mut take: impl FnMut(&[u8], Option<Place>)) -> PyResult<()> {
         match &*self.state(py) {
             State::Live(index, _) => {
-                let mut buffer = Vec::new();
-                let names = index.names();
-                names.for_each(|name, place| name.with_utf8(py, &mut buffer, |text| take(text, Some(*place))));
+                index.names().iter().for_each(|(name, place)| take(name, Some(place)));
                 Ok(())
             }
             State::Packed(packed) => packed.for_each(py, take),
@@ -221,17 +255,14 @@ impl RowIndex {
         }
     }
 
-    fn places_of(&self, py: Python<'_>, names: &[Name]) -> PyResult<Found> {
+    fn places_of(&self, py: Python<'_>, names: &[Exact]) -> PyResult<Found> {
         match &*self.state(py) {
             State::Live(index, _) => {
                 let mut places = memory::with_capacity(names.len())?;
-                index.names().get_many(names, |_, place| places.push(place.copied()));
+                index.names().get_many(names, |place| places.push(place));
                 Ok(Found::from(places))
             }
-            State::Packed(packed) => {
-                let found = packed.with(py, |saved| packed.places(saved, names, |name| Some(name.text_ref())))??;
-                Ok(found.expect("each name has a text"))
-            }
+            State::Packed(packed) => packed.with(py, |saved| packed.places(saved, names))?,
         }
     }
 
@@ -245,23 +276,21 @@ impl RowIndex {
     fn plan(
         &self,
         py: Python<'_>,
-        make: impl FnOnce(&mut Index<Name>) -> Result<Plan<Name>, Refusal<Name>>,
-    ) -> PyResult<Result<RowPlan, Refusal<Name>>> {
+        make: impl FnOnce(&mut Index) -> Result<Plan, Refusal>,
+    ) -> PyResult<Result<RowPlan, Refusal>> {
         Ok(make(&mut *self.lock(py)?).map(RowPlan::new))
     }
 
-    fn to_list(py: Python<'_>, names: Vec<Name>) -> PyResult<Bound<'_, PyList>> {
+    fn to_list(py: Python<'_>, names: Vec<Exact>) -> PyResult<Bound<'_, PyList>> {
         new_list(py, names.into_iter().map(|name| Ok(name.into_text(py))))
     }
 
-    fn all_names(state: &Index<Name>, py: Python<'_>) -> PyResult<Vec<Name>> {
-        let mut names = memory::with_capacity(state.names().len())?;
-        state.names().for_each(|name, _| names.push(name.clone_ref(py)));
-        Ok(names)
+    fn all_names(state: &Index, py: Python<'_>) -> PyResult<Vec<Exact>> {
+        memory::try_collect(state.names().iter().map(|(name, _)| Exact::from_utf8(py, name)))
     }
 
     fn duplicate(&self, py: Python<'_>) -> PyResult<Self> {
-        Ok(Self::new_of(self.lock(py)?.copy(|name| name.clone_ref(py)).or_raise()?))
+        Ok(Self::new_of(self.lock(py)?.copy().or_raise()?))
     }
 }
 
@@ -274,31 +303,37 @@ impl RowIndex {
 
     #[staticmethod]
     fn of(names: &Bound<'_, PyAny>, places: &Bound<'_, Places>, used: &Bound<'_, PyAny>) -> PyResult<Self> {
-        let made = Index::of(to_entry_names(names)?, places.get().found(), &to_counts(used)?);
-        made.or_refuse(names.py()).map(Self::new_of)
+        let names = &listed(names)?;
+        let made = Index::of(to_entry_names(names)?.into_iter(), places.get().found(), &to_counts(used)?);
+        made.or_refuse(names).map(Self::new_of)
     }
 
     #[staticmethod]
     fn of_one_table(names: &Bound<'_, PyAny>) -> PyResult<Self> {
-        let (py, names) = (names.py(), &listed(names)?);
-        let mut exact = ExactNames::of(names);
-        let made = match exact.as_mut().map(|exact| (Index::of_one_table(exact.by_ref()), exact.are_all())) {
-            Some((made, true)) => made.or_refuse(py)?,
-            _ => Index::of_one_table(to_names(names)?.into_iter()).or_refuse(py)?,
+        let names = &listed(names)?;
+        // What is no `str` is taken for an empty name there.
+        let make = |listed: &[Listed<'_, '_>]| {
+            let ahead = |at: usize| listed.get(at + AHEAD).into_iter().for_each(Text::prefetch);
+            Index::of_one_table(listed.iter().enumerate().inspect(|(at, _)| ahead(*at)).map(|(_, name)| name))
         };
-        if made.names().contains(&Query::from(&PyString::new(py, ""))) {
-            return Err(empty_name());
+        if let Some(Ok(made)) = with_listed(names, make)
+            && !made.names().contains("")
+        {
+            return Ok(Self::new_of(made));
         }
-        Ok(Self::new_of(made))
+        Index::of_one_table(to_entry_names(names)?.into_iter()).or_refuse(names).map(Self::new_of)
     }
 
     #[staticmethod]
     fn of_ids(index: &Bound<'_, IndexMap>, used: &Bound<'_, PyAny>) -> PyResult<Self> {
         let py = index.py();
         let used = to_counts(used)?;
-        let place_of = |id: &i64| Place::of_id(id.cast_unsigned());
-        let made = index.get().with_map(py, |map| Index::of_map(map, &used, |name| name.clone_ref(py), place_of));
-        made.or_refuse(py).map(Self::new_of)
+        let made = index.get().with_map(py, |map| {
+            let places: Found = memory::collect(map.iter().map(|(_, id)| Place::of_id(id.cast_unsigned())))?.into();
+            let names = map.iter().map(|(name, _)| Query::from(name.text_ref().bind(py)));
+            Ok::<_, PyErr>(Index::of(names, &places, &used))
+        })?;
+        made.or_refuse(index.as_any()).map(Self::new_of)
     }
 
     /// Names that are looked up where they were packed; `None` if they have no words.
@@ -373,14 +408,27 @@ impl RowIndex {
         };
         let names = &listed(&names)?;
         let found = match &*self.state(py) {
-            State::Live(index, _) => {
-                find_listed(index.names(), names, std::convert::identity).or_raise()?.map(Found::from)
-            }
+            State::Live(index, _) => with_listed(names, |listed| {
+                let mut places = memory::with_capacity(listed.len())?;
+                let mut are_all_there = true;
+                index.names().get_many(listed, |place| {
+                    are_all_there &= place.is_some();
+                    places.push(place);
+                });
+                // What is no `str` is not there, and not as it should be.
+                let are_texts = are_all_there || listed.iter().all(|name| name.text().is_some());
+                PyResult::Ok(are_texts.then(|| Found::from(places)))
+            })
+            .transpose()?
+            .flatten(),
             State::Packed(packed) => {
                 let listed = |saved: &Saved<'_>| {
-                    with_listed(names, |listed| packed.places(saved, listed, Listed::text)).transpose()
+                    with_listed(names, |listed| {
+                        let are_texts = listed.iter().all(|name| name.text().is_some());
+                        if are_texts { packed.places(saved, listed).map(Some) } else { Ok(None) }
+                    })
                 };
-                packed.with(py, listed)??.flatten()
+                packed.with(py, listed)?.transpose()?.flatten()
             }
         };
         if let Some(places) = found {
@@ -399,14 +447,14 @@ impl RowIndex {
 
     fn missing<'py>(&self, names: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyList>> {
         let py = names.py();
-        let names = to_names(names)?;
+        let names = to_names::<Exact>(names)?;
+        let places = self.places_of(py, &names)?;
         let mut missing = Map::new();
-        for (name, place) in names.iter().zip(self.places_of(py, &names)?.iter()) {
-            if place.is_none() {
-                missing.get_or_insert_with(name.clone_ref(py), || ()).or_raise()?;
-            }
+        for (name, _) in names.into_iter().zip(places.iter()).filter(|(_, place)| place.is_none()) {
+            missing.get_or_insert_with(Name::new(name.into_text(py)), || ()).or_raise()?;
         }
-        Self::to_list(py, memory::collect(missing.iter().map(|(name, ())| name.clone_ref(py)))?)
+        let missing = memory::collect(missing.iter().map(|(name, ())| name.text(py)))?;
+        new_list(py, missing.into_iter().map(Ok))
     }
 
     fn select<'py>(&self, py: Python<'py>, mask: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyList>> {
@@ -420,27 +468,18 @@ impl RowIndex {
                 return Err(PyRuntimeError::new_err("dictionary changed while names were selected"));
             }
             let chosen = state.names().iter().zip(mask).filter(|(_, chosen)| **chosen);
-            memory::collect(chosen.map(|((name, _), _)| name.clone_ref(py)))?
+            memory::try_collect(chosen.map(|((name, _), _)| Exact::from_utf8(py, name)))?
         };
         Self::to_list(py, chosen)
     }
 
     fn with_prefix<'py>(&self, prefix: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyList>> {
         let py = prefix.py();
-        let mut buffer = Vec::new();
-        let prefix = Name::new(to_text(prefix)?).with_utf8(py, &mut buffer, <[u8]>::to_vec);
+        let prefix = Query::from(&to_text(prefix)?).with_utf8(<[u8]>::to_vec);
         let kept = match &*self.state(py) {
             State::Live(index, _) => {
-                let mut kept = Ok(Vec::new());
-                index.names().for_each(|name, _| {
-                    if name.with_utf8(py, &mut buffer, |text| text.starts_with(&prefix))
-                        && let Ok(list) = &mut kept
-                        && let Err(error) = pdrs_core::memory::push(list, name.clone_ref(py))
-                    {
-                        kept = Err(error);
-                    }
-                });
-                kept.or_raise()?
+                let kept = index.names().iter().filter(|(name, _)| name.starts_with(&prefix));
+                memory::try_collect(kept.map(|(name, _)| Exact::from_utf8(py, name)))?
             }
             State::Packed(packed) => packed.names_that(py, |text| text.starts_with(&prefix))?,
         };
@@ -450,23 +489,25 @@ impl RowIndex {
     /// An index of the names that begin so and go on, without their beginning. The tables are the same.
     fn below(&self, prefix: &Bound<'_, PyAny>) -> PyResult<Self> {
         let py = prefix.py();
-        let (mut kept, mut failed) = (Vec::new(), None);
-        let prefix = Name::new(to_text(prefix)?).with_utf8(py, &mut Vec::new(), <[u8]>::to_vec);
-        self.for_each_utf8(py, |text, place| {
-            if let Some(rest) = text.strip_prefix(&*prefix).filter(|rest| !rest.is_empty())
+        let prefix_text = to_text(prefix)?;
+        let (mut text, mut parts, mut places, mut failed) = (Vec::new(), Vec::new(), Vec::new(), None);
+        let prefix = Query::from(&prefix_text).with_utf8(<[u8]>::to_vec);
+        self.for_each_utf8(py, |name, place| {
+            if let Some(rest) = name.strip_prefix(&*prefix).filter(|rest| !rest.is_empty())
                 && failed.is_none()
             {
-                let rest = pdrs_core::memory::collect(rest.iter().copied());
-                failed = rest.and_then(|rest| pdrs_core::memory::push(&mut kept, (rest, place))).err();
+                let kept = pdrs_core::memory::append(&mut text, rest)
+                    .and_then(|()| pdrs_core::memory::push(&mut parts, text.len() - rest.len()..text.len()))
+                    .and_then(|()| pdrs_core::memory::push(&mut places, place));
+                failed = kept.err();
             }
         })?;
         let used = self.used_of_all(py)?;
         if let Some(error) = failed {
             return Err(memory::refused(error));
         }
-        let names = memory::try_collect(kept.iter().map(|(name, _)| Name::from_utf8(py, name)))?;
-        let places: Found = memory::collect(kept.iter().map(|(_, place)| *place))?.into();
-        Index::of(names, &places, &used).or_refuse(py).map(Self::new_of)
+        let made = Index::of(parts.into_iter().map(|part| &text[part]), &places.into(), &used);
+        made.or_refuse(prefix_text.as_any()).map(Self::new_of)
     }
 
     fn names_of<'py>(
@@ -479,18 +520,21 @@ impl RowIndex {
         let named = {
             let state = self.lock(py)?;
             match state.names_of(table, rows.iter().map(|row| row.cast_unsigned())) {
-                Ok(named) => memory::collect(named.into_iter().map(|name| name.map(|name| name.clone_ref(py))))?,
+                Ok(named) => {
+                    let to_name = |name: Option<&[u8]>| name.map(|name| Exact::from_utf8(py, name)).transpose();
+                    memory::try_collect(named.into_iter().map(to_name))?
+                }
                 Err(Refusal::Place { at }) => {
                     let used = table_of(&state, table)?.used();
                     return Err(PyIndexError::new_err(format!("table {table} has {used} rows, got row {}", rows[at])));
                 }
                 Err(refusal) => {
                     drop(state);
-                    return Err(refusal).or_refuse(py);
+                    return Err(refusal).or_refuse(py.None().bind(py));
                 }
             }
         };
-        let to_object = |name: Option<Name>| match name {
+        let to_object = |name: Option<Exact>| match name {
             Some(name) => name.into_text(py).into_any(),
             None => py.None().into_bound(py),
         };
@@ -603,43 +647,50 @@ impl RowIndex {
     }
 
     fn plan_insert(&self, names: &Bound<'_, PyAny>, tables: PyReadonlyArray1<'_, i64>) -> PyResult<RowPlan> {
-        let (py, names) = (names.py(), to_entry_names(names)?);
+        let (py, listed) = (names.py(), &listed(names)?);
+        let names = to_entry_names(listed)?;
         let apart =
             if tables.as_slice().is_ok() { Vec::new() } else { memory::collect(tables.as_array().iter().copied())? };
         let tables = tables.as_slice().unwrap_or(&apart);
-        self.plan(py, |state| state.plan_insert(names, tables))?.or_refuse(py)
+        self.plan(py, |state| state.plan_insert(names, tables))?.or_refuse(listed)
     }
 
     fn plan_remove(&self, names: &Bound<'_, PyAny>) -> PyResult<RowPlan> {
-        let (py, names) = (names.py(), to_names(names)?);
-        self.plan(py, |state| state.plan_remove(names))?.map_err(|refusal| refused_removal(py, refusal))
+        let (py, listed) = (names.py(), &listed(names)?);
+        let names = to_names::<Exact>(listed)?;
+        self.plan(py, |state| state.plan_remove(&names))?.map_err(|refusal| refused_removal(listed, refusal))
     }
 
     fn plan_clear(&self, py: Python<'_>) -> PyResult<RowPlan> {
-        self.plan(py, |state| Ok(state.plan_clear()?))?.or_refuse(py)
+        self.plan(py, |state| Ok(state.plan_clear()?))?.or_refuse(py.None().bind(py))
     }
 
     fn plan_places(&self, places: &Bound<'_, Places>, used: &Bound<'_, PyAny>) -> PyResult<RowPlan> {
         let (py, places, used) = (places.py(), places.get().found().clone(), to_counts(used)?);
-        self.plan(py, |state| state.plan_places(places, &used))?.or_refuse(py)
+        self.plan(py, |state| state.plan_places(places, &used))?.or_refuse(py.None().bind(py))
     }
 
     fn plan_rename(&self, old: &Bound<'_, PyAny>, new: &Bound<'_, PyAny>) -> PyResult<RowPlan> {
         let (py, old, new) = (old.py(), to_text(old)?, to_text(new)?);
         refuse_empty(&new)?;
-        self.plan(py, |state| state.plan_rename(Name::new(old), Name::new(new)))?.or_refuse(py)
+        match self.plan(py, |state| state.plan_rename(&Query::from(&old), &Query::from(&new)))? {
+            Err(Refusal::Missing { .. }) => Err(missing(&old)),
+            planned => planned.or_refuse(&new),
+        }
     }
 
     fn plan_move_to_end(&self, name: &Bound<'_, PyAny>, last: bool) -> PyResult<RowPlan> {
         let (py, name) = (name.py(), to_text(name)?);
-        self.plan(py, |state| state.plan_move_to_end(Name::new(name), last))?.or_refuse(py)
+        match self.plan(py, |state| state.plan_move_to_end(&Query::from(&name), last))? {
+            Err(Refusal::Missing { .. }) => Err(missing(&name)),
+            planned => planned.or_refuse(&name),
+        }
     }
 
     fn commit(&self, plan: &Bound<'_, RowPlan>) -> PyResult<()> {
         let py = plan.py();
         let mut plan = plan.get().lock(py);
-        // To drop an exact `str` runs no Python code.
-        if self.lock(py)?.commit(&mut plan, drop) {
+        if self.lock(py)?.commit(&mut plan) {
             return Ok(());
         }
         Err(PyRuntimeError::new_err(

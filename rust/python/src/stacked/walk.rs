@@ -5,10 +5,14 @@ use std::sync::Mutex;
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 
-use crate::index_map::AHEAD;
-use crate::python::memory::new_number;
-use crate::python::name::Name;
-use crate::stacked::row_index::RowIndex;
+use pdrs_core::Place;
+
+use crate::python::memory::{new_number, push};
+use crate::python::name::Exact;
+use crate::stacked::row_index::{RowIndex, Walked};
+
+/// How many names are made at a time.
+const AT_ONCE: usize = 64;
 
 /// Where a walk is.
 struct Step {
@@ -16,6 +20,8 @@ struct Step {
     position: usize,
     /// What the index counted when the walk began.
     generation: u64,
+    /// The names that come next and their positions, the last first. Where they lie may change.
+    next: Vec<(usize, Exact)>,
 }
 
 #[pyclass(frozen, module = "pdrs._core")]
@@ -30,35 +36,43 @@ pub(crate) struct RowIterator {
 impl RowIterator {
     pub(crate) fn new(index: &Bound<'_, RowIndex>, is_reversed: bool, with_places: bool) -> Self {
         let (position, generation) = index.get().begin(index.py(), is_reversed);
-        let step = Step { index: index.clone().unbind(), position, generation };
+        let step = Step { index: index.clone().unbind(), position, generation, next: Vec::new() };
         Self { step: Mutex::new(Some(step)), is_reversed, with_places }
     }
 
-    /// The next name, its table and its row.
-    fn advance(&self, py: Python<'_>, step: &mut Step) -> PyResult<Option<(Name, i64, i64)>> {
-        let (at, index) = (step.position, step.index.get());
-        let next = index.step(
-            py,
-            step.generation,
-            |names| {
-                let ahead = if self.is_reversed { at.checked_sub(AHEAD) } else { Some(at + AHEAD) };
-                if let Some((name, _)) = ahead.and_then(|ahead| names.entry_at(ahead)) {
-                    name.prefetch_object();
+    /// The next name and, if it is wanted, its place.
+    fn advance(&self, py: Python<'_>, step: &mut Step) -> PyResult<Option<(Exact, Option<Place>)>> {
+        let Step { index, position, generation, next } = step;
+        index.get().step(py, *generation, |walked| {
+            if next.is_empty() {
+                self.walk_on(py, walked, position, next)?;
+            }
+            let Some((found, name)) = next.pop() else { return Ok(None) };
+            let place = if self.with_places { walked.place(py, found)? } else { None };
+            Ok(Some((name, place)))
+        })
+    }
+
+    fn walk_on(
+        &self,
+        py: Python<'_>,
+        walked: Walked<'_>,
+        position: &mut usize,
+        next: &mut Vec<(usize, Exact)>,
+    ) -> PyResult<()> {
+        while next.len() < AT_ONCE {
+            match walked.name(py, *position, self.is_reversed) {
+                Ok(Some((found, behind, name))) => {
+                    push(next, (found, name))?;
+                    *position = behind;
                 }
-                let next = if self.is_reversed { names.entry_before(at) } else { names.entry_at_or_after(at) };
-                next.map(|(found, name, place)| (found, name.clone_ref(py), *place))
-            },
-            |packed| {
-                let found = if self.is_reversed { at.checked_sub(1) } else { Some(at) };
-                let entry = found.map_or(Ok(None), |found| packed.entry(py, found))?;
-                Ok(entry.zip(found).map(|((name, place), found)| (found, name, place)))
-            },
-        )?;
-        let Some((found, name, place)) = next else {
-            return Ok(None);
-        };
-        step.position = if self.is_reversed { found } else { found + 1 };
-        Ok(Some((name, (place.table() as u64).cast_signed(), place.row().cast_signed())))
+                // Names in front of one that cannot be had come first.
+                Err(error) if next.is_empty() => return Err(error),
+                Ok(None) | Err(_) => break,
+            }
+        }
+        next.reverse();
+        Ok(())
     }
 }
 
@@ -70,7 +84,7 @@ impl RowIterator {
 
     fn __next__<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
         let mut step = self.step.lock_py_attached(py).unwrap_or_else(std::sync::PoisonError::into_inner);
-        let Some((name, table, row)) = step.as_mut().map_or(Ok(None), |step| self.advance(py, step))? else {
+        let Some((name, place)) = step.as_mut().map_or(Ok(None), |step| self.advance(py, step))? else {
             let ended = step.take();
             drop(step);
             drop(ended);
@@ -78,10 +92,11 @@ impl RowIterator {
         };
         drop(step);
         let name = name.into_text(py);
-        if !self.with_places {
+        let Some(place) = place else {
             return Ok(Some(name.into_any()));
-        }
-        let entry = (name, new_number(py, table)?, new_number(py, row)?);
+        };
+        let table = new_number(py, (place.table() as u64).cast_signed())?;
+        let entry = (name, table, new_number(py, place.row().cast_signed())?);
         Ok(Some(entry.into_pyobject(py)?.into_any()))
     }
 }
