@@ -1,4 +1,7 @@
-"""``pdrs.save`` and ``pdrs.open`` beside torch, safetensors, tensordict, distributed checkpoints, and cp."""
+"""``pdrs.save``, and what reads a file whole, beside torch, safetensors, tensordict, distributed checkpoints, and cp.
+
+The suite ``serving`` measures files that are opened and not read.
+"""
 
 from __future__ import annotations
 
@@ -95,18 +98,13 @@ class Data:
         drawn = random.Random(0).sample(range(self.entries), max(1, self.entries // PART))
         return torch.tensor(sorted(drawn))
 
-    @cached_property
-    def some_names(self) -> list[str]:
-        """Their names."""
-        return [self.names[row] for row in self.some_rows.tolist()]
-
     def forget(self) -> None:
         """Free what has been made, but for the files."""
         for name in ("names", "rows", "state", "stacked"):
             self.__dict__.pop(name, None)
 
     def peaks(self, subject: str) -> tuple[float, ...]:
-        """Return the bytes an entry that saving, opening and loading take at their peaks, beside what was there."""
+        """Return the bytes an entry that saving and loading take at their peaks, beside what was there."""
         if subject not in self._peaks:
             self._peaks[subject] = all_bytes_per_entry(f"checkpoint/{subject}", self.entries)
         return self._peaks[subject]
@@ -243,17 +241,6 @@ def _save_named(subject: str, data: Data) -> Task:
     )
 
 
-def _open(subject: str, data: Data, prepare: Callable[[Path], Any] = lambda path: None) -> Task:
-    path = data.saved(subject)
-    prepare(path)
-    row = data.entries // 2
-    return Task(
-        lambda: OPEN[subject](path),
-        data.entries,
-        lambda opened: data.is_row(_get(subject, opened, data.names[row]), row),
-    )
-
-
 def _load(subject: str, data: Data, prepare: Callable[[Path], Any] = lambda path: None) -> Task:
     if subject == CP:
         source, copied = data.saved(PDRS), data.path(CP)
@@ -306,19 +293,6 @@ def _first_looks(subject: str, data: Data, prepare: Callable[[Path], Any] = lamb
     return Task(run, len(names), lambda found: data.is_row(found, rows[-1]))
 
 
-def _load_part(subject: str, data: Data) -> Task:
-    path, names, rows = data.saved(subject), data.some_names, data.some_rows
-    last = int(rows[-1])
-
-    def run() -> Any:
-        if subject == PDRS:
-            return pdrs.open(path, names=names)
-        opened = OPEN[subject](path)
-        return {name: _get(subject, opened, name).clone() for name in names}
-
-    return Task(run, len(names), lambda found: len(found) == len(names) and data.is_row(found[names[-1]], last))
-
-
 def _save_changes(_: str, data: Data) -> Task:
     before, path = data.saved(PDRS), data.folder / "changes.safetensors"
     changed = data.changed
@@ -354,18 +328,17 @@ def _peak(what: int) -> Callable[[str, Data], float]:
     return lambda subject, data: data.peaks(subject)[what]
 
 
-def extra_memory(subject: str, entries: int) -> tuple[int, int, int]:
-    """Count what saving, opening and loading take at their peaks, beside what was there; for a fresh process."""
+def extra_memory(subject: str, entries: int) -> tuple[int, int]:
+    """Count what saving and loading take at their peaks, beside what was there; for a fresh process."""
     # Whatever is done for the first time loads libraries.
     warm = Data(10)
-    for use in (OPEN, LOAD):
-        use[subject](warm.saved(subject))
+    LOAD[subject](warm.saved(subject))
     data = Data(entries)
     path, save = data.path(subject), partial(SAVE[subject], data.source(subject), data.path(subject))
     saving = peak_beyond(save)
     del save
     data.forget()
-    return saving, peak_beyond(lambda: OPEN[subject](path)), peak_beyond(lambda: LOAD[subject](path))
+    return saving, peak_beyond(lambda: LOAD[subject](path))
 
 
 def _from_disk(
@@ -424,15 +397,6 @@ CASES: tuple[Case[Data], ...] = (
         note='`pdrs.save(sd, path, layout="named")`: safetensors files that other tools read.',
     ),
     _case(
-        "open",
-        _open,
-        (TORCH, SAFETENSORS, TENSORDICT, PDRS),
-        (Target("ratio", SAFETENSORS, 10),),
-        up_to=MAPPED,
-        larger_sizes=(LARGEST,),
-        note="`safe_open`; `torch.load(mmap=True)`, which makes all tensors; `load_memmap`.",
-    ),
-    _case(
         LOADED,
         _load,
         (TORCH, SAFETENSORS, TENSORDICT, DCP, CP, PDRS),
@@ -466,21 +430,8 @@ CASES: tuple[Case[Data], ...] = (
         up_to=MAPPED,
         note=f"A number of each of {FIRST_LOOKS:,} random entries is read, right after the file was opened. Per entry.",
     ),
-    _case(
-        "load one entry in a hundred",
-        _load_part,
-        (SAFETENSORS, PDRS),
-        note="By their names; to open the file is counted. Per entry that is loaded.",
-    ),
     _case("save what has changed, one entry in a hundred", _save_changes, note="`pdrs.save(sd, path, since=before)`."),
     _case("open what has changed", _open_changes, note="And the archive that it continues."),
-    _case(
-        "open, from the disk",
-        _from_disk(_open),
-        (SAFETENSORS, PDRS),
-        needs=can_drop,
-        note=COLD_NOTE,
-    ),
     _case(
         "open and load everything, from the disk",
         _from_disk(_load),
@@ -509,10 +460,9 @@ CASES: tuple[Case[Data], ...] = (
         (Target("total", PDRS, BLOCK_BYTES / MILLION),),
         subjects=(TORCH, SAFETENSORS, PDRS),
         up_to=APART,
-        note="The peak beyond what was there, in a process of its own (`VmHWM` of Linux), here and in the next two.",
+        note="The peak beyond what was there, in a process of its own (`VmHWM` of Linux), here and in the next.",
     ),
-    _bytes("extra memory, opened", _peak(1), subjects=(TORCH, SAFETENSORS, PDRS), up_to=APART),
-    _bytes("extra memory, everything loaded", _peak(2), subjects=(TORCH, SAFETENSORS, PDRS), up_to=APART),
+    _bytes("extra memory, everything loaded", _peak(1), subjects=(TORCH, SAFETENSORS, PDRS), up_to=APART),
 )
 
 SUITE = Suite(

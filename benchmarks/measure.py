@@ -170,7 +170,9 @@ class Suite(Generic[DataT]):
     Parameters
     ----------
     marker
-        What marks the place of the short table in docs/performance.md; none for a suite that has no place there.
+        What marks the place of the short table in ``page`` of docs; none for a suite that has no place there.
+    turns
+        How the containers took turns, in words.
     growth_at_most
         How much the cost an entry may grow from the smallest size on.
     claims
@@ -184,7 +186,12 @@ class Suite(Generic[DataT]):
     cases: tuple[Case[DataT], ...]
     make_data: Callable[[int], DataT]
     intro: str
+    turns: str = (
+        "the containers took turns in one process, with the garbage collector off, and what they made was freed after"
+        " the clock had stopped"
+    )
     marker: str = ""
+    page: str = "performance.md"
     growth_at_most: float = 2
     claims: tuple[Claim, ...] = ()
 

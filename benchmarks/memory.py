@@ -65,21 +65,31 @@ def allocated() -> int:
 
 def peak_beyond(run: Callable[[], Any]) -> int:
     """Return how far the memory of this process grows at most while something runs, and what it returns is there."""
-    # What has been freed and could be used again goes back to the system. The peak is from now on.
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    trim()
+    forget_peak()
+    before = bytes_of("VmRSS")
     result = run()
-    peak = _status("VmHWM")
+    peak = bytes_of("VmHWM")
     del result
     return peak - before
 
 
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+def trim() -> None:
+    """Give what has been freed, and could be used again, back to the system."""
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def forget_peak() -> None:
+    """Have the peak of this process (``VmHWM``) counted from now on."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def bytes_of(field: str, file: str = "status", process: int | str = "self") -> int:
+    """Return a figure that Linux keeps of a process: such as ``VmRSS``, or ``Pss`` in ``smaps_rollup``."""
+    for line in Path(f"/proc/{process}/{file}").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return 1024 * int(line.split()[1])
-    raise OSError(f"peaks of memory need {field} in /proc/self/status, which Linux has")
+    raise OSError(f"this needs {field} in /proc/{process}/{file}, which Linux has")
 
 
 def names_of(entries: int) -> list[str]:
@@ -122,7 +132,7 @@ def _stacked(subject: str, entries: int) -> int:
 
 
 def _checkpoint(subject: str, entries: int) -> tuple[int, ...]:
-    """Count what saving, opening and loading take at their peaks."""
+    """Count what saving and loading take at their peaks."""
     from cases_checkpoint import extra_memory
 
     return extra_memory(subject, entries)

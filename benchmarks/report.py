@@ -1,4 +1,4 @@
-"""Tables in Markdown: for the terminal, for files, the short ones of docs/performance.md, and that of the README."""
+"""Tables in Markdown: for the terminal, for files, the short ones of docs, and that of the README."""
 
 from __future__ import annotations
 
@@ -78,9 +78,8 @@ def report(results: Results, suite: Suite[Any]) -> str:
     sizes = results.sizes
     sections = [
         f"# {suite.title}",
-        f"{suite.intro} Figures are medians, in nanoseconds per entry or call (of memory, bytes per entry); the"
-        " containers took turns in one process, with the garbage collector off, and what they made was freed after the"
-        " clock had stopped.",
+        f"{suite.intro} Figures are medians, in nanoseconds per entry or call (of memory, bytes per entry);"
+        f" {suite.turns}.",
         _machine_list(results.machine),
         _growth_sentences(results, suite) if len(sizes) > 1 else "",
         *(_section(results, suite, entries) for entries in reversed(all_sizes(suite.cases, sizes))),
@@ -303,6 +302,8 @@ def _bound(target: Target) -> str:
 
 
 def _with_unit(value: float, case: Case[Any]) -> str:
+    if case.unit == "ns" and value >= 1e6:
+        return _seconds(value * 1e-9)
     return f"{figure(value)} {case.unit}"
 
 

@@ -1,7 +1,7 @@
 """Measure pdrs beside torch, dict and OrderedDict, and write tables and pictures.
 
 ``python benchmarks/run.py`` takes most of an hour. A suite that is measured whole, at the usual sizes, replaces its
-part of ``benchmarks/results``, of ``docs/performance.md`` and of the README. Any other run prints its tables, and
+part of ``benchmarks/results``, of a page of ``docs`` and of the README. Any other run prints its tables, and
 writes them if told where.
 """
 
@@ -24,9 +24,9 @@ from report import Results, claims_table, replace_block, report, short_table, su
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 README = HERE.parent / "README.md"
-PERFORMANCE = HERE.parent / "docs" / "performance.md"
+DOCS = HERE.parent / "docs"
 # Each lies in a module `cases_NAME`, which is imported only if it is measured: a machine may lack what others need.
-SUITES = ("parameter_dict", "stacked", "transfer", "checkpoint", "index_map", "gpu")
+SUITES = ("parameter_dict", "stacked", "transfer", "checkpoint", "serving", "index_map", "gpu")
 SIZES = (10_000, 100_000, 1_000_000)
 QUICK_SIZES = (1_000,)
 REPEATS = 5
@@ -147,7 +147,7 @@ def _write(results: Results, suite: Suite[Any], folder: Path) -> None:
 def _publish(results: Results, suite: Suite[Any]) -> None:
     _write(results, suite, RESULTS)
     if suite.marker:
-        replace_block(PERFORMANCE, suite.marker, short_table(results, suite))
+        replace_block(DOCS / suite.page, suite.marker, short_table(results, suite))
 
 
 def _publish_claims() -> None:

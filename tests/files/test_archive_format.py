@@ -1,11 +1,16 @@
 """Archives, read by a reader that was written from docs/archive.md alone: plain Python and its standard library.
 
-The bugs that this hunts: a document that says something else than the code does.
+The bugs that this hunts: a document that says something else than the code does; a format that changes and keeps its
+version number, so that older files, or older versions of pdrs, fail.
+
+The golden files next to this one were written when the format was fixed. ``python tests/files/test_archive_format.py``
+writes those that are missing, and leaves the others alone.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 import zlib
 from array import array
@@ -16,10 +21,18 @@ from pathlib import Path
 import pytest
 import torch
 import xxhash
+from torch.nn import Parameter
 
 import pdrs
+from pdrs.checkpoint import verify
 
-SIZES = {"F32": ("f", 4), "I64": ("q", 8), "I32": ("i", 4), "U8": ("B", 1)}
+SIZES = {"F64": ("d", 8), "I64": ("q", 8), "F32": ("f", 4), "I32": ("i", 4), "U8": ("B", 1)}
+GOLDEN = Path(__file__).with_name("golden_2.safetensors")
+GOLDEN_DELTA = Path(__file__).with_name("golden_2.delta.safetensors")
+NEW_VERSION = """
+The format of archives has changed, so it needs a new version number. That of the packed names stands in their first
+eight bytes, that of the rest in the metadata. Keep the golden files: pdrs must go on reading them, or refuse them by
+their version. Add golden files of the new version, and describe it in docs/archive.md."""
 
 
 class Reader:
@@ -85,8 +98,7 @@ class Reader:
         return capacity or rows
 
     def entries(self, prefix: str) -> dict[str, list[float]]:
-        tables, patterns, names = _unpack(self.tensor(prefix + "_extra_state")[2])
-        assert patterns == []
+        tables, _, names = _unpack(self.tensor(prefix + "_extra_state")[2])
         found = {}
         for name, id_ in names:
             table, row = tables[id_ >> 40], id_ & (1 << 40) - 1
@@ -215,3 +227,138 @@ def test_a_reader_from_the_document_knows_spare_rows_and_metadata(tmp_path: Path
     assert full.entries("") == {"a": [1, 1], "b": [0, 0, 0]}
     assert delta.entries("") == full.entries("") | {"c": [2, 2]}
     assert len(pdrs.open(tmp_path / "1").table((2,))) == capacity
+
+
+# -- golden files ------------------------------------------------------------------------------------------------------
+
+
+def golden() -> pdrs.StackedParameterDict:
+    """Make what the golden file has: all that the format knows of one dictionary."""
+    rows = [
+        ("cat", torch.tensor([1.0, -2.0])),
+        ("gone", torch.tensor([8.0, 8.0])),
+        ("\0", torch.tensor([3.0, 4.0])),
+        ("é", torch.tensor([0.5, float("inf")])),
+        ("e\u0301", torch.tensor([5.0, 6.0])),
+        ("wide", torch.arange(6, dtype=torch.float64).reshape(3, 2)),
+        ("frozen", Parameter(torch.tensor([2**40, -1]), requires_grad=False)),
+        ("\ud800.日本", torch.tensor([7.0, 8.0])),
+        ("slow.😀", torch.tensor([9.0, 10.0])),
+        *((f"n{n}", torch.tensor([n, n + 0.5])) for n in range(MORE)),
+    ]
+    sd = pdrs.StackedParameterDict(rows)
+    sd.pop("gone")
+    sd.move_to_end("n0", last=False)
+    sd.param_groups(by={"^slow": {"lr": 0.1}})
+    sd.reserve(20, shape=(2, 2))
+    sd["square"] = torch.eye(2)
+    return sd
+
+
+def change(sd: pdrs.StackedParameterDict) -> pdrs.StackedParameterDict:
+    """Change as little as a delta of rows and of names can say."""
+    sd["cat"] = torch.tensor([0.25, 0.125])
+    sd.pop("é")
+    sd["gnu"] = torch.tensor([13.0, 14.0])
+    return sd
+
+
+MORE = 40
+TEXTS = {"format": "pt", "ключ": "значение"}
+ROWS = {
+    "n0": [0.0, 0.5],
+    "cat": [1.0, -2.0],
+    "\0": [3.0, 4.0],
+    "é": [0.5, float("inf")],
+    "e\u0301": [5.0, 6.0],
+    "wide": [0.0, 1.0, 2.0, 3.0, 4.0, 5.0],
+    "frozen": [2**40, -1],
+    "\ud800.日本": [7.0, 8.0],
+    "slow.😀": [9.0, 10.0],
+    **{f"n{n}": [n, n + 0.5] for n in range(1, MORE)},
+    "square": [1.0, 0.0, 0.0, 1.0],
+}
+CHANGED = {name: row for name, row in ROWS.items() if name != "é"} | {"cat": [0.25, 0.125], "gnu": [13.0, 14.0]}
+# The capacity of each table, its shape without rows, its dtype, and whether it requires gradients.
+TABLES = {
+    "float32_2": (MORE + 7, (2,), torch.float32, True),
+    "float64_3x2": (1, (3, 2), torch.float64, True),
+    "int64_2_no_grad": (1, (2,), torch.int64, False),
+    "float32_2_group1": (1, (2,), torch.float32, True),
+    "float32_2x2": (20, (2, 2), torch.float32, True),
+}
+BOTH = pytest.mark.parametrize(("path", "rows"), [(GOLDEN, ROWS), (GOLDEN_DELTA, CHANGED)])
+
+
+@BOTH
+def test_the_golden_files_open_with_all_that_they_have(path: Path, rows: dict[str, list[float]]) -> None:
+    verify(path)
+    sd = pdrs.open(path, verify=True)
+    assert list(sd) == list(rows)
+    assert {name: row.reshape(-1).tolist() for name, row in sd.items()} == rows
+    for name in rows:
+        assert sd[name].reshape(-1).tolist() == rows[name], "a name is found in the file"
+    assert [name in sd for name in ("gone", "n", f"n{MORE}", "", "\udfff")] == [False] * 5
+    assert sd.metadata == TEXTS
+    found = {name: (len(one), one.shape[1:], one.dtype, one.requires_grad) for name, one in sd.tables().items()}
+    assert list(found) == list(TABLES)
+    assert found == TABLES
+    plain = sd.tables()["float32_2"]
+    used = {sd[name].data_ptr() for name in rows}
+    assert [row.tolist() for row in plain if row.data_ptr() not in used] == [[0, 0]] * (len(plain) - MORE - 5)
+    assert sd["\ud800.日本"].requires_grad
+    assert not sd["frozen"].requires_grad
+    sd["slow.new"] = torch.ones(2)
+    assert len(sd.tables()["float32_2_group1"]) > 1, "the pattern of a group is in the file"
+
+
+@BOTH
+def test_the_reader_from_the_document_reads_the_golden_files(path: Path, rows: dict[str, list[float]]) -> None:
+    reader = Reader(path)
+    assert reader.entries("") == rows
+    assert list(reader.entries("")) == list(rows)
+    assert reader.texts == TEXTS
+    tables, patterns, _ = _unpack(reader.tensor("_extra_state")[2])
+    assert patterns == ["^slow"]
+    assert {one["attribute"]: one["trainable"] for one in tables} == {name: one[3] for name, one in TABLES.items()}
+    assert [one["group"] for one in tables] == [0, 0, 0, 1, 0]
+    assert {name: reader.capacity(name) for name in TABLES} == {name: one[0] for name, one in TABLES.items()}
+
+
+def test_the_format_has_not_changed_unless_its_version_has(tmp_path: Path) -> None:
+    first, second = shutil.copy(GOLDEN, tmp_path), tmp_path / "second"
+    pdrs.save(golden(), tmp_path / "first", metadata=TEXTS)
+    pdrs.save(change(golden()), second, since=first)
+    assert {how for how, *_ in Reader(second).fields["tensors"].values()} == {"rows", "names", "same"}
+    for made, stored in ((tmp_path / "first", GOLDEN), (second, GOLDEN_DELTA)):
+        assert _with_id_of(stored, made) == stored.read_bytes(), NEW_VERSION
+
+
+def _with_id_of(stored: Path, made: Path) -> bytes:
+    """Return a file with the random id of another, and with the checksum of its metadata that fits."""
+    data, (old, new) = made.read_bytes(), (_metadata(path) for path in (made, stored))
+    text = old.replace(json.loads(old)["id"], json.loads(new)["id"])
+    for before, after in ((_quoted(old), _quoted(text)), (_crc(old), _crc(text))):
+        assert data.count(before) == 1
+        data = data.replace(before, after)
+    return data
+
+
+def _metadata(path: Path) -> str:
+    data = path.read_bytes()
+    return str(json.loads(data[8 : 8 + struct.unpack_from("<Q", data)[0]])["__metadata__"]["pdrs"])
+
+
+def _quoted(text: str) -> bytes:
+    return json.dumps(text, ensure_ascii=False).encode()
+
+
+def _crc(text: str) -> bytes:
+    return f"{zlib.crc32(text.encode()):08x}".encode()
+
+
+if __name__ == "__main__":
+    if not GOLDEN.exists():
+        pdrs.save(golden(), GOLDEN, metadata=TEXTS)
+    if not GOLDEN_DELTA.exists():
+        pdrs.save(change(golden()), GOLDEN_DELTA, since=GOLDEN)

@@ -1,19 +1,25 @@
 """A process that is forked while other threads are inside methods of a StackedParameterDict.
 
 The bugs that this hunts: a child that waits for ever for a lock of a thread that it has not; one that uses a dictionary
-which was caught half-way through a change; one that takes the lock away from the very thread that forked it.
+which was caught half-way through a change; one that takes the lock away from the very thread that forked it; one that
+copies the names of its parent because it looks them up.
 """
 
 from __future__ import annotations
 
+import gc
+import mmap
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -221,3 +227,42 @@ print("done")
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="only Linux counts the pages of a process")
+@pytest.mark.parametrize("is_opened", [True, False], ids=["opened", "in memory"])
+def test_a_child_that_looks_each_name_up_copies_no_pages_of_names(is_opened: bool, tmp_path: Path) -> None:
+    count, batch = 200_000, 4_000
+    made = SD.from_tensor([f"name.{at:09d}" for at in range(count)], torch.zeros(count, 1))
+    pdrs.save(made, tmp_path / "names", sync=False)
+    sd = pdrs.open(tmp_path / "names") if is_opened else made
+
+    def look(names: list[str]) -> None:
+        for start in range(0, len(names), batch):
+            assert len(sd.indices(names[start : start + batch])) == batch
+        assert all(name in sd for name in names)
+
+    def check() -> bool:
+        gc.disable()
+        names = [f"name.{at:09d}" for at in range(count)]
+        look(names[:batch])  # the first time copies pages of other things
+        before = pages_of_its_own()
+        look(names)
+        copied = pages_of_its_own() - before
+        before = pages_of_its_own()
+        deque(sd, maxlen=0)
+        # The `str` objects of all names have 3,100 pages. A walk over those in memory writes to their reference counts.
+        return copied < 1_500 and (not is_opened or pages_of_its_own() - before < 1_500)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert in_child(check)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def pages_of_its_own() -> int:
+    """Count the pages that this process has written to since it was forked."""
+    (line,) = re.findall(r"^Private_Dirty: +(\d+) kB$", Path("/proc/self/smaps_rollup").read_text(), re.MULTILINE)
+    return int(line) * 1024 // mmap.PAGESIZE
