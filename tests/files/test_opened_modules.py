@@ -71,12 +71,17 @@ def within() -> Module:
     return ModuleDict({"outer": pdrs.ParameterDict({"inner": words(), "mixed": mixed()}), "b": Linear(1, 2)})
 
 
+def around() -> Module:
+    """Give a dictionary with a module in it, whose tensors are no entries."""
+    return ModuleDict({"outer": pdrs.ParameterDict({"x": torch.ones(2), "inner": Linear(2, 2)}), "words": mixed()})
+
+
 def nested() -> Module:
     """Give a dictionary whose prefix begins that of another."""
     return ModuleDict({"outer": pdrs.ParameterDict({"x": torch.ones(2), "inner": words()}), "b": Linear(1, 2)})
 
 
-MADE = pytest.mark.parametrize("make", [one, only, behind, many, within, nested])
+MADE = pytest.mark.parametrize("make", [one, only, behind, many, within, around, nested])
 SEARCHED = pytest.mark.parametrize("make", [one, only, behind, many])
 
 
