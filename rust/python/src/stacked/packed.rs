@@ -127,12 +127,11 @@ impl Packed {
     /// What begins a text sorts before it, and so does what lies between both: that would begin with the former.
     #[inline]
     fn dictionary_of<'a>(&self, name: &'a [u8]) -> Option<(usize, &'a [u8])> {
-        let source = match *self.sorted {
-            [source] => source,
-            _ => {
-                let behind = self.sorted.partition_point(|source| *self.sources[*source].prefix <= *name);
-                self.sorted[behind.checked_sub(1)?]
-            }
+        let source = if let [source] = *self.sorted {
+            source
+        } else {
+            let behind = self.sorted.partition_point(|source| *self.sources[*source].prefix <= *name);
+            self.sorted[behind.checked_sub(1)?]
         };
         name.strip_prefix(&*self.sources[source].prefix).map(|rest| (source, rest))
     }
