@@ -13,8 +13,9 @@ import os
 import re
 import sys
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,7 @@ class _Contents:
         The number of that of each name.
     """
 
-    def __init__(self, names: list[str], kinds: list[tuple[str, tuple[int, ...]]], kind_of: NDArray[Any]) -> None:
+    def __init__(self, names: Collection[str], kinds: list[tuple[str, tuple[int, ...]]], kind_of: NDArray[Any]) -> None:
         self.names, self.kinds, self.kind_of = names, kinds, kind_of
 
     def chosen(self, prefix: str, glob: str | None) -> _Contents:
@@ -181,8 +182,8 @@ class _Contents:
         if not prefix and glob is None:
             return self
         like = re.compile(fnmatch.translate(glob if glob is not None else "*"))
-        there = [at for at, name in enumerate(self.names) if name.startswith(prefix) and like.match(name)]
-        return _Contents([self.names[at] for at in there], self.kinds, self.kind_of[there])
+        there = {at: name for at, name in enumerate(self.names) if name.startswith(prefix) and like.match(name)}
+        return _Contents(list(there.values()), self.kinds, self.kind_of[list(there)])
 
     def summary(self) -> list[dict[str, Any]]:
         """Return the number and bytes of the tensors of each kind, those with the most bytes first."""
@@ -196,7 +197,7 @@ class _Contents:
 
     def entries(self, count: int) -> list[dict[str, Any]]:
         """Describe the first names."""
-        shown = zip(self.names[:count], self.kind_of[:count].tolist(), strict=True)
+        shown = zip(islice(self.names, count), self.kind_of[:count].tolist(), strict=True)
         return [
             {"name": name, "dtype": self.kinds[kind][0], "shape": list(self.kinds[kind][1])} for name, kind in shown
         ]
@@ -218,7 +219,7 @@ def _contents(path: str, key: Key | None, file: CheckpointFile) -> _Contents:
         return _Contents(file.names, *file.kinds())
     sd = checkpoint.open(path, key=key)
     kinds = [(short_name(table.dtype), tuple(table.shape[1:])) for table in sd.tables().values()]
-    return _Contents(list(sd), kinds, sd._index.places().tables)
+    return _Contents(sd.keys(), kinds, sd._index.places().tables)
 
 
 # -- get ---------------------------------------------------------------------------------------------------------------

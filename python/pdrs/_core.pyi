@@ -656,6 +656,21 @@ class RowIndex:
         None if they have no table of words. If names turn out to be damaged later, an ``error(path, message)`` is
         raised, whose message begins with ``origin``.
         """
+    @staticmethod
+    def joined(dictionaries: list[tuple[RowIndex, str, int, int]], singles: RowIndex | None) -> RowIndex | None:
+        """Make an index that looks the names of many dictionaries up where they were packed, until one changes.
+
+        **O(tables)**. None if one of the indices is not one of :meth:`of_packed`, if a prefix begins another, or if a
+        single tensor has the name of an entry.
+
+        Parameters
+        ----------
+        dictionaries
+            The index of each, in order. The prefix of its names. The number of its first table among all tables. And
+            how many single tensors stand immediately before it.
+        singles
+            The names of the tensors that are in no dictionary. Their places have the numbers among all tables.
+        """
     @property
     def moves(self) -> int:
         """A number that changes when a name that was there gets another row or goes. No two indices have the same."""

@@ -166,9 +166,11 @@ def open(  # noqa: A001  # read as pdrs.open
 ) -> StackedParameterDict:
     """Open a checkpoint as a StackedParameterDict whose tables are memory maps of the file. **O(1)** for an archive.
 
-    Names of an archive are found in the file. They are read into memory by the first change of the names, and by calls
-    that need all of them, such as ``state_dict`` or ``copy``: **O(n)**, once. Other files have no table of names, and
-    are opened in **O(n)**. So are files with ``since``, and whole modules, unless ``prefix`` is that of a dictionary.
+    Names of an archive are found in the file, also those of a whole module. They are read into memory by the first
+    change of the names, and by calls that need all of them, such as ``state_dict`` or ``copy``: **O(n)**, once.
+
+    Opening costs **O(n)** for files of other tools, which have no table of names. It also does for a file with
+    ``since`` whose names have changed, and for a dictionary that has entries and lies in another one that has some.
 
     Parameters
     ----------
@@ -182,10 +184,11 @@ def open(  # noqa: A001  # read as pdrs.open
     dtype
         The dtype of floating point tables. The default is that of the file.
     names
-        Take only these names, in this order. Their rows are read. **O(m)** for ``m`` names.
+        Take only these names, in this order. Their rows are read. **O(m)** for ``m`` names where opening is **O(1)**.
     prefix
         Take only names that begin with this text and are longer, and remove the text from them. ``"weights."`` opens
-        the dictionary ``weights`` of a module. ``"weights.a."`` reads the rows of it whose names begin with ``"a."``.
+        the dictionary ``weights`` of a module. ``"weights.a."`` reads the rows of it whose names begin with ``"a."``,
+        and all names of the dictionary to find these, unless ``names`` is given.
         Without a prefix, each name of the state dict is an entry.
     key
         Where the state dict is, if ``torch.save`` wrote it inside a dict, such as ``"state_dict"`` or ``"model"``. For

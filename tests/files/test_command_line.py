@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,21 @@ def inspected(capsys: pytest.CaptureFixture[str], *arguments: Any) -> Any:
 
 
 # -- inspect -----------------------------------------------------------------------------------------------------------
+
+
+def test_names_that_are_not_printed_are_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    count, long = 20_000, "x" * 200
+    words = pdrs.StackedParameterDict.from_tensor([f"{n}{long}" for n in range(count)], torch.zeros(count, 1))
+    pdrs.save(nn.ModuleDict({"words": words, "head": nn.Linear(1, 1)}), tmp_path / "f", sync=False)
+    for command in (["inspect", "--no-verify", str(tmp_path / "f")], ["get", str(tmp_path / "f"), f"words.7{long}"]):
+        assert run(command) == 0
+        tracemalloc.start()
+        assert run(command) == 0
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        # Numbers for each name, and not its text.
+        assert peak < 50 * count
+    assert f"{count + 2:,} names" in capsys.readouterr().out
 
 
 def test_inspect_shows_tables_kinds_and_the_first_names(capsys: pytest.CaptureFixture[str], archive: Path) -> None:

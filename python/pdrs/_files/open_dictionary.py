@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Parameter
 
-from pdrs._core import Places, RowIndex, group_tensors
+from pdrs._core import IndexMap, Places, RowIndex, group_tensors
 from pdrs._files.archive_read import Archive
-from pdrs._files.checkpoint_file import CheckpointFile
+from pdrs._files.checkpoint_file import CheckpointError, CheckpointFile
 from pdrs._files.saved_dictionary import PackedDictionary, PlainTensors, SavedDictionary
 from pdrs._moves.staging import upload
+from pdrs._rows.names_codec import Header, TableHeader, add_words, pack
 from pdrs._rows.store import add_table
 from pdrs._torch.errors import MissingEntryError
 from pdrs._torch.huge_pages import empty
@@ -50,7 +51,7 @@ def open_dictionary(
     else:
         members = {name: saved for saved in (below | around).values() for name in saved.members()}
         # The prefix may end within the names of a dictionary.
-        narrowed = [saved for one, saved in around.items() if saved.narrow(prefix.removeprefix(one))]
+        narrowed = [saved for one, saved in around.items() if saved.narrow(prefix.removeprefix(one), names)]
         chosen, within = [*below.values(), *narrowed], bool(narrowed)
         parts = list(_in_order(checkpoint, prefix, members, chosen))
         is_there = bool(parts)
@@ -59,7 +60,7 @@ def open_dictionary(
             f"no name in the checkpoint is longer than {prefix!r} and begins with it; "
             f"names=[{prefix!r}] opens one entry"
         )
-    index = parts[0].index if len(parts) == 1 else _joined(checkpoint, parts)
+    index = _index_of_all(checkpoint, parts)
     if names is None and within:
         names = index.names()
     sd = StackedParameterDict()
@@ -108,6 +109,45 @@ def _in_order(
         elif saved in chosen and saved not in seen:
             seen.add(saved)
             yield saved
+
+
+def _index_of_all(checkpoint: CheckpointFile, parts: list[SavedDictionary]) -> RowIndex:
+    """Return the names of all parts, whose tables are numbered one part after another."""
+    if len(parts) > 1 or (isinstance(parts[0], PackedDictionary) and parts[0].shown):
+        index = _searched(parts)
+        if index is not None:
+            return index
+    return parts[0].index if len(parts) == 1 else _joined(checkpoint, parts)
+
+
+def _searched(parts: list[SavedDictionary]) -> RowIndex | None:
+    """Return an index that looks the names of all parts up in the file; None if that cannot be. **O(tensors)**."""
+    dictionaries: list[tuple[RowIndex, str, int, int]] = []
+    names: list[str] = []
+    numbers: list[int] = []
+    used: list[int] = []
+    before = 0
+    for part in parts:
+        if not isinstance(part, PackedDictionary):
+            names += part.index.names()
+            numbers += range(len(used), len(used) + len(part.header.tables))
+            before += len(part.header.tables)
+        elif part.searched is None:
+            return None
+        elif len(part.searched):
+            dictionaries.append((part.searched, part.shown, len(used), before))
+            before = 0
+        used += [table.used for table in part.header.tables]
+    singles = _packed(names, numbers, used)
+    return None if singles is None else RowIndex.joined(dictionaries, singles)
+
+
+def _packed(names: list[str], numbers: list[int], used: list[int]) -> RowIndex | None:
+    """Return an index of tensors, each of which is the only row of a table, as if they had been packed."""
+    header = Header(tuple(TableHeader("", 0, False, rows) for rows in used))
+    places = Places.of(np.array(numbers, np.int64), np.zeros(len(numbers), np.int64))
+    packed = np.concatenate(add_words(pack(IndexMap.from_names(names), header, places)))
+    return RowIndex.of_packed(packed, CheckpointError, "", "")
 
 
 def _joined(checkpoint: CheckpointFile, parts: list[SavedDictionary]) -> RowIndex:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from math import prod
 from typing import Any
 
@@ -138,10 +139,10 @@ class PackedDictionary(SavedDictionary):
     """
 
     def __init__(self, checkpoint: CheckpointFile, prefix: str, shown: str = "", *, loads: bool = False) -> None:
-        self.checkpoint, self.prefix, self._shown = checkpoint, prefix, shown
+        self.checkpoint, self.prefix, self.shown = checkpoint, prefix, shown
         try:
             self._packed = (checkpoint.load if loads else checkpoint.tensor)(prefix + EXTRA_STATE)
-            self._index, self._names, self.header = search(
+            self._searched, self._names, self.header = search(
                 self._packed, CheckpointError, checkpoint.path, f"the tensor {prefix + EXTRA_STATE!r}: "
             )
             check_header(self.header)
@@ -149,23 +150,31 @@ class PackedDictionary(SavedDictionary):
             raise
         except ValueError as error:
             raise self._damaged(error) from error
-        if shown:
-            self._index = None
+        self._index = None if shown else self._searched
+
+    @property
+    def searched(self) -> RowIndex | None:
+        """An index that looks up the names of the file there; None if it has no table of words, or after `narrow`."""
+        self._refuse_claims()
+        return self._searched
 
     @property
     def index(self) -> RowIndex:  # type: ignore[override]  # read-only
         """The names, and the place of each. They are looked up in the file if it has a table of words."""
-        used = [table.used for table in self.header.tables]
-        if claims_too_much(sum(used), self._names):
-            for number in range(len(used)):
-                self.table(number)
+        self._refuse_claims()
         if self._index is None:
             try:
-                names, _ = unpack(self._packed, self._shown)
-                self._index = RowIndex.of_ids(names, used)
+                names, _ = unpack(self._packed, self.shown)
+                self._index = RowIndex.of_ids(names, [table.used for table in self.header.tables])
             except ValueError as error:
                 raise self._damaged(error) from error
         return self._index
+
+    def _refuse_claims(self) -> None:
+        """Refuse tables that have not the rows that the header claims, if these are many."""
+        if claims_too_much(sum(table.used for table in self.header.tables), self._names):
+            for number in range(len(self.header.tables)):
+                self.table(number)
 
     def check(self) -> None:
         """Refuse names that contradict their tables or their table of words. **O(n)**."""
@@ -182,10 +191,27 @@ class PackedDictionary(SavedDictionary):
         """Return the names of the tensors that make up the dictionary."""
         return {self.prefix + name for name in (*(table.attribute for table in self.header.tables), EXTRA_STATE)}
 
-    def narrow(self, beginning: str) -> bool:
-        """Keep only the names with a beginning, without it; return whether there are any. **O(n)**."""
-        self._index = self.index.below(beginning)
+    def narrow(self, beginning: str, asked: list[str] | None) -> bool:
+        """Keep only the names with a beginning, without it; return whether there are any. **O(n)**.
+
+        If all names that are ``asked`` for are there, only these are kept: **O(m)**.
+        """
+        found = None if self.searched is None or not asked else self._narrowed(self.searched, beginning, asked)
+        self._index, self._searched = self.index.below(beginning) if found is None else found, None
         return len(self._index) > 0
+
+    def _narrowed(self, searched: RowIndex, beginning: str, asked: list[str]) -> RowIndex | None:
+        """Return an index of names without their beginning; None unless each is there."""
+        if not all(type(name) is str and name for name in asked):
+            return None
+        names = list(dict.fromkeys(asked))
+        places = searched.places([beginning + name for name in names])
+        if not places.is_complete():
+            return None
+        # Two damaged names may have one row. Whoever reads all names finds out, and says where.
+        with suppress(ValueError):
+            return RowIndex.of(names, places, [table.used for table in self.header.tables])
+        return None
 
     def table(self, number: int, *, loads: bool = False) -> Tensor:
         """Return the rows of a table, loaded or mapped."""

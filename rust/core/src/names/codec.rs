@@ -312,11 +312,14 @@ impl<'a> Names<'a> {
         self.words.search(hash, |number| self.name(number).is_some_and(&is_it))
     }
 
-    /// The number of the first name that [`find`](Self::find) would ask about. **O(1)**.
+    /// The number of the first name that [`find`](Self::find) would read. It may be too large. **O(1)**.
     #[must_use]
     #[inline]
     pub fn candidate(&self, hash: u64) -> Option<usize> {
-        self.find(hash, |_| true)
+        if !self.has_words() {
+            return None;
+        }
+        self.words.search(hash, |_| true)
     }
 
     /// Where [`find`](Self::find) begins: whoever looks many names up has this loaded first.

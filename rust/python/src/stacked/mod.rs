@@ -6,4 +6,5 @@ pub(crate) mod places;
 pub(crate) mod plan;
 pub(crate) mod row;
 pub(crate) mod row_index;
+mod source;
 pub(crate) mod walk;

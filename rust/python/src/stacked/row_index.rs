@@ -24,6 +24,7 @@ use crate::python::names::{listed, to_names, to_names_that};
 use crate::stacked::packed::Packed;
 use crate::stacked::places::Places;
 use crate::stacked::plan::{OrRefuse, RowPlan, missing, no_table, refused_removal};
+use crate::stacked::source::Source;
 use crate::stacked::walk::RowIterator;
 
 #[pyclass(frozen, mapping, module = "pdrs._core")]
@@ -100,7 +101,7 @@ impl Walked<'_> {
     pub(crate) fn place(self, py: Python<'_>, position: usize) -> PyResult<Option<Place>> {
         match self {
             Self::Live(names) => Ok(names.place_at(position)),
-            Self::Packed(packed) => packed.place_of_number(py, position),
+            Self::Packed(packed) => packed.place_at(py, position),
         }
     }
 }
@@ -344,8 +345,34 @@ impl RowIndex {
         path: String,
         origin: String,
     ) -> PyResult<Option<Self>> {
-        let state = Packed::of(packed, error, path, origin)?.map(State::Packed);
-        Ok(state.map(|state| Self { state: Mutex::new(state) }))
+        let source = Source::of(packed, error, path, origin)?;
+        source.map(|source| Ok(Self { state: Mutex::new(State::Packed(Packed::of(source)?)) })).transpose()
+    }
+
+    /// Names of several places that are looked up there; `None` if that cannot be.
+    #[staticmethod]
+    fn joined(
+        dictionaries: Vec<(Bound<'_, Self>, Bound<'_, PyString>, usize, usize)>,
+        singles: Option<Bound<'_, Self>>,
+        py: Python<'_>,
+    ) -> PyResult<Option<Self>> {
+        let source = |index: &Bound<'_, Self>, prefix: Vec<u8>, first_table| match &*index.get().state(py) {
+            State::Packed(packed) => packed.only().map(|one| one.shown(py, prefix, first_table)).transpose(),
+            State::Live(..) => Ok(None),
+        };
+        let (mut sources, mut before) = (Vec::new(), Vec::new());
+        for (index, prefix, first_table, singles_before) in dictionaries {
+            let prefix = Name::new(to_text(&prefix)?).with_utf8(py, &mut Vec::new(), <[u8]>::to_vec);
+            let Some(made) = source(&index, prefix, first_table)? else { return Ok(None) };
+            memory::push(&mut sources, made)?;
+            memory::push(&mut before, singles_before)?;
+        }
+        let others = singles.as_ref().map_or(Ok(None), |index| source(index, Vec::new(), 0))?;
+        if others.is_none() && singles.is_some() {
+            return Ok(None);
+        }
+        let made = Packed::joined(py, sources, &before, others)?;
+        Ok(made.map(|packed| Self { state: Mutex::new(State::Packed(packed)) }))
     }
 
     #[getter(moves)]
@@ -422,7 +449,7 @@ impl RowIndex {
             .transpose()?
             .flatten(),
             State::Packed(packed) => {
-                let listed = |saved: &Saved<'_>| {
+                let listed = |saved: &[Saved<'_>]| {
                     with_listed(names, |listed| {
                         let are_texts = listed.iter().all(|name| name.text().is_some());
                         if are_texts { packed.places(saved, listed).map(Some) } else { Ok(None) }
