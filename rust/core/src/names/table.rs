@@ -9,13 +9,17 @@
 //!
 //! * An id is the unit of 8 bytes at which a record begins, counted from a base that moves when names come or go in
 //!   front. So a look-up misses the cache twice: for the word, and for the record with the place and the text.
-//! * The hash is [the one of packed names](super::codec::hash): the same in every process. Names that were chosen to
-//!   collide make look-ups slow, not wrong.
+//! * The hash is XXH3 with a seed that each process draws. That of [packed names](super::codec::hash) has none, so that
+//!   all processes agree on it, and whoever chooses names can make them collide there. Here they cannot.
 //! * A name that goes leaves its record behind. When more bytes belong to such records than to others, these move
 //!   together. That looks at no text and hashes nothing.
 //! * A name that becomes longer keeps its record, and its text lies elsewhere until then.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasher, RandomState};
+use std::sync::OnceLock;
+
+use twox_hash::XxHash3_64;
 
 use crate::error::{Error, Result};
 use crate::hash_table::{Slots, Words, first_repeated, hash_of, id_of, word};
@@ -23,7 +27,6 @@ use crate::index_map::MAX_ENTRIES;
 use crate::memory;
 use crate::names::record::{self, UNIT};
 use crate::names::text::Text;
-use crate::names::words::hash;
 use crate::rows::Place;
 
 /// How many names go through each step together: see the look-ups of an [`IndexMap`](crate::IndexMap).
@@ -79,10 +82,13 @@ pub(crate) struct New {
 /// Names that are no table, because one is listed twice: the position of the second.
 pub(crate) struct Repeated(pub(crate) usize);
 
-/// The hash as it stands in a word: never 0, so that no word of a name is 0.
+/// The hash of a name as it stands in a word: never 0, so that no word of a name is 0. Another one in each process.
+#[must_use]
 #[inline]
-fn stored_hash(text: &[u8]) -> u32 {
-    (hash(text) as u32).max(1)
+pub fn stored_hash(text: &[u8]) -> u32 {
+    static SEED: OnceLock<u64> = OnceLock::new();
+    let seed = *SEED.get_or_init(|| RandomState::new().hash_one(0));
+    (XxHash3_64::oneshot_with_seed(seed, text) as u32).max(1)
 }
 
 /// Records that are listed, one behind the other.
@@ -224,6 +230,7 @@ impl NameTable {
     }
 
     /// All names in order. **O(n)** for all.
+    #[must_use]
     pub fn iter(&self) -> impl ExactSizeIterator<Item = (&[u8], Place)> {
         let mut position = 0;
         let step = move || {
@@ -232,6 +239,17 @@ impl NameTable {
             Some((entry.name, entry.place))
         };
         Walk { step, left: self.len }
+    }
+
+    /// The position of the name in front of which so many others stand, or behind the last. **O(n)**.
+    #[must_use]
+    pub fn position_of_number(&self, number: usize) -> usize {
+        let mut position = 0;
+        for _ in 0..number {
+            let Some(entry) = self.next(position) else { break };
+            position = entry.next;
+        }
+        position
     }
 
     /// The place of the name at a position; `None` if none begins there. **O(1)**.
@@ -532,9 +550,9 @@ impl NameTable {
             let is_end = position == 0 || position + units == self.positions();
             assert!(is_there || !is_end, "a record of no name at an end");
             if is_there {
-                len += 1
+                len += 1;
             } else {
-                gone += units * UNIT
+                gone += units * UNIT;
             }
             position += units;
         }

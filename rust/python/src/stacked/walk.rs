@@ -9,7 +9,7 @@ use pdrs_core::Place;
 
 use crate::python::memory::{new_number, push};
 use crate::python::name::Exact;
-use crate::stacked::row_index::{RowIndex, Walked};
+use crate::stacked::row_index::{PACKED, RowIndex, Walked};
 
 /// How many names are made at a time.
 const AT_ONCE: usize = 64;
@@ -44,6 +44,14 @@ impl RowIterator {
     fn advance(&self, py: Python<'_>, step: &mut Step) -> PyResult<Option<(Exact, Option<Place>)>> {
         let Step { index, position, generation, next } = step;
         index.get().step(py, *generation, |walked| {
+            if let Walked::Live(names) = walked
+                && *generation == PACKED
+            {
+                // The names have been read into memory. Where they were packed, positions are their numbers.
+                let number = next.pop().map_or(*position, |(found, _)| found + usize::from(self.is_reversed));
+                next.clear();
+                (*position, *generation) = (names.position_of_number(number), names.generation());
+            }
             if next.is_empty() {
                 self.walk_on(py, walked, position, next)?;
             }
