@@ -161,7 +161,7 @@ CASES: tuple[Case[Data], ...] = (
         f"gather {BATCH:,} random names, later",
         serving.LATER_BATCH,
         (IN_MEMORY, PDRS),
-        (Target("ratio", IN_MEMORY, 0.5),),
+        (Target("ratio", IN_MEMORY, 0.8),),
         per=BATCH,
         note="After each name was looked up once. Per name.",
     ),

@@ -251,8 +251,8 @@ def test_a_child_that_looks_each_name_up_copies_no_pages_of_names(is_opened: boo
         copied = pages_of_its_own() - before
         before = pages_of_its_own()
         deque(sd, maxlen=0)
-        # The `str` objects of all names have 3,100 pages. A walk over those in memory writes to their reference counts.
-        return copied < 1_500 and (not is_opened or pages_of_its_own() - before < 1_500)
+        # The `str` objects of all names would have 3,100 pages, and reference counts that a walk writes to.
+        return copied < 1_000 and pages_of_its_own() - before < 1_000
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -475,3 +475,52 @@ def test_an_iterator_that_has_ended_keeps_no_names() -> None:
     gc.collect()
     assert list(walk) == []
     assert not any(isinstance(one, RowIndex | IndexMap) for one in gc.get_referents(walk))
+
+
+def test_names_with_surrogates_are_made_without_running_code_while_the_index_is_locked() -> None:
+    index = RowIndex.of_one_table([f"a\udc80{n}" for n in range(100)])
+    finalized = 0
+
+    class Cycle:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            nonlocal finalized
+            finalized += len(index) == 100 and "a\udc807" in index
+
+    threshold = gc.get_threshold()
+    gc.collect()
+    gc.freeze()  # each collection looks at little then
+    try:
+        for first in range(2, 120):
+            Cycle()
+            gc.set_threshold(first, 1000, 1000)
+            assert len(list(index)) == len(index.names()) == len(index.with_prefix("a\udc80")) == 100
+            gc.set_threshold(*threshold)
+            gc.collect()
+    finally:
+        gc.set_threshold(*threshold)
+        gc.unfreeze()
+    assert finalized == 118
+    assert index.names()[0] == "a\udc800"
+
+
+@pytest.mark.parametrize("text", ["\udfff", "é\ud800", "\U0010ffff\udc00é a", "中\udcff\U00010000", "\ud83d\ude00"])
+def test_names_with_surrogates_come_back_as_they_were(text: str) -> None:
+    index = RowIndex.of_one_table(["a", text, text + "b"])
+    assert index.names() == ["a", text, text + "b"] == list(index)
+    assert text in index and text[:-1] not in index
+    assert index.with_prefix(text) == [text, text + "b"]
+
+
+def test_what_is_no_str_is_never_taken_for_a_name() -> None:
+    index = RowIndex.of_one_table(["a", "\xff"])
+    with pytest.raises(TypeError, match="names must be str, got int at position 1"):
+        index.places(["a", 3])
+    with pytest.raises(TypeError, match="names must be str, got int at position 1"):
+        RowIndex.of_one_table(["a", 3, ""])
+    with pytest.raises(KeyError, match="empty"):
+        RowIndex.of_one_table(["a", ""])
+    with pytest.raises(KeyError, match="empty"):
+        RowIndex.of_ids(IndexMap({"": 0}), [1])

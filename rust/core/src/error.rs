@@ -96,7 +96,8 @@ impl fmt::Display for Error {
             Self::Rows { wanted, limit } => write!(f, "a table has at most {limit} rows, and {wanted} were asked for"),
             Self::Text { bytes } => write!(
                 f,
-                "a name has less than 256 MiB, all names together at most 64 GiB, and one of {bytes} bytes is too much"
+                "a name has less than 256 MiB, all names of a dictionary at most 32 GiB with what belongs to them, and \
+                 {bytes} bytes more are too much"
             ),
             Self::Memory => write!(f, "out of memory"),
             Self::TooLarge => write!(f, "all tensors together have more than {} bytes", i64::MAX),

@@ -1,4 +1,5 @@
-//! The hash table under an [`IndexMap`](crate::IndexMap): it finds the id of an entry, and never sees a key.
+//! The hash table under an [`IndexMap`](crate::IndexMap), and under the [names of rows](crate::names::table): it finds
+//! the id of an entry, and never sees a key.
 //!
 //! A word holds 32 bits of hash beside the 32-bit id of an entry; 0 is empty, so a stored hash is never 0. A search
 //! begins at the slot that the low bits of the hash name, its home, and ends at the first empty one.

@@ -272,6 +272,56 @@ fn plans_are_made_whole_or_not_at_all_and_are_committed_without_memory() {
 }
 
 #[test]
+fn what_a_plan_has_reserved_stays_when_another_makes_room_in_front() {
+    let mut index = index_of(3_000);
+    let (names, _) = to_insert(3_000);
+    let mut insert = index.plan_insert(names, &[0; 4_500]).unwrap();
+    index.plan_move_to_end("name.50", false).unwrap();
+    LEFT.set(0);
+    assert!(index.commit(&mut insert));
+    LEFT.set(usize::MAX);
+    index.check();
+}
+
+#[test]
+fn names_are_renamed_moved_and_removed_without_memory_once_that_is_planned() {
+    let mut index = index_of(3_000);
+    let mut model = names(3_000);
+    for n in 0..1_500 {
+        let new = format!("{n}.{}", "y".repeat([3, 300, 3_000, 5][n % 4]));
+        let at = (n * 7) % model.len();
+        let (mut plan, _) = at_every_limit(|| index.plan_rename(&model[at], &new), is_limit);
+        LEFT.set(0);
+        assert!(index.commit(&mut plan));
+        LEFT.set(usize::MAX);
+        model[at] = new;
+        let (at, last) = ((n * 11) % model.len(), n % 3 == 0);
+        let (mut plan, _) = at_every_limit(|| index.plan_move_to_end(&model[at], last), is_limit);
+        LEFT.set(0);
+        assert!(index.commit(&mut plan));
+        LEFT.set(usize::MAX);
+        let name = model.remove(at);
+        model.insert(if last { model.len() } else { 0 }, name);
+        if n % 5 == 0 {
+            let at = (n * 13) % model.len();
+            let place = index.names().get(&model[at]).unwrap();
+            let (removed, _) = at_every_limit(|| index.remove_one(&model[at], place), is_memory);
+            assert!(removed && index.names().get(&model.remove(at)).is_none());
+        }
+        assert!(index.names().contains(&model[n % model.len()]));
+    }
+    assert!(index.names().iter().map(|(name, _)| name).eq(model.iter().map(String::as_bytes)));
+    let mut plan = index.plan_remove(&model.split_off(100)).unwrap();
+    LEFT.set(0);
+    assert!(index.commit(&mut plan));
+    LEFT.set(usize::MAX);
+    assert!(index.names().iter().map(|(name, _)| name).eq(model.iter().map(String::as_bytes)));
+    let mut plan = index.plan_move_to_end(&model[7], true).unwrap();
+    assert!(index.commit(&mut plan));
+    index.check();
+}
+
+#[test]
 fn rows_of_a_large_table_become_free_without_memory_once_that_is_planned() {
     let mut index = index_of(200_000);
     index.add_table().unwrap();

@@ -17,10 +17,12 @@ thread_local! {
     static COLLIDE: Cell<bool> = const { Cell::new(false) };
 }
 
-/// A name with this number. Some are so long that what is left behind is cleared away, or that lengths take more bytes.
+/// A name with this number. Many are about so long that a length, or the size of a record, needs more bytes.
 fn query(name: u8) -> String {
     static COLLIDING: OnceLock<Vec<String>> = OnceLock::new();
-    let plain = |name| format!("{name} {}", "x".repeat(usize::from(name % 5) * 300));
+    let long = [0, 3, 236, 300, 900, 4000];
+    let lengths = || long.into_iter().chain(247..253).chain(2011..2030).cycle();
+    let plain = |name: u8| format!("{name} {}", "x".repeat(lengths().nth(name.into()).unwrap()));
     if !COLLIDE.get() {
         return plain(name);
     }
@@ -417,6 +419,34 @@ fn many_names_are_inserted_moved_and_removed_as_few_are() {
     assert!(index.commit(&mut plan));
     index.check();
     assert_eq!(index.names().len(), 5_010);
+}
+
+#[test]
+fn names_that_all_become_longer_take_the_memory_of_longer_names() {
+    let count = 20_000;
+    let longer = |name: &str| format!("a.longer.prefix.of.many.names.{name}");
+    let mut index = RowIndex::of_one_table(names(0..count).into_iter()).unwrap();
+    for name in names(0..count) {
+        let mut plan = index.plan_rename(&name, &longer(&name)).unwrap();
+        assert!(index.commit(&mut plan));
+    }
+    index.check();
+    for (name, row) in names(0..count).iter().zip(0..) {
+        assert_eq!((index.names().get(name), index.names().get(&longer(name))), (None, Place::new(0, row)));
+    }
+    let made = RowIndex::of_one_table(names(0..count).iter().map(|name| longer(name))).unwrap();
+    assert!(index.names().iter().eq(made.names().iter()));
+    assert!(index.names().allocated_bytes() < 3 * made.names().allocated_bytes());
+    // To either end and back, over records that were left behind.
+    for last in [false, true] {
+        for name in names(0..count / 2) {
+            let mut plan = index.plan_move_to_end(&longer(&name), last).unwrap();
+            assert!(index.commit(&mut plan));
+        }
+        index.check();
+    }
+    let order = names(count / 2..count).into_iter().chain(names(0..count / 2));
+    assert!(index.names().iter().map(|(name, _)| name.to_vec()).eq(order.map(|name| longer(&name).into_bytes())));
 }
 
 #[test]

@@ -115,7 +115,7 @@ impl<K, V> IndexMap<K, V> {
     }
 
     /// Makes sure that so many more entries, or entries that move, have an id.
-    pub(crate) fn make_ids(&mut self, additional: usize) -> Result<()> {
+    fn make_ids(&mut self, additional: usize) -> Result<()> {
         // Where there was no memory to close them, there may be more holes than ids for holes.
         if self.entries.len().saturating_add(additional) > 2 * MAX_ENTRIES {
             self.compact();
@@ -307,7 +307,7 @@ impl<K: Hashed, V> IndexMap<K, V> {
         Some((position, value))
     }
 
-    pub(crate) fn position_of<Q>(&self, query: &Q) -> Option<usize>
+    fn position_of<Q>(&self, query: &Q) -> Option<usize>
     where
         Q: Hashed + ?Sized,
         K: Matches<Q>,
@@ -476,7 +476,7 @@ impl<K: Matches<K>, V> IndexMap<K, V> {
     }
 
     /// Makes sure that one more entry, or one that moves, has a place and an id.
-    pub(crate) fn make_place(&mut self) -> Result<()> {
+    fn make_place(&mut self) -> Result<()> {
         self.make_ids(1)?;
         memory::make_room(&mut self.entries)
     }

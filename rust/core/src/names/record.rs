@@ -49,6 +49,11 @@ pub(super) fn units_for(length: usize) -> Result<usize> {
     if length < LONGEST { Ok(form(length).1) } else { Err(Error::Text { bytes: length as u64 }) }
 }
 
+/// How many bytes a record with this text has.
+pub(super) fn size(text: &[u8]) -> usize {
+    form(text.len()).1 * UNIT
+}
+
 /// Whether texts are the same. Those of 8 to 16 bytes are compared in two pieces: a call would take as long again.
 #[inline]
 pub(super) fn are_same(one: &[u8], other: &[u8]) -> bool {
@@ -97,7 +102,7 @@ fn fill(record: &mut [u8], place: Option<Place>, text: &[u8]) {
 #[inline]
 pub(super) fn push(records: &mut Vec<u8>, place: Option<Place>, text: &[u8]) {
     let begin = records.len();
-    let end = begin + form(text.len()).1 * UNIT;
+    let end = begin + size(text);
     if end - begin <= PIECE && records.capacity() - begin >= PIECE {
         // So many bytes at a time are written without a call.
         records.extend_from_slice(&[0; PIECE]);
@@ -110,9 +115,9 @@ pub(super) fn push(records: &mut Vec<u8>, place: Option<Place>, text: &[u8]) {
 
 /// Writes a record in front of others.
 pub(super) fn fill_at(records: &mut [u8], at: usize, place: Option<Place>, text: &[u8]) {
-    let size = form(text.len()).1 * UNIT;
-    records[at..at + size].fill(0);
-    fill(&mut records[at..at + size], place, text);
+    let record = &mut records[at..at + size(text)];
+    record.fill(0);
+    fill(record, place, text);
 }
 
 /// The text of the record at `at`; `None` if it lies elsewhere.

@@ -10,10 +10,11 @@
 //! * An id is the unit of 8 bytes at which a record begins, counted from a base that moves when names come or go in
 //!   front. So a look-up misses the cache twice: for the word, and for the record with the place and the text.
 //! * The hash is XXH3 with a seed that each process draws. That of [packed names](super::codec::hash) has none, so that
-//!   all processes agree on it, and whoever chooses names can make them collide there. Here they cannot.
+//!   all processes agree on it, and whoever chooses names can make them collide there. Here that takes the seed.
 //! * A name that goes leaves its record behind. When more bytes belong to such records than to others, these move
 //!   together. That looks at no text and hashes nothing.
-//! * A name that becomes longer keeps its record, and its text lies elsewhere until then.
+//! * A name whose record would have another size when it is renamed has its text elsewhere until then. When there are
+//!   too many of these, the records are moved, too.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
@@ -37,6 +38,9 @@ const ENOUGH: usize = 256;
 
 /// Below this many bytes, what is left behind is not worth a sweep.
 const SMALL: usize = 1 << 12;
+
+/// A text that lies elsewhere takes about so many bytes more.
+const APART: usize = 64;
 
 /// Ids wrap around; so many units can be told apart.
 const MOST_UNITS: usize = (1 << 32) - 2;
@@ -124,8 +128,10 @@ impl Listed {
         let listed = self.words.len();
         if listed >= ENOUGH && expected > listed {
             let average = self.records.len() / listed + 1;
+            // The first names may be longer than others, or shorter.
             let all = (expected - listed).saturating_mul(average);
-            if self.records.try_reserve_exact(all.max(size)).is_ok() {
+            let all = all.clamp(self.records.len() / 8, 8 * self.records.len().max(1 << 20)).max(size);
+            if self.records.try_reserve_exact(all).is_ok() {
                 return Ok(());
             }
         }
@@ -173,11 +179,12 @@ impl NameTable {
         self.generation
     }
 
-    /// The bytes that are allocated. **O(1)**.
+    /// The bytes that are allocated. **O(1)**, and O(m) where m names were renamed of late.
     #[must_use]
     pub fn allocated_bytes(&self) -> usize {
         let elsewhere = self.elsewhere.capacity() * size_of::<(u32, Vec<u8>)>();
-        self.words.allocated_bytes() + self.records.capacity() + elsewhere
+        let texts: usize = self.elsewhere.values().map(Vec::capacity).sum();
+        self.words.allocated_bytes() + self.records.capacity() + elsewhere + texts
     }
 
     /// Where a walk from the end begins. **O(1)**.
@@ -252,7 +259,7 @@ impl NameTable {
         position
     }
 
-    /// The place of the name at a position; `None` if none begins there. **O(1)**.
+    /// The place of the name that begins at a position; `None` if it is gone, or behind the last. **O(1)**.
     #[must_use]
     pub fn place_at(&self, position: usize) -> Option<Place> {
         if position < self.positions() { record::place(&self.records, self.byte(position)) } else { None }
@@ -467,19 +474,26 @@ impl NameTable {
             record::set_elsewhere(&mut self.records, at);
             self.elsewhere.insert(id, text);
         }
+        self.tidy();
     }
 
     /// Makes sure that [`move_at`](Self::move_at) needs no memory.
     pub(crate) fn reserve_moved(&mut self, position: usize, last: bool) -> Result<()> {
-        let bytes = record::units_for(self.text(position).len())? * UNIT;
-        self.reserve_bytes(bytes)?;
-        if last || self.begin >= bytes {
+        let bytes = record::size(self.text(position));
+        if last {
+            return self.reserve_bytes(bytes);
+        }
+        if position == 0 || self.begin >= bytes {
             return Ok(());
+        }
+        if self.positions() + bytes / UNIT > MOST_UNITS {
+            return Err(Error::Text { bytes: bytes as u64 });
         }
         // As much room in front as there are records, so that the next ones need not move.
         let kept = self.records.len() - self.begin;
         let front = kept + bytes.next_multiple_of(SMALL);
-        let mut records = memory::with_capacity(front + kept + bytes)?;
+        // Others may have reserved what is behind them.
+        let mut records = memory::with_capacity(front + self.records.capacity() - self.begin)?;
         records.resize(front, 0);
         records.extend_from_slice(&self.records[self.begin..]);
         (self.records, self.begin) = (records, front);
@@ -498,7 +512,7 @@ impl NameTable {
         let elsewhere = self.elsewhere.remove(&self.id(position));
         let place = record::place(&self.records, old);
         let size = match &elsewhere {
-            Some(text) => record::units_for(text.len()).unwrap_or(0) * UNIT,
+            Some(text) => record::size(text),
             None => record::units(&self.records, old) * UNIT,
         };
         let id = if last { self.id(self.positions()) } else { self.base.wrapping_sub((size / UNIT) as u32) };
@@ -671,9 +685,10 @@ impl NameTable {
         }
         let kept = self.records.len() - self.begin;
         let shrinks = self.words.shrink(self.len);
-        if (self.gone >= SMALL && 2 * self.gone > kept) || shrinks {
+        let apart = self.elsewhere.len() * APART;
+        if (self.gone >= SMALL && 2 * self.gone > kept) || (apart >= SMALL && 2 * apart > kept) || shrinks {
             self.compact();
-        } else if self.begin >= SMALL && self.begin > 2 * kept {
+        } else if self.begin > 2 * kept + 2 * SMALL {
             self.records.drain(..self.begin);
             self.begin = 0;
         }
@@ -681,7 +696,7 @@ impl NameTable {
 
     /// Moves the records of names together, into memory of just their size. Where there is none, they stay.
     fn compact(&mut self) {
-        let longer: usize = self.elsewhere.values().map(|text| text.len() + SMALL).sum();
+        let longer: usize = self.elsewhere.values().map(|text| record::size(text)).sum();
         let Ok(mut records) = memory::with_capacity(self.records.len() - self.begin - self.gone + longer) else {
             return;
         };

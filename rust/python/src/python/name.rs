@@ -6,22 +6,25 @@
 
 use std::cell::Cell;
 
-use pdrs_core::names::text::{Text as NameText, push_character};
+use pdrs_core::names::text::{Text as NameText, invalid_at, push_character};
 use pdrs_core::{Hashed, Matches};
-use pyo3::exceptions::PyTypeError;
+use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::ffi::PyASCIIObject;
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyString};
+use pyo3::types::PyString;
 
-use crate::python::cpython::{Characters, Text, new_ascii};
-use crate::python::memory::new_text;
+use crate::python::cpython::{Characters, Text, new_ascii, new_wide};
+use crate::python::memory::{self, new_text};
 use crate::torch::bytes::hint;
 
 pub(crate) use crate::python::cpython::{Listed, find_listed, with_listed};
 
 /// Where the hash of a `str` stands in it, behind its length.
 pub(crate) const HASH: usize = std::mem::offset_of!(PyASCIIObject, hash);
+
+/// What is no name, because it is not UTF-8.
+pub(crate) const NO_NAME: [u8; 1] = [0xff];
 
 /// A buffer for characters is kept up to so many bytes.
 const LONG: usize = 1 << 12;
@@ -103,11 +106,22 @@ fn utf8<R>(text: &Py<PyString>, take: impl FnOnce(&[u8]) -> R) -> R {
         return take(ascii);
     }
     let mut buffer = BUFFER.take();
+    let most = 4 * length(text);
+    assert!(buffer.try_reserve(most).is_ok(), "out of memory for a name of up to {most} bytes");
     let result = with_utf8(text, &mut buffer, take);
     if buffer.capacity() <= LONG {
         BUFFER.set(buffer);
     }
     result
+}
+
+/// The number of characters.
+fn length(text: &Py<PyString>) -> usize {
+    match Text::of(text).characters {
+        Characters::Ascii(all) | Characters::Latin1(all) => all.len(),
+        Characters::TwoBytes(all) => all.len(),
+        Characters::FourBytes(all) => all.len(),
+    }
 }
 
 /// Begins to load a `str`.
@@ -180,8 +194,8 @@ impl NameText for Listed<'_, '_> {
     fn with_utf8<R>(&self, take: impl FnOnce(&[u8]) -> R) -> R {
         match self.text() {
             Some(text) => utf8(text, take),
-            // No name is empty.
-            None => take(&[]),
+            // No name has these bytes.
+            None => take(&NO_NAME),
         }
     }
 
@@ -243,11 +257,20 @@ pub(crate) fn precedes(one: &Bound<'_, PyString>, other: &Bound<'_, PyString>) -
 
 /// The `str` of characters in UTF-8, surrogates too.
 fn with_surrogates<'py>(py: Python<'py>, bytes: &[u8]) -> PyResult<Bound<'py, PyString>> {
-    let copied = PyBytes::new_with(py, bytes.len(), |copied| {
-        copied.copy_from_slice(bytes);
-        Ok(())
-    })?;
-    Ok(copied.call_method1(intern!(py, "decode"), ("utf-8", "surrogatepass"))?.cast_into_exact()?)
+    if let Some(at) = invalid_at(bytes) {
+        return Err(PyValueError::new_err(format!("a name is not UTF-8 at its byte {at}")));
+    }
+    let mut characters = memory::with_capacity(bytes.len())?;
+    for byte in bytes {
+        match (*byte, characters.last_mut()) {
+            (tail @ 0x80..0xc0, Some(last)) => *last = *last << 6 | u32::from(tail & 0x3f),
+            (ascii @ 0..0x80, _) => characters.push(u32::from(ascii)),
+            (head @ 0..0xe0, _) => characters.push(u32::from(head & 0x1f)),
+            (head @ 0..0xf0, _) => characters.push(u32::from(head & 0x0f)),
+            (head, _) => characters.push(u32::from(head & 0x07)),
+        }
+    }
+    new_wide(py, &characters)
 }
 
 /// The characters of a `str` that needs one byte for each.

@@ -1,7 +1,5 @@
 //! Many names that are given in one call, in whatever holds them.
 
-use std::marker::PhantomData;
-
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::list::BoundListIterator;
@@ -9,7 +7,7 @@ use pyo3::types::{PyList, PyString, PyTuple};
 
 use crate::index_map::AHEAD;
 use crate::python::memory;
-use crate::python::name::{HASH, exact_text};
+use crate::python::name::{HASH, Name, exact_text};
 use crate::torch::bytes::hint;
 
 /// The names as an exact list or tuple: themselves, if they are one, and otherwise what Python makes of them.
@@ -27,17 +25,16 @@ pub(crate) fn listed<'py>(names: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAn
 /// The names in a list, up to the first that is no exact `str`.
 ///
 /// Neither to hash nor to drop one runs Python code, so nothing changes the list meanwhile.
-pub(crate) struct ExactNames<'py, N> {
+pub(crate) struct ExactNames<'py> {
     names: BoundListIterator<'py>,
     has_other: bool,
-    made: PhantomData<N>,
 }
 
-impl<'py, N> ExactNames<'py, N> {
+impl<'py> ExactNames<'py> {
     /// `None` if this is no exact list.
     pub(crate) fn of(names: &Bound<'py, PyAny>) -> Option<Self> {
         let list = names.cast_exact::<PyList>().ok()?;
-        Some(Self { names: list.iter(), has_other: false, made: PhantomData })
+        Some(Self { names: list.iter(), has_other: false })
     }
 
     /// Whether nothing else was met.
@@ -46,13 +43,13 @@ impl<'py, N> ExactNames<'py, N> {
     }
 }
 
-impl<'py, N: From<Bound<'py, PyString>>> Iterator for ExactNames<'py, N> {
-    type Item = N;
+impl Iterator for ExactNames<'_> {
+    type Item = Name;
 
-    fn next(&mut self) -> Option<N> {
+    fn next(&mut self) -> Option<Name> {
         let text = self.names.next()?.cast_into_exact::<PyString>();
         self.has_other |= text.is_err();
-        text.ok().map(N::from)
+        text.ok().map(Name::new)
     }
 
     fn size_hint(&self) -> (usize, Option<usize>) {

@@ -103,7 +103,13 @@ impl Packed {
 
     /// The only dictionary, if there are no other names.
     pub(crate) fn only(&self) -> Option<&Source> {
-        if let [source] = &*self.sources { Some(source) } else { None }
+        if let [source] = &*self.sources
+            && source.prefix.is_empty()
+        {
+            Some(source)
+        } else {
+            None
+        }
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -294,7 +300,7 @@ impl Packed {
         let (places, mut shown) = (self.all_places(py)?, Vec::new());
         let made = self.with(py, |names| {
             let mut listed: Vec<&[u8]> = memory::with_capacity(self.len)?;
-            if let [names] = names {
+            if let ([names], Some(_)) = (names, self.only()) {
                 listed.extend(names.iter().map(|(name, _)| name));
             } else {
                 let ends = self.show(names, &mut shown)?;

@@ -19,7 +19,7 @@ use pyo3::types::{PyBytes, PyList, PyString, PyTuple, PyType};
 
 use crate::index_map::{AHEAD, Given, IndexMap};
 use crate::python::memory::{self, OrRaise, new_list, new_number, new_pair};
-use crate::python::name::{Exact, Listed, Name, Query, exact_text, to_text, with_listed};
+use crate::python::name::{Exact, Listed, NO_NAME, Name, Query, exact_text, to_text, with_listed};
 use crate::python::names::{listed, to_names, to_names_that};
 use crate::stacked::packed::Packed;
 use crate::stacked::places::Places;
@@ -111,7 +111,11 @@ pub(crate) const PACKED: u64 = u64::MAX;
 
 /// `KeyError` for the name that no entry can have.
 fn refuse_empty(name: &Bound<'_, PyString>) -> PyResult<()> {
-    if name.is_empty()? { Err(PyKeyError::new_err("parameter name can't be empty string \"\"")) } else { Ok(()) }
+    if name.is_empty()? { Err(empty_name()) } else { Ok(()) }
+}
+
+fn empty_name() -> PyErr {
+    PyKeyError::new_err("parameter name can't be empty string \"\"")
 }
 
 /// Names of entries, none of them empty.
@@ -312,13 +316,14 @@ impl RowIndex {
     #[staticmethod]
     fn of_one_table(names: &Bound<'_, PyAny>) -> PyResult<Self> {
         let names = &listed(names)?;
-        // What is no `str` is taken for an empty name there.
+        // What is no `str` has a name there that no `str` has.
         let make = |listed: &[Listed<'_, '_>]| {
             let ahead = |at: usize| listed.get(at + AHEAD).into_iter().for_each(Text::prefetch);
             Index::of_one_table(listed.iter().enumerate().inspect(|(at, _)| ahead(*at)).map(|(_, name)| name))
         };
         if let Some(Ok(made)) = with_listed(names, make)
             && !made.names().contains("")
+            && !made.names().contains(&NO_NAME[..])
         {
             return Ok(Self::new_of(made));
         }
@@ -334,7 +339,11 @@ impl RowIndex {
             let names = map.iter().map(|(name, _)| Query::from(name.text_ref().bind(py)));
             Ok::<_, PyErr>(Index::of(names, &places, &used))
         })?;
-        made.or_refuse(index.as_any()).map(Self::new_of)
+        let made = made.or_refuse(index.as_any())?;
+        if made.names().contains("") {
+            return Err(empty_name());
+        }
+        Ok(Self::new_of(made))
     }
 
     /// Names that are looked up where they were packed; `None` if they have no words.
@@ -533,7 +542,11 @@ impl RowIndex {
         if let Some(error) = failed {
             return Err(memory::refused(error));
         }
-        let made = Index::of(parts.into_iter().map(|part| &text[part]), &places.into(), &used);
+        let made = Index::of(parts.iter().map(|part| &text[part.clone()]), &places.into(), &used);
+        if let Err(Refusal::Repeated { at }) = &made {
+            let name = String::from_utf8_lossy(&text[parts[*at].clone()]);
+            return Err(PyValueError::new_err(format!("{name:?} is listed twice")));
+        }
         made.or_refuse(prefix_text.as_any()).map(Self::new_of)
     }
 

@@ -7,11 +7,11 @@ use pyo3::sync::MutexExt;
 
 use pdrs_core::Place;
 
-use crate::python::memory::{new_number, push};
+use crate::python::memory::{OrRaise, new_number};
 use crate::python::name::Exact;
 use crate::stacked::row_index::{PACKED, RowIndex, Walked};
 
-/// How many names are made at a time.
+/// How many names are made at a time, at most.
 const AT_ONCE: usize = 64;
 
 /// Where a walk is.
@@ -22,6 +22,8 @@ struct Step {
     generation: u64,
     /// The names that come next and their positions, the last first. Where they lie may change.
     next: Vec<(usize, Exact)>,
+    /// How many names were made at a time. More and more: who wants the first only does not wait for others.
+    at_once: usize,
 }
 
 #[pyclass(frozen, module = "pdrs._core")]
@@ -36,13 +38,13 @@ pub(crate) struct RowIterator {
 impl RowIterator {
     pub(crate) fn new(index: &Bound<'_, RowIndex>, is_reversed: bool, with_places: bool) -> Self {
         let (position, generation) = index.get().begin(index.py(), is_reversed);
-        let step = Step { index: index.clone().unbind(), position, generation, next: Vec::new() };
+        let step = Step { index: index.clone().unbind(), position, generation, next: Vec::new(), at_once: 0 };
         Self { step: Mutex::new(Some(step)), is_reversed, with_places }
     }
 
     /// The next name and, if it is wanted, its place.
     fn advance(&self, py: Python<'_>, step: &mut Step) -> PyResult<Option<(Exact, Option<Place>)>> {
-        let Step { index, position, generation, next } = step;
+        let Step { index, position, generation, next, at_once } = step;
         index.get().step(py, *generation, |walked| {
             if let Walked::Live(names) = walked
                 && *generation == PACKED
@@ -53,7 +55,9 @@ impl RowIterator {
                 (*position, *generation) = (names.position_of_number(number), names.generation());
             }
             if next.is_empty() {
-                self.walk_on(py, walked, position, next)?;
+                *at_once = (2 * *at_once).clamp(1, AT_ONCE);
+                pdrs_core::memory::reserve(next, *at_once).or_raise()?;
+                self.walk_on(py, walked, position, next, *at_once)?;
             }
             let Some((found, name)) = next.pop() else { return Ok(None) };
             let place = if self.with_places { walked.place(py, found)? } else { None };
@@ -61,17 +65,19 @@ impl RowIterator {
         })
     }
 
+    /// Makes so many names, for which there is room.
     fn walk_on(
         &self,
         py: Python<'_>,
         walked: Walked<'_>,
         position: &mut usize,
         next: &mut Vec<(usize, Exact)>,
+        count: usize,
     ) -> PyResult<()> {
-        while next.len() < AT_ONCE {
+        while next.len() < count {
             match walked.name(py, *position, self.is_reversed) {
                 Ok(Some((found, behind, name))) => {
-                    push(next, (found, name))?;
+                    next.push((found, name));
                     *position = behind;
                 }
                 // Names in front of one that cannot be had come first.
