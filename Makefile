@@ -112,5 +112,5 @@ $(VENV)/documents: pyproject.toml | interpreter same
 	touch $@
 
 $(VENV)/built: $(VENV)/installed $(RUST) pyproject.toml | tools same
-	VIRTUAL_ENV=$(CURDIR)/$(VENV) PIP_QUIET=1 $(BIN)/maturin develop --release --quiet
+	VIRTUAL_ENV=$(abspath $(VENV)) PIP_QUIET=1 $(BIN)/maturin develop --release --quiet
 	touch $@
