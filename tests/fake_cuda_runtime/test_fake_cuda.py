@@ -7,6 +7,7 @@ Tests that take the ``fake_cuda`` fixture are about its switches; the others hol
 """
 
 import re
+import time
 
 import pytest
 import torch
@@ -234,10 +235,9 @@ def test_on_demand_a_loop_that_polls_an_event_ends(fake_cuda):
     torch.ones(SIZE).pin_memory().to("cuda", non_blocking=True)
     event = torch.cuda.Event()
     event.record()
-    polls = 0
+    deadline = time.monotonic() + 60
     while not event.query():
-        polls += 1
-    assert polls < 1000
+        assert time.monotonic() < deadline  # No count: on one core, polls take the time of the stream's thread.
 
 
 def test_waiting_takes_the_record_that_the_event_has_at_that_moment(fake_cuda):
