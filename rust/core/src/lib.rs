@@ -3,7 +3,7 @@
 //!
 //! This crate knows neither Python nor torch and contains no unsafe code, so that it can be tested against a model,
 //! fuzzed and measured by itself. How a key of an [`IndexMap`] is hashed and compared is a parameter ([`Hashed`],
-//! [`Matches`]): the Python binding keys by shared `str` objects and their cached hash, other users by Rust strings. The
+//! [`Matches`]). The Python binding keys by shared `str` objects and their cached hash, other users by Rust strings. The
 //! names of rows lie in a piece of memory of their own ([`names::table::NameTable`]).
 #![forbid(unsafe_code)]
 
