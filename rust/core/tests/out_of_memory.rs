@@ -275,7 +275,7 @@ fn plans_are_made_whole_or_not_at_all_and_are_committed_without_memory() {
 fn what_a_plan_has_reserved_stays_when_another_makes_room_in_front() {
     let mut index = index_of(3_000);
     let (names, _) = to_insert(3_000);
-    let mut insert = index.plan_insert(names, &[0; 4_500]).unwrap();
+    let mut insert = index.plan_insert(names, &vec![0; 4_500]).unwrap();
     index.plan_move_to_end("name.50", false).unwrap();
     LEFT.set(0);
     assert!(index.commit(&mut insert));
