@@ -45,15 +45,6 @@ impl<K: Hashed, V> IndexMap<K, V> {
             (0..queries.len()).for_each(|at| each(at, None));
             return;
         }
-        self.find_many(queries, |at, _, found| each(at, found.map(|(_, value)| value)));
-    }
-
-    /// The same, with the hash of each query and the position of each entry. There must be entries.
-    pub(crate) fn find_many<Q>(&self, queries: &[Q], mut each: impl FnMut(usize, u32, Option<(usize, &V)>))
-    where
-        Q: Hashed,
-        K: Matches<Q>,
-    {
         let (mut hashes, mut positions) = ([0; TOGETHER], [usize::MAX; TOGETHER]);
         queries.iter().take(TOGETHER).for_each(Q::prefetch);
         for (number, batch) in queries.chunks(TOGETHER).enumerate() {
@@ -74,9 +65,9 @@ impl<K: Hashed, V> IndexMap<K, V> {
             for (at, query) in batch.iter().enumerate() {
                 let found = match entry(positions[at]) {
                     Some((key, _)) if !key.matches(query) => self.find_hashed(hashes[at], query),
-                    first => first.map(|(_, value)| (positions[at], value)),
+                    first => first.map(|(_, value)| value),
                 };
-                each(begin + at, hashes[at], found);
+                each(begin + at, found);
             }
         }
     }

@@ -297,14 +297,13 @@ impl<K: Hashed, V> IndexMap<K, V> {
         if self.is_empty() { None } else { self.search(hash, query).ok() }
     }
 
-    fn find_hashed<Q>(&self, hash: u32, query: &Q) -> Option<(usize, &V)>
+    fn find_hashed<Q>(&self, hash: u32, query: &Q) -> Option<&V>
     where
         Q: ?Sized,
         K: Matches<Q>,
     {
         let position = self.position_in(self.find(hash, query)?);
-        let (_, value) = self.entries[position].as_ref()?;
-        Some((position, value))
+        self.entries[position].as_ref().map(|(_, value)| value)
     }
 
     fn position_of<Q>(&self, query: &Q) -> Option<usize>
