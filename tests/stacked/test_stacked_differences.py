@@ -227,6 +227,14 @@ def test_difference_tied_entries_are_two_rows() -> None:
     assert sd["b"].tolist() == [0, 0]
 
 
+def test_difference_a_walk_makes_the_str_of_a_name_anew() -> None:
+    name = "a name of some length"
+    pd, sd = (kind([(name, torch.zeros(2))]) for kind in BOTH)
+    assert next(iter(pd)) is name
+    assert next(iter(sd)) is not name
+    assert list(sd) == list(pd) == [name]
+
+
 @pytest.mark.filterwarnings("ignore::pdrs.AbsentNamesWarning")  # the gradients are dense
 def test_difference_the_state_of_optimizers_follows_names() -> None:
     pd, sd = make(PD), make(SD)
