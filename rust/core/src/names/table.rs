@@ -431,10 +431,16 @@ impl NameTable {
 
     /// Removes the names at distinct positions; the order of the others stays. **O(m)**, amortised.
     pub(crate) fn remove_at(&mut self, positions: &[usize]) {
+        let mut hashes = [0; TOGETHER];
         for batch in positions.chunks(TOGETHER) {
-            self.words.touch(batch.iter().map(|position| stored_hash(self.text(*position))));
-            for position in batch {
-                self.take(*position);
+            for (position, hash) in batch.iter().zip(&mut hashes) {
+                *hash = stored_hash(self.text(*position));
+            }
+            if batch.len() > 1 {
+                self.words.touch(hashes[..batch.len()].iter().copied());
+            }
+            for (position, hash) in batch.iter().zip(&hashes) {
+                self.take(*position, *hash);
             }
         }
         self.tidy();
@@ -648,11 +654,11 @@ impl NameTable {
         Ok(())
     }
 
-    /// Takes the name at a position out.
-    fn take(&mut self, position: usize) {
-        let slot = self.slot_at(position);
-        self.words.erase(slot);
+    /// Takes the name with this hash at a position out.
+    fn take(&mut self, position: usize, hash: u32) {
         let id = self.id(position);
+        let slot = self.words.slot_of(hash, id);
+        self.words.erase(slot);
         if !self.elsewhere.is_empty() {
             self.elsewhere.remove(&id);
         }
