@@ -30,6 +30,10 @@ def index():
 def stacked():
     return SD.from_tensor(names, torch.zeros(N, 2))
 
+def large():
+    # To pack its names takes more than what earlier works left to the allocator.
+    return SD.from_tensor([f"a.rather.long.name.{n}" for n in range(200_000)], torch.zeros(200_000, 1))
+
 def entries():
     return pdrs.ParameterDict({name: torch.zeros(1) for name in names[:4000]})
 
@@ -118,6 +122,7 @@ WORKS = {
     ],
     "files": [
         (stacked, lambda made: pdrs.save(made, folder + "/new", sync=False)),
+        (large, lambda made: pdrs.save(made, folder + "/large", sync=False)),
         (stacked, lambda made: pdrs.save(made, folder + "/named_new", layout="named", sync=False)),
         (none, lambda _: pdrs.open(full)),
         (none, lambda _: pdrs.open(delta)),
