@@ -178,6 +178,63 @@ for kind, works in WORKS.items():
 """
 
 
+LONG_NAMES = """
+import resource, sys, torch, pdrs
+SD = pdrs.StackedParameterDict
+long = "\\xe9" * 40_000_000
+sd = SD.from_tensor(["a", "b"], torch.zeros(2, 2))
+if sys.argv[1] == "opened":
+    pdrs.save(sd, sys.argv[2], sync=False)
+    sd = pdrs.open(sys.argv[2])
+row = torch.zeros(2)
+works = {
+    "in": lambda: long in sd,
+    "get": lambda: sd.get(long),
+    "set": lambda: sd.__setitem__(long, row),
+    "pop": lambda: sd.pop(long, None),
+    "gather": lambda: sd.gather(["a", long], missing="zero"),
+    "gather tuple": lambda: sd.gather(("a", long), missing="skip"),
+    "isin": lambda: sd.isin([long, "b"]),
+    "insert": lambda: sd.insert([long], shape=(2,)),
+    "rename": lambda: sd.rename("a", long),
+    "drop": lambda: sd.drop([long]),
+    "prefix": lambda: list(sd.keys(prefix=long)),
+    "from_tensor": lambda: SD.from_tensor(["a", long], torch.zeros(2, 2)),
+    "from_tensor, twice": lambda: SD.from_tensor([long, long], torch.zeros(2, 2)),
+}
+hash(long)
+limit = resource.getrlimit(resource.RLIMIT_AS)[1]
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+for what, work in works.items():
+    resource.setrlimit(resource.RLIMIT_AS, (used + 30_000_000, limit))
+    try:
+        work()
+        print(what, "done")
+    except MemoryError:
+        print(what, "MemoryError")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    assert list(sd) == ["a", "b"], what
+sd.insert([long], shape=(2,))
+assert long in sd and sd.isin(["c", long]).tolist() == [False, True] and sd.gather((long,)).shape == (1, 2)
+assert next(reversed(sd)) == long
+sd.rename(long, "c")
+assert list(sd) == ["a", "b", "c"]
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the memory of a process like this")
+@pytest.mark.parametrize("kind", ["in memory", "opened"])
+def test_a_long_name_that_cannot_be_encoded_is_an_error(kind: str, tmp_path: Path) -> None:
+    arguments = [sys.executable, "-c", LONG_NAMES, kind, str(tmp_path / "names")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, env=environment, timeout=300)
+    assert done.returncode == 0, (done.stdout, done.stderr[-2000:])
+    lines = done.stdout.splitlines()
+    assert len(lines) == 13
+    assert all(line.endswith("MemoryError") for line in lines), lines
+
+
 @pytest.mark.slow
 def test_out_of_memory_is_an_error_and_leaves_everything_as_it_was(tmp_path: Path) -> None:
     if sys.platform != "linux":

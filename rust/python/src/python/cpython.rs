@@ -161,7 +161,7 @@ pub(crate) fn new_ascii<'py>(py: Python<'py>, characters: &[u8]) -> PyResult<Opt
     if characters.len() < 2 || !characters.is_ascii() {
         return Ok(None);
     }
-    new_str(py, &Characters::Ascii(characters)).map(Some)
+    new_str(py, &New::Ascii(characters)).map(Some)
 }
 
 /// The `str` of code points, of which none is above 0x10ffff: surrogates, too.
@@ -171,28 +171,32 @@ pub(crate) fn new_wide<'py>(py: Python<'py>, characters: &[u32]) -> PyResult<Bou
     if characters.iter().any(|one| *one > 0x0010_ffff) {
         return Err(PyValueError::new_err("expected code points"));
     }
-    new_str(py, &Characters::FourBytes(characters))
+    new_str(py, &New::CodePoints(characters))
 }
 
-fn new_str<'py>(py: Python<'py>, characters: &Characters<'_>) -> PyResult<Bound<'py, PyString>> {
+/// What a new `str` is made of.
+enum New<'a> {
+    Ascii(&'a [u8]),
+    CodePoints(&'a [u32]),
+}
+
+fn new_str<'py>(py: Python<'py>, characters: &New<'_>) -> PyResult<Bound<'py, PyString>> {
+    /// `PyUnicode_4BYTE_KIND`
+    const CODE_POINTS: c_int = 4;
     // SAFETY: a new reference is given, or an error raised. A new `str` of a length, which nobody else has seen, has one
-    // byte for each character if the largest is below 128, as those of ASCII are; all of them are written. Of other
-    // characters, which are code points, Python makes it from as many as there are.
+    // byte for each character if the largest is below 128, as those of ASCII are; all of them are written. Of code
+    // points Python copies as many as there are.
     unsafe {
         let text = match characters {
-            Characters::Ascii(all) => {
-                let text = ffi::PyUnicode_New(ffi::Py_ssize_t::try_from(all.len())?, 0x7f);
+            New::Ascii(all) => {
+                let text = ffi::PyUnicode_New(all.len().cast_signed(), 0x7f);
                 if !text.is_null() {
                     ptr::copy_nonoverlapping(all.as_ptr(), ffi::PyUnicode_DATA(text).cast::<u8>(), all.len());
                 }
                 text
             }
-            Characters::Latin1(all) => ffi::PyUnicode_FromKindAndData(1, all.as_ptr().cast(), all.len().cast_signed()),
-            Characters::TwoBytes(all) => {
-                ffi::PyUnicode_FromKindAndData(2, all.as_ptr().cast(), all.len().cast_signed())
-            }
-            Characters::FourBytes(all) => {
-                ffi::PyUnicode_FromKindAndData(4, all.as_ptr().cast(), all.len().cast_signed())
+            New::CodePoints(all) => {
+                ffi::PyUnicode_FromKindAndData(CODE_POINTS, all.as_ptr().cast(), all.len().cast_signed())
             }
         };
         Ok(Bound::from_owned_ptr_or_err(py, text)?.cast_into_unchecked())

@@ -15,7 +15,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyString;
 
 use crate::python::cpython::{Characters, Text, new_ascii, new_wide};
-use crate::python::memory::{self, new_text};
+use crate::python::memory::{self, OrRaise, new_text};
 use crate::torch::bytes::hint;
 
 pub(crate) use crate::python::cpython::{Listed, find_listed, with_listed};
@@ -26,14 +26,23 @@ pub(crate) const HASH: usize = std::mem::offset_of!(PyASCIIObject, hash);
 /// What is no name, because it is not UTF-8.
 pub(crate) const NO_NAME: [u8; 1] = [0xff];
 
-/// A buffer for characters is kept up to so many bytes.
+/// Characters that may take more bytes than this are encoded once, where memory may be lacking.
 const LONG: usize = 1 << 12;
 
 /// A shared, exact `str` whose hash has been computed.
 pub(crate) struct Name(Py<PyString>);
 
-/// A shared, exact `str`, of which nothing but the characters is asked.
-pub(crate) struct Exact(Py<PyString>);
+/// A shared, exact `str` to look a name of rows up by, or to make one of: of it only the characters are asked.
+pub(crate) struct Utf8Name {
+    text: Py<PyString>,
+    /// If they are [long](is_long).
+    encoded: Option<Box<[u8]>>,
+}
+
+/// What can be made of an exact `str`.
+pub(crate) trait OfText: Sized {
+    fn of_text(text: Bound<'_, PyString>) -> PyResult<Self>;
+}
 
 /// A borrowed, exact `str` to look a [`Name`] up by.
 pub(crate) struct Query<'a, 'py>(&'a Bound<'py, PyString>);
@@ -85,8 +94,8 @@ impl Name {
     }
 }
 
-/// The `str` with these bytes in UTF-8.
-fn text_of_utf8<'py>(py: Python<'py>, bytes: &[u8]) -> PyResult<Bound<'py, PyString>> {
+/// The `str` with these bytes in UTF-8, in which surrogates may stand; an error if they are no such text.
+pub(crate) fn text_of_utf8<'py>(py: Python<'py>, bytes: &[u8]) -> PyResult<Bound<'py, PyString>> {
     if let Some(text) = new_ascii(py, bytes)? {
         return Ok(text);
     }
@@ -96,31 +105,26 @@ fn text_of_utf8<'py>(py: Python<'py>, bytes: &[u8]) -> PyResult<Bound<'py, PyStr
     }
 }
 
-/// Hands the characters in UTF-8 over; see [`with_utf8`].
+/// Whether characters take a buffer that may be lacking.
+fn is_long(characters: &Characters<'_>) -> bool {
+    !matches!(characters, Characters::Ascii(_)) && 4 * characters.len() > LONG
+}
+
+/// Hands the characters in UTF-8 over, as [`with_utf8`] does; `None` if they are [long](is_long).
 #[inline]
-fn utf8<R>(text: &Py<PyString>, take: impl FnOnce(&[u8]) -> R) -> R {
+fn short_utf8<R>(text: &Py<PyString>, take: impl FnOnce(Option<&[u8]>) -> R) -> R {
     thread_local! {
         static BUFFER: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
     }
-    if let Characters::Ascii(ascii) = Text::of(text).characters {
-        return take(ascii);
-    }
-    let mut buffer = BUFFER.take();
-    let most = 4 * length(text);
-    assert!(buffer.try_reserve(most).is_ok(), "out of memory for a name of up to {most} bytes");
-    let result = with_utf8(text, &mut buffer, take);
-    if buffer.capacity() <= LONG {
-        BUFFER.set(buffer);
-    }
-    result
-}
-
-/// The number of characters.
-fn length(text: &Py<PyString>) -> usize {
     match Text::of(text).characters {
-        Characters::Ascii(all) | Characters::Latin1(all) => all.len(),
-        Characters::TwoBytes(all) => all.len(),
-        Characters::FourBytes(all) => all.len(),
+        Characters::Ascii(ascii) => take(Some(ascii)),
+        all if is_long(&all) => take(None),
+        _ => {
+            let mut buffer = BUFFER.take();
+            let result = with_utf8(text, &mut buffer, |bytes| take(Some(bytes)));
+            BUFFER.set(buffer);
+            result
+        }
     }
 }
 
@@ -147,36 +151,49 @@ pub(crate) fn with_utf8<R>(text: &Py<PyString>, buffer: &mut Vec<u8>, take: impl
     take(buffer)
 }
 
-impl From<Bound<'_, PyString>> for Name {
-    fn from(text: Bound<'_, PyString>) -> Self {
-        Self::new(text)
+impl OfText for Name {
+    fn of_text(text: Bound<'_, PyString>) -> PyResult<Self> {
+        Ok(Self::new(text))
     }
 }
 
-impl From<Bound<'_, PyString>> for Exact {
-    fn from(text: Bound<'_, PyString>) -> Self {
-        Self(text.unbind())
+impl OfText for Utf8Name {
+    fn of_text(text: Bound<'_, PyString>) -> PyResult<Self> {
+        let text = text.unbind();
+        let characters = Text::of(&text).characters;
+        if !is_long(&characters) {
+            return Ok(Self { text, encoded: None });
+        }
+        let mut buffer = memory::with_capacity(characters.utf8_len())?;
+        with_utf8(&text, &mut buffer, |_| ());
+        Ok(Self { text, encoded: Some(buffer.into_boxed_slice()) })
     }
 }
 
-impl Exact {
-    /// The name with these bytes in UTF-8, in which surrogates may stand; an error if they are no such text.
-    pub(crate) fn from_utf8(py: Python<'_>, bytes: &[u8]) -> PyResult<Self> {
-        text_of_utf8(py, bytes).map(Self::from)
+impl Utf8Name {
+    pub(crate) fn text<'py>(&self, py: Python<'py>) -> Bound<'py, PyString> {
+        self.text.bind(py).clone()
     }
 
-    pub(crate) fn into_text(self, py: Python<'_>) -> Bound<'_, PyString> {
-        self.0.into_bound(py)
+    /// A copy of the bytes.
+    pub(crate) fn to_bytes(&self) -> PyResult<Vec<u8>> {
+        self.with_utf8(|bytes| {
+            let mut copied = Vec::new();
+            pdrs_core::memory::append_exact(&mut copied, bytes).or_raise().map(|()| copied)
+        })
     }
 }
 
-impl NameText for Exact {
+impl NameText for Utf8Name {
     fn with_utf8<R>(&self, take: impl FnOnce(&[u8]) -> R) -> R {
-        utf8(&self.0, take)
+        match &self.encoded {
+            Some(bytes) => take(bytes),
+            None => short_utf8(&self.text, |bytes| take(bytes.unwrap_or(&NO_NAME))),
+        }
     }
 
     fn prefetch(&self) {
-        prefetch(&self.0);
+        prefetch(&self.text);
     }
 
     fn prefetch_place<T>(place: &T) {
@@ -184,17 +201,17 @@ impl NameText for Exact {
     }
 }
 
-impl NameText for Query<'_, '_> {
-    fn with_utf8<R>(&self, take: impl FnOnce(&[u8]) -> R) -> R {
-        utf8(self.0.as_unbound(), take)
+impl Listed<'_, '_> {
+    /// Whether it is an exact `str` that is not [long](is_long): all others are taken for no name.
+    pub(crate) fn is_plain(&self) -> bool {
+        self.text().is_some_and(|text| !is_long(&Text::of(text).characters))
     }
 }
 
 impl NameText for Listed<'_, '_> {
     fn with_utf8<R>(&self, take: impl FnOnce(&[u8]) -> R) -> R {
         match self.text() {
-            Some(text) => utf8(text, take),
-            // No name has these bytes.
+            Some(text) => short_utf8(text, |bytes| take(bytes.unwrap_or(&NO_NAME))),
             None => take(&NO_NAME),
         }
     }

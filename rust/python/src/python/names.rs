@@ -7,7 +7,7 @@ use pyo3::types::{PyList, PyString, PyTuple};
 
 use crate::index_map::AHEAD;
 use crate::python::memory;
-use crate::python::name::{HASH, Name, exact_text};
+use crate::python::name::{HASH, Name, OfText, exact_text};
 use crate::torch::bytes::hint;
 
 /// The names as an exact list or tuple: themselves, if they are one, and otherwise what Python makes of them.
@@ -58,12 +58,12 @@ impl Iterator for ExactNames<'_> {
 }
 
 /// The names as exact `str`; a `TypeError` that says what came instead, and where, otherwise.
-pub(crate) fn to_names<'py, N: From<Bound<'py, PyString>>>(names: &Bound<'py, PyAny>) -> PyResult<Vec<N>> {
+pub(crate) fn to_names<N: OfText>(names: &Bound<'_, PyAny>) -> PyResult<Vec<N>> {
     to_names_that(names, |_| Ok(()))
 }
 
 /// The same; `check` may refuse one.
-pub(crate) fn to_names_that<'py, N: From<Bound<'py, PyString>>>(
+pub(crate) fn to_names_that<'py, N: OfText>(
     names: &Bound<'py, PyAny>,
     check: impl Fn(&Bound<'py, PyString>) -> PyResult<()>,
 ) -> PyResult<Vec<N>> {
@@ -73,7 +73,7 @@ pub(crate) fn to_names_that<'py, N: From<Bound<'py, PyString>>>(
         match exact_text(name)? {
             Some(text) => {
                 check(&text)?;
-                memory::push(&mut converted, N::from(text))?;
+                memory::push(&mut converted, N::of_text(text)?)?;
             }
             None => return Err(refused(name, converted.len())),
         }

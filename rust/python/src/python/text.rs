@@ -9,11 +9,25 @@ use pyo3::types::{PySlice, PyString};
 use crate::python::cpython::{Characters, Text, new_ascii};
 
 impl Characters<'_> {
-    fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         match self {
             Self::Ascii(all) | Self::Latin1(all) => all.len(),
             Self::TwoBytes(all) => all.len(),
             Self::FourBytes(all) => all.len(),
+        }
+    }
+
+    /// The bytes that they take in UTF-8, where each surrogate takes three.
+    pub(crate) fn utf8_len(&self) -> usize {
+        let bytes = |character: u32| match character {
+            0..0x80 => 1,
+            0x80..0x800 => 2,
+            0x800..0x1_0000 => 3,
+            _ => 4,
+        };
+        match self {
+            Self::Ascii(all) => all.len(),
+            _ => (0..self.len()).map(|at| bytes(self.at(at))).sum(),
         }
     }
 

@@ -10,7 +10,7 @@ use pdrs_core::Place;
 use crate::python::cpython::attributes;
 use crate::python::lock::{Holding, Lock, one_step};
 use crate::python::memory::OrRaise;
-use crate::python::name::{Exact, Query, to_text};
+use crate::python::name::{OfText, Utf8Name, text_of_utf8, to_text};
 use crate::python::one_step::call_all;
 use crate::stacked::row::{Fit, RowValue, ZeroedRow, copy_row};
 use crate::stacked::row_index::RowIndex;
@@ -193,6 +193,7 @@ fn insert(
         {
             return Ok(false);
         }
+        let new = Utf8Name::of_text(name.clone())?;
         return one_step(py, || {
             // Python code has run that may have moved rows, given this one, or inserted the name.
             if !stacked.is_as_counted(moves)? {
@@ -201,15 +202,15 @@ fn insert(
             {
                 let mut state = index.lock(py)?;
                 let is_next = state.next_row(number, capacity).is_some_and(|(next, _)| next == row);
-                if !is_next || state.names().contains(&Query::from(name)) {
+                if !is_next || state.names().contains(&new) {
                     return Ok(false);
                 }
-                state.reserve_one(&Query::from(name)).or_raise()?;
+                state.reserve_one(&new).or_raise()?;
             }
             if !value.write(torch, &parameter, row)? {
                 return Ok(false);
             }
-            index.lock(py)?.insert_one(&Query::from(name), number, row).or_raise()
+            index.lock(py)?.insert_one(&new, number, row).or_raise()
         });
     }
     Ok(false)
@@ -230,7 +231,8 @@ pub(crate) fn pop_entry_row<'py>(
         let Some(place) = index.get().place(&name)? else {
             return Ok(None);
         };
-        let remove = |py| index.get().lock(py)?.remove_one(&Query::from(&name), place).or_raise();
+        let removed = Utf8Name::of_text(name.clone())?;
+        let remove = |py| index.get().lock(py)?.remove_one(&removed, place).or_raise();
         if let Some(row) = take_row(&stacked, index.get(), place, remove)? {
             return Ok(Some(row));
         }
@@ -252,16 +254,16 @@ pub(crate) fn pop_end_entry_row<'py>(
         let end = {
             let state = index.get().lock(py)?;
             let end = if last { state.names().last() } else { state.names().first() };
-            end.map(|end| Ok::<_, PyErr>((Exact::from_utf8(py, end.name)?, end.place))).transpose()?
+            end.map(|end| Ok::<_, PyErr>((text_of_utf8(py, end.name)?, end.place))).transpose()?
         };
         let Some((name, place)) = end else {
             return Ok(None);
         };
-        let name = name.into_text(py);
+        let removed = Utf8Name::of_text(name.clone())?;
         let remove = |py| {
             let mut state = index.get().lock(py)?;
             // Another name may have come to the end.
-            if state.names().get(&Query::from(&name)) == Some(place) {
+            if state.names().get(&removed) == Some(place) {
                 state.remove_end(last, place).or_raise()
             } else {
                 Ok(false)

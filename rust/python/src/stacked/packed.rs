@@ -8,9 +8,11 @@ use pdrs_core::names::text::Text;
 use pdrs_core::{MAX_TABLES, Place, Places as Found, Refusal, RowIndex as Index};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use pyo3::types::PyString;
 
 use crate::python::memory::{self, OrRaise};
-use crate::python::name::Exact;
+use crate::python::name::text_of_utf8;
+use crate::stacked::plan::no_table;
 use crate::stacked::source::Source;
 use crate::torch::bytes::hint;
 
@@ -220,6 +222,17 @@ impl Packed {
         Ok(places.into())
     }
 
+    /// How many names lie in a table. **O(n)**, or **O(1)** if there is one table.
+    pub(crate) fn count(&self, py: Python<'_>, table: i64) -> PyResult<u64> {
+        let number = usize::try_from(table).ok().filter(|table| *table < self.used.len());
+        let number = number.ok_or_else(|| no_table(table))?;
+        if self.used.len() == 1 {
+            return Ok(self.len as u64);
+        }
+        let places = self.all_places(py)?;
+        Ok(places.iter().flatten().filter(|place| place.table() == number).count() as u64)
+    }
+
     /// All places, in order. **O(n)**.
     pub(crate) fn all_places(&self, py: Python<'_>) -> PyResult<Found> {
         let mut places = memory::with_capacity(self.len)?;
@@ -254,7 +267,7 @@ impl Packed {
     }
 
     /// A name; `None` behind the last one.
-    pub(crate) fn name(&self, py: Python<'_>, position: usize) -> PyResult<Option<Exact>> {
+    pub(crate) fn name<'py>(&self, py: Python<'py>, position: usize) -> PyResult<Option<Bound<'py, PyString>>> {
         self.at(position).map(|(source, number)| source.name(py, number)).transpose()
     }
 
@@ -265,7 +278,7 @@ impl Packed {
     }
 
     /// All names, in order. **O(n)**.
-    pub(crate) fn names(&self, py: Python<'_>) -> PyResult<Vec<Exact>> {
+    pub(crate) fn names<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyString>>> {
         let names = self.names_that(py, |_| true)?;
         match self.at(names.len()) {
             Some((source, _)) => Err(source.damaged("a name does not lie in them")),
@@ -274,11 +287,15 @@ impl Packed {
     }
 
     /// The names of which `keep` says so, in order. **O(n)**.
-    pub(crate) fn names_that(&self, py: Python<'_>, keep: impl Fn(&[u8]) -> bool) -> PyResult<Vec<Exact>> {
+    pub(crate) fn names_that<'py>(
+        &self,
+        py: Python<'py>,
+        keep: impl Fn(&[u8]) -> bool,
+    ) -> PyResult<Vec<Bound<'py, PyString>>> {
         let (mut made, mut failed, mut position) = (Vec::new(), None, 0);
         self.for_each(py, |name, _| {
             if failed.is_none() && keep(name) {
-                let pushed = Exact::from_utf8(py, name).and_then(|name| memory::push(&mut made, name));
+                let pushed = text_of_utf8(py, name).and_then(|name| memory::push(&mut made, name));
                 failed = pushed.err().map(|error| (position, error));
             }
             position += 1;

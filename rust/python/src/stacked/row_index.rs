@@ -19,7 +19,9 @@ use pyo3::types::{PyBytes, PyList, PyString, PyTuple, PyType};
 
 use crate::index_map::{AHEAD, Given, IndexMap};
 use crate::python::memory::{self, OrRaise, new_list, new_number, new_pair};
-use crate::python::name::{Exact, Listed, NO_NAME, Name, Query, exact_text, to_text, with_listed};
+use crate::python::name::{
+    Listed, NO_NAME, Name, OfText, Utf8Name, exact_text, text_of_utf8, to_text, with_listed,
+};
 use crate::python::names::{listed, to_names, to_names_that};
 use crate::stacked::packed::Packed;
 use crate::stacked::places::Places;
@@ -76,16 +78,16 @@ pub(crate) enum Walked<'a> {
 
 impl Walked<'_> {
     /// The position of the name behind, or in front of, a position, where the walk goes on, and the name.
-    pub(crate) fn name(
+    pub(crate) fn name<'py>(
         self,
-        py: Python<'_>,
+        py: Python<'py>,
         position: usize,
         is_reversed: bool,
-    ) -> PyResult<Option<(usize, usize, Exact)>> {
+    ) -> PyResult<Option<(usize, usize, Bound<'py, PyString>)>> {
         match self {
             Self::Live(names) => {
                 let found = if is_reversed { names.previous(position) } else { names.next(position) };
-                found.map(|found| Ok((found.position, found.next, Exact::from_utf8(py, found.name)?))).transpose()
+                found.map(|found| Ok((found.position, found.next, text_of_utf8(py, found.name)?))).transpose()
             }
             Self::Packed(packed) => {
                 let Some(found) = (if is_reversed { position.checked_sub(1) } else { Some(position) }) else {
@@ -98,11 +100,12 @@ impl Walked<'_> {
     }
 
     /// The place of the name at a position.
-    pub(crate) fn place(self, py: Python<'_>, position: usize) -> PyResult<Option<Place>> {
-        match self {
-            Self::Live(names) => Ok(names.place_at(position)),
-            Self::Packed(packed) => packed.place_at(py, position),
-        }
+    pub(crate) fn place(self, py: Python<'_>, position: usize) -> PyResult<Place> {
+        let place = match self {
+            Self::Live(names) => names.place_at(position),
+            Self::Packed(packed) => packed.place_at(py, position)?,
+        };
+        place.ok_or_else(|| PyRuntimeError::new_err("a name has lost its row during iteration"))
     }
 }
 
@@ -119,7 +122,7 @@ fn empty_name() -> PyErr {
 }
 
 /// Names of entries, none of them empty.
-fn to_entry_names(names: &Bound<'_, PyAny>) -> PyResult<Vec<Exact>> {
+fn to_entry_names(names: &Bound<'_, PyAny>) -> PyResult<Vec<Utf8Name>> {
     to_names_that(names, refuse_empty)
 }
 
@@ -189,9 +192,10 @@ impl RowIndex {
 
     /// The place of a name, if it is there.
     pub(crate) fn place(&self, name: &Bound<'_, PyString>) -> PyResult<Option<Place>> {
-        match &*self.state(name.py()) {
-            State::Live(index, _) => Ok(index.names().get(&Query::from(name))),
-            State::Packed(packed) => packed.place(name.py(), &Query::from(name)),
+        let (py, name) = (name.py(), Utf8Name::of_text(name.clone())?);
+        match &*self.state(py) {
+            State::Live(index, _) => Ok(index.names().get(&name)),
+            State::Packed(packed) => packed.place(py, &name),
         }
     }
 
@@ -260,7 +264,7 @@ impl RowIndex {
         }
     }
 
-    fn places_of(&self, py: Python<'_>, names: &[Exact]) -> PyResult<Found> {
+    fn places_of(&self, py: Python<'_>, names: &[Utf8Name]) -> PyResult<Found> {
         match &*self.state(py) {
             State::Live(index, _) => {
                 let mut places = memory::with_capacity(names.len())?;
@@ -286,12 +290,12 @@ impl RowIndex {
         Ok(make(&mut *self.lock(py)?).map(RowPlan::new))
     }
 
-    fn to_list(py: Python<'_>, names: Vec<Exact>) -> PyResult<Bound<'_, PyList>> {
-        new_list(py, names.into_iter().map(|name| Ok(name.into_text(py))))
+    fn to_list<'py>(py: Python<'py>, names: Vec<Bound<'py, PyString>>) -> PyResult<Bound<'py, PyList>> {
+        new_list(py, names.into_iter().map(Ok))
     }
 
-    fn all_names(state: &Index, py: Python<'_>) -> PyResult<Vec<Exact>> {
-        memory::try_collect(state.names().iter().map(|(name, _)| Exact::from_utf8(py, name)))
+    fn all_names<'py>(state: &Index, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyString>>> {
+        memory::try_collect(state.names().iter().map(|(name, _)| text_of_utf8(py, name)))
     }
 
     fn duplicate(&self, py: Python<'_>) -> PyResult<Self> {
@@ -336,8 +340,8 @@ impl RowIndex {
         let used = to_counts(used)?;
         let made = index.get().with_map(py, |map| {
             let places: Found = memory::collect(map.iter().map(|(_, id)| Place::of_id(id.cast_unsigned())))?.into();
-            let names = map.iter().map(|(name, _)| Query::from(name.text_ref().bind(py)));
-            Ok::<_, PyErr>(Index::of(names, &places, &used))
+            let names = memory::try_collect(map.iter().map(|(name, _)| Utf8Name::of_text(name.text(py))))?;
+            Ok::<_, PyErr>(Index::of(names.into_iter(), &places, &used))
         })?;
         let made = made.or_refuse(index.as_any())?;
         if made.names().contains("") {
@@ -451,8 +455,8 @@ impl RowIndex {
                     are_all_there &= place.is_some();
                     places.push(place);
                 });
-                // What is no `str` is not there, and not as it should be.
-                let are_texts = are_all_there || listed.iter().all(|name| name.text().is_some());
+                // What is no plain `str` was taken for no name.
+                let are_texts = are_all_there || listed.iter().all(Listed::is_plain);
                 PyResult::Ok(are_texts.then(|| Found::from(places)))
             })
             .transpose()?
@@ -460,7 +464,7 @@ impl RowIndex {
             State::Packed(packed) => {
                 let listed = |saved: &[Saved<'_>]| {
                     with_listed(names, |listed| {
-                        let are_texts = listed.iter().all(|name| name.text().is_some());
+                        let are_texts = listed.iter().all(Listed::is_plain);
                         if are_texts { packed.places(saved, listed).map(Some) } else { Ok(None) }
                     })
                 };
@@ -483,11 +487,11 @@ impl RowIndex {
 
     fn missing<'py>(&self, names: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyList>> {
         let py = names.py();
-        let names = to_names::<Exact>(names)?;
+        let names = to_names::<Utf8Name>(names)?;
         let places = self.places_of(py, &names)?;
         let mut missing = Map::new();
-        for (name, _) in names.into_iter().zip(places.iter()).filter(|(_, place)| place.is_none()) {
-            missing.get_or_insert_with(Name::new(name.into_text(py)), || ()).or_raise()?;
+        for (name, _) in names.iter().zip(places.iter()).filter(|(_, place)| place.is_none()) {
+            missing.get_or_insert_with(Name::new(name.text(py)), || ()).or_raise()?;
         }
         let missing = memory::collect(missing.iter().map(|(name, ())| name.text(py)))?;
         new_list(py, missing.into_iter().map(Ok))
@@ -504,18 +508,18 @@ impl RowIndex {
                 return Err(PyRuntimeError::new_err("dictionary changed while names were selected"));
             }
             let chosen = state.names().iter().zip(mask).filter(|(_, chosen)| **chosen);
-            memory::try_collect(chosen.map(|((name, _), _)| Exact::from_utf8(py, name)))?
+            memory::try_collect(chosen.map(|((name, _), _)| text_of_utf8(py, name)))?
         };
         Self::to_list(py, chosen)
     }
 
     fn with_prefix<'py>(&self, prefix: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyList>> {
         let py = prefix.py();
-        let prefix = Query::from(&to_text(prefix)?).with_utf8(<[u8]>::to_vec);
+        let prefix = Utf8Name::of_text(to_text(prefix)?)?.to_bytes()?;
         let kept = match &*self.state(py) {
             State::Live(index, _) => {
                 let kept = index.names().iter().filter(|(name, _)| name.starts_with(&prefix));
-                memory::try_collect(kept.map(|(name, _)| Exact::from_utf8(py, name)))?
+                memory::try_collect(kept.map(|(name, _)| text_of_utf8(py, name)))?
             }
             State::Packed(packed) => packed.names_that(py, |text| text.starts_with(&prefix))?,
         };
@@ -527,7 +531,7 @@ impl RowIndex {
         let py = prefix.py();
         let prefix_text = to_text(prefix)?;
         let (mut text, mut parts, mut places, mut failed) = (Vec::new(), Vec::new(), Vec::new(), None);
-        let prefix = Query::from(&prefix_text).with_utf8(<[u8]>::to_vec);
+        let prefix = Utf8Name::of_text(prefix_text.clone())?.to_bytes()?;
         self.for_each_utf8(py, |name, place| {
             if let Some(rest) = name.strip_prefix(&*prefix).filter(|rest| !rest.is_empty())
                 && failed.is_none()
@@ -561,7 +565,7 @@ impl RowIndex {
             let state = self.lock(py)?;
             match state.names_of(table, rows.iter().map(|row| row.cast_unsigned())) {
                 Ok(named) => {
-                    let to_name = |name: Option<&[u8]>| name.map(|name| Exact::from_utf8(py, name)).transpose();
+                    let to_name = |name: Option<&[u8]>| name.map(|name| text_of_utf8(py, name)).transpose();
                     memory::try_collect(named.into_iter().map(to_name))?
                 }
                 Err(Refusal::Place { at }) => {
@@ -574,8 +578,8 @@ impl RowIndex {
                 }
             }
         };
-        let to_object = |name: Option<Exact>| match name {
-            Some(name) => name.into_text(py).into_any(),
+        let to_object = |name: Option<Bound<'py, PyString>>| match name {
+            Some(name) => name.into_any(),
             None => py.None().into_bound(py),
         };
         new_list(py, named.into_iter().map(|name| Ok(to_object(name))))
@@ -646,8 +650,12 @@ impl RowIndex {
         }
     }
 
+    /// **O(1)**, or **O(n)** if the names are packed and there are several tables.
     fn count(&self, py: Python<'_>, table: i64) -> PyResult<u64> {
-        Ok(table_of(&*self.lock(py)?, table)?.len())
+        match &*self.state(py) {
+            State::Live(index, _) => Ok(table_of(index, table)?.len()),
+            State::Packed(packed) => packed.count(py, table),
+        }
     }
 
     fn free<'py>(&self, py: Python<'py>, table: i64) -> PyResult<Bound<'py, PyArray1<i64>>> {
@@ -697,7 +705,7 @@ impl RowIndex {
 
     fn plan_remove(&self, names: &Bound<'_, PyAny>) -> PyResult<RowPlan> {
         let (py, listed) = (names.py(), &listed(names)?);
-        let names = to_names::<Exact>(listed)?;
+        let names = to_names::<Utf8Name>(listed)?;
         self.plan(py, |state| state.plan_remove(&names))?.map_err(|refusal| refused_removal(listed, refusal))
     }
 
@@ -713,7 +721,8 @@ impl RowIndex {
     fn plan_rename(&self, old: &Bound<'_, PyAny>, new: &Bound<'_, PyAny>) -> PyResult<RowPlan> {
         let (py, old, new) = (old.py(), to_text(old)?, to_text(new)?);
         refuse_empty(&new)?;
-        match self.plan(py, |state| state.plan_rename(&Query::from(&old), &Query::from(&new)))? {
+        let names = (Utf8Name::of_text(old.clone())?, Utf8Name::of_text(new.clone())?);
+        match self.plan(py, |state| state.plan_rename(&names.0, &names.1))? {
             Err(Refusal::Missing { .. }) => Err(missing(&old)),
             planned => planned.or_refuse(&new),
         }
@@ -721,7 +730,8 @@ impl RowIndex {
 
     fn plan_move_to_end(&self, name: &Bound<'_, PyAny>, last: bool) -> PyResult<RowPlan> {
         let (py, name) = (name.py(), to_text(name)?);
-        match self.plan(py, |state| state.plan_move_to_end(&Query::from(&name), last))? {
+        let moved = Utf8Name::of_text(name.clone())?;
+        match self.plan(py, |state| state.plan_move_to_end(&moved, last))? {
             Err(Refusal::Missing { .. }) => Err(missing(&name)),
             planned => planned.or_refuse(&name),
         }

@@ -5,10 +5,10 @@ use pdrs_core::names::codec::{Names, Parts, hash};
 use pdrs_core::{MAX_TABLES, Place};
 use pyo3::exceptions::PyMemoryError;
 use pyo3::prelude::*;
-use pyo3::types::PyType;
+use pyo3::types::{PyString, PyType};
 
 use crate::python::memory::{self, OrRaise};
-use crate::python::name::Exact;
+use crate::python::name::text_of_utf8;
 
 /// Packed names with words, in memory that somebody else owns.
 pub(crate) struct Source {
@@ -95,10 +95,10 @@ impl Source {
     }
 
     /// The name with a number.
-    pub(crate) fn name(&self, py: Python<'_>, number: usize) -> PyResult<Exact> {
+    pub(crate) fn name<'py>(&self, py: Python<'py>, number: usize) -> PyResult<Bound<'py, PyString>> {
         let found = self.with(py, |names| {
             let name = names.name(number).filter(|name| !name.is_empty() && self.place_at(names, number).is_some())?;
-            Some(self.whole(name, &mut Vec::new()).and_then(|name| Exact::from_utf8(py, name)))
+            Some(self.whole(name, &mut Vec::new()).and_then(|name| text_of_utf8(py, name)))
         })?;
         match found {
             Some(name) => name.map_err(|error| self.unreadable(py, error)),

@@ -4,11 +4,11 @@ use std::sync::Mutex;
 
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
+use pyo3::types::PyString;
 
 use pdrs_core::Place;
 
 use crate::python::memory::{OrRaise, new_number};
-use crate::python::name::Exact;
 use crate::stacked::row_index::{PACKED, RowIndex, Walked};
 
 /// How many names are made at a time, at most.
@@ -21,7 +21,7 @@ struct Step {
     /// What the index counted when the walk began.
     generation: u64,
     /// The names that come next and their positions, the last first. Where they lie may change.
-    next: Vec<(usize, Exact)>,
+    next: Vec<(usize, Py<PyString>)>,
     /// How many names were made at a time. More and more: who wants the first only does not wait for others.
     at_once: usize,
 }
@@ -43,7 +43,7 @@ impl RowIterator {
     }
 
     /// The next name and, if it is wanted, its place.
-    fn advance(&self, py: Python<'_>, step: &mut Step) -> PyResult<Option<(Exact, Option<Place>)>> {
+    fn advance(&self, py: Python<'_>, step: &mut Step) -> PyResult<Option<(Py<PyString>, Option<Place>)>> {
         let Step { index, position, generation, next, at_once } = step;
         index.get().step(py, *generation, |walked| {
             if let Walked::Live(names) = walked
@@ -60,7 +60,7 @@ impl RowIterator {
                 self.walk_on(py, walked, position, next, *at_once)?;
             }
             let Some((found, name)) = next.pop() else { return Ok(None) };
-            let place = if self.with_places { walked.place(py, found)? } else { None };
+            let place = if self.with_places { Some(walked.place(py, found)?) } else { None };
             Ok(Some((name, place)))
         })
     }
@@ -71,13 +71,13 @@ impl RowIterator {
         py: Python<'_>,
         walked: Walked<'_>,
         position: &mut usize,
-        next: &mut Vec<(usize, Exact)>,
+        next: &mut Vec<(usize, Py<PyString>)>,
         count: usize,
     ) -> PyResult<()> {
         while next.len() < count {
             match walked.name(py, *position, self.is_reversed) {
                 Ok(Some((found, behind, name))) => {
-                    next.push((found, name));
+                    next.push((found, name.unbind()));
                     *position = behind;
                 }
                 // Names in front of one that cannot be had come first.
@@ -105,7 +105,7 @@ impl RowIterator {
             return Ok(None);
         };
         drop(step);
-        let name = name.into_text(py);
+        let name = name.into_bound(py);
         let Some(place) = place else {
             return Ok(Some(name.into_any()));
         };
