@@ -218,6 +218,12 @@ def _popitem(subject: str, data: Data) -> Task:
     return data.task(own(popitem_last, container, len(names)), lambda popped: len(popped) == left, len(names))
 
 
+def _walk(subject: str, data: Data) -> Task:
+    container = data.shared(subject)
+    names = container.keys()
+    return data.task(lambda: list(names), lambda walked: walked == data.names)
+
+
 def _make_tensor(_subject: str, data: Data) -> Task:
     count = -(-len(data.popped) // SHORT_RUNS)
     run = own(call_each, torch.empty, FLOATS, count)
@@ -494,6 +500,7 @@ CASES: tuple[Case[Data], ...] = (
         " `weight[ids.pop(name)].detach().clone()`, whose row stays. The same for `popitem()`.",
     ),
     _case("`popitem()`", _popitem, at_least=3, subjects=(BY_HAND, TORCH, PDRS), most_runs=SHORT_RUNS),
+    _case("`list(keys())`", _walk, at_least=0.33, note="Ours makes each `str` anew, torch has them in a dict."),
     _case(
         f"`torch.empty({FLOATS})`",
         _make_tensor,

@@ -99,6 +99,17 @@ def test_many_names_are_gathered_as_from_memory(make: Callable[[], SD], tmp_path
     assert found.table((2,), torch.float32).grad is not None
 
 
+@MADE
+def test_repr_reads_no_names_but_those_that_it_shows(make: Callable[[], SD], tmp_path: Path) -> None:
+    sd = make()
+    found = opened(sd, tmp_path)
+    before = sys.getsizeof(found._index)
+    assert repr(found) == repr(sd)
+    assert sys.getsizeof(found._index) == before
+    with pytest.raises(IndexError, match="there is no table 99"):
+        found._index.count(99)
+
+
 def test_to_open_and_to_look_up_makes_no_index(tmp_path: Path) -> None:
     def made(count: int) -> list[int]:
         sd = SD.from_tensor([f"name.{at}" for at in range(count)], rows(count))

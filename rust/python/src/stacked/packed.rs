@@ -245,14 +245,14 @@ impl Packed {
         Ok(places.into())
     }
 
-    /// Hands over each name in UTF-8, in order, with its place. Ends where the bytes do not have a name. **O(n)**.
+    /// Hands over each name in UTF-8, in order, with its place; an error where the bytes do not have one. **O(n)**.
     pub(crate) fn for_each(&self, py: Python<'_>, mut take: impl FnMut(&[u8], Option<Place>)) -> PyResult<()> {
         let mut buffer = Vec::new();
         self.with(py, |names| {
             for run in &self.runs {
                 let (source, names) = (&self.sources[run.source], &names[run.source]);
                 for at in (run.first..).take(run.count) {
-                    let Some(name) = names.name(at) else { return Ok(()) };
+                    let name = names.name(at).ok_or_else(|| source.damaged("a name does not lie in them"))?;
                     take(source.whole(name, &mut buffer)?, source.place_at(names, at));
                 }
             }
@@ -279,11 +279,7 @@ impl Packed {
 
     /// All names, in order. **O(n)**.
     pub(crate) fn names<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyString>>> {
-        let names = self.names_that(py, |_| true)?;
-        match self.at(names.len()) {
-            Some((source, _)) => Err(source.damaged("a name does not lie in them")),
-            None => Ok(names),
-        }
+        self.names_that(py, |_| true)
     }
 
     /// The names of which `keep` says so, in order. **O(n)**.

@@ -19,9 +19,7 @@ use pyo3::types::{PyBytes, PyList, PyString, PyTuple, PyType};
 
 use crate::index_map::{AHEAD, Given, IndexMap};
 use crate::python::memory::{self, OrRaise, new_list, new_number, new_pair};
-use crate::python::name::{
-    Listed, NO_NAME, Name, OfText, Utf8Name, exact_text, text_of_utf8, to_text, with_listed,
-};
+use crate::python::name::{Listed, NO_NAME, Name, OfText, Utf8Name, exact_text, text_of_utf8, to_text, with_listed};
 use crate::python::names::{listed, to_names, to_names_that};
 use crate::stacked::packed::Packed;
 use crate::stacked::places::Places;
