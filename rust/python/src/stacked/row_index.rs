@@ -76,12 +76,12 @@ pub(crate) enum Walked<'a> {
 
 impl Walked<'_> {
     /// The position of the name behind, or in front of, a position, where the walk goes on, and the name.
-    pub(crate) fn name<'py>(
+    pub(crate) fn name(
         self,
-        py: Python<'py>,
+        py: Python<'_>,
         position: usize,
         is_reversed: bool,
-    ) -> PyResult<Option<(usize, usize, Bound<'py, PyString>)>> {
+    ) -> PyResult<Option<(usize, usize, Bound<'_, PyString>)>> {
         match self {
             Self::Live(names) => {
                 let found = if is_reversed { names.previous(position) } else { names.next(position) };
