@@ -52,8 +52,9 @@ check: $(VENV)/built ## Check format, lints, types, stubs, and run the code in R
 docs: $(VENV)/documents ## Build the documentation as a web site in site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-bench: $(VENV)/built ## Measure side by side with torch, write tables and plots (about forty minutes)
+bench: $(VENV)/built ## Measure side by side with torch, write tables and plots, then ten million names (about forty minutes)
 	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/scale.py 10_000_000
 
 shape: ## Print figures of the structure beside their bounds: import circles, layers, unsafe code, long sentences
 	$(PYTHON) tools/shape.py
