@@ -43,7 +43,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # The faces are ordered. `ParameterDict.to()` moves by `transfer`, and `unstack()` returns a ParameterDict.
     ("transfer",),
     ("parameter_dict",),
-    ("stacked",),
+    ("stacked", "optim"),
     ("_files",),
     ("checkpoint",),
     ("typing",),  # Types of arguments, for the annotations of users.

@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+from pdrs import optim
 from pdrs._core import IndexMap, group_tensors
 from pdrs._rows.gather import Lookup
 from pdrs._rows.step_warnings import AbsentNamesWarning, UntrainedTableWarning
@@ -22,6 +23,7 @@ __all__ = [
     "UntrainedTableWarning",
     "load",
     "open",
+    "optim",
     "save",
     "set_staging",
     "to",

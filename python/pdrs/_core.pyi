@@ -20,6 +20,8 @@ __all__ = [
     "RowIndex",
     "RowIterator",
     "RowPlan",
+    "RowRule",
+    "RowStep",
     "SafetensorsHeader",
     "SafetensorsStack",
     "ShardIndex",
@@ -63,6 +65,7 @@ __all__ = [
     "shard_lines",
     "slab_views",
     "sort_tensors",
+    "sum_repeated_rows",
     "take_over",
     "unexpected_keys",
     "unpack_header",
@@ -73,6 +76,7 @@ __all__ = [
     "walk_modules",
     "watch_functions",
     "words_behind",
+    "write_row_steps",
     "zero_row",
     "zero_row_of_state",
     "zero_rows",
@@ -804,6 +808,67 @@ def use_huge_pages(tensor: Tensor) -> None:
 def zero_row(tensors: list[Tensor], row: int) -> list[Tensor]: ...
 def zero_rows(tensor: Tensor, rows: NDArray[np.int64]) -> bool: ...
 def zero_row_of_state(table: Tensor, state: dict[str, Any], row: int) -> bool: ...
+
+@final
+class RowRule:
+    """The formula of an optimizer, and its numbers for one step; the meaning of each is that in torch's optimizer.
+
+    ``kind`` is one of ``"sgd"``, ``"adagrad"``, ``"row_wise_adagrad"``, ``"adam"`` and ``"rmsprop"``.
+    """
+
+    def __new__(
+        cls,
+        kind: str,
+        *,
+        lr: float,
+        eps: float = 0.0,
+        decay: float = 0.0,
+        shrink: float = 1.0,
+        log_decay: float | None = None,
+        maximize: bool = False,
+        size: tuple[float, float] | None = None,
+        beta1: float = 0.0,
+        beta2: float = 0.0,
+        amsgrad: bool = False,
+        momentum: float = 0.0,
+        gain: float = 1.0,
+        nesterov: bool = False,
+        alpha: float = 0.0,
+        centered: bool = False,
+    ) -> Self: ...
+
+@final
+class RowStep:
+    """The tensors of a step by row, and which rows of them it writes."""
+
+    @staticmethod
+    def plan(
+        rule: RowRule,
+        table: Tensor,
+        full: list[Tensor],
+        single: list[Tensor],
+        rows: Tensor | None,
+        gradients: Tensor,
+        frozen: Tensor | None = None,
+        seed: int | None = None,
+    ) -> RowStep | None:
+        """Sort the rows; None if a tensor is to be left to torch. **O(k)** for ``k`` rows.
+
+        Raises
+        ------
+        ValueError
+            If a row is listed that the table does not have.
+
+        """
+
+def write_row_steps(steps: list[RowStep], threads: int) -> None:
+    """Write the rows of all steps, or raise RuntimeError and write none. **O(k)**; the GIL is released."""
+
+def sum_repeated_rows(rows: Tensor, gradients: Tensor) -> bool:
+    """Add up what a gradient has for a row that it lists several times, at the first place; the others become zeros.
+
+    False, and nothing is done, if it is to be left to torch.
+    """
 
 @final
 class SafetensorsHeader:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pdrs._core import Places, RowIndex
+from pdrs._rows.by_row import ByRow
 from pdrs._rows.gather_op import gather_rows, gather_tables
 from pdrs._rows.insert import (
     Initialiser,
@@ -26,7 +27,7 @@ from pdrs._rows.insert import (
 )
 from pdrs._rows.layout import table_number
 from pdrs._rows.store import device_of, numbers_by_kind
-from pdrs._rows.table import Kind, Rows, Table, kind_of, parameter_of, refuse_foreign
+from pdrs._rows.table import Kind, Rows, Table, is_sharded, kind_of, parameter_of, refuse_foreign
 from pdrs._rows.write import note_rows, share_memory
 from pdrs._torch.modes import refuse_symbolic_trace
 from pdrs._torch.names import Names, as_list, listed
@@ -36,7 +37,7 @@ from pdrs._torch.untraced import untraced
 if TYPE_CHECKING:
     from pdrs.stacked import StackedParameterDict
 
-__all__ = ["Lookup", "Missing", "gather", "indices", "isin", "look_up", "lookup", "names_of", "scatter"]
+__all__ = ["Lookup", "Missing", "gather", "indices", "isin", "look_up", "lookup", "names_of", "scatter", "takes_rows"]
 
 Missing = Literal["error", "skip", "zero", "insert"]
 
@@ -336,7 +337,7 @@ def gather(
     self: StackedParameterDict,
     names: Names | Lookup | EllipsisType = ...,
     *,
-    sparse: bool = False,
+    sparse: bool | None = None,
     missing: Missing = "error",
     init: Initialiser | None = None,
     shape: Sequence[int] | None = None,
@@ -354,7 +355,8 @@ def gather(
         gradients of a name that is listed twice add up. By default all names, in order. The result is then a slice of
         the table if the rows are in this order, as after :meth:`StackedParameterDict.compact`.
     sparse
-        Whether the table gets a sparse gradient, which SparseAdam, SGD and Adagrad take.
+        Whether the table gets a sparse gradient, which the optimizers of :mod:`pdrs.optim` take, and SparseAdam, SGD
+        and Adagrad of torch. By default it does if an attached optimizer of :mod:`pdrs.optim` has the table.
     missing
         What to do with missing names. ``"error"`` raises. ``"skip"`` leaves them out. ``"zero"`` returns rows of zeros
         without a gradient. ``"insert"`` first inserts them at the end, in order.
@@ -418,7 +420,7 @@ def _gather(
     sd: StackedParameterDict,
     index: RowIndex,
     names: Sequence[str] | Lookup | EllipsisType,
-    sparse: bool,
+    sparse: bool | None,
     missing: Missing,
     init: Initialiser | None,
     shape: Sequence[int] | None,
@@ -427,15 +429,16 @@ def _gather(
     if isinstance(names, Lookup):
         table = _table_of_all(sd, names)
         if table is not None:
-            return gather_rows(table, names._rows, sparse)
+            return gather_rows(table, names._rows, takes_rows(sd, table) if sparse is None else sparse)
         return _gather_places(sd, names._places, sparse, shape, dtype)
     if names is ...:
         places = _all_places(sd, index, shape, dtype)
         number = places.only_table()
         if number >= 0 and not sparse:
             rows = places.rows
-            if (rows == np.arange(len(rows))).all():
-                return parameter_of(sd, sd._tables[number])[: len(rows)]
+            table = parameter_of(sd, sd._tables[number])
+            if (rows == np.arange(len(rows))).all() and (sparse is False or not takes_rows(sd, table)):
+                return table[: len(rows)]
     else:
         places = index.places(names)
         number = places.only_table()
@@ -444,12 +447,27 @@ def _gather(
     if number >= 0:
         table = parameter_of(sd, sd._tables[number])
         found = torch.from_numpy(places.rows)
+        if sparse is None:
+            sparse = takes_rows(sd, table)
         return gather_rows(table, found if table.is_cpu else found.to(table.device), sparse)
     return _gather_places(sd, places, sparse, shape, dtype)
 
 
+def takes_rows(sd: StackedParameterDict, table: Tensor) -> bool:
+    """Whether an attached optimizer has a table, and takes its gradient by row."""
+    for reference in sd.__dict__["_optimizers"]:
+        optimizer = reference()
+        if isinstance(optimizer, ByRow) and optimizer.holds(table):
+            return not is_sharded(table)
+    return False
+
+
 def _gather_places(
-    sd: StackedParameterDict, places: Places, sparse: bool, shape: Sequence[int] | None, dtype: torch.dtype | None
+    sd: StackedParameterDict,
+    places: Places,
+    sparse: bool | None,
+    shape: Sequence[int] | None,
+    dtype: torch.dtype | None,
 ) -> Tensor:
     parts = [(parameter_of(sd, sd._tables[number]), there, rows) for number, there, rows in places.by_table()]
     if not parts:
@@ -460,6 +478,8 @@ def _gather_places(
         # Of no rows of a table, so that a batch without a known name has a backward pass like any other.
         none = np.empty(0, np.int64)
         parts = [(parameter_of(sd, sd._tables[fitting[0]]), none, none)]
+    if sparse is None:
+        sparse = all(takes_rows(sd, table) for table, _, _ in parts)
     if len(parts) == 1 and 0 < len(places) == len(parts[0][1]):
         table, _, rows = parts[0]
         return gather_rows(table, torch.from_numpy(rows).to(table.device), sparse)

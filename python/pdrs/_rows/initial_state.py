@@ -23,7 +23,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import ASGD, Adagrad, Optimizer, Rprop
 
-__all__ = ["Beginning", "as_pair", "beginning", "declare", "is_declared", "is_torchs", "options"]
+from pdrs._rows.by_row import ByRow
+
+__all__ = ["Beginning", "as_pair", "beginning", "declare", "is_declared", "is_known", "options"]
 
 Beginning = complex | Literal["value"]
 
@@ -36,9 +38,9 @@ _is_used = False
 _seen: WeakKeyDictionary[Any, dict[Any, dict[str, Beginning | None]]] = WeakKeyDictionary()
 
 
-def is_torchs(optimizer: Any) -> bool:
-    """Whether an optimizer is of one of torch's own classes, and of no subclass."""
-    return type(optimizer).__module__.startswith("torch.optim.")
+def is_known(optimizer: Any) -> bool:
+    """Whether an optimizer is of one of torch's own classes, or ours, and of no subclass."""
+    return type(optimizer).__module__.startswith(("torch.optim.", "pdrs.optim"))
 
 
 def declare(optimizer: Any, begins: Mapping[str, Beginning]) -> None:
@@ -79,7 +81,7 @@ def beginning(optimizer: Any, parameter: Tensor, key: str) -> Beginning | None:
     declared = _declared.get(optimizer, {})
     if key in declared:
         return declared[key]
-    if is_torchs(optimizer):
+    if is_known(optimizer):
         return _of_torchs(optimizer, parameter, key)
     kind = parameter.dtype, parameter.shape[1:]
     seen = _seen.setdefault(optimizer, {})
@@ -103,6 +105,8 @@ def _unknown(optimizer: Any, key: str) -> RuntimeError:
 
 
 def _of_torchs(optimizer: Any, parameter: Tensor, key: str) -> Beginning:
+    if isinstance(optimizer, ByRow):
+        return optimizer.beginning(parameter, key)
     if key == "sum" and isinstance(optimizer, Adagrad):
         return as_pair(options(optimizer, parameter)["initial_accumulator_value"], parameter)
     if key == "step_size" and isinstance(optimizer, Rprop):

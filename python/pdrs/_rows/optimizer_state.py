@@ -43,7 +43,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from pdrs._core import zero_row_of_state
 from pdrs._rows import step_warnings
-from pdrs._rows.initial_state import Beginning, as_pair, beginning, is_declared, is_torchs
+from pdrs._rows.by_row import ByRow
+from pdrs._rows.initial_state import Beginning, as_pair, beginning, is_declared, is_known
 from pdrs._rows.sparse_gradient import GradientRows, moved_rows
 from pdrs._torch import huge_pages
 from pdrs._torch.transaction import Changes
@@ -229,7 +230,7 @@ def of_rows(optimizer: Optimizer, parameter: Tensor) -> Iterator[tuple[dict[str,
     RuntimeError
         If there is state that cannot be told to be by row or not.
     """
-    if not is_torchs(optimizer):
+    if not is_known(optimizer):
         _refuse_state_elsewhere(optimizer, parameter)
     state = optimizer.state.get(parameter)
     if not state:
@@ -294,7 +295,8 @@ def begins_with_values(optimizer: Optimizer, parameter: Tensor) -> bool:
 
 
 def _begins_with_zeros(optimizer: Optimizer) -> bool:
-    return type(optimizer) in _ZEROS and not is_declared(optimizer)
+    known = type(optimizer) in _ZEROS or (isinstance(optimizer, ByRow) and optimizer.begins_with_zeros())
+    return known and not is_declared(optimizer)
 
 
 def forget_row(optimizer: Optimizer, parameter: Tensor, row: int) -> None:
@@ -423,6 +425,8 @@ def _is_by_row(state: Tensor, table: Tensor) -> bool:
 
 
 def _is_for_all_rows(optimizer: Optimizer, key: str, state: Tensor, table: Tensor) -> bool:
+    if isinstance(optimizer, ByRow):
+        return False  # it has numbers for all rows as tensors without dimensions
     if isinstance(optimizer, Adafactor):
         # Of a table with one row the shape does not tell.
         return key == "col_var" and table.dim() == 2

@@ -22,11 +22,13 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Optimizer, SparseAdam
 
+from pdrs._rows.by_row import ByRow
+
 if TYPE_CHECKING:
     from pdrs._rows.table import Table
     from pdrs.stacked import StackedParameterDict
 
-__all__ = ["AbsentNamesWarning", "UntrainedTableWarning", "after_step", "before_step", "hold", "watch"]
+__all__ = ["AbsentNamesWarning", "UntrainedTableWarning", "after_step", "before_step", "hold", "owner_of", "watch"]
 
 # It looks more and more seldom, and at no more rows than these.
 _ROWS = 1024
@@ -85,6 +87,13 @@ def watch(owner: StackedParameterDict, table: Table, parameter: Tensor) -> None:
             _untrained[id(parameter)] = made
 
 
+def owner_of(parameter: Tensor) -> tuple[StackedParameterDict, Table] | None:
+    """Return the dictionary that a Parameter is a table of, and the table."""
+    known = _watches.get(id(parameter))
+    found = known.find() if known is not None else None
+    return found[:2] if found is not None and found[2] is parameter else None
+
+
 def hold(optimizer: Any) -> None:
     """Note which tables an optimizer has."""
     held = []
@@ -112,11 +121,14 @@ def before_step(optimizer: Any, _arguments: Any = None, _keywords: Any = None) -
     plan.before = []
     if _trains_the_batch_alone(optimizer):
         return
+    by_row = isinstance(optimizer, ByRow)
     for one in plan.watches:
         found = one.find()
         if found is None or found[0].__dict__.get("_warned_of_absent"):
             continue
         owner, table, parameter = found
+        if by_row and parameter.grad is not None and parameter.grad.is_sparse:
+            continue
         if (
             table not in owner._tables
             or parameter.is_meta
@@ -175,8 +187,7 @@ def after_step(optimizer: Any) -> None:
             _warn(
                 f"{type(optimizer).__name__} has moved names whose gradient is zero, as of names outside the batch: "
                 "momentum and weight decay are for all rows of a table. Parameters of their own would have stayed. "
-                "To train the names of the batch alone, gather(names, sparse=True) and take SparseAdam, Adagrad or SGD "
-                "without momentum and weight decay",
+                "To train the names of the batch alone, gather(names, sparse=True) and take an optimizer of pdrs.optim",
                 AbsentNamesWarning,
             )
 

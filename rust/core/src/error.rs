@@ -32,6 +32,13 @@ pub enum Error {
     },
     /// There is no memory for what was asked for.
     Memory,
+    /// A gradient lists a row that its table does not have.
+    Row {
+        /// The row.
+        row: i64,
+        /// How many rows the table has.
+        capacity: u64,
+    },
     /// A slab would have more bytes than an `i64` can count.
     TooLarge,
     /// A slab cannot be cut into blocks of this size.
@@ -99,6 +106,9 @@ impl fmt::Display for Error {
                 "a name has less than 256 MiB, all names of a dictionary at most 32 GiB with what belongs to them, and \
                  {bytes} bytes more are too much"
             ),
+            Self::Row { row, capacity } => {
+                write!(f, "the gradient lists row {row}, and the table has {capacity} rows")
+            }
             Self::Memory => write!(f, "out of memory"),
             Self::TooLarge => write!(f, "all tensors together have more than {} bytes", i64::MAX),
             Self::BlockSize { got, multiple_of } => {

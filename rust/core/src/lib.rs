@@ -13,6 +13,7 @@ mod index_map;
 mod key;
 pub mod memory;
 pub mod names;
+pub mod row_steps;
 mod rows;
 pub mod safetensors;
 pub mod slab;

@@ -64,6 +64,8 @@ mod _core {
     #[pymodule_export]
     use super::stacked::row_index::RowIndex;
     #[pymodule_export]
+    use super::stacked::row_step::{RowRule, RowStep, sum_repeated_rows, write_row_steps};
+    #[pymodule_export]
     use super::stacked::walk::RowIterator;
     #[pymodule_export]
     use super::torch::own_functions::{are_functions_own, is_own, watch_functions};

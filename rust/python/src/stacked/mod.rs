@@ -6,5 +6,6 @@ pub(crate) mod places;
 pub(crate) mod plan;
 pub(crate) mod row;
 pub(crate) mod row_index;
+pub(crate) mod row_step;
 mod source;
 pub(crate) mod walk;

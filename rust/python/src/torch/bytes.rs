@@ -7,7 +7,7 @@
 #![allow(unsafe_code, reason = "reads and writes memory by its address")]
 
 use std::ops::Range;
-use std::ptr;
+use std::{ptr, slice};
 
 use crate::torch::dlpack::Device;
 
@@ -21,6 +21,9 @@ pub(crate) struct Bytes {
 
 /// A bit that no length of memory has.
 const ELSEWHERE: usize = 1 << (usize::BITS - 1);
+
+/// An address that elements of any width may begin at.
+const ALIGNED: usize = 64;
 
 impl Bytes {
     /// # Safety
@@ -80,8 +83,16 @@ impl Bytes {
     #[inline]
     pub(crate) fn fill_zero(self) {
         assert!(self.are_here(), "zeros for memory of another device");
+        self.slice().fill(0);
+    }
+
+    /// The bytes, which the CPU can use, and nothing else reads or writes meanwhile.
+    #[inline]
+    fn slice<'a>(self) -> &'a mut [u8] {
+        debug_assert!(self.are_here(), "memory of another device");
+        let address = if self.length == 0 { ptr::without_provenance_mut(ALIGNED) } else { self.address as *mut u8 };
         // SAFETY: a tensor owns these bytes (`Bytes::new`), and the CPU can use them.
-        unsafe { ptr::write_bytes(self.address as *mut u8, 0, self.length) }
+        unsafe { slice::from_raw_parts_mut(address, self.length) }
     }
 
     /// Whether the CPU can use them.
@@ -89,6 +100,23 @@ impl Bytes {
     pub(crate) fn are_here(self) -> bool {
         self.length & ELSEWHERE == 0
     }
+}
+
+/// The bytes of several pieces of memory, to be read and written; `None` if two of them overlap, or if the CPU cannot use
+/// one.
+///
+/// Nothing else may read or write them meanwhile, nor take them away: see the module's description.
+#[inline]
+pub(crate) fn exclusive<'a>(pieces: &[Bytes]) -> Option<Vec<&'a mut [u8]>> {
+    let is_apart = |(at, one): (usize, &Bytes)| {
+        let of_one = one.addresses();
+        one.are_here()
+            && pieces[..at].iter().all(|other| {
+                let of_other = other.addresses();
+                of_one.is_empty() || of_other.is_empty() || of_one.end <= of_other.start || of_other.end <= of_one.start
+            })
+    };
+    pieces.iter().enumerate().all(is_apart).then(|| pieces.iter().map(|piece| piece.slice()).collect())
 }
 
 /// Elements that are as many bytes apart as their step, the first of them at the beginning of the bytes.

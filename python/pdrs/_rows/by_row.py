@@ -1,0 +1,33 @@
+"""What marks the optimizers that step on the rows of a table, and not on the whole of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["ByRow"]
+
+
+class ByRow:
+    """An optimizer that takes sparse gradients, and changes the rows that these list and no others."""
+
+    param_groups: list[dict[str, Any]]
+    # The parameters, by `id`, and how many there were in each group when they were noted.
+    _held: tuple[list[int], set[int]] | None = None
+
+    def holds(self, parameter: Tensor) -> bool:
+        """Whether it has a parameter. **O(groups)**."""
+        counts = [len(group["params"]) for group in self.param_groups]
+        if self._held is None or self._held[0] != counts:
+            self._held = counts, {id(one) for group in self.param_groups for one in group["params"]}
+        return id(parameter) in self._held[1]
+
+    def beginning(self, parameter: Tensor, key: str) -> complex:
+        """Return what a state by row begins with for a new name."""
+        raise NotImplementedError
+
+    def begins_with_zeros(self) -> bool:
+        """Whether all states by row do, and have the shape of the table."""
+        raise NotImplementedError
