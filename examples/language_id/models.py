@@ -10,6 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -75,15 +76,12 @@ class Stacked(LanguageId):
 
     def rows(self, names: list[str]) -> Tensor:
         """Return the weights of n-grams; in training mode new ones are inserted first."""
-        return self.weights.gather(
-            names, sparse=True, missing="insert" if self.training else "zero", shape=(len(self.languages),)
-        )
+        missing: Literal["insert", "zero"] = "insert" if self.training else "zero"
+        return self.weights.gather(names, missing=missing, shape=(len(self.languages),))
 
     def optimizer(self, rate: float) -> Adagrad:
-        """Return an optimizer whose state follows the names."""
-        made = _adagrad(self.parameters(), rate)
-        self.weights.attach_optimizer(made)
-        return made
+        """Return an optimizer that follows the names, and steps on those of the batch."""
+        return pdrs.optim.Adagrad(self.parameters(), lr=rate, initial_accumulator_value=HESITATION)
 
     def prune(self, count: int) -> None:
         """Keep the ``count`` n-grams with the largest norms."""
@@ -180,12 +178,8 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     done = Trained(0, 0, 0)
     start = time.monotonic()
-    # Sparse Adagrad warns that these checks are off, unless somebody has said that they shall be.
-    unchecked = torch.sparse.check_sparse_tensor_invariants(enable=False)  # type: ignore[no-untyped-call]
-    with (
-        unchecked,
-        tqdm(total=None if seconds else len(words), unit=" words", unit_scale=True, disable=None, leave=False) as bar,
-    ):
+    total = None if seconds else len(words)
+    with tqdm(total=total, unit=" words", unit_scale=True, disable=None, leave=False) as bar:
         while done.steps == 0 or (seconds is not None and done.seconds < seconds):
             for places in torch.split(torch.randperm(len(words), generator=generator), batch):
                 chosen = words.chosen(places)

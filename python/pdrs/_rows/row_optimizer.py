@@ -75,6 +75,15 @@ class RowOptimizer(ByRow, Optimizer):
         if group.get("stochastic_rounding") and any(one.dtype == torch.float16 for one in group["params"]):
             raise ValueError("stochastic_rounding is for rows of bfloat16, got a parameter of float16")
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # Else GradScaler would leave it to the fused kernels to unscale gradients, and rows would not be.
+        return False
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, given: bool) -> None:
+        pass  # torch's classes say so of themselves
+
     # -- what torch calls ----------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -110,7 +119,8 @@ class RowOptimizer(ByRow, Optimizer):
             state = self.state.get(parameter, {})
             for key, value in state_dict["state"].get(number, {}).items():
                 held = state.get(key)
-                if isinstance(held, Tensor) and isinstance(value, Tensor) and held.dtype != value.dtype:
+                is_wide = key == DECAY or parameter.dtype in _HALF
+                if is_wide and isinstance(held, Tensor) and isinstance(value, Tensor) and held.shape == value.shape:
                     state[key] = value.detach().to(held.device, copy=True)
             if self._counts_steps() and state and not isinstance(state.get("step"), Tensor):
                 state["step"] = torch.tensor(float(state.get("step", 0)))
