@@ -20,6 +20,7 @@ from pdrs._entries.views import KeysView as NamesView
 from pdrs._moves import run
 from pdrs._moves.recognise import recognise
 from pdrs._rows import gather as _gather
+from pdrs._rows import gather_bag as _bags
 from pdrs._rows import groups as _groups
 from pdrs._rows import insert as _insert
 from pdrs._rows import layout as _layout
@@ -497,6 +498,7 @@ class StackedParameterDict(Module):
     indices = _gather.indices
     names_of = _gather.names_of
     gather = _gather.gather
+    gather_bag = _bags.gather_bag
     scatter = _gather.scatter
     insert = _insert.insert
     select = _insert.select

@@ -37,7 +37,20 @@ from pdrs._torch.untraced import untraced
 if TYPE_CHECKING:
     from pdrs.stacked import StackedParameterDict
 
-__all__ = ["Lookup", "Missing", "gather", "indices", "isin", "look_up", "lookup", "names_of", "scatter", "takes_rows"]
+__all__ = [
+    "Lookup",
+    "Missing",
+    "check_missing",
+    "gather",
+    "in_order",
+    "indices",
+    "isin",
+    "look_up",
+    "lookup",
+    "names_of",
+    "scatter",
+    "takes_rows",
+]
 
 Missing = Literal["error", "skip", "zero", "insert"]
 
@@ -97,11 +110,11 @@ def look_up(
     dtype: torch.dtype | None = None,
 ) -> Places:
     """Return the places of names; those that are missing and count as zeros have none."""
-    _check_missing(missing, init)
+    check_missing(missing, init)
     if isinstance(names, Lookup):
         _refresh(sd, names)
         return names._places
-    names = _in_order(names)
+    names = in_order(names)
     return _without_missing(sd, names, sd._index.places(names), missing, init, shape, dtype)
 
 
@@ -179,7 +192,7 @@ def lookup(self: StackedParameterDict, names: Names) -> Lookup:
 
     """
     with self._lock:
-        made = Lookup(self, as_list(_in_order(names)))
+        made = Lookup(self, as_list(in_order(names)))
         _refresh(self, made)
         return made
 
@@ -239,7 +252,7 @@ def indices(
         )
     with self._lock:
         if names is ...:
-            _check_missing(missing, init)
+            check_missing(missing, init)
             places = _all_places(self, self._index, shape, dtype)
         else:
             places = look_up(self, names, missing, init, shape, dtype)
@@ -395,11 +408,11 @@ def gather(
 
     """
     if missing != "error" or init is not None:
-        _check_missing(missing, init)
+        check_missing(missing, init)
     with self._lock:
         refuse_symbolic_trace()
         if not isinstance(names, Lookup) and names is not ...:
-            names = _in_order(names)
+            names = in_order(names)
         while True:
             index = self.__dict__["_index"]
             version = index.moves
@@ -533,7 +546,7 @@ def scatter(
     if values.dim() == 0:
         raise ValueError("expected one value for each name, got a single number")
     if not isinstance(names, Lookup):
-        names = as_list(_in_order(names))
+        names = as_list(in_order(names))
     if len(names) != len(values):
         raise ValueError(f"expected one value for each name, got {len(values)} values for {len(names)} names")
     with self._lock.change():
@@ -569,7 +582,7 @@ def scatter(
             changes.make()
 
 
-def _in_order(names: Names) -> list[Any] | tuple[Any, ...]:
+def in_order(names: Names) -> list[Any] | tuple[Any, ...]:
     """Return names as a list or tuple; TypeError for a set, whose rows would come in any order."""
     if isinstance(names, set | frozenset):
         raise TypeError(f"names must be in an order, got a {type(names).__name__}: pass a list, such as sorted(names)")
@@ -582,7 +595,8 @@ def _each_once(names: list[str], places: Rows) -> Rows:
     return np.fromiter(chosen.values(), np.int64, len(chosen))
 
 
-def _check_missing(missing: str, init: Initialiser | None) -> None:
+def check_missing(missing: str, init: Initialiser | None) -> None:
+    """Raise ValueError for an unknown ``missing``, or for an ``init`` that it has no use for."""
     if missing not in ("error", "skip", "zero", "insert"):
         raise ValueError(f"missing must be 'error', 'skip', 'zero' or 'insert', got {missing!r}")
     if init is not None:
