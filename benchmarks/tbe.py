@@ -107,6 +107,7 @@ SUITE = Suite(
     " title says otherwise. The loss is the sum of squares, and gradients are not clipped. torch uses one thread unless"
     " a title says otherwise. Each name was trained before, and one step goes ahead of the clock. All figures are per"
     " name of a batch.",
+    growth_at_most=4,
 )
 
 
