@@ -29,6 +29,7 @@ def describe(command: str) -> dict[str, str]:
         "Python": platform.python_version(),
         "torch": torch.__version__,
         **_version("tensordict"),
+        **_version("fbgemm-gpu-cpu"),
         "numpy": numpy.__version__,
         "pdrs": pdrs.__version__,
         "command": command,

@@ -16,6 +16,7 @@ from matplotlib.ticker import FuncFormatter
 import cases_transfer
 from cases_checkpoint import LOADED, SAVED
 from cases_stacked import GATHERED, INSERTED, POPPED
+from cases_training import EVERY_SIZE
 from report import TIMES, Results, figure
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 COLOURS = {
     "torch": "#d1495b",
+    "by hand": "#d1495b",
+    "dense": "#edae49",
     "safetensors": "#edae49",
     "pdrs": "#00798c",
     "dict": "#8d99ae",
@@ -99,6 +102,16 @@ PICTURES = {
             Line(INSERTED, "pdrs", "insert in batches", (0, 8), "right", "bottom", "s-"),
             Line(GATHERED, "pdrs", "gather in batches", (0, -8), "right", "top", "o--"),
         ),
+    ),
+    "training": Picture(
+        "Training steps of pdrs beside a dict, an embedding and torch's optimizers",
+        "a whole step with Adam",
+        "name",
+        (
+            Line(EVERY_SIZE, "by hand", "by hand", (0, 8), "right", "bottom"),
+            Line(EVERY_SIZE, "pdrs", "pdrs", (0, 8), "right", "bottom"),
+        ),
+        beside=("by hand", "dense"),
     ),
     "transfer": Picture(
         "Moves by pdrs beside moves by torch",

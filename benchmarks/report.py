@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from measure import Case, Measurement, Suite, Target, all_sizes
+from measure import Case, Claim, Measurement, Suite, Target, all_sizes
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 NONE = "\N{EN DASH}"
@@ -138,15 +138,8 @@ def claims_table(claimed: Sequence[tuple[Results, Suite[Any]]]) -> str:
         entries = results.sizes[-1]
         machines.append(results.machine)
         for claim in suite.claims:
-            case = next(case for case in suite.cases if case.title == claim.title)
-            count = claim.names or entries
-            cells = []
-            for subject in (suite.ours, claim.together, claim.apart):
-                median = results.median(suite, case, subject, entries) if subject else None
-                if subject and median is None:
-                    raise ValueError(f"{claim.title} was not measured at {entries:,} entries")
-                cells.append(NONE if median is None else _seconds(median * count * 1e-9))
-            rows.append([claim.words, *cells])
+            subjects = (suite.ours, claim.together, claim.apart)
+            rows.append([claim.words, *(_claimed(results, suite, claim, subject) for subject in subjects)])
     of_all = {f"{each['CPU']}, Python {each['Python']}, torch {each['torch']}" for each in machines}
     commands = [each["command"].removeprefix("python benchmarks/run.py ") for each in machines]
     (entries,) = {results.sizes[-1] for results, _ in claimed}
@@ -155,6 +148,20 @@ def claims_table(claimed: Sequence[tuple[Results, Suite[Any]]]) -> str:
         f"{table(head, rows)}\n\nMedians on a CPU: {'; '.join(sorted(of_all))}. Measured with"
         f" `python benchmarks/run.py`, with {' and '.join(f'`{each}`' for each in commands)}."
     )
+
+
+def _claimed(results: Results, suite: Suite[Any], claim: Claim, subject: str) -> str:
+    """Write what a container costs, at the largest size that its case measures; which, if it is a smaller one."""
+    if not subject:
+        return NONE
+    case = next(case for case in suite.cases if case.title == claim.title)
+    entries = results.sizes[-1]
+    size = case.largest(entries, subject)
+    median = results.median(suite, case, subject, size)
+    if median is None:
+        raise ValueError(f"{claim.title} was not measured at {size:,} entries")
+    text = _seconds(median * (claim.names or size) * 1e-9)
+    return text if size == entries else f"{text} ({size:,} names)"
 
 
 def _seconds(value: float) -> str:

@@ -26,7 +26,7 @@ RESULTS = HERE / "results"
 README = HERE.parent / "README.md"
 DOCS = HERE.parent / "docs"
 # Each lies in a module `cases_NAME`, which is imported only if it is measured: a machine may lack what others need.
-SUITES = ("parameter_dict", "stacked", "transfer", "checkpoint", "serving", "index_map", "gpu")
+SUITES = ("parameter_dict", "training", "stacked", "transfer", "checkpoint", "serving", "index_map", "gpu")
 SIZES = (10_000, 100_000, 1_000_000)
 QUICK_SIZES = (1_000,)
 REPEATS = 5
