@@ -168,6 +168,22 @@ def test_everything_of_one_shape_is_gathered(mixed: SD) -> None:
         mixed.gather()
 
 
+@pytest.mark.parametrize("method", ["gather", "indices"])
+def test_names_of_several_shapes_are_refused_before_new_ones_are_inserted(mixed: SD, method: str) -> None:
+    names = list(mixed)
+    with pytest.raises(ValueError, match=r"expected names of one shape and dtype|more than one table"):
+        getattr(mixed, method)([*names, "new"], missing="insert")
+    assert list(mixed) == names
+
+
+def test_row_numbers_of_several_tables_are_refused_before_new_names_are_inserted() -> None:
+    sd = SD({"a": torch.zeros(2), "b.bias": torch.zeros(2)})
+    sd.param_groups(by={"bias$": {"weight_decay": 0.0}})
+    with pytest.raises(ValueError, match="more than one table"):
+        sd.indices(["a", "b.bias", "new"], missing="insert")
+    assert list(sd) == ["a", "b.bias"]
+
+
 # -- optimizers --------------------------------------------------------------------------------------------------------
 
 

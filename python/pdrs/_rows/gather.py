@@ -134,9 +134,10 @@ def _without_missing(
         return places.found()
     if missing == "error":
         raise missing_error(names, places.missing())
-    there = places.tables.max(initial=-1)
-    if there >= 0:
-        found = kind_of(sd, sd._tables[there])
+    kinds = [kind_of(sd, sd._tables[number]) for number, _, _ in places.by_table()]
+    if kinds:
+        _refuse_several(kinds)
+        found = kinds[0]
         if (shape is not None and as_shape(shape) != found.shape) or dtype not in (None, found.dtype):
             wanted = Kind(found.shape if shape is None else tuple(shape), dtype or found.dtype)
             raise ValueError(f"expected names of one shape and dtype, got {found}, and new ones of {wanted}")
@@ -255,6 +256,9 @@ def indices(
             check_missing(missing, init)
             places = _all_places(self, self._index, shape, dtype)
         else:
+            if missing == "insert" and not isinstance(names, Lookup):
+                names = in_order(names)
+                _refuse_tables(self._index.places(names))
             places = look_up(self, names, missing, init, shape, dtype)
         numbers = [number for number, _, _ in places.by_table()]
         if shape is not None or dtype is not None:
@@ -262,11 +266,15 @@ def indices(
                 refuse_other(kind_of(self, self._tables[number]), shape, dtype)
         if isinstance(names, Lookup) and names._table is not None:
             return names._rows.clone()  # what a Lookup knows is not for others to change
-        if len(numbers) > 1:
-            raise ValueError("the names lie in more than one table: gather them, or ask for those of one at a time")
+        _refuse_tables(places)
         rows = torch.from_numpy(places.rows)
         device = parameter_of(self, self._tables[numbers[0]]).device if numbers else rows.device
         return rows if device.type == "meta" else rows.to(device)
+
+
+def _refuse_tables(places: Places) -> None:
+    if len(places.by_table()) > 1:
+        raise ValueError("the names lie in more than one table: gather them, or ask for those of one at a time")
 
 
 def names_of(
@@ -496,11 +504,15 @@ def _gather_places(
     if len(parts) == 1 and 0 < len(places) == len(parts[0][1]):
         table, _, rows = parts[0]
         return gather_rows(table, torch.from_numpy(rows).to(table.device), sparse)
-    kinds = {(tuple(table.shape[1:]), table.dtype) for table, _, _ in parts}
-    if len(kinds) > 1:
-        listing = " and ".join(sorted(str(Kind(*kind)) for kind in kinds))
-        raise ValueError(f"expected names of one shape and dtype, got {listing}")
+    _refuse_several([Kind(tuple(table.shape[1:]), table.dtype) for table, _, _ in parts])
     return gather_tables(parts, len(places), sparse)
+
+
+def _refuse_several(kinds: Sequence[Kind]) -> None:
+    """Raise ValueError if entries are of several shapes or dtypes."""
+    if len({kind[:2] for kind in kinds}) > 1:
+        listing = " and ".join(sorted({str(kind) for kind in kinds}))
+        raise ValueError(f"expected names of one shape and dtype, got {listing}")
 
 
 @torch.no_grad()
