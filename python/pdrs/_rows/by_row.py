@@ -17,6 +17,13 @@ class ByRow:
     # The parameters, by `id`, and how many there were in each group when they were noted.
     _held: tuple[list[int], set[int]] | None = None
 
+    # Whether it is attached by itself: until somebody detaches it.
+    follows = True
+
+    def follow(self) -> None:
+        """Attach it to the dictionaries whose tables it has."""
+        raise NotImplementedError
+
     def holds(self, parameter: Tensor) -> bool:
         """Whether it has a parameter. **O(groups)**."""
         counts = [len(group["params"]) for group in self.param_groups]

@@ -144,6 +144,8 @@ def _note_step(optimizer: Optimizer, _arguments: Any, _keywords: Any) -> None:
     if _looked_through.get(optimizer) != which:
         _note(optimizer)
         step_warnings.hold(optimizer)
+        if isinstance(optimizer, ByRow):
+            optimizer.follow()  # one that was unpickled before its dictionary
         _looked_through[optimizer] = which
     step_warnings.after_step(optimizer)
 

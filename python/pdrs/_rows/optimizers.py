@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from pdrs._rows import optimizer_state
+from pdrs._rows.by_row import ByRow
 from pdrs._rows.initial_state import Beginning, declare
 from pdrs._rows.table import Table, parameter_of
 from pdrs._torch.untraced import untraced
@@ -93,6 +94,8 @@ def attach_optimizer(
             _refuse_unknown(parts, tables, begins)
         for part in parts:
             declare(part, begins)
+            if isinstance(part, ByRow):
+                part.follows = True
             if not optimizer_state.is_among(part, attached(self)):
                 self._optimizers.append(weakref.ref(part))
 
@@ -114,6 +117,9 @@ def detach_optimizer(self: StackedParameterDict, optimizer: Optimizer) -> None:
         kept = [one for one in held if not optimizer_state.is_among(one, parts)]
         if len(kept) == len(held):
             raise ValueError(f"the optimizer ({type(optimizer).__name__}) is not attached to this dictionary")
+        for part in parts:
+            if isinstance(part, ByRow):
+                part.follows = False
         self.__dict__["_optimizers"] = list(map(weakref.ref, kept))
 
 

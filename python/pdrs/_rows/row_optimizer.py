@@ -26,10 +26,7 @@ from pdrs._torch.transaction import Changes
 from pdrs._torch.untraced import untraced
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from pdrs._rows.table import Table
-    from pdrs.stacked import StackedParameterDict
 
 __all__ = ["RowOptimizer"]
 
@@ -98,14 +95,22 @@ class RowOptimizer(ByRow, Optimizer):
             raise
         if _takes_fused_kernels(group):
             group["fused"] = True
-        follow(self, group["params"])
+        self.follow()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
             for name, option in self.defaults.items():
                 group.setdefault(name, option)
-            follow(self, group["params"])
+        self.follow()
+
+    def follow(self) -> None:
+        """Attach it to the dictionaries whose tables it has, unless somebody has detached it."""
+        for group in self.param_groups if self.follows else ():
+            for parameter in group["params"]:
+                found = step_warnings.owner_of(parameter)
+                if found is not None and not any(one is self for one in attached(found[0])):
+                    found[0].attach_optimizer(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, of torch's class of the same name, too. States by row keep their dtype.
@@ -294,19 +299,6 @@ class _Plan:
         for function, argument in self.after:
             changes.call(function, argument)
         changes.make()
-
-
-def follow(optimizer: RowOptimizer, parameters: Iterable[Tensor]) -> None:
-    """Attach an optimizer to the dictionaries that parameters are tables of."""
-    for parameter in parameters:
-        owner = _owner_of(parameter)
-        if owner is not None and not any(one is optimizer for one in attached(owner)):
-            owner.attach_optimizer(optimizer)
-
-
-def _owner_of(parameter: Tensor) -> StackedParameterDict | None:
-    found = step_warnings.owner_of(parameter)
-    return None if found is None else found[0]
 
 
 def _table_of(parameter: Tensor) -> Table | None:
