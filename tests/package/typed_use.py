@@ -50,6 +50,16 @@ def look_up(sd: pdrs.StackedParameterDict, names: list[str]) -> Tensor:
     return sd.gather(found) + sd.gather(found)
 
 
+def train_by_row(model: Words, sentences: list[list[str]]) -> Tensor:
+    """Train the rows of some sentences, and no others; return the norm of the gradient."""
+    optimizer = pdrs.optim.AdamW(model.parameters(), lr=0.1, per_row_steps=True, lazy_decay=True)
+    pooled = assert_type(model.rows.gather_bag(sentences, mode="mean", missing="insert"), Tensor)
+    torch.autograd.backward(pooled.sum())
+    norm = assert_type(pdrs.optim.clip_grad_norm_(model.parameters(), 1.0), Tensor)
+    optimizer.step()
+    return norm
+
+
 def entries(sd: pdrs.StackedParameterDict) -> None:
     """Use a dictionary of rows as a dict."""
     assert_type(sd["a"], Tensor)
