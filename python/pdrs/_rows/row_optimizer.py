@@ -225,6 +225,9 @@ class RowOptimizer(ByRow, Optimizer):
         if group.get("stochastic_rounding") and parameter.dtype == torch.bfloat16:
             seed = int(torch.randint(0, 2**62, (), dtype=torch.int64, device="cpu"))
         values_of = parameter.detach()
+        if parameter.dim() == 0:  # which is a row by itself
+            values_of, values = values_of.reshape(1), values.reshape(1)
+            full = [each.reshape(1) for each in full]
         step = RowStep.plan(RowRule(**numbers), values_of, full, single, rows, values, frozen, seed)
         if step is not None:
             plan.native.append(step)
@@ -323,7 +326,7 @@ def _count(state: dict[str, Any]) -> int:
 
 
 def _by_row(parameter: Tensor) -> tuple[int, ...]:
-    return (len(parameter), *[1] * (parameter.dim() - 1))
+    return (len(parameter), *[1] * (parameter.dim() - 1)) if parameter.dim() else (1,)
 
 
 def _is_wide(state: object, parameter: Tensor) -> bool:
