@@ -861,8 +861,11 @@ class RowStep:
 
         """
 
-def write_row_steps(steps: list[RowStep], threads: int) -> None:
-    """Write the rows of all steps, or raise RuntimeError and write none. **O(k)**; the GIL is released."""
+def write_row_steps(steps: list[RowStep], counts: list[Tensor], threads: int) -> None:
+    """Write the rows of all steps, or raise RuntimeError and write none. **O(k)**; the GIL is released.
+
+    1 is added to ``counts``, which are float32 on the CPU.
+    """
 
 def sum_repeated_rows(rows: Tensor, gradients: Tensor) -> bool:
     """Add up what a gradient has for a row that it lists several times, at the first place; the others become zeros.

@@ -25,9 +25,10 @@ class ByRow:
         raise NotImplementedError
 
     def holds(self, parameter: Tensor) -> bool:
-        """Whether it has a parameter. **O(groups)**."""
+        """Whether it has a parameter. **O(groups)**; where it seems to have none, **O(parameters)**."""
         counts = [len(group["params"]) for group in self.param_groups]
-        if self._held is None or self._held[0] != counts:
+        # Another one may have taken the place of one that was noted.
+        if self._held is None or self._held[0] != counts or id(parameter) not in self._held[1]:
             self._held = counts, {id(one) for group in self.param_groups for one in group["params"]}
         return id(parameter) in self._held[1]
 

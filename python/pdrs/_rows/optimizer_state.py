@@ -394,7 +394,9 @@ def carry(optimizer: Optimizer, source: Tensor, old: Tensor, target: Tensor, new
     by_row = {key: (state[key], fill_of(begin)) for state, key, begin in rows_and_beginnings(optimizer, source)}
     if not by_row:
         return
-    if not optimizer.state.get(target):
+    begun_before = optimizer.state.get(target)
+    # That of Adagrad is there before its first step, see `join`: it is to go on with the steps of the first table.
+    if not begun_before or (isinstance(optimizer, Adagrad) and not begun_before.get("step", 1)):
         whole = {key: value for key, value in optimizer.state[source].items() if key not in by_row}
         begun = {
             key: moved_rows(rows, old[:0], new[:0], len(target))

@@ -7,6 +7,7 @@ of a step written, or none.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -45,6 +46,15 @@ class RowOptimizer(ByRow, Optimizer):
     # The states by row whose beginning is an option, and the name of that.
     _begins: ClassVar[Mapping[str, str]] = {}
 
+    # GradScaler is to take the scale away before the step: the native one, unlike torch's fused kernels, does not.
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        return False
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, _: bool) -> None:
+        pass
+
     # -- what a class tells of itself ----------------------------------------------------------------------------------
 
     def _full_states(self, group: dict[str, Any]) -> list[str]:
@@ -71,15 +81,6 @@ class RowOptimizer(ByRow, Optimizer):
         """Raise ValueError for options that cannot be."""
         if group.get("stochastic_rounding") and any(one.dtype == torch.float16 for one in group["params"]):
             raise ValueError("stochastic_rounding is for rows of bfloat16, got a parameter of float16")
-
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        # Else GradScaler would leave it to the fused kernels to unscale gradients, and rows would not be.
-        return False
-
-    @_step_supports_amp_scaling.setter
-    def _step_supports_amp_scaling(self, given: bool) -> None:
-        pass  # torch's classes say so of themselves
 
     # -- what torch calls ----------------------------------------------------------------------------------------------
 
@@ -161,19 +162,16 @@ class RowOptimizer(ByRow, Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.no_grad():
-            plan = _Plan()
-            dense: dict[int, list[Tensor]] = {}
-            for group in self.param_groups:
-                dense[id(group)] = self._plan_group(group, plan)
-            if any(dense.values()) and self._peer is not None:
-                self._dense = dense
-                try:
-                    step: Any = self._peer.step
-                    (step.__wrapped__ if getattr(step, "hooked", False) else step)(self)
-                finally:
-                    del self._dense
-            plan.make()
+        plan = _Plan()
+        dense = {id(group): self._plan_group(group, plan) for group in self.param_groups}
+        if any(dense.values()) and self._peer is not None:
+            self._dense = dense
+            try:
+                step: Any = self._peer.step
+                (step.__wrapped__ if getattr(step, "hooked", False) else step)(self)
+            finally:
+                del self._dense
+        plan.make()
         return loss
 
     def _plan_group(self, group: dict[str, Any], plan: _Plan) -> list[Tensor]:
@@ -202,21 +200,19 @@ class RowOptimizer(ByRow, Optimizer):
         return bool(group.get("lazy_decay")) and (group["weight_decay"] != 0 or ROW_DECAY in state)
 
     def _plan_rows(self, group: dict[str, Any], parameter: Tensor, gradient: Tensor, plan: _Plan) -> None:
-        rows, values = _rows_and_values(parameter, gradient)
-        for option in ("differentiable", "capturable"):
-            if group.get(option) and rows is not None:
-                raise RuntimeError(f"{option}=True does not go with sparse gradients: make the optimizer without it")
+        # In a step all is out of the caches, and each operation of torch takes tens of microseconds: there are few.
+        is_sparse = gradient.is_sparse
+        if is_sparse and (group.get("differentiable") or group.get("capturable")):
+            option = "differentiable" if group.get("differentiable") else "capturable"
+            raise RuntimeError(f"{option}=True does not go with sparse gradients: make the optimizer without it")
         state = self.state[parameter]
         made = self._made_states(group, state, parameter)
         numbers = self._numbers(group, state, _count(state) + 1)
         if self._decays_lazily(group, state):
-            total = made.get(DECAY, state.get(DECAY))
-            log_decay = torch.log(torch.tensor(self._shrink(group), dtype=torch.float64))
-            numbers["log_decay"] = float(total) + float(log_decay)
-            plan.after.append((total.add_, log_decay.to(total.device)))
+            numbers["log_decay"] = self._log_decay(group, made.get(DECAY, state.get(DECAY)), plan)
         else:
             numbers["shrink"] = self._shrink(group)
-        held = {**state, **made}
+        held = {**state, **made} if made else state
         full = [held[key] for key in self._full_states(group)]
         single = [held[key] for key in self._row_states(group, held)]
         table = _table_of(parameter)
@@ -224,11 +220,17 @@ class RowOptimizer(ByRow, Optimizer):
         seed = None
         if group.get("stochastic_rounding") and parameter.dtype == torch.bfloat16:
             seed = int(torch.randint(0, 2**62, (), dtype=torch.int64, device="cpu"))
+        # Not the Parameter: another thread may give it other memory meanwhile.
         values_of = parameter.detach()
-        if parameter.dim() == 0:  # which is a row by itself
-            values_of, values = values_of.reshape(1), values.reshape(1)
-            full = [each.reshape(1) for each in full]
-        step = RowStep.plan(RowRule(**numbers), values_of, full, single, rows, values, frozen, seed)
+        if values_of.dim() == 0:  # one row
+            values_of, gradient = values_of.view(1), gradient.view(1)
+            full, single = [one.view(1) for one in full], [one.view(1) for one in single]
+        rule = RowRule(**numbers)
+        rows, values = (gradient._indices(), gradient._values()) if is_sparse else (None, gradient)
+        step = RowStep.plan(rule, values_of, full, single, rows, values, frozen, seed)
+        if step is None:
+            rows, values = _rows_and_values(parameter, gradient)
+            step = RowStep.plan(rule, values_of, full, single, rows, values, frozen, seed)
         if step is not None:
             plan.native.append(step)
         else:
@@ -236,7 +238,22 @@ class RowOptimizer(ByRow, Optimizer):
         if made:
             plan.states.append((state, made))
         if self._counts_steps():
-            plan.after.append((held["step"].add_, 1))
+            count = held["step"]
+            if count.dtype == torch.float32 and count.is_cpu:
+                plan.counts.append(count)
+            else:
+                plan.after.append((count.add_, 1))
+
+    def _log_decay(self, group: dict[str, Any], total: Tensor, plan: _Plan) -> float:
+        """Return the sum of the logarithms of what values shrink by, with that of this step, which is added to it."""
+        shrink = self._shrink(group)
+        if not shrink > 0:
+            raise ValueError(
+                f"lazy_decay=True expects lr * weight_decay below 1, got lr={float(group['lr'])} and "
+                f"weight_decay={float(group['weight_decay'])}"
+            )
+        plan.after.append((total.add_, math.log(shrink)))
+        return float(total) + math.log(shrink)
 
     def _made_states(self, group: dict[str, Any], state: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
         """Return the states that are still to be made, and those that are to have another dtype or layout."""
@@ -252,6 +269,8 @@ class RowOptimizer(ByRow, Optimizer):
             if held is None:
                 shape = parameter.shape if key in full else _by_row(parameter)
                 begin = self._begin(group, {**state, **made}, key)
+                if key == ROW_STEPS:  # steps on all rows have gone before, or those of an optimizer that was loaded
+                    begin = float(_count(state))
                 of_rows = dtype if key in full else dtype.to_real()
                 made[key] = huge_pages.full(shape, begin, dtype=of_rows, device=parameter.device)
             elif held.is_sparse:  # the momentum of torch's SGD
@@ -273,7 +292,7 @@ class RowOptimizer(ByRow, Optimizer):
         for group in self.param_groups:
             if any(one is parameter for one in group["params"]):
                 begin = self._begin(group, self.state.get(parameter, {}), key)
-                return as_pair(begin, parameter) if key in self._begins else begin
+                return as_pair(begin, parameter) if key in self._full_states(group) else begin
         raise LookupError("the optimizer has no such parameter")
 
     def begins_with_zeros(self) -> bool:
@@ -287,14 +306,20 @@ class _Plan:
 
     def __init__(self) -> None:
         self.native: list[RowStep] = []
+        # Numbers of steps, which are float32 on the CPU; and those that are not, with what is added to them.
+        self.counts: list[Tensor] = []
+        self.after: list[tuple[Callable[..., Any], float]] = []
         self.writes: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
         self.states: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        self.after: list[tuple[Callable[..., Any], Any]] = []
 
     def make(self) -> None:
+        if not (self.writes or self.states or self.after):
+            if self.native:
+                write_row_steps(self.native, self.counts, torch.get_num_threads())
+            return
         changes = Changes()
-        if self.native:  # first: it may fail, and nothing has been written then
-            changes.call(write_row_steps, self.native, torch.get_num_threads())
+        # First: it may fail, and nothing has been written then.
+        changes.call(write_row_steps, self.native, self.counts, torch.get_num_threads())
         for function, arguments in self.writes:
             changes.call(function, *arguments)
         for state, made in self.states:
@@ -326,7 +351,7 @@ def _count(state: dict[str, Any]) -> int:
 
 
 def _by_row(parameter: Tensor) -> tuple[int, ...]:
-    return (len(parameter), *[1] * (parameter.dim() - 1)) if parameter.dim() else (1,)
+    return (len(parameter), *[1] * (parameter.dim() - 1)) if parameter.dim() else ()
 
 
 def _is_wide(state: object, parameter: Tensor) -> bool:

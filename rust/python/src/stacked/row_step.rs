@@ -226,23 +226,48 @@ impl Memory {
     }
 }
 
-/// Writes the rows of all steps, or raises and has written none. No Python code runs in between.
+/// Writes the rows of all steps, and adds 1 to numbers of steps; or raises and has written nothing. No Python code runs
+/// in between.
 #[pyfunction]
-pub(crate) fn write_row_steps(py: Python<'_>, steps: Vec<Py<RowStep>>, threads: usize) -> PyResult<()> {
+pub(crate) fn write_row_steps(
+    py: Python<'_>,
+    steps: Vec<Py<RowStep>>,
+    counts: Vec<Bound<'_, PyAny>>,
+    threads: usize,
+) -> PyResult<()> {
     let torch = Torch::get(py)?;
     let memory: Vec<_> = steps.iter().map(|step| step.get().find(py, torch)).collect::<PyResult<_>>()?;
-    let counting = PyList::empty(py);
+    let numbers: Vec<_> = counts.iter().map(|count| number(torch, count)).collect::<PyResult<_>>()?;
+    let changed = PyList::new(py, &counts)?;
     for step in &steps {
         let RowStep { table, full, single, .. } = step.get();
         for tensor in std::iter::once(table).chain(full).chain(single) {
-            if torch.counts_writes(tensor.bind(py)) {
-                counting.append(tensor)?;
-            }
+            changed.append(tensor)?;
+        }
+    }
+    let counting = PyList::empty(py);
+    for tensor in changed {
+        if torch.counts_writes(&tensor) {
+            counting.append(tensor)?;
         }
     }
     torch.increment_version(&counting)?;
     let steps: Vec<_> = steps.iter().map(Py::get).collect();
-    py.detach(|| steps.iter().zip(&memory).try_for_each(|(step, memory)| step.write(memory, threads))).or_raise()
+    py.detach(|| steps.iter().zip(&memory).try_for_each(|(step, memory)| step.write(memory, threads))).or_raise()?;
+    for slice in numbers.iter().flat_map(|bytes| exclusive(&[*bytes])).flatten() {
+        bytemuck::cast_slice_mut::<u8, f32>(slice).iter_mut().for_each(|count| *count += 1.0);
+    }
+    Ok(())
+}
+
+/// Where a number of float32 lies.
+fn number(torch: &Torch, tensor: &Bound<'_, PyAny>) -> PyResult<Bytes> {
+    let found = find_plain(torch, tensor, &mut Vec::new())?;
+    found
+        .filter(|found| found.dtype() == Dtype { code: 2, bits: 32, lanes: 1 } && found.numel() == 1)
+        .map(|found| found.bytes())
+        .filter(|bytes| bytes.address().is_multiple_of(align_of::<f32>()))
+        .ok_or_else(|| PyValueError::new_err("expected a number of steps as a float32 on the CPU"))
 }
 
 /// Adds up what a sparse gradient has for a row that it lists several times, at the first place. The others become zeros.
