@@ -193,7 +193,7 @@ def test_row_wise_adagrad_begins_anew_for_complex_rows_too() -> None:
     sums = optimizer.state[table_of(sd)]["sum"]
     assert sums.dtype == torch.float32
     assert sums[sd.indices([f"new.{n}" for n in range(20)])].eq(0.25).all()
-    assert sums[sd.indices(NAMES[2:])].gt(1).all()
+    assert_near(sums[sd.indices(NAMES[2:])], torch.full((10, 1), 0.75))  # the mean over pairs of real numbers
 
 
 @pytest.mark.parametrize("shape", [(), (2, 2)])
