@@ -4,6 +4,14 @@
 //! how many threads there are; a thread that writes the row of another, at the border of two parts; a state that is
 //! taken for another; a row that the table does not have, and a row that is to be left alone.
 
+#![allow(
+    clippy::cast_precision_loss,
+    clippy::cast_possible_wrap,
+    clippy::cast_possible_truncation,
+    clippy::needless_for_each,
+    reason = "all numbers here are small, and a chain reads as one sentence"
+)]
+
 use half::{bf16, f16};
 use pdrs_core::Error;
 use pdrs_core::row_steps::{Element, Kind, Listing, Real, Rule, Step, sum_repeated};
@@ -27,7 +35,7 @@ impl<T: Element> Table<T, T::Real> {
         let mut full: Vec<Vec<T::Real>> = full.collect();
         match rule.kind {
             Kind::Adagrad => square(&mut full[0]),
-            Kind::Adam { .. } => full.iter_mut().skip(1).for_each(square),
+            Kind::Adam { .. } => full.iter_mut().skip(1).for_each(|state| square(state)),
             // The variance is not negative.
             Kind::RmsProp { centered, .. } => {
                 square(&mut full[0]);
@@ -40,10 +48,8 @@ impl<T: Element> Table<T, T::Real> {
         }
         let counts = |of: usize| (0..capacity).map(move |row| T::Real::of(((row + of) % 5) as f64));
         let mut single: Vec<Vec<_>> = (0..rule.single_states()).map(|of| counts(of).collect()).collect();
-        if rule.log_decay.is_some() {
-            if let Some(last) = single.last_mut() {
-                last.iter_mut().for_each(|total| *total = *total * T::Real::of(-0.01));
-            }
+        if let (Some(_), Some(last)) = (rule.log_decay, single.last_mut()) {
+            last.iter_mut().for_each(|total| *total = *total * T::Real::of(-0.01));
         }
         Self { width, values: (0..size).map(|at| T::narrow(number(at, 0), None)).collect(), full, single }
     }
@@ -57,7 +63,7 @@ impl<T: Element> Table<T, T::Real> {
     }
 }
 
-fn square<R: Real>(numbers: &mut Vec<R>) {
+fn square<R: Real>(numbers: &mut [R]) {
     numbers.iter_mut().for_each(|number| *number = *number * *number);
 }
 
@@ -264,7 +270,7 @@ fn large_lists() -> impl Strategy<Value = (usize, Vec<i64>)> {
             let row = match shape {
                 0 => row,
                 1 => {
-                    if row % 8 == 0 {
+                    if row.is_multiple_of(8) {
                         row
                     } else {
                         capacity as u64 / 2
