@@ -2,7 +2,7 @@ r"""Optimizers that step on the rows of a batch and on no others, and clipping f
 
 They have the names, arguments and states of ``torch.optim``. What has a dense gradient is stepped on by torch's own
 kernels. A sparse gradient is stepped on by row: repeated rows are summed up, and each row and its state are read and
-written once. Rows that no gradient lists stay as they are, and so do frozen rows.
+written once. Rows that no sparse gradient lists stay as they are, and so do frozen rows.
 
 An optimizer made of the parameters of a :class:`pdrs.StackedParameterDict` follows its names as if attached by
 ``attach_optimizer``. ``gather`` then returns rows with a sparse gradient, unless told otherwise. ``docs/training.md``

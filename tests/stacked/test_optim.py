@@ -501,3 +501,24 @@ def test_rounding_at_random_counts_small_steps_on_average_and_follows_torchs_see
     assert not torch.equal(moved, trained(1, rounds=True))
     with pytest.raises(ValueError, match="rows of bfloat16"):
         SGD([torch.zeros(1, dtype=torch.float16, requires_grad=True)], stochastic_rounding=True)
+
+
+@pytest.mark.parametrize("rows", [10, 300_000])
+def test_a_table_of_small_pages_is_the_same_on_huge_ones(rows: int) -> None:
+    values = torch.randn(rows, 4)
+    sd = SD.from_tensor(list(map(str, range(rows))), values.clone())
+    other = sd.table((4,)).detach()
+    optimizer = SGD(sd.parameters(), lr=1.0)
+    sd.gather(["3"]).sum().backward()
+    optimizer.step()
+    values[3] -= 1
+    assert torch.equal(sd.table((4,)), values)
+    assert other.data_ptr() == sd.table((4,)).data_ptr()
+
+
+def test_sums_of_16_bits_begin_with_the_number_that_was_asked_for() -> None:
+    sd = SD.from_tensor(["a", "b"], torch.zeros(2, 2, dtype=torch.bfloat16))
+    optimizer = Adagrad(sd.parameters(), initial_accumulator_value=0.1)
+    sd.gather(["a"]).sum().backward()
+    optimizer.step()
+    assert optimizer.state[sd.table((2,))]["sum"][1].tolist() == pytest.approx([0.1, 0.1], rel=1e-7)

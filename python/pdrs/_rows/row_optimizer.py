@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from pdrs._core import RowRule, RowStep, write_row_steps
+from pdrs._core import RowRule, RowStep, use_huge_pages, write_row_steps
 from pdrs._rows import step_warnings
 from pdrs._rows.by_row import ByRow
 from pdrs._rows.initial_state import as_pair
@@ -225,10 +225,18 @@ class RowOptimizer(ByRow, Optimizer):
         if values_of.dim() == 0:  # one row
             values_of, gradient = values_of.view(1), gradient.view(1)
             full, single = [one.view(1) for one in full], [one.view(1) for one in single]
+        if table is not None and table.moved_to_huge_pages != values_of.data_ptr():
+            # Once: a random row of a tensor on small pages takes several times as long to read.
+            use_huge_pages(values_of, now=True)
+            table.moved_to_huge_pages = values_of.data_ptr()
         rule = RowRule(**numbers)
-        rows, values = (gradient._indices(), gradient._values()) if is_sparse else (None, gradient)
-        step = RowStep.plan(rule, values_of, full, single, rows, values, frozen, seed)
-        if step is None:
+        step = None
+        if not is_sparse:
+            step = RowStep.plan(rule, values_of, full, single, None, gradient, frozen, seed)
+        elif gradient.shape == values_of.shape:
+            indices, values = gradient._indices(), gradient._values()
+            step = RowStep.plan(rule, values_of, full, single, indices, values, frozen, seed)
+        if step is None:  # of unusual memory, or wrong
             rows, values = _rows_and_values(parameter, gradient)
             step = RowStep.plan(rule, values_of, full, single, rows, values, frozen, seed)
         if step is not None:
@@ -266,6 +274,8 @@ class RowOptimizer(ByRow, Optimizer):
         full = self._full_states(group)
         for key in [*full, *self._row_states(group, state)]:
             held = state.get(key)
+            if held is not None and held.dtype in _HALF and _count(state) == 0:
+                held = None  # torch's Adagrad has rounded what it begins with
             if held is None:
                 shape = parameter.shape if key in full else _by_row(parameter)
                 begin = self._begin(group, {**state, **made}, key)

@@ -86,6 +86,8 @@ class Table:
     hooks_made = 0
     # What shares the memory of the table, and was given to others together with the names as they were then.
     lent: list[weakref.ref[Tensor]] | None = None
+    # Where the table lay when its memory was moved to huge pages.
+    moved_to_huge_pages: int | None = None
     # Where the table lay, and what torch had counted, when its free rows were last seen to be zero.
     cleared: tuple[int, int] | None = None
 

@@ -82,32 +82,43 @@ fn give_reserve_back() {
 }
 
 /// Asks for huge pages for memory, whatever it holds, if there is much: for the pages that lie in it whole.
-#[cfg(target_os = "linux")]
 #[inline]
 pub(crate) fn advise(address: usize, bytes: usize) {
+    advise_by(address, bytes, false);
+}
+
+/// The same; with `now` memory that has small pages already moves to huge ones before this returns.
+#[cfg(target_os = "linux")]
+#[inline]
+fn advise_by(address: usize, bytes: usize, now: bool) {
     if bytes < LARGE {
         return;
     }
     let begin = address.next_multiple_of(HUGE_PAGE);
     let end = (address + bytes) / HUGE_PAGE * HUGE_PAGE;
-    if begin < end {
-        // SAFETY: the advice changes no value, whatever lies there; where it cannot be taken, nothing happens.
-        unsafe { libc::madvise(begin as *mut libc::c_void, end - begin, libc::MADV_HUGEPAGE) };
+    for advice in [libc::MADV_HUGEPAGE, libc::MADV_COLLAPSE].into_iter().take(1 + usize::from(now)) {
+        if begin < end {
+            // SAFETY: the advice changes no value, whatever lies there; where it cannot be taken, nothing happens.
+            unsafe { libc::madvise(begin as *mut libc::c_void, end - begin, advice) };
+        }
     }
 }
 
 #[cfg(not(target_os = "linux"))]
-pub(crate) fn advise(_address: usize, _bytes: usize) {}
+fn advise_by(_address: usize, _bytes: usize, _now: bool) {}
 
 /// Asks for huge pages for a tensor's memory, if it is a large plain tensor on the CPU; best before it is written to.
+///
+/// With `now`, memory that was written to moves to huge pages before this returns, where the system can do that.
 #[pyfunction]
-pub(crate) fn use_huge_pages(tensor: &Bound<'_, PyAny>) -> PyResult<()> {
+#[pyo3(signature = (tensor, now = false))]
+pub(crate) fn use_huge_pages(tensor: &Bound<'_, PyAny>, now: bool) -> PyResult<()> {
     let torch = Torch::get(tensor.py())?;
     if let Ok(found) = torch.find(tensor, &mut Vec::new())?
         && found.device().is_cpu()
         && found.is_contiguous()
     {
-        advise(found.bytes().address(), found.bytes().len());
+        tensor.py().detach(|| advise_by(found.bytes().address(), found.bytes().len(), now));
     }
     Ok(())
 }
