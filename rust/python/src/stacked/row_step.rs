@@ -254,8 +254,10 @@ pub(crate) fn write_row_steps(
     torch.increment_version(&counting)?;
     let steps: Vec<_> = steps.iter().map(Py::get).collect();
     py.detach(|| steps.iter().zip(&memory).try_for_each(|(step, memory)| step.write(memory, threads))).or_raise()?;
-    for slice in numbers.iter().flat_map(|bytes| exclusive(&[*bytes])).flatten() {
-        bytemuck::cast_slice_mut::<u8, f32>(slice).iter_mut().for_each(|count| *count += 1.0);
+    for slice in numbers.iter().filter_map(|bytes| exclusive(&[*bytes])).flatten() {
+        for count in bytemuck::cast_slice_mut::<u8, f32>(slice) {
+            *count += 1.0;
+        }
     }
     Ok(())
 }
