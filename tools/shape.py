@@ -44,8 +44,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("transfer",),
     ("parameter_dict",),
     ("stacked", "optim"),
+    ("_ranks",),  # What all ranks of a process group do together.
     ("_files",),
     ("checkpoint",),
+    ("distributed",),
     ("typing",),  # Types of arguments, for the annotations of users.
     ("__init__",),
     ("_cli",),

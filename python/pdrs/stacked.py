@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
+from sys import modules
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
@@ -35,6 +36,7 @@ from pdrs._rows.gather import Lookup
 from pdrs._rows.insert import Initialiser
 from pdrs._rows.names_codec import Header
 from pdrs._rows.table import Kind, Table, parameter_of, whole
+from pdrs._rows.unsharded import FSDP2, gathered
 from pdrs._rows.views import ItemsView, RowsView
 from pdrs._torch.errors import MissingEntryError
 from pdrs._torch.modes import is_intercepted, refuse_symbolic_trace
@@ -302,7 +304,7 @@ class StackedParameterDict(Module):
         """
         with self._lock:
             group = (_groups.groups_of(self._patterns, as_list([key])) or [0])[0] if self._patterns else 0
-            if is_intercepted() or not set_entry_row(self, key, value, group):
+            if is_intercepted() or (FSDP2 in modules and gathered(self)) or not set_entry_row(self, key, value, group):
                 with self._lock.change():
                     _insert.insert_values(self, [key], [value], distinct=True)
 
@@ -347,7 +349,7 @@ class StackedParameterDict(Module):
         """
         if len(default) > 1:
             raise TypeError(f"pop expected at most 2 arguments, got {1 + len(default)}")
-        popped = pop_entry_row(self, key)
+        popped = pop_entry_row(room.poppable(self), key)
         if popped is not None:
             return popped
         if default:
@@ -359,7 +361,7 @@ class StackedParameterDict(Module):
 
         Raises KeyError if the dictionary is empty, and TypeError if ``last`` is not a bool.
         """
-        popped = pop_end_entry_row(self, _insert.as_last(last))
+        popped = pop_end_entry_row(room.poppable(self), _insert.as_last(last))
         if popped is None:
             raise KeyError("popitem(): dictionary is empty")
         return popped
@@ -672,7 +674,7 @@ class StackedParameterDict(Module):
         """Leave out the lock, the optimizers, which hold the Parameters of this very object, and what is remembered."""
         with self._lock:
             state = self.__dict__.copy()
-        for key in ("_lock", "_warned_of_absent", "_averages", "_is_average"):
+        for key in ("_lock", "_warned_of_absent", "_warned_of_ranks", "_averages", "_is_average"):
             state.pop(key, None)
         tables = [table.to_plain() for table in self._tables]
         return state | {"_optimizers": [], "_tables": tables, "_packed": None, "_same": None}

@@ -380,7 +380,8 @@ def gather(
         and Adagrad of torch. By default it does if an attached optimizer of :mod:`pdrs.optim` has the table.
     missing
         What to do with missing names. ``"error"`` raises. ``"skip"`` leaves them out. ``"zero"`` returns rows of zeros
-        without a gradient. ``"insert"`` first inserts them at the end, in order.
+        without a gradient. ``"insert"`` first inserts them at the end, in order. Under DDP, call
+        ``pdrs.distributed.insert`` before the forward pass instead.
     init
         Writes the values of new rows in place, as ``torch.nn.init.normal_`` does. It is called with one tensor
         ``[new names, *shape]`` of zeros: ``init(rows)``. If it has two parameters without defaults, it is called as

@@ -18,6 +18,7 @@ from torch.nn import Parameter
 from pdrs._core import Places, RowPlan, sort_tensors
 from pdrs._rows.averages import refuse_mixing
 from pdrs._rows.groups import groups_of
+from pdrs._rows.in_ddp import warn_of_ranks
 from pdrs._rows.room import begin_state, clear_rows, make_room, take_back
 from pdrs._rows.store import device_of, numbers_by_kind, remove_last_table, table_for
 from pdrs._rows.table import Kind, Rows, kind_of, parameter_of, refuse_foreign
@@ -47,6 +48,7 @@ __all__ = [
     "partition",
     "refuse_integers",
     "refuse_other",
+    "refuse_others",
     "refuse_uncallable",
     "remove",
     "remove_entry",
@@ -230,11 +232,11 @@ def insert(
         if init is not None:
             refuse_uncallable(init)
         if shape is not None or dtype is not None:
-            _refuse_others(self, listing, shape, dtype)
+            refuse_others(self, listing, shape, dtype)
         return insert_missing(self, listing, init, shape, dtype)
 
 
-def _refuse_others(
+def refuse_others(
     sd: StackedParameterDict, names: list[str], shape: Sequence[int] | None, dtype: torch.dtype | None
 ) -> None:
     """Raise ValueError if one of the names is there, and of another kind than is asked for."""
@@ -330,10 +332,11 @@ def insert_missing(
     shape: Sequence[int] | None,
     dtype: torch.dtype | None,
     and_then: Callable[[Changes], None] | None = None,
+    agreed: bool = False,
 ) -> list[str]:
     """Insert the names that are not there, in order, within a change, and return them.
 
-    ``and_then`` is for :func:`_carry_out`.
+    ``and_then`` is for :func:`_carry_out`. ``agreed`` says that all ranks insert the same.
     """
     new = sd._index.missing(names)
     if "" in new:
@@ -350,6 +353,8 @@ def insert_missing(
         there = np.flatnonzero(groups == group)
         part = values if len(there) == len(values) else values[torch.from_numpy(there).to(values.device)]
         plan.append(_Part(kind._replace(group=int(group)), there, part))
+    if new and not agreed:
+        warn_of_ranks(sd)
     _carry_out(sd, new, plan, and_then)
     return new
 

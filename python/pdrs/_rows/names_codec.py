@@ -41,6 +41,7 @@ __all__ = [
     "check_search",
     "claims_too_much",
     "is_packed",
+    "names_in",
     "pack",
     "refuse_claim",
     "same_bytes",
@@ -118,6 +119,13 @@ def used_rows(packed: Tensor) -> dict[str, int]:
         used[data[at : at + size].tobytes().decode("utf-8", "surrogatepass")] = rows
         at += size
     return used
+
+
+def names_in(packed: Tensor) -> NDArray[np.uint8]:
+    """Return the names, in order, from the result of :func:`pack`: without the header and the places. **O(1)**."""
+    data = bytes_of(packed)
+    _, ids, tables, patterns, labels, _ = data[8:_START].view(np.int64).tolist()
+    return data[_START + 32 * tables + 8 * (patterns + ids) + (labels + 7) // 8 * 8 :]
 
 
 def same_bytes(one: Tensor, other: Tensor) -> bool:

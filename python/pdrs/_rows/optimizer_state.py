@@ -57,6 +57,7 @@ __all__ = [
     "forget_rows",
     "is_among",
     "is_optimizer",
+    "is_watched",
     "join",
     "leave",
     "look_for_optimizers",
@@ -108,6 +109,11 @@ def watch(parameter: Tensor, steppers: Iterable[Optimizer] = ()) -> None:
         _stepped[key] = ref(parameter, partial(_remove, key)), list(map(ref, steppers))
         # An optimizer that was looked through before may have this one.
         _looked_through.clear()
+
+
+def is_watched(parameter: Tensor) -> bool:
+    """Whether a tensor has been watched as a table."""
+    return _steppers(parameter) is not None
 
 
 def unwatch(parameter: Tensor) -> list[Optimizer]:

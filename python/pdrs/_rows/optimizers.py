@@ -75,9 +75,11 @@ def attach_optimizer(
         the optimizer lacks. An optimizer that has not stepped yet has no state, and takes any key.
     RuntimeError
         If its state cannot follow the rows: anything except numbers, and plain tensors with one row for each row of a
-        table. State that appears later raises at the first change. So does state whose beginning is unknown.
+        table. State that appears later raises at the first change. So does state whose beginning is unknown. Also if
+        it is a ZeroRedundancyOptimizer, which keeps the state of a table on one rank only.
     """
     _refuse_no_optimizer(optimizer)
+    _refuse_zero(optimizer)
     begins = {} if initial_state is None else initial_state
     _refuse_no_mapping(begins)
     with self._lock.change():
@@ -126,6 +128,19 @@ def detach_optimizer(self: StackedParameterDict, optimizer: Optimizer) -> None:
 def _refuse_no_optimizer(given: object) -> None:
     if not (hasattr(given, "param_groups") and hasattr(given, "state")):
         raise TypeError(f"expected an optimizer, got {type(given).__name__}")
+
+
+def _refuse_zero(optimizer: object) -> None:
+    """Raise RuntimeError for a ZeroRedundancyOptimizer, or what wraps one, on each rank alike."""
+    inner = [one for one in getattr(optimizer, "__dict__", {}).values() if optimizer_state.is_optimizer(one)]
+    for one in (optimizer, *inner):
+        for base in type(one).__mro__:
+            if base.__name__ == "ZeroRedundancyOptimizer" and base.__module__.startswith("torch."):
+                raise RuntimeError(
+                    "a ZeroRedundancyOptimizer keeps the state of a table on one rank only, where it cannot follow "
+                    "the names: give the tables of this dictionary an optimizer of their own, such as "
+                    "torch.optim.Adam(dictionary.parameters()), and the other parameters to ZeroRedundancyOptimizer"
+                )
 
 
 def _refuse_no_mapping(given: object) -> None:

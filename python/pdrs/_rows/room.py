@@ -30,6 +30,7 @@ from pdrs._rows.table import (
     resized_gradient,
     whole,
 )
+from pdrs._rows.unsharded import is_unsharded, refuse_unsharded, unsharded_error
 from pdrs._rows.write import by_bits, note_zeros
 from pdrs._torch import huge_pages
 from pdrs._torch.transaction import Changes
@@ -48,10 +49,14 @@ __all__ = [
     "lent_whole",
     "make_ready",
     "make_room",
+    "poppable",
     "rearrange",
     "resize",
     "take_back",
 ]
+
+# What to do with names of a sharded table.
+_REMOVE_LATER = "remove names between the passes, when the table is sharded"
 
 # How many free rows are looked at at a time.
 _PIECE = 1 << 15
@@ -183,14 +188,22 @@ def _note_forgotten(
 
 def clear_rows(sd: StackedParameterDict, changes: Changes, table: Table, rows: Rows) -> None:
     """Note that rows, whose names go, become zero, and that what belongs to them goes, too."""
+    parameter = sd._parameters.get(table.attribute)
+    if is_unsharded(parameter):
+        raise unsharded_error(table.attribute, _REMOVE_LATER)
     take_back(sd, table)
     # What stands in for the table, or what it is computed from, is not ours to write to.
-    parameter = sd._parameters.get(table.attribute)
     if parameter is not None and is_sharded(parameter):
         note_zeros(changes, *_shard_of(parameter, rows))
     elif isinstance(parameter, Parameter):
         note_zeros(changes, parameter, rows)
     _note_forgotten(sd, changes, table, parameter_of(sd, table), attached(sd), rows, gone=True)
+
+
+def poppable(sd: StackedParameterDict) -> StackedParameterDict:
+    """Return a dictionary, if the rows of names that go may be cleared."""
+    refuse_unsharded(sd, _REMOVE_LATER)
+    return sd
 
 
 def clear_free(sd: StackedParameterDict, number: int, *, spare: bool = False) -> None:

@@ -28,6 +28,7 @@ from pdrs._rows.names_codec import (
     used_rows,
     without_words,
 )
+from pdrs._rows.names_plan import mark
 from pdrs._rows.optimizers import attached, refuse_strangers
 from pdrs._rows.room import clear_free, lent_whole, rearrange, resize
 from pdrs._rows.store import add_table, adopt, device_of, remove_last_table, swappable
@@ -69,6 +70,7 @@ def names_as_packed(sd: StackedParameterDict) -> Tensor:
         if packed is None:
             with torch.inference_mode(False):  # where torch would not count
                 packed = pack(sd._index, header_of(sd))
+            mark(packed)
             sd.__dict__["_packed"] = (packed, *_count(sd, packed))
         return packed
 

@@ -28,7 +28,16 @@ if TYPE_CHECKING:
     from pdrs._rows.table import Table
     from pdrs.stacked import StackedParameterDict
 
-__all__ = ["AbsentNamesWarning", "UntrainedTableWarning", "after_step", "before_step", "hold", "owner_of", "watch"]
+__all__ = [
+    "AbsentNamesWarning",
+    "UntrainedTableWarning",
+    "after_step",
+    "before_step",
+    "hold",
+    "owner_of",
+    "warn",
+    "watch",
+]
 
 # It looks more and more seldom, and at no more rows than these.
 _ROWS = 1024
@@ -184,7 +193,7 @@ def after_step(optimizer: Any) -> None:
         some = gradient._values() if gradient.is_sparse else gradient
         if bool((absent & moved).any()) and bool(some.any()) and not owner.__dict__.get("_warned_of_absent"):
             owner.__dict__["_warned_of_absent"] = True
-            _warn(
+            warn(
                 f"{type(optimizer).__name__} has moved names whose gradient is zero, as of names outside the batch: "
                 "momentum and weight decay are for all rows of a table. Parameters of their own would have stayed. "
                 "To train the names of the batch alone, gather(names, sparse=True) and take an optimizer of pdrs.optim",
@@ -221,7 +230,7 @@ def _look_at_untrained(key: int) -> None:
         return
     del _untrained[key]
     if not _is_held(parameter):
-        _warn(
+        warn(
             f"the table '{table.attribute}' of a StackedParameterDict has had gradients in {_UNTRAINED} steps, and no "
             "optimizer has it, so nothing trains it. A dictionary that is empty has no table for an optimizer: "
             "call attach_optimizer(optimizer) before names come, or reserve(n, shape=...) before the optimizer is made",
@@ -245,7 +254,8 @@ def _is_held(parameter: Tensor) -> bool:
     return False
 
 
-def _warn(message: str, category: type[Warning]) -> None:
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn at the line outside of pdrs and of torch's optimizers that has come here."""
     frame, level = sys._getframe(), 1
     while frame is not None and (
         frame.f_code.co_filename.startswith(_HERE) or f"{Path('torch', 'optim')}" in frame.f_code.co_filename

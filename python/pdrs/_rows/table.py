@@ -18,6 +18,7 @@ from torch.nn import Parameter
 
 from pdrs._rows.accumulation import Accumulation
 from pdrs._rows.sparse_gradient import GradientRows
+from pdrs._rows.unsharded import is_unsharded, unsharded_error
 from pdrs._torch import huge_pages
 from pdrs._torch.transaction import Changes
 from pdrs._torch.untraced import untraced
@@ -276,6 +277,8 @@ def refuse_foreign(sd: StackedParameterDict, table: Table, what: str) -> None:
         )
     if is_sharded(parameter):
         raise RuntimeError(f"the table '{table.attribute}' is sharded: {what} before the model is sharded")
+    if is_unsharded(parameter):
+        raise unsharded_error(table.attribute, f"{what} before the model is sharded")
     if not isinstance(parameter, Parameter):
         raise RuntimeError(
             f"another tensor stands in for the table '{table.attribute}', as in functional_call: {what} before that"

@@ -1,0 +1,152 @@
+"""Ranks that go on together, or raise together.
+
+A rank that raises alone leaves the others waiting in their next collective. So before each step all ranks exchange a
+header of one size: which call they are in, whether it has failed, and a few numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch import distributed as dist
+
+__all__ = ["Ranks"]
+
+_T = TypeVar("_T")
+
+# What a header tells a rank of the call that another one is in.
+_CALLS = ("check", "broadcast", "insert")
+_NUMBERS = 4
+# Collectives of one size at most, in bytes.
+_PIECE = 1 << 28
+
+
+class Ranks:
+    """The ranks of a process group, and a call that all of them are in. Without a process group, one rank.
+
+    Parameters
+    ----------
+    call
+        The name of the function that all ranks have called.
+    group
+        The process group; by default that of all ranks.
+    """
+
+    def __init__(self, call: str, group: Any = None) -> None:
+        self.call, self.group = call, group
+        self.size, self.rank, self.failed = 1, 0, False
+        self.device = torch.device("cpu")
+        if dist.is_available() and dist.is_initialized():
+            self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
+            if self.rank < 0:
+                raise ValueError("this rank is not in the process group")
+            self.device = _device_of(group)
+
+    def global_rank(self, rank: int) -> int:
+        """Return the number of a rank of this group among all ranks."""
+        return dist.get_global_rank(self._group(), rank) if self.size > 1 else rank
+
+    def group_rank(self, rank: int) -> int:
+        """Return the reverse; ValueError if the rank is not in the group."""
+        if self.size > 1:
+            return dist.get_group_rank(self._group(), rank)
+        if rank != 0:
+            raise ValueError(f"there is only rank 0, got src={rank}")
+        return 0
+
+    def _group(self) -> Any:
+        return self.group or dist.group.WORLD
+
+    def run(self, work: Callable[[], _T]) -> _T:
+        """Do what may fail on some ranks, and raise on all if it does. The others get a RuntimeError that says why."""
+        try:
+            done = work()
+        except Exception as error:
+            self.fail(error)
+        self.agree()
+        return done
+
+    def fail(self, error: Exception) -> NoReturn:
+        """Tell the others, which are about to agree, and raise the error. It is raised at once if they know."""
+        if not self.failed:
+            self.agree(error=error)
+        raise error
+
+    def agree(self, numbers: Sequence[int] = (), error: Exception | None = None) -> list[list[int]]:
+        """Return the numbers of all ranks, if none has failed. One small collective."""
+        if self.size == 1:
+            if error is not None:
+                raise error
+            return [list(numbers)]
+        own = [_CALLS.index(self.call), int(error is not None), *numbers]
+        header = torch.tensor(own + [0] * (2 + _NUMBERS - len(own)), dtype=torch.int64, device=self.device)
+        self.failed = True  # unless this is left at the end
+        headers = self._gathered(header).tolist()
+        if any(one[0] != headers[0][0] for one in headers):
+            calls = ", ".join(f"rank {self.global_rank(at)} {_CALLS[one[0]]}" for at, one in enumerate(headers))
+            raise RuntimeError(f"all ranks must call the same function of pdrs.distributed, got {calls}")
+        if any(one[1] for one in headers):
+            texts = self.objects("" if error is None else f"{type(error).__name__}: {error}")
+            if error is not None:
+                raise error
+            where = [(self.global_rank(at), text) for at, text in enumerate(texts) if text]
+            raise RuntimeError(f"rank {where[0][0]} has failed, so that no rank goes on: {where[0][1]}")
+        self.failed = False
+        return [one[2 : 2 + len(numbers)] for one in headers]
+
+    def objects(self, one: Any) -> list[Any]:
+        """Return an object of each rank. They are pickled, so they should be small."""
+        if self.size == 1:
+            return [one]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, one, self.group)
+        return found
+
+    def object_of(self, rank: int, one: Any) -> Any:
+        """Return the object of one rank. It is pickled, so it should be small."""
+        if self.size == 1:
+            return one
+        found = [one]
+        dist.broadcast_object_list(found, self.global_rank(rank), self.group)
+        return found[0]
+
+    def bytes_of_all(self, own: NDArray[np.uint8], sizes: Sequence[int]) -> list[NDArray[np.uint8]]:
+        """Return the bytes of each rank, of which all know how many there are."""
+        if self.size == 1:
+            return [own]
+        padded = torch.zeros(max(sizes), dtype=torch.uint8, device=self.device)
+        padded[: len(own)] = torch.from_numpy(own)
+        found = self._gathered(padded).cpu().numpy()
+        return [found[at, :size] for at, size in enumerate(sizes)]
+
+    @torch.no_grad()
+    def share(self, tensor: Tensor, rank: int) -> None:
+        """Copy a tensor of one rank into that of each, in place. All have one shape and dtype."""
+        if self.size == 1 or tensor.numel() == 0:
+            return
+        tensor = tensor.detach()
+        plain = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        sent = plain.to(self.device).contiguous()
+        flat = sent.reshape(-1).view(torch.uint8)
+        for piece in torch.split(flat, _PIECE):
+            dist.broadcast(piece, self.global_rank(rank), self.group)
+        if self.rank != rank and sent is not plain:
+            plain.copy_(sent)
+
+    def _gathered(self, own: Tensor) -> Tensor:
+        found = list(torch.empty((self.size, *own.shape), dtype=own.dtype, device=self.device).unbind())
+        dist.all_gather(found, own, self.group)
+        return torch.stack(found)
+
+
+def _device_of(group: Any) -> torch.device:
+    """Return a device whose tensors the group sends: the CPU if it can."""
+    kinds = [one.partition(":")[0] for one in dist.get_backend_config(group).split(",")]
+    if "cpu" in kinds:
+        return torch.device("cpu")
+    return torch.device(kinds[0], torch.get_device_module(kinds[0]).current_device())

@@ -1,0 +1,35 @@
+"""New names in the forward pass of DDP, which each rank may get in another order: said once for each dictionary."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from pdrs._rows.step_warnings import warn
+
+if TYPE_CHECKING:
+    from pdrs.stacked import StackedParameterDict
+
+__all__ = ["warn_of_ranks"]
+
+_DDP = "torch.nn.parallel.distributed"
+
+
+def warn_of_ranks(sd: StackedParameterDict) -> None:
+    """Warn if names of a dictionary are inserted in the forward pass of the DDP module that it is in. **O(1)** later.
+
+    It is no error, because all ranks may insert the same names on purpose. To ask them would hang if they do not.
+    """
+    active: Any = getattr(getattr(sys.modules.get(_DDP), "DistributedDataParallel", None), "_active_ddp_module", None)
+    if active is None or sd.__dict__.get("_warned_of_ranks"):
+        return
+    if active.process_group.size() == 1 or not any(one is sd for one in active.modules()):
+        return
+    sd.__dict__["_warned_of_ranks"] = True
+    warn(
+        "names are inserted in the forward pass of DDP. Unless all ranks insert the same names in the same order, a "
+        "row belongs to different names on different ranks, and DDP adds their gradients. Insert them before the "
+        "forward pass by pdrs.distributed.insert(dictionary, names), or let pdrs.distributed.check(model, every=100) "
+        "raise if the ranks differ",
+        UserWarning,
+    )
