@@ -45,7 +45,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("parameter_dict",),
     ("stacked", "optim"),
     ("_files",),
+    ("_ranks",),  # Asks `stacked` for the rows of one rank.
     ("checkpoint",),
+    ("distributed",),
     ("typing",),  # Types of arguments, for the annotations of users.
     ("__init__",),
     ("_cli",),

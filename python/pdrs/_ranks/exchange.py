@@ -52,7 +52,11 @@ class Call(NamedTuple):
 
     def words(self) -> list[int]:
         """Return it as numbers."""
-        return [self.dictionary << 32 | zlib.crc32(self.operation.encode()), self.number, zlib.crc32(self.options.encode())]
+        return [
+            self.dictionary << 32 | zlib.crc32(self.operation.encode()),
+            self.number,
+            zlib.crc32(self.options.encode()),
+        ]
 
 
 class Ranks:
@@ -80,9 +84,9 @@ class Ranks:
         self._store = dist.distributed_c10d._get_default_store()
         limit = timedelta(seconds=timeout)
         self._timeout = timeout
-        self._control = dist.new_group(self._global, limit, "gloo", use_local_synchronization=True)
+        self._control: Any = dist.new_group(self._global, limit, "gloo", use_local_synchronization=True)
         # DDP's collectives on the given group must not come between ours.
-        self._rows = dist.new_group(self._global, use_local_synchronization=True)
+        self._rows: Any = dist.new_group(self._global, use_local_synchronization=True)
 
     def global_rank(self, rank: int) -> int:
         """Return the number of a rank in the whole job, as logs name it."""
@@ -148,8 +152,8 @@ class Ranks:
     def _refuse(self, call: Call) -> NoReturn:
         said = "; ".join(self._named(self.texts(call, str(call))))
         self._broken = (
-            f"the ranks are out of step: {said}. All ranks must make the same calls in the same order and with the same "
-            "options, and the result of each gather must be part of the loss on all ranks or on none"
+            f"the ranks are out of step: {said}. All ranks must make the same calls in the same order and with the "
+            "same options, and the result of each gather must be part of the loss on all ranks or on none"
         )
         raise OutOfStepError(self._broken)
 
@@ -199,7 +203,9 @@ class Line:
         """Return a call of this dictionary."""
         return Call(self.dictionary, operation, number, options)
 
-    def meet(self, call: Call, payload: Any = 0, status: int = 0, failure: Exception | None = None) -> NDArray[np.int64]:
+    def meet(
+        self, call: Call, payload: Any = 0, status: int = 0, failure: Exception | None = None
+    ) -> NDArray[np.int64]:
         """As for :meth:`Ranks.meet`."""
         self.sent_bytes += HEADER_BYTES * (self.ranks.size - 1)
         return self.ranks.meet(call, payload, status, failure)
@@ -220,7 +226,9 @@ class Line:
         self.ranks.exchange(out, given, take, give, call)
         return out
 
-    def exchange_bytes(self, given: NDArray[np.uint8], give: list[int], take: list[int], call: Call) -> NDArray[np.uint8]:
+    def exchange_bytes(
+        self, given: NDArray[np.uint8], give: list[int], take: list[int], call: Call
+    ) -> NDArray[np.uint8]:
         """As :meth:`exchange`, for bytes in the memory of the host."""
         return self.exchange(torch.from_numpy(given), give, take, call).numpy()
 

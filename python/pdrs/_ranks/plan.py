@@ -32,7 +32,7 @@ _Ints = NDArray[np.int64]
 
 
 class Plan:
-    """Names whose owners and rows have been found out by all ranks together. :meth:`ShardedParameterDict.plan` makes it.
+    """Names whose owners and rows all ranks have found out together. :meth:`ShardedParameterDict.plan` makes it.
 
     Attributes
     ----------
@@ -40,11 +40,24 @@ class Plan:
         The names, in order.
     """
 
-    __slots__ = ("dictionary", "generations", "give", "has_absent", "missing", "names", "place", "rows", "take")
+    __slots__ = (
+        "dictionary",
+        "generations",
+        "give",
+        "has_absent",
+        "missing",
+        "names",
+        "number",
+        "place",
+        "rows",
+        "take",
+    )
 
     dictionary: int
     names: Sequence[str]
     missing: Missing
+    # Which plan of the dictionary this is: all ranks must use the same.
+    number: int
     # The generation of each rank's rows: if one changes, row numbers are void.
     generations: _Ints
     # The own rows that go to the ranks, those for rank 0 first, and how many to each.
@@ -219,7 +232,7 @@ def exchange_requests(
     elif plan.has_absent:
         place[lacking] = sum(plan.take)
     plan.place = torch.from_numpy(place)
-    plan.missing = missing
+    plan.missing, plan.number = missing, 0
     plan.dictionary = line.dictionary
     plan.generations = told[:, GENERATION].copy()
     return plan

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pdrs._ranks.exchange import Call, Line
 
@@ -59,6 +60,7 @@ class _Exchange(torch.autograd.Function):
         return _sent(rows, line, give, take, wire, forward)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         line, give, take, wire, divisor, call = ctx.options
         line.meet(call)
@@ -68,9 +70,7 @@ class _Exchange(torch.autograd.Function):
         return own, *[None] * 7
 
 
-def _sent(
-    rows: Tensor, line: Line, give: list[int], take: list[int], wire: torch.dtype | None, call: Call
-) -> Tensor:
+def _sent(rows: Tensor, line: Line, give: list[int], take: list[int], wire: torch.dtype | None, call: Call) -> Tensor:
     sent = rows if wire is None else rows.to(wire)
     come = line.exchange(sent, give, take, call)
     # A Function must not return what it was given.

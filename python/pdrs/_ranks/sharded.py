@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
 from pdrs._core import hash_names
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 __all__ = ["ShardedParameterDict", "dictionary_of", "joined_norm", "norm_over_ranks"]
+
+# What all backends send.
+_WIRES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 _by_local: weakref.WeakValueDictionary[int, ShardedParameterDict] = weakref.WeakValueDictionary()
 
@@ -99,8 +102,6 @@ class ShardedParameterDict(Module):
 
     """
 
-    local: StackedParameterDict
-
     def __init__(
         self,
         shape: Sequence[int],
@@ -121,14 +122,16 @@ class ShardedParameterDict(Module):
             raise TypeError(f"expected init from pdrs.distributed.normal or uniform, got {init!r}")
         if not isinstance(seed, int):
             raise TypeError(f"expected an int as seed, got {type(seed).__name__}")
-        if wire is not None and not (isinstance(wire, torch.dtype) and wire.is_floating_point):
-            raise TypeError(f"expected a dtype of floating point numbers as wire, got {wire!r}")
+        if wire not in (None, *_WIRES) or (wire is not None and dtype is not None and not dtype.is_floating_point):
+            raise TypeError(f"expected wire to be one of {', '.join(map(str, _WIRES))}, for such rows, got {wire!r}")
         self._shape = as_shape(shape)
         self._width = math.prod(self._shape)
         self._seed, self._init, self._average, self._wire = seed, init, bool(average), wire
-        self.local = StackedParameterDict()
-        self.local.reserve(max(1, reserve), shape=self._shape, dtype=dtype, device=device)
         self._line = Line(group_of(mesh_or_group, timeout))
+        # Keys of a state dict say whose shard it is: distributed checkpoints take what has one key for copies.
+        self._local_name = f"rank_{self.rank}_of_{self.world_size}"
+        self.add_module(self._local_name, StackedParameterDict())
+        self.local.reserve(max(1, reserve), shape=self._shape, dtype=dtype, device=device)
         self._known = KnownRows(known_names)
         self._generations = np.zeros(self._line.ranks.size, np.int64)
         self._plans = self._gathers = self._others = 0
@@ -140,6 +143,14 @@ class ShardedParameterDict(Module):
         self._line.meet(self._line.call("ShardedParameterDict", 0, options))
 
     # -- names ---------------------------------------------------------------------------------------------------------
+
+    # torch.jit.script compiles other properties.
+    __jit_unused_properties__ = ("local", "rank", "world_size", "sent_bytes")
+
+    @property
+    def local(self) -> StackedParameterDict:
+        """The names, rows and state that this rank owns. Change its names by the methods of this class."""
+        return self._modules[self._local_name]  # type: ignore[return-value]
 
     @property
     def rank(self) -> int:
@@ -220,11 +231,11 @@ class ShardedParameterDict(Module):
             If another rank has failed. After an error, some names may have been inserted; they have initial values.
         """
         self._plans += 1
-        return self._planned(names, missing, self._line.call("plan", self._plans, f"missing={missing!r}"))
+        plan = self._planned(names, missing, self._line.call("plan", self._plans, f"missing={missing!r}"))
+        plan.number = self._plans
+        return plan
 
-    def gather(
-        self, names: Names | Plan, missing: Missing = "error", *, sparse: bool | None = None
-    ) -> Tensor:
+    def gather(self, names: Names | Plan, missing: Missing = "error", *, sparse: bool | None = None) -> Tensor:
         """Return the rows of many names as one differentiable tensor. All ranks must call it. **O(m)**.
 
         Gradients go back to the owners in the backward pass, and add up there.
@@ -260,7 +271,7 @@ class ShardedParameterDict(Module):
         if plan is None:
             plan = self._planned(names, missing, self._line.call("gather", number, f"missing={missing!r}, {options}"))
         else:
-            plan = self._fresh(plan, self._line.call("gather", number, f"a plan with missing={plan.missing!r}, {options}"))
+            plan = self._fresh(plan, self._line.call("gather", number, f"plan {plan.number}, {options}"))
         table = self._table()
         self._see(plan.rows, number)
         rows = plan.rows if table.is_cpu else plan.rows.to(table.device)
@@ -342,7 +353,7 @@ class ShardedParameterDict(Module):
             failure = ValueError(f"missing must be 'error' or 'skip', got {missing!r}")
         plan = self._planned(names, missing, call, failure)
         try:
-            self._drop([name for name in self.local.names_of(plan.rows.unique()) if name is not None])
+            self._drop([name for name in self.local.names_of(np.unique(plan.rows.numpy()).tolist()) if name is not None])
         except Exception as error:
             failure = error
         self._line.meet(self._line.call("end of drop", call.number), 0, 0, failure)
@@ -410,7 +421,11 @@ class ShardedParameterDict(Module):
         told = self._line.meet(call, [0, 0, 0, self._generation()], 0, failure)
         if not self._forget(told[:, GENERATION]) and (plan.generations == self._generations).all():
             return plan
-        return self._planned(plan.names, plan.missing, self._line.call("new plan of gather", call.number))
+        fresh = self._planned(plan.names, plan.missing, self._line.call("new plan of gather", call.number))
+        fresh.number = plan.number
+        for each in Plan.__slots__:
+            setattr(plan, each, getattr(fresh, each))
+        return plan
 
     def _answer(self, names: list[str], missing: Missing) -> NDArray[np.int64]:
         """Return the own rows of names, or -1, and insert them if that is asked for."""
@@ -424,7 +439,9 @@ class ShardedParameterDict(Module):
         else:
             there = np.asarray(self.local.isin(names))
             rows = np.full(len(names), -1)
-            rows[there] = self.local.indices([name for name, one in zip(names, there, strict=True) if one]).cpu().numpy()
+            rows[there] = (
+                self.local.indices([name for name, one in zip(names, there, strict=True) if one]).cpu().numpy()
+            )
         if len(rows) and rows.max() >= 2**32 - 1:
             raise RuntimeError("a rank can have 2**32 - 2 rows: use more ranks")
         return rows
@@ -450,7 +467,7 @@ class ShardedParameterDict(Module):
 
     # -- the rows of this rank -----------------------------------------------------------------------------------------
 
-    def _table(self) -> Parameter:
+    def _table(self) -> Tensor:
         return self.local.table(self._shape)
 
     def _capacity(self) -> int:
@@ -502,7 +519,7 @@ class ShardedParameterDict(Module):
             wrapped += [one for one in gc.get_objects() if issubclass(type(one), DistributedDataParallel)]
         for one in wrapped:
             if any(parameter is table for parameter in one.__dict__.get("_module_parameters", ())):
-                self._looked_for_ddp = False
+                self._looked_for_ddp = False  # so that it looks again if this is caught
                 raise RuntimeError(
                     "DDP has overwritten the rows of this rank with those of rank 0: wrap pdrs.distributed.leave_out"
                     "(model) instead of the model"
