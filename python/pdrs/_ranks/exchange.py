@@ -86,7 +86,7 @@ class Ranks:
         self._timeout = timeout
         self._control: Any = dist.new_group(self._global, limit, "gloo", use_local_synchronization=True)
         # DDP's collectives on the given group must not come between ours.
-        self._rows: Any = dist.new_group(self._global, use_local_synchronization=True)
+        self._rows: Any = dist.new_group(self._global, limit, use_local_synchronization=True)
 
     def global_rank(self, rank: int) -> int:
         """Return the number of a rank in the whole job, as logs name it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -75,8 +76,8 @@ class ShardedParameterDict(Module):
     known_names
         For how many names a rank remembers the row, so that it sends 4 bytes instead of the name.
     timeout
-        How many seconds to wait for a rank that does not come. It must be more than what one rank may do alone, such as
-        writing a checkpoint.
+        How many seconds to wait for a rank that does not come, and for what it sends. It must be more than what one
+        rank may do alone, such as writing a checkpoint.
 
     Raises
     ------
@@ -133,24 +134,29 @@ class ShardedParameterDict(Module):
         self.add_module(self._local_name, StackedParameterDict())
         self.local.reserve(max(1, reserve), shape=self._shape, dtype=dtype, device=device)
         self._known = KnownRows(known_names)
-        self._generations = np.zeros(self._line.ranks.size, np.int64)
         self._plans = self._gathers = self._others = 0
         self._seen = torch.zeros(self._capacity(), dtype=torch.int64, device="cpu")
         self._layout = self.local.layout_version
-        self._looked_for_ddp = False
+        self._looked_for_ddp, self._table_id = False, id(self._table())
         _by_local[id(self.local)] = self
         options = f"shape={list(self._shape)}, {seed=}, {init=}, dtype={self._table().dtype}, {average=}, {wire=}"
-        self._line.meet(self._line.call("ShardedParameterDict", 0, options))
+        told = self._line.meet(self._line.call("ShardedParameterDict", 0, options), [0, 0, 0, self._generation()])
+        self._generations = told[:, GENERATION].copy()
 
     # -- names ---------------------------------------------------------------------------------------------------------
 
     # torch.jit.script compiles other properties.
-    __jit_unused_properties__ = ("local", "rank", "world_size", "sent_bytes")
+    __jit_unused_properties__ = ("local", "group", "rank", "world_size", "sent_bytes")
 
     @property
     def local(self) -> StackedParameterDict:
         """The names, rows and state that this rank owns. Change its names by the methods of this class."""
         return self._modules[self._local_name]  # type: ignore[return-value]
+
+    @property
+    def group(self) -> Any:
+        """The process group; None if there is none."""
+        return self._line.ranks.group
 
     @property
     def rank(self) -> int:
@@ -353,7 +359,9 @@ class ShardedParameterDict(Module):
             failure = ValueError(f"missing must be 'error' or 'skip', got {missing!r}")
         plan = self._planned(names, missing, call, failure)
         try:
-            self._drop([name for name in self.local.names_of(np.unique(plan.rows.numpy()).tolist()) if name is not None])
+            self._drop(
+                [name for name in self.local.names_of(np.unique(plan.rows.numpy()).tolist()) if name is not None]
+            )
         except Exception as error:
             failure = error
         self._line.meet(self._line.call("end of drop", call.number), 0, 0, failure)
@@ -397,7 +405,9 @@ class ShardedParameterDict(Module):
                     if request is None:
                         self._refuse_copies()
                         _check_missing(missing)
-                        names = listed(names)
+                        names = list(
+                            listed(names)
+                        )  # A plan may have to be made again, when the caller's list is another.
                     request = Request(names, self._known, self.world_size)
                 except Exception as error:
                     failure = error
@@ -507,7 +517,9 @@ class ShardedParameterDict(Module):
     def _refuse_copies(self) -> None:
         """Raise RuntimeError if DDP or FSDP2 has taken the table for its own."""
         table = self._table()
-        if hasattr(table, "placements"):
+        if id(table) != self._table_id and not _is_in_fsdp2(self.local):
+            self._table_id = id(table)
+        if hasattr(table, "placements") or id(table) != self._table_id:
             raise RuntimeError(
                 "FSDP2 has sharded a table that is sharded by name: pass ignored_params=pdrs.distributed.ignored_params"
                 "(model) to fully_shard"
@@ -539,6 +551,15 @@ def dictionary_of(parameter: Tensor) -> ShardedParameterDict | None:
     found = owner_of(parameter)
     known = None if found is None else _by_local.get(id(found[0]))
     return known if known is not None and found is not None and known.local is found[0] else None
+
+
+def _is_in_fsdp2(module: Module) -> bool:
+    """Whether FSDP2 has sharded a module around this one; its forward pass puts other Parameters in place."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return False
+    found = [one for one in gc.get_objects() if issubclass(type(one), fsdp.FSDPModule)]
+    return any(each is module for one in found for each in one.modules())
 
 
 def norm_over_ranks(words: ShardedParameterDict, norm: float, norm_type: float) -> float:
