@@ -22,8 +22,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.nn.parallel import DistributedDataParallel
 
+import pdrs._ranks.sharded
 import pdrs.distributed
 import pdrs.optim
 from pdrs import StackedParameterDict
@@ -414,9 +418,6 @@ def ddp_that_was_not_told(rank: int, world: int) -> dict[str, Any]:
 
 @case
 def beside_fsdp2(rank: int, world: int) -> dict[str, Any]:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     mesh = init_device_mesh("cpu", (world,))
     model = Model(ShardedParameterDict((WIDTH,), mesh, seed=SEED, init=INIT))
     fully_shard(model, mesh=mesh, ignored_params=pdrs.distributed.ignored_params(model))
@@ -425,13 +426,29 @@ def beside_fsdp2(rank: int, world: int) -> dict[str, Any]:
 
 @case
 def fsdp2_that_was_not_told(rank: int, world: int) -> dict[str, Any]:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     mesh = init_device_mesh("cpu", (world,))
     model = Model(new(reserve=world))
     fully_shard(model, mesh=mesh)
     return {"said": error_of(lambda: model(["a"]), RuntimeError)}
+
+
+@case
+def a_scaler_over_ranks(rank: int, world: int) -> dict[str, Any]:
+    words = new()
+    optimizer = torch.optim.SGD(words.parameters(), lr=0.1)
+    words.attach_optimizer(optimizer)
+    scaler = ShardedGradScaler("cpu", init_scale=4.0, process_group=words.group)
+    for number in range(2):
+        optimizer.zero_grad()
+        scaler.scale(words.gather(batch(0), "insert").sum()).backward()
+        table = words.local.table((WIDTH,))
+        before = table.detach().clone()
+        if number == 0 and rank == 0:
+            table.grad[0, 0] = float("inf")
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(before, table) == (number == 0 or not len(words))
+    return {"said": scaler.get_scale()}
 
 
 @case
@@ -574,6 +591,28 @@ def a_rank_that_does_not_come(rank: int, world: int) -> dict[str, Any]:
     took = time.monotonic() - begun
     dist.barrier()
     return {"said": said, "took": took}
+
+
+@case
+def a_call_is_interrupted(rank: int, world: int) -> dict[str, Any]:
+    words = new(timeout=2.0)
+    words.gather(batch(0), "insert")
+    original = pdrs._ranks.sharded.gather_rows
+
+    def interrupt(*arguments: Any) -> Tensor:
+        raise KeyboardInterrupt
+
+    if rank == 1:  # between the header and the rows
+        pdrs._ranks.sharded.gather_rows = interrupt
+    begun = time.monotonic()
+    try:
+        said = error_of(lambda: words.gather(batch(0)), KeyboardInterrupt if rank == 1 else OutOfStepError)
+    finally:
+        pdrs._ranks.sharded.gather_rows = original
+    took = time.monotonic() - begun
+    again = error_of(lambda: words.gather(batch(0)), OutOfStepError)
+    dist.barrier()
+    return {"said": again if rank == 1 else said, "took": took}
 
 
 @case

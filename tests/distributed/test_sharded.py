@@ -41,6 +41,7 @@ ALONE = ["a_rank_is_killed"]
 TOGETHER = [
     *OUT_OF_STEP,
     "dictionaries_with_other_seeds",
+    "a_call_is_interrupted",
     "a_rank_that_does_not_come",
     "fsdp2_that_was_not_told",
     "beside_fsdp2",
@@ -204,6 +205,11 @@ def test_fsdp2_that_was_not_told_is_refused(run: Run, world: int) -> None:
 
 
 @pytest.mark.parametrize("world", WORLDS)
+def test_all_ranks_skip_a_step_if_rows_of_one_overflow(run: Run, world: int) -> None:
+    assert [each["said"] for each in run(world, "a_scaler_over_ranks")] == [2.0] * world
+
+
+@pytest.mark.parametrize("world", WORLDS)
 def test_keys_of_a_state_dict_say_whose_shard_it_is(run: Run, world: int) -> None:
     run(world, "state_dicts_name_the_shard")
 
@@ -232,6 +238,13 @@ def test_a_rank_that_does_not_come_is_named(run: Run, world: int) -> None:
         assert each["took"] < 5
         if rank != 1:
             assert "rank 1 did not come within 2 s" in each["said"]
+
+
+@pytest.mark.parametrize("world", SEVERAL)
+def test_a_call_that_is_interrupted_on_one_rank_ends_all(run: Run, world: int) -> None:
+    for rank, each in enumerate(run(world, "a_call_is_interrupted")):
+        assert each["took"] < 5
+        assert ("rank 1 failed in the middle" if rank == 1 else "rank 1 did not come") in each["said"]
 
 
 @pytest.mark.slow

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import time
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +32,9 @@ _FAILED = 1
 _TEXT_BYTES = 1024
 # So long a rank that waited in vain waits for the others that did, to find out who never came.
 _GRACE = 1.0
+
+
+_Error = TypeVar("_Error", bound=BaseException)
 
 
 class OutOfStepError(RuntimeError):
@@ -74,6 +79,8 @@ class Ranks:
         self.group = group
         self.dictionaries = 0
         self._broken: str | None = None
+        # The last error that all ranks have raised together, after which they may go on.
+        self._agreed: BaseException | None = None
         self._meetings = 0
         if group is None:
             self.rank, self.size, self._global = 0, 1, [0]
@@ -87,6 +94,22 @@ class Ranks:
         self._control: Any = dist.new_group(self._global, limit, "gloo", use_local_synchronization=True)
         # DDP's collectives on the given group must not come between ours.
         self._rows: Any = dist.new_group(self._global, limit, use_local_synchronization=True)
+
+    def agreed(self, error: _Error) -> _Error:
+        """Note and return an error that all ranks raise."""
+        self._agreed = error
+        return error
+
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Refuse all later calls if one fails on this rank alone: what it sends would be taken for something else."""
+        try:
+            yield
+        except BaseException as error:
+            if self.size > 1 and error is not self._agreed and self._broken is None:
+                self._broken = f"rank {self._global[self.rank]} failed in the middle of a call: {error!r}"
+            self._agreed = None
+            raise
 
     def global_rank(self, rank: int) -> int:
         """Return the number of a rank in the whole job, as logs name it."""
@@ -110,7 +133,7 @@ class Ranks:
         mine[:, _STATUS + 1 :] = payload
         if self.size == 1:
             if failure is not None:
-                raise failure
+                raise self.agreed(failure)
             theirs = mine
         else:
             theirs = self._swapped(mine, call)
@@ -160,9 +183,9 @@ class Ranks:
     def _fail_together(self, call: Call, failure: Exception | None) -> NoReturn:
         said = self.texts(call, "" if failure is None else f"{type(failure).__name__}: {failure}")
         if failure is not None:
-            raise failure
+            raise self.agreed(failure)
         which = "; ".join(one for one, text in zip(self._named(said), said, strict=True) if text)
-        raise RuntimeError(f"all ranks have stopped before {call}, because it failed on {which}")
+        raise self.agreed(RuntimeError(f"all ranks have stopped before {call}, because it failed on {which}"))
 
     def _named(self, texts: list[str]) -> list[str]:
         return [f"rank {self._global[rank]}: {text}" for rank, text in enumerate(texts)]

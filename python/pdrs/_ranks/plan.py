@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +14,10 @@ from pdrs._core import IndexMap
 from pdrs._ranks.exchange import Call, Line
 from pdrs._ranks.known_rows import OWNER_BITS, KnownRows
 from pdrs._ranks.owners import owners_of
+from pdrs._rows.gather import Missing
 from pdrs._torch.errors import MissingEntryError
 
-__all__ = ["GENERATION", "Missing", "Plan", "Request", "exchange_requests"]
-
-Missing = Literal["error", "skip", "zero", "insert"]
+__all__ = ["GENERATION", "Plan", "Request", "exchange_requests"]
 
 # What a header has for each peer: known and new names, the bytes of these, and the generation of the sender's rows.
 _KNOWN, _NEW, _TEXT, GENERATION = 1, 2, 3, 4
@@ -270,4 +269,4 @@ def _agree(
         for rank, (count, text) in enumerate(zip(told[:, 1].tolist(), said, strict=True))
         if count
     )
-    raise MissingEntryError(f"names are not in the dictionary: {listing}")
+    raise line.ranks.agreed(MissingEntryError(f"names are not in the dictionary: {listing}"))

@@ -63,8 +63,9 @@ class _Exchange(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         line, give, take, wire, divisor, call = ctx.options
-        line.meet(call)
-        own = _sent(gradient, line, take, give, wire, call)
+        with line.ranks.in_step():
+            line.meet(call)
+            own = _sent(gradient, line, take, give, wire, call)
         if divisor != 1:
             own = own / divisor
         return own, *[None] * 7

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 import sys
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, NoReturn, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -20,9 +21,9 @@ from pdrs._core import hash_names
 from pdrs._ranks.exchange import Call, Line, group_of
 from pdrs._ranks.initial_values import Initial, values_of
 from pdrs._ranks.known_rows import KnownRows
-from pdrs._ranks.plan import GENERATION, Missing, Plan, Request, exchange_requests
+from pdrs._ranks.plan import GENERATION, Plan, Request, exchange_requests
 from pdrs._ranks.rows_op import exchange_rows
-from pdrs._rows.gather import takes_rows
+from pdrs._rows.gather import Missing, check_missing, takes_rows
 from pdrs._rows.gather_op import gather_rows
 from pdrs._rows.insert import as_shape
 from pdrs._rows.step_warnings import owner_of
@@ -38,6 +39,23 @@ __all__ = ["ShardedParameterDict", "dictionary_of", "joined_norm", "norm_over_ra
 _WIRES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 _by_local: weakref.WeakValueDictionary[int, ShardedParameterDict] = weakref.WeakValueDictionary()
+
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _in_step(
+    method: Callable[Concatenate[ShardedParameterDict, _P], _R],
+) -> Callable[Concatenate[ShardedParameterDict, _P], _R]:
+    """Let a call that fails on this rank alone be the last one."""
+
+    @functools.wraps(method)
+    def call(self: ShardedParameterDict, /, *arguments: _P.args, **named: _P.kwargs) -> _R:
+        with self._line.ranks.in_step():
+            return method(self, *arguments, **named)
+
+    return call
 
 
 class ShardedParameterDict(Module):
@@ -208,6 +226,7 @@ class ShardedParameterDict(Module):
 
     # -- rows ----------------------------------------------------------------------------------------------------------
 
+    @_in_step
     def plan(self, names: Names, missing: Missing = "error") -> Plan:
         """Find out who has the rows of names. All ranks must call it. **O(m)** for ``m`` names.
 
@@ -241,6 +260,7 @@ class ShardedParameterDict(Module):
         plan.number = self._plans
         return plan
 
+    @_in_step
     def gather(self, names: Names | Plan, missing: Missing = "error", *, sparse: bool | None = None) -> Tensor:
         """Return the rows of many names as one differentiable tensor. All ranks must call it. **O(m)**.
 
@@ -297,6 +317,7 @@ class ShardedParameterDict(Module):
         place = plan.place if table.is_cpu else plan.place.to(table.device)
         return come.index_select(0, place).view(len(place), *self._shape)
 
+    @_in_step
     @torch.no_grad()
     def scatter(self, names: Names, values: Tensor, *, missing: Literal["error", "insert"] = "error") -> None:
         """Copy values into the rows of many names. All ranks must call it. **O(m)**.
@@ -338,6 +359,7 @@ class ShardedParameterDict(Module):
             table.index_copy_(0, rows[at : at + count], come[at : at + count])
             at += count
 
+    @_in_step
     def drop(self, names: Names, *, missing: Literal["error", "skip"] = "error") -> None:
         """Remove names, on their owners. All ranks must call it. **O(n + m)** for the ``n`` names of a rank.
 
@@ -404,7 +426,7 @@ class ShardedParameterDict(Module):
                 try:
                     if request is None:
                         self._refuse_copies()
-                        _check_missing(missing)
+                        check_missing(missing, None)
                         names = list(
                             listed(names)
                         )  # A plan may have to be made again, when the caller's list is another.
@@ -572,8 +594,3 @@ def norm_over_ranks(words: ShardedParameterDict, norm: float, norm_type: float) 
 def joined_norm(norms: Sequence[float], norm_type: float) -> float:
     """Return the p-norm of numbers, from those of parts of them."""
     return float(np.linalg.norm(np.array(norms), norm_type))
-
-
-def _check_missing(missing: str) -> None:
-    if missing not in ("error", "skip", "zero", "insert"):
-        raise ValueError(f"missing must be 'error', 'skip', 'zero' or 'insert', got {missing!r}")
