@@ -267,6 +267,25 @@ def test_it_runs_under_torchrun(tmp_path: Path) -> None:
             found(json.loads((tmp_path / f"{name}-{rank}.json").read_text()))
 
 
+def example() -> str:
+    """Return the code in docs/distributed.md."""
+    text = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text(encoding="utf-8")
+    return text.split("```python\n")[1].split("```")[0]
+
+
+@pytest.mark.slow
+def test_the_example_of_the_docs_runs_under_torchrun(tmp_path: Path) -> None:
+    file = tmp_path / "train.py"
+    file.write_text(example(), encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(file)]
+    subprocess.run(command, check=True, timeout=LIMIT, capture_output=True)
+
+
+def test_the_example_of_the_docs_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    exec(compile(example(), "docs/distributed.md", "exec"), {"__name__": "__main__"})
+
+
 # -- what needs no other rank ------------------------------------------------------------------------------------------
 
 

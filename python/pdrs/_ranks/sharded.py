@@ -28,6 +28,7 @@ from pdrs._rows.gather_op import gather_rows
 from pdrs._rows.insert import as_shape
 from pdrs._rows.step_warnings import owner_of
 from pdrs._torch.names import Names, listed
+from pdrs._torch.untraced import untraced
 from pdrs.stacked import StackedParameterDict
 
 if TYPE_CHECKING:
@@ -48,14 +49,14 @@ _R = TypeVar("_R")
 def _in_step(
     method: Callable[Concatenate[ShardedParameterDict, _P], _R],
 ) -> Callable[Concatenate[ShardedParameterDict, _P], _R]:
-    """Let a call that fails on this rank alone be the last one."""
+    """Let a call that fails on this rank alone be the last one. torch.compile leaves it alone."""
 
-    @functools.wraps(method)
+    @untraced
     def call(self: ShardedParameterDict, /, *arguments: _P.args, **named: _P.kwargs) -> _R:
         with self._line.ranks.in_step():
             return method(self, *arguments, **named)
 
-    return call
+    return functools.wraps(method)(call)
 
 
 class ShardedParameterDict(Module):
