@@ -408,15 +408,14 @@ class ShardedParameterDict(Module):
         """
         if older_than < 1:
             raise ValueError(f"expected older_than >= 1, got {older_than}")
-        names = list(self.local)
-        if not names:
+        if not len(self.local):
             return 0
         self._follow_layout()
-        old = (self._seen[self.local.indices(names).cpu()] <= self._gathers - older_than).numpy()
-        gone = [names[at] for at in np.flatnonzero(old).tolist()]
-        if gone:
-            self._drop(gone)
-        return len(gone)
+        is_old = self._seen[self.local.indices().cpu()] <= self._gathers - older_than
+        count = int(is_old.sum())
+        if count:
+            self._drop(is_old)
+        return count
 
     # -- what is done together -----------------------------------------------------------------------------------------
 
@@ -520,7 +519,7 @@ class ShardedParameterDict(Module):
             self._layout = self.local.layout_version
             self._seen = torch.full((self._capacity(),), self._gathers, dtype=torch.int64, device="cpu")
 
-    def _drop(self, names: list[str]) -> None:
+    def _drop(self, names: list[str] | Tensor) -> None:
         self._follow_layout()
         self.local.drop(names)
         self._layout = self.local.layout_version
