@@ -647,11 +647,13 @@ def main(folder: str, names: list[str]) -> None:
     with group(folder) as (rank, world):
         for name in names:
             faulthandler.dump_traceback_later(HANGS, exit=True)
+            begun = time.monotonic()
             try:
                 became = {"ok": CASES[name](rank, world)}
             except Exception:
                 became = {"error": traceback.format_exc()}
             Path(folder, f"{name}-{rank}.json").write_text(json.dumps(became))
+            print(f"{name}: {time.monotonic() - begun:.2f} s", flush=True)
         if "a_rank_is_killed" not in names:
             dist.barrier()
         # Groups with broken connections take long to close, and have nothing to say.

@@ -274,15 +274,13 @@ def group_of(group: Any, timeout: float) -> Ranks:
         if group.ndim != 1:
             raise ValueError(f"expected a mesh with one dimension, got {group.ndim}: pass mesh['name']")
         group = group.get_group()
-    if group is None:
-        if not (dist.is_available() and dist.is_initialized()):
-            return Ranks(None, timeout)
+    if group is None and dist.is_available() and dist.is_initialized():
         group = dist.group.WORLD
     if group is dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("this process is not in the process group")
-    if not isinstance(group, dist.ProcessGroup):
+    if group is not None and not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"expected a process group or a DeviceMesh, got {type(group).__name__}")
-    key = group.group_name, timeout
+    key = "" if group is None else group.group_name, timeout
     known = _all_ranks.get(key)
     if known is None or known.group is not group:
         known = _all_ranks[key] = Ranks(group, timeout)

@@ -107,7 +107,6 @@ class Request:
         self.new = np.zeros(world_size, np.int64)
         self._there = there
         self._new_of = np.empty(0, np.int64)
-        self._order = np.empty(0, np.int64)
         self._texts: list[bytes] = []
         if not self._complete:
             self._add_new([names[at] for at in np.flatnonzero(~there).tolist()], world_size)
