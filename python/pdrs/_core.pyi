@@ -1049,6 +1049,7 @@ def hash_names(names: Iterable[str]) -> NDArray[np.uint64]:
 
     Surrogates are encoded as Python's ``surrogatepass`` does. **O(m)** for ``m`` names.
     """
+
 def pack_names(
     index: RowIndex | IndexMap,
     tables: Sequence[_TableTuple],

@@ -40,7 +40,7 @@ WIDTH = 4
 SEED = 7
 INIT = normal(0.1)
 # A case that takes so many seconds hangs, and ends its rank.
-HANGS = 30
+HANGS = 50
 # A batch is cut into so many parts, which 1, 2, 3 and 4 ranks share evenly.
 PARTS = 12
 ODD_NAMES = ["\0", "a\0b", "\ud800", "x\udfff", "é", "e\u0301", "名前", "\U0001f600", " ", "long" * 250_000]
