@@ -44,8 +44,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("transfer",),
     ("parameter_dict",),
     ("stacked", "optim"),
-    ("_ranks",),  # What all ranks of a process group do together.
     ("_files",),
+    ("_ranks",),  # What all ranks of a process group do together.
     ("checkpoint",),
     ("distributed",),
     ("typing",),  # Types of arguments, for the annotations of users.

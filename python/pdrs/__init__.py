@@ -1,6 +1,8 @@
 """Named parameters by the million: ``torch.nn.ParameterDict`` on an ordered index in Rust."""
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 from pdrs import optim
 from pdrs._core import IndexMap, group_tensors
@@ -21,6 +23,7 @@ __all__ = [
     "ParameterDict",
     "StackedParameterDict",
     "UntrainedTableWarning",
+    "distributed",
     "load",
     "open",
     "optim",
@@ -28,7 +31,16 @@ __all__ = [
     "set_staging",
     "to",
 ]
+if TYPE_CHECKING:
+    from pdrs import distributed
+
 __version__ = version("pdrs-torch")  # The distribution; pdrs on PyPI is another project.
 
 # An ImportError now, and not in the middle of a move, where torch does not give its tensors as pdrs reads them.
 group_tensors([])
+
+
+def __getattr__(name: str) -> Any:
+    if name == "distributed":  # at its first use: it imports much of torch that most programs do not need
+        return import_module("pdrs.distributed")
+    raise AttributeError(f"module 'pdrs' has no attribute {name!r}")

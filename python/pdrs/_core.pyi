@@ -41,6 +41,7 @@ __all__ = [
     "diff_names",
     "get_entry",
     "group_tensors",
+    "hash_names",
     "in_one_step",
     "in_step",
     "insert_all",
@@ -1050,6 +1051,12 @@ def changed_rows(old: NDArray[np.uint8], new: NDArray[np.uint8], row_bytes: int)
 def crc32(data: NDArray[np.uint8], start: int = 0) -> int: ...
 def delete_entry(module: Module, key: object) -> bool: ...
 def diff_names(old: NDArray[np.uint8], new: NDArray[np.uint8]) -> NDArray[np.uint8]: ...
+def hash_names(names: Iterable[str]) -> NDArray[np.uint64]:
+    """Return the XXH3 hash (64 bits, seed 0) of the UTF-8 of each name: the same in every process and version.
+
+    Surrogates are encoded as Python's ``surrogatepass`` does. **O(m)** for ``m`` names.
+    """
+
 def pack_names(
     index: RowIndex | IndexMap,
     tables: Sequence[_TableTuple],

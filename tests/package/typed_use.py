@@ -16,6 +16,7 @@ from torch.nn import Module
 from typing_extensions import assert_type
 
 import pdrs
+import pdrs.distributed
 from pdrs.typing import Initialiser, Mask, Missing, Names
 
 
@@ -103,3 +104,14 @@ def moves(model: Words, entries: pdrs.ParameterDict) -> None:
         entries.pop("a")
     except pdrs.MissingEntryError as error:
         print(error)
+
+
+def train_on_ranks(model: Module, names: list[str]) -> None:
+    """Use a table that is spread over ranks."""
+    words = pdrs.distributed.ShardedParameterDict((4,), init=pdrs.distributed.normal(0.1), wire=torch.bfloat16)
+    plan = assert_type(words.plan(names, "insert"), pdrs.distributed.Plan)
+    assert_type(words.gather(plan), Tensor)
+    assert_type(pdrs.distributed.leave_out(model), Module)
+    assert_type(pdrs.distributed.clip_grad_norm_(words.parameters(), 1.0), Tensor)
+    assert_type(pdrs.distributed.ignored_params(model), set[torch.nn.Parameter])
+    assert_type([*words], list[str])

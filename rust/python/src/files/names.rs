@@ -3,6 +3,7 @@
 use numpy::{PyArray1, PyReadonlyArray1};
 use pdrs_core::names::codec::{self, Encoder, Header, Names, Table};
 use pdrs_core::names::delta;
+use pdrs_core::names::text::Text;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyString;
@@ -11,7 +12,8 @@ use std::sync::Arc;
 
 use crate::index_map::IndexMap;
 use crate::python::memory::{self, OrRaise};
-use crate::python::name::Name;
+use crate::python::name::{Name, Utf8Name};
+use crate::python::names::to_names;
 use crate::stacked::places::Places;
 use crate::stacked::row_index::RowIndex;
 
@@ -202,6 +204,15 @@ pub(crate) fn apply_names<'py>(
     let (old, delta) = (old.as_slice()?, delta.as_slice()?);
     let new = py.detach(|| delta::apply(old, delta)).or_raise()?;
     Ok(PyArray1::from_vec(py, new))
+}
+
+/// The hash of each name, as packed names have it: the same in every process and version.
+#[pyfunction]
+pub(crate) fn hash_names<'py>(names: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyArray1<u64>>> {
+    let py = names.py();
+    let names = to_names::<Utf8Name>(names)?;
+    let hashes = memory::collect(names.iter().map(|name| name.with_utf8(codec::hash)))?;
+    Ok(PyArray1::from_vec(py, hashes))
 }
 
 /// The CRC-32 of bytes, as zlib computes it; `start` is that of what came before.

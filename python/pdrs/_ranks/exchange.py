@@ -1,0 +1,293 @@
+"""What ranks send each other, and how they notice that they are about to do different things.
+
+Collectives of different sizes that meet end a gloo process without a Python exception, or hang, or mix up rows. So
+each one follows a *meeting*: a message of a fixed size, on a group of its own, that says what a rank is about to do. If
+all say the same, all go on. Otherwise all raise, and name who does what.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["HEADER_BYTES", "Call", "Line", "OutOfStepError", "Ranks", "group_of"]
+
+# A header: the call in three numbers, the status, and what the call adds for each peer.
+_CALL, _STATUS, PAYLOAD = 3, 3, 4
+_WORDS = _CALL + 1 + PAYLOAD
+HEADER_BYTES = 8 * _WORDS
+_FAILED = 1
+# Ranks that have failed tell each other why in so many bytes.
+_TEXT_BYTES = 1024
+# So long a rank that waited in vain waits for the others that did, to find out who never came.
+_GRACE = 1.0
+
+
+_Error = TypeVar("_Error", bound=BaseException)
+
+
+class OutOfStepError(RuntimeError):
+    """The ranks of a group have called different things, or one of them did not come."""
+
+
+class Call(NamedTuple):
+    """What a rank is about to do."""
+
+    dictionary: int
+    operation: str
+    # How many of this operation came before.
+    number: int
+    # What must be equal on all ranks.
+    options: str
+
+    def __str__(self) -> str:
+        of = f" of dictionary {self.dictionary}" if self.dictionary else ""
+        return f"{self.operation} {self.number}{of} ({self.options})"
+
+    def words(self) -> list[int]:
+        """Return it as numbers."""
+        return [
+            self.dictionary << 32 | zlib.crc32(self.operation.encode()),
+            self.number,
+            zlib.crc32(self.options.encode()),
+        ]
+
+
+class Ranks:
+    """The ranks of a process group, and the groups of its own that pdrs uses. All dictionaries of a group share it.
+
+    Parameters
+    ----------
+    group
+        The process group; None if there is only this process.
+    timeout
+        How many seconds to wait for a rank that does not come.
+    """
+
+    def __init__(self, group: Any, timeout: float) -> None:
+        self.group = group
+        self.dictionaries = 0
+        self._broken: str | None = None
+        # The last error that all ranks have raised together, after which they may go on.
+        self._agreed: BaseException | None = None
+        self._meetings = 0
+        if group is None:
+            self.rank, self.size, self._global = 0, 1, [0]
+            return
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._global = dist.get_process_group_ranks(group)
+        self._name = f"pdrs/{group.group_name}/{'-'.join(map(str, self._global))}/{_count_of(group)}"
+        self._store = dist.distributed_c10d._get_default_store()
+        limit = timedelta(seconds=timeout)
+        self._timeout = timeout
+        self._control: Any = dist.new_group(self._global, limit, "gloo", use_local_synchronization=True)
+        # DDP's collectives on the given group must not come between ours.
+        self._rows: Any = dist.new_group(self._global, limit, use_local_synchronization=True)
+
+    def agreed(self, error: _Error) -> _Error:
+        """Note and return an error that all ranks raise."""
+        self._agreed = error
+        return error
+
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Refuse all later calls if one fails on this rank alone: what it sends would be taken for something else."""
+        try:
+            yield
+        except BaseException as error:
+            if self.size > 1 and error is not self._agreed and self._broken is None:
+                self._broken = f"rank {self._global[self.rank]} failed in the middle of a call: {error!r}"
+            self._agreed = None
+            raise
+
+    def global_rank(self, rank: int) -> int:
+        """Return the number of a rank in the whole job, as logs name it."""
+        return self._global[rank]
+
+    def meet(self, call: Call, payload: Any, status: int, failure: Exception | None) -> NDArray[np.int64]:
+        """Tell all ranks what this one is about to do, and return what they told: ``[ranks, 1 + PAYLOAD]``.
+
+        Raises
+        ------
+        OutOfStepError
+            If a rank is about to do something else, or does not come.
+        RuntimeError
+            If a rank has failed. The rank itself raises ``failure``.
+        """
+        if self._broken is not None:
+            raise OutOfStepError(self._broken)
+        mine = np.zeros((self.size, _WORDS), np.int64)
+        mine[:, :_CALL] = call.words()
+        mine[:, _STATUS] = status << 1 | (failure is not None)
+        mine[:, _STATUS + 1 :] = payload
+        if self.size == 1:
+            if failure is not None:
+                raise self.agreed(failure)
+            theirs = mine
+        else:
+            theirs = self._swapped(mine, call)
+            if (theirs[:, :_CALL] != mine[0, :_CALL]).any():
+                self._refuse(call)
+            if (theirs[:, _STATUS] & _FAILED).any():
+                self._fail_together(call, failure)
+        told = theirs[:, _STATUS:]
+        told[:, 0] >>= 1
+        return told
+
+    def texts(self, call: Call, text: str) -> list[str]:
+        """Exchange a text of each rank, which is cut to a fixed size."""
+        if self.size == 1:
+            return [text]
+        mine = np.zeros((self.size, _TEXT_BYTES), np.uint8)
+        cut = text.encode("utf-8", "backslashreplace")[:_TEXT_BYTES]
+        mine[:, : len(cut)] = np.frombuffer(cut, np.uint8)
+        theirs = self._swapped(mine, call)
+        return [row.tobytes().rstrip(b"\0").decode("utf-8", "ignore") for row in theirs]
+
+    def exchange(self, out: Tensor, given: Tensor, take: list[int], give: list[int], call: Call) -> None:
+        """Send ``give`` rows of a tensor to each rank, and receive ``take`` of each. All ranks have met before."""
+        try:
+            group = self._rows if given.dtype != torch.uint8 else self._control
+            dist.all_to_all_single(out, given, take, give, group=group)
+        except RuntimeError as error:
+            self._lose(call, error)
+
+    def _swapped(self, mine: NDArray[Any], call: Call) -> NDArray[Any]:
+        self._meetings += 1
+        theirs = np.empty_like(mine)
+        try:
+            dist.all_to_all_single(torch.from_numpy(theirs), torch.from_numpy(mine), group=self._control)
+        except RuntimeError as error:
+            self._lose(call, error)
+        return theirs
+
+    def _refuse(self, call: Call) -> NoReturn:
+        said = "; ".join(self._named(self.texts(call, str(call))))
+        self._broken = (
+            f"the ranks are out of step: {said}. All ranks must make the same calls in the same order and with the "
+            "same options, and the result of each gather must be part of the loss on all ranks or on none"
+        )
+        raise OutOfStepError(self._broken)
+
+    def _fail_together(self, call: Call, failure: Exception | None) -> NoReturn:
+        said = self.texts(call, "" if failure is None else f"{type(failure).__name__}: {failure}")
+        if failure is not None:
+            raise self.agreed(failure)
+        which = "; ".join(one for one, text in zip(self._named(said), said, strict=True) if text)
+        raise self.agreed(RuntimeError(f"all ranks have stopped before {call}, because it failed on {which}"))
+
+    def _named(self, texts: list[str]) -> list[str]:
+        return [f"rank {self._global[rank]}: {text}" for rank, text in enumerate(texts)]
+
+    def _lose(self, call: Call, error: RuntimeError) -> NoReturn:
+        """Raise because a rank did not come; those that did tell so in the store of the job."""
+        keys = [f"{self._name}/{self._meetings}/{rank}" for rank in range(self.size)]
+        said = [""] * self.size
+        try:
+            self._store.set(keys[self.rank], str(call))
+            until = time.monotonic() + _GRACE
+            while not all(said) and time.monotonic() < until:
+                for rank, key in enumerate(keys):
+                    if not said[rank] and self._store.check([key]):
+                        said[rank] = self._store.get(key).decode("utf-8", "replace")
+                time.sleep(0.02)
+        except RuntimeError:
+            pass  # The rank that has the store may be the one that is gone.
+        lost = [f"rank {self._global[rank]}" for rank, text in enumerate(said) if not text and rank != self.rank]
+        who = " and ".join(lost) or "another rank"
+        self._broken = (
+            f"rank {self._global[self.rank]} was about to do {call}; {who} did not come within {self._timeout:g} s, or "
+            f"came too late, or its process has ended ({str(error).strip()[:200]})"
+        )
+        raise OutOfStepError(self._broken) from error
+
+
+class Line:
+    """What one dictionary sends over the ranks of its group, and how much."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.dictionary = ranks.dictionaries
+        ranks.dictionaries += 1
+        self.sent_bytes = 0
+
+    def call(self, operation: str, number: int, options: str = "") -> Call:
+        """Return a call of this dictionary."""
+        return Call(self.dictionary, operation, number, options)
+
+    def meet(
+        self, call: Call, payload: Any = 0, status: int = 0, failure: Exception | None = None
+    ) -> NDArray[np.int64]:
+        """As for :meth:`Ranks.meet`."""
+        self.sent_bytes += HEADER_BYTES * (self.ranks.size - 1)
+        return self.ranks.meet(call, payload, status, failure)
+
+    def texts(self, call: Call, text: str) -> list[str]:
+        """As for :meth:`Ranks.texts`."""
+        self.sent_bytes += _TEXT_BYTES * (self.ranks.size - 1)
+        return self.ranks.texts(call, text)
+
+    def exchange(self, given: Tensor, give: list[int], take: list[int], call: Call) -> Tensor:
+        """Send ``give[r]`` rows of a tensor to each rank ``r``, and return the ``take[r]`` rows that come of each."""
+        if self.ranks.size == 1:
+            return given
+        given = given.contiguous()
+        out = given.new_empty((sum(take), *given.shape[1:]))
+        if len(given):
+            self.sent_bytes += (len(given) - give[self.ranks.rank]) * (given.nbytes // len(given))
+        self.ranks.exchange(out, given, take, give, call)
+        return out
+
+    def exchange_bytes(
+        self, given: NDArray[np.uint8], give: list[int], take: list[int], call: Call
+    ) -> NDArray[np.uint8]:
+        """As :meth:`exchange`, for bytes in the memory of the host."""
+        return self.exchange(torch.from_numpy(given), give, take, call).numpy()
+
+
+_all_ranks: dict[tuple[str, float], Ranks] = {}
+_counts: dict[str, int] = {}
+
+
+def group_of(group: Any, timeout: float) -> Ranks:
+    """Return the ranks of a process group or of a mesh with one dimension; those of a group are made once.
+
+    Raises
+    ------
+    TypeError
+        If this is neither.
+    ValueError
+        If a mesh has several dimensions, or if this process is not in the group.
+    """
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(f"expected a mesh with one dimension, got {group.ndim}: pass mesh['name']")
+        group = group.get_group()
+    if group is None and dist.is_available() and dist.is_initialized():
+        group = dist.group.WORLD
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("this process is not in the process group")
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"expected a process group or a DeviceMesh, got {type(group).__name__}")
+    key = "" if group is None else group.group_name, timeout
+    known = _all_ranks.get(key)
+    if known is None or known.group is not group:
+        known = _all_ranks[key] = Ranks(group, timeout)
+    return known
+
+
+def _count_of(group: Any) -> int:
+    """Return how many groups of a name came before: names in the store must be new."""
+    _counts[group.group_name] = number = _counts.get(group.group_name, -1) + 1
+    return number
