@@ -429,7 +429,8 @@ def _reduced(table: Tensor, rows: Tensor, bounds: Rows, mode: Mode, weights: Ten
     shape = table.shape[1:]
     flat = table if len(shape) == 1 else table.reshape(len(table), math.prod(shape))
     offsets = torch.from_numpy(bounds).to(table.device)
-    if table.dtype in _DTYPES_OF_TORCH:
+    # torch's kernels take rows without elements for row numbers that the table does not have.
+    if table.dtype in _DTYPES_OF_TORCH and flat.shape[1]:
         made = embedding_bag(
             rows, flat, offsets, mode=mode, sparse=sparse, per_sample_weights=weights, include_last_offset=True
         )
