@@ -492,7 +492,7 @@ def out_of_step(run: Callable[[int, int], Any]) -> Callable[[int, int], Any]:
         return {"said": said}
 
     def run_with(words: ShardedParameterDict, rank: int) -> None:
-        run(words, rank)  # type: ignore[arg-type]
+        run(words, rank)
 
     CASES[f"out_of_step_{run.__name__}"] = checked
     return run

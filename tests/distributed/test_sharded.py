@@ -350,20 +350,20 @@ def test_rows_may_be_numbers() -> None:
 def test_options_that_cannot_be_are_refused() -> None:
     make = pdrs.distributed.ShardedParameterDict
     with pytest.raises(TypeError, match=r"pdrs\.distributed\.normal"):
-        make((2,), init=torch.nn.init.ones_)  # type: ignore[arg-type]
+        make((2,), init=torch.nn.init.ones_)
     with pytest.raises(TypeError, match="wire"):
         make((2,), wire=torch.int8)
     with pytest.raises(TypeError, match="seed"):
-        make((2,), seed=1.5)  # type: ignore[arg-type]
+        make((2,), seed=1.5)
     with pytest.raises(TypeError, match="shape"):
-        make(2)  # type: ignore[arg-type]
+        make(2)
     with pytest.raises(ValueError, match="std"):
         pdrs.distributed.normal(-1.0)
     with pytest.raises(ValueError, match="low"):
         pdrs.distributed.uniform(2.0, 1.0)
     words = make((2,))
     with pytest.raises(ValueError, match="missing"):
-        words.gather(["a"], "ignore")  # type: ignore[arg-type]
+        words.gather(["a"], "ignore")
     with pytest.raises(ValueError, match="older_than"):
         words.evict(older_than=0)
     with pytest.raises(ValueError, match="another dictionary"):

@@ -1,13 +1,17 @@
 """A step that is stopped anywhere has written all rows of all tables, with their states, or none.
 
 The bugs that this hunts: Ctrl-C between the tables of a step, between values and moments, or before the number of steps
-is counted, after which a second try steps twice on some rows.
+is counted, after which a second try steps twice on some rows. And a file of a killed process with rows of two steps.
 """
 
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +23,7 @@ from torch.optim import Optimizer
 import pdrs
 from pdrs.optim import SGD, Adagrad, Adam, AdamW
 
+# A stop may come in a finalizer, where Python only tells of it.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 SD = pdrs.StackedParameterDict
@@ -99,3 +104,41 @@ def test_a_step_that_is_stopped_anywhere_was_made_or_was_not(
             scene.optimizer.step()
             assert scene.seen() == after, everywhere.places[at]
     assert found == []
+
+
+KILLED = """
+import sys
+import torch, pdrs
+path = sys.argv[1]
+names = [f"name {number}" for number in range(20_000)]
+sd = pdrs.StackedParameterDict.from_tensor(names, torch.zeros(20_000, 4))
+optimizer = pdrs.optim.SGD(sd.parameters(), lr=1.0)
+while True:
+    sd.gather(names).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    pdrs.save(sd, path)
+    print("saved", flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is of Unix")
+@pytest.mark.parametrize("milliseconds", [0, 3, 11])
+def test_a_process_that_is_killed_while_it_steps_leaves_a_file_of_one_step(tmp_path: Path, milliseconds: int) -> None:
+    path = tmp_path / "words.safetensors"
+    with subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for _ in range(3):
+            assert process.stdout.readline() == "saved\n"
+        time.sleep(milliseconds / 1000)
+        process.kill()
+    opened = pdrs.open(path, verify=True)
+    table = opened.table((4,))
+    steps = -table[0, 0].item()
+    assert steps >= 3
+    assert torch.equal(table, torch.full_like(table, -steps))
+    optimizer = pdrs.optim.SGD(opened.parameters(), lr=1.0)
+    opened.gather(["name 7"]).sum().backward()
+    optimizer.step()
+    assert opened["name 7"].tolist() == [-steps - 1] * 4

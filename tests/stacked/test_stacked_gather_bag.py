@@ -206,7 +206,7 @@ def test_frozen_names_count_and_get_no_gradient() -> None:
         for mode in MODES:
             sd = numbered()
             sd.freeze(NAMES[:2])
-            found = sd.gather_bag(BAGS, mode=mode, sparse=sparse)  # type: ignore[arg-type]
+            found = sd.gather_bag(BAGS, mode=mode, sparse=sparse)
             torch.testing.assert_close(found, looped(numbered(), BAGS, mode))
             found.sum().backward()
             gradient = sd.table((3,)).grad
@@ -221,19 +221,19 @@ def test_a_table_may_grow_and_change_between_the_call_and_backward() -> None:
         for shape in ((3,), (2, 2)):
             sd, weights = numbered(shape), torch.ones(len(flat(BAGS)), dtype=torch.float64, requires_grad=True)
             given = weights if mode == "sum" else None
-            sd.gather_bag(flat(BAGS), starts(BAGS), mode=mode, weights=given).sum().backward()  # type: ignore[arg-type]
+            sd.gather_bag(flat(BAGS), starts(BAGS), mode=mode, weights=given).sum().backward()
             wanted = {name: gradient.clone() for name, gradient in sd.named_grads()}
             of_weights = None if weights.grad is None else weights.grad.clone()
             sd.zero_grad()
             weights.grad = None
-            found = sd.gather_bag(flat(BAGS), starts(BAGS), mode=mode, weights=given)  # type: ignore[arg-type]
+            found = sd.gather_bag(flat(BAGS), starts(BAGS), mode=mode, weights=given)
             sd.insert([f"new.{n}" for n in range(100)], shape=shape)
             with torch.no_grad():
                 for table in sd.parameters():
                     table.mul_(2)
             found.sum().backward()
             torch.testing.assert_close({name: dict(sd.named_grads())[name] for name in wanted}, wanted)
-            assert of_weights is None or torch.equal(weights.grad, of_weights)  # type: ignore[arg-type]
+            assert of_weights is None or torch.equal(weights.grad, of_weights)
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128, torch.int64, torch.int8, torch.uint8])
@@ -252,7 +252,7 @@ def test_dtypes_for_which_torch_has_no_kernel(dtype: torch.dtype, shape: tuple[i
     mode = "mean" if dtype.is_complex else "max"
     other = "max" if dtype.is_complex else "mean"
     for how in ("sum", mode):
-        found = sd.gather_bag(BAGS, mode=how)  # type: ignore[arg-type]
+        found = sd.gather_bag(BAGS, mode=how)
         reduce = {
             "sum": lambda one: one.sum(0).to(dtype),
             "mean": lambda one: one.mean(0),
@@ -267,7 +267,7 @@ def test_dtypes_for_which_torch_has_no_kernel(dtype: torch.dtype, shape: tuple[i
         sd.gather_bag(BAGS, mode="mean", sparse=True).abs().sum().backward()
     before = list(sd)
     with pytest.raises(TypeError, match=f'no mode="{other}": gather'):
-        sd.gather_bag([["new", NAMES[0]]], mode=other, missing="insert")  # type: ignore[arg-type]
+        sd.gather_bag([["new", NAMES[0]]], mode=other, missing="insert")
     assert list(sd) == before
 
 
@@ -289,7 +289,7 @@ def test_entries_without_elements() -> None:
 def test_tables_on_the_meta_device() -> None:
     sd = SD.from_tensor(NAMES, torch.ones(6, 3, device="meta"))
     for mode in MODES:
-        found = sd.gather_bag(BAGS, mode=mode)  # type: ignore[arg-type]
+        found = sd.gather_bag(BAGS, mode=mode)
         assert found.is_meta
         assert found.shape == (len(BAGS), 3)
 
@@ -458,7 +458,7 @@ def test_a_lookup_notices_that_rows_have_moved(make: Callable[..., SD], mode: An
     del sd[NAMES[0]]
     for missing in ("error", "skip", "zero", "insert"):  # which have no effect on a Lookup
         with pytest.raises(KeyError, match="2 of 8 names"):
-            sd.gather_bag(lookup, OFFSETS, mode=mode, missing=missing)  # type: ignore[arg-type]
+            sd.gather_bag(lookup, OFFSETS, mode=mode, missing=missing)
     assert NAMES[0] not in sd
 
 
@@ -584,7 +584,7 @@ def test_what_the_other_ways_to_treat_names_refuse(missing: Any) -> None:
     with pytest.raises(ValueError, match='init= needs missing="insert"'):
         sd.gather_bag(BAGS, missing=missing, init=torch.nn.init.ones_)
     with pytest.raises(ValueError, match="missing must be"):
-        sd.gather_bag(BAGS, missing="none")  # type: ignore[arg-type]
+        sd.gather_bag(BAGS, missing="none")
     with pytest.raises(ValueError, match=r"expected float64 of shape \[4\]"):
         sd.gather_bag(BAGS, missing=missing, shape=(4,))
     with pytest.raises(KeyError, match="2 of 4 names are not in the dictionary: 'x', 'y'"):
@@ -605,7 +605,7 @@ def test_random_bags_are_those_of_a_loop_while_names_come_and_go(make: Callable[
         weights = weights_of(bags) if mode == "sum" and step % 2 else None
         found = sd.gather_bag(
             bags, mode=mode, missing=missing, weights=weights, sparse=step % 3 == 0, shape=(3,), dtype=torch.float64
-        )  # type: ignore[call-overload]
+        )
         wanted = looped(sd, bags, mode, missing, weights)
         torch.testing.assert_close(found, wanted)
         if wanted.requires_grad:

@@ -1,7 +1,7 @@
-"""Ranks that go on together, or raise together.
+"""One call of a function that all ranks call together: they go on together, or raise together.
 
-A rank that raises alone leaves the others waiting in their next collective. So before each step all ranks exchange a
-header of one size: which call they are in, whether it has failed, and a few numbers.
+A rank that raises alone leaves the others waiting in their next collective. So before each step all ranks meet, as
+those of sharded tables do, and tell whether the call has failed, and a few numbers.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch import distributed as dist
 
-__all__ = ["Ranks"]
+from pdrs._ranks.exchange import PAYLOAD, Call, group_of
+
+__all__ = ["CommonCall"]
 
 _T = TypeVar("_T")
 
-# What a header tells a rank of the call that another one is in.
-_CALLS = ("check", "broadcast", "insert")
-_NUMBERS = 4
 # Collectives of one size at most, in bytes.
 _PIECE = 1 << 28
+# How many seconds to wait for a rank that does not come.
+_TIMEOUT = 60.0
 
 
-class Ranks:
-    """The ranks of a process group, and a call that all of them are in. Without a process group, one rank.
+class CommonCall:
+    """A call that all ranks of a process group are in. Without a process group, one rank.
 
     Parameters
     ----------
@@ -38,29 +39,23 @@ class Ranks:
     """
 
     def __init__(self, call: str, group: Any = None) -> None:
-        self.call, self.group = call, group
-        self.size, self.rank, self.failed = 1, 0, False
-        self.device = torch.device("cpu")
-        if dist.is_available() and dist.is_initialized():
-            self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
-            if self.rank < 0:
-                raise ValueError("this rank is not in the process group")
-            self.device = _device_of(group)
+        self._ranks = group_of(group, _TIMEOUT)
+        self._call = Call(0, call, 0, "")
+        self.group, self.size, self.rank = self._ranks.group, self._ranks.size, self._ranks.rank
+        self.device = torch.device("cpu") if self.size == 1 else _device_of(self.group)
+        self.failed = False
 
     def global_rank(self, rank: int) -> int:
         """Return the number of a rank of this group among all ranks."""
-        return dist.get_global_rank(self._group(), rank) if self.size > 1 else rank
+        return self._ranks.global_rank(rank)
 
     def group_rank(self, rank: int) -> int:
         """Return the reverse; ValueError if the rank is not in the group."""
         if self.size > 1:
-            return dist.get_group_rank(self._group(), rank)
+            return dist.get_group_rank(self.group, rank)
         if rank != 0:
             raise ValueError(f"there is only rank 0, got src={rank}")
         return 0
-
-    def _group(self) -> Any:
-        return self.group or dist.group.WORLD
 
     def run(self, work: Callable[[], _T]) -> _T:
         """Do what may fail on some ranks, and raise on all if it does. The others get a RuntimeError that says why."""
@@ -78,26 +73,20 @@ class Ranks:
         raise error
 
     def agree(self, numbers: Sequence[int] = (), error: Exception | None = None) -> list[list[int]]:
-        """Return the numbers of all ranks, if none has failed. One small collective."""
-        if self.size == 1:
-            if error is not None:
-                raise error
-            return [list(numbers)]
-        own = [_CALLS.index(self.call), int(error is not None), *numbers]
-        header = torch.tensor(own + [0] * (2 + _NUMBERS - len(own)), dtype=torch.int64, device=self.device)
+        """Return the numbers of all ranks, if none has failed. One small collective.
+
+        Raises
+        ------
+        OutOfStepError
+            If the ranks have called different functions, or one of them does not come.
+        RuntimeError
+            If a rank has failed. The rank itself raises ``error``.
+        """
         self.failed = True  # unless this is left at the end
-        headers = self._gathered(header).tolist()
-        if any(one[0] != headers[0][0] for one in headers):
-            calls = ", ".join(f"rank {self.global_rank(at)} {_CALLS[one[0]]}" for at, one in enumerate(headers))
-            raise RuntimeError(f"all ranks must call the same function of pdrs.distributed, got {calls}")
-        if any(one[1] for one in headers):
-            texts = self.objects("" if error is None else f"{type(error).__name__}: {error}")
-            if error is not None:
-                raise error
-            where = [(self.global_rank(at), text) for at, text in enumerate(texts) if text]
-            raise RuntimeError(f"rank {where[0][0]} has failed, so that no rank goes on: {where[0][1]}")
+        payload = [*numbers, *[0] * (PAYLOAD - len(numbers))]
+        told = self._ranks.meet(self._call, payload, 0, error)
         self.failed = False
-        return [one[2 : 2 + len(numbers)] for one in headers]
+        return [row[1 : 1 + len(numbers)] for row in told.tolist()]
 
     def objects(self, one: Any) -> list[Any]:
         """Return an object of each rank. They are pickled, so they should be small."""

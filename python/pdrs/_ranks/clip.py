@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pdrs._ranks.sharded import ShardedParameterDict, dictionary_of, joined_norm, norm_over_ranks
+from pdrs._rows.clipping import values_of_gradients
 
 __all__ = ["clip_grad_norm_"]
 
@@ -49,15 +50,18 @@ def clip_grad_norm_(
     norm_type = float(norm_type)
     if not norm_type > 0:
         raise ValueError(f"expected a norm_type above 0, got {norm_type}")
-    given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     owners: dict[ShardedParameterDict, list[Tensor]] = {}
     dense = []
+    given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    values = []
     for parameter in given:
         owner = dictionary_of(parameter)
+        own = [each for _, each in values_of_gradients(parameter)]
+        values += own
         if owner is not None:
-            owners.setdefault(owner, []).append(parameter)
-        elif parameter.grad is not None:
-            dense.append(parameter)
+            owners.setdefault(owner, []).extend(own)
+        else:
+            dense += own
     parts = [_norm(dense, norm_type)]
     parts += [norm_over_ranks(owner, _norm(tables, norm_type), norm_type) for owner, tables in owners.items()]
     total = joined_norm(parts, norm_type)
@@ -65,19 +69,13 @@ def clip_grad_norm_(
         raise RuntimeError(f"the total norm of order {norm_type} of the gradients is not finite: it cannot be clipped")
     factor = max_norm / (total + 1e-6)
     if not factor >= 1.0:  # also if it is nan
-        for parameter in given:
-            if parameter.grad is not None:
-                parameter.grad.mul_(factor)
+        for each in values:
+            each.mul_(factor)
     return torch.tensor(total, dtype=torch.get_default_dtype())
 
 
-def _norm(parameters: list[Tensor], norm_type: float) -> float:
-    """Return the norm of the gradients on this rank; what a sparse one has for a row counts as its sum."""
-    values = []
-    for parameter in parameters:
-        gradient = parameter.grad
-        if gradient is not None:
-            values.append(gradient.coalesce().values() if gradient.is_sparse else gradient)
-    norm = torch.nn.utils.get_total_norm(values, norm_type)
+def _norm(gradients: list[Tensor], norm_type: float) -> float:
+    """Return the norm of gradients, or of their values, on this rank."""
+    norm = torch.nn.utils.get_total_norm([one for one in gradients if one.numel()], norm_type)
     # Of parameters that FSDP2 has sharded, which has its own collectives.
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)

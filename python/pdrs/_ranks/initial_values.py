@@ -8,6 +8,7 @@ because these differ between machines in the last bit.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,7 +21,7 @@ __all__ = ["Initial", "normal", "uniform", "values_of"]
 _Float = NDArray[np.float64]
 
 
-class Initial:
+class Initial(ABC):
     """A distribution of initial values; :func:`normal` and :func:`uniform` make one."""
 
     def __init__(self, described: str) -> None:
@@ -29,9 +30,9 @@ class Initial:
     def __repr__(self) -> str:
         return self._described
 
+    @abstractmethod
     def of(self, uniform: _Float) -> _Float:
         """Return values made of numbers that are uniform in the open interval from 0 to 1."""
-        raise NotImplementedError
 
 
 class _Normal(Initial):

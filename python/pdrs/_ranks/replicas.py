@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Module
 
-from pdrs._ranks.agreement import Ranks
+from pdrs._ranks.agreement import CommonCall
 from pdrs._rows import optimizer_state
 from pdrs._rows.groups import groups_of
 from pdrs._rows.insert import (
@@ -96,6 +96,9 @@ def check(module: Module, group: ProcessGroup | None = None, *, every: int | Non
     ------
     RuntimeError
         If a dictionary differs. The message says which one, on which ranks, and in what.
+    OutOfStepError
+        If the ranks call different functions, or a rank does not come within a minute. The same for :func:`broadcast`
+        and :func:`insert`.
     TypeError, ValueError
         If ``module`` is not a module, or ``every`` is not a positive int.
 
@@ -126,7 +129,7 @@ def check(module: Module, group: ProcessGroup | None = None, *, every: int | Non
 
 @untraced
 def _check(module: Module, group: ProcessGroup | None) -> None:
-    ranks = Ranks("check", group)
+    ranks = CommonCall("check", group)
     found: list[tuple[str, int, _Digests]] = []
     try:
         found = [(name, len(one), _digests(one)) for name, one in _dictionaries(module)]
@@ -138,7 +141,7 @@ def _check(module: Module, group: ProcessGroup | None) -> None:
     _refuse_different(ranks, ranks.objects(found))
 
 
-def _refuse_different(ranks: Ranks, of_ranks: list[list[tuple[str, int, _Digests]]]) -> None:
+def _refuse_different(ranks: CommonCall, of_ranks: list[list[tuple[str, int, _Digests]]]) -> None:
     _refuse_other_modules(ranks, [[name for name, *_ in found] for found in of_ranks])
     differences = []
     for at, (name, count, digests) in enumerate(of_ranks[0]):
@@ -161,7 +164,7 @@ def _refuse_different(ranks: Ranks, of_ranks: list[list[tuple[str, int, _Digests
     raise RuntimeError(f"the ranks have different dictionaries: {'; '.join(differences)}. {_CURE}")
 
 
-def _refuse_other_modules(ranks: Ranks, names: list[list[str]]) -> None:
+def _refuse_other_modules(ranks: CommonCall, names: list[list[str]]) -> None:
     for rank, found in enumerate(names):
         if found != names[0]:
             raise RuntimeError(
@@ -261,7 +264,7 @@ def broadcast(module: Module, src: int = 0, group: ProcessGroup | None = None) -
     >>> pdrs.distributed.broadcast(model)       # on all ranks, then DistributedDataParallel(model)
 
     """
-    ranks = Ranks("broadcast", group)
+    ranks = CommonCall("broadcast", group)
     dictionaries, source = ranks.run(lambda: (_dictionaries(module), ranks.group_rank(src)))
     names = [name for name, _ in dictionaries]
     headers = ranks.agree([len(names), _of_text(names), source])
@@ -335,7 +338,7 @@ def _become(sd: StackedParameterDict, packed: Tensor, facts: list[_TableFacts]) 
     adopt(sd)
 
 
-def _share_values(ranks: Ranks, source: int, sd: StackedParameterDict, facts: list[_TableFacts]) -> None:
+def _share_values(ranks: CommonCall, source: int, sd: StackedParameterDict, facts: list[_TableFacts]) -> None:
     for one, table in zip(facts, sd._tables, strict=True):
         ranks.share(parameter_of(sd, table), source)
         if one.is_frozen:
@@ -393,7 +396,7 @@ def insert(
     ['c', 'd']
 
     """
-    ranks = Ranks("insert", group)
+    ranks = CommonCall("insert", group)
     with ExitStack() as lock:
         wanted: list[str] = []
         text = np.empty(0, np.uint8)
@@ -433,7 +436,7 @@ def _from_bytes(data: NDArray[np.uint8], count: int) -> Iterable[str]:
 
 
 def _refuse_other_rows(
-    ranks: Ranks, sd: StackedParameterDict, new: list[str], shape: Sequence[int] | None, dtype: torch.dtype | None
+    ranks: CommonCall, sd: StackedParameterDict, new: list[str], shape: Sequence[int] | None, dtype: torch.dtype | None
 ) -> None:
     """Raise on all ranks if names that are new on one are there on another, or would come into different rows."""
     lacking, layout = 0, 0
@@ -480,7 +483,7 @@ def _refuse_change(sd: StackedParameterDict, kind: Kind, new: list[str]) -> None
 
 
 def _insert(
-    ranks: Ranks,
+    ranks: CommonCall,
     sd: StackedParameterDict,
     new: list[str],
     init: Initialiser | None,

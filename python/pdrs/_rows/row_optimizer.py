@@ -8,6 +8,7 @@ of a step written, or none.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -57,9 +58,9 @@ class RowOptimizer(ByRow, Optimizer):
 
     # -- what a class tells of itself ----------------------------------------------------------------------------------
 
+    @abstractmethod
     def _full_states(self, group: dict[str, Any]) -> list[str]:
         """Return the keys of the states that have the shape of a table, in the order of the native rule."""
-        raise NotImplementedError
 
     def _row_states(self, group: dict[str, Any], state: dict[str, Any]) -> list[str]:
         """Return the keys of the states that have a number for each row, in the order of the native rule."""
@@ -69,9 +70,9 @@ class RowOptimizer(ByRow, Optimizer):
         """Whether the number of the step is a state."""
         return True
 
+    @abstractmethod
     def _numbers(self, group: dict[str, Any], state: dict[str, Any], count: int) -> dict[str, Any]:
         """Return the arguments of the native rule for the step with this number."""
-        raise NotImplementedError
 
     def _shrink(self, group: dict[str, Any]) -> float:
         """Return what values are multiplied by in this step, apart from the gradient."""

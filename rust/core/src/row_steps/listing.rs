@@ -23,7 +23,8 @@ impl Listing {
     ///
     /// # Errors
     ///
-    /// [`Error::Row`] with the first row that the table does not have; [`Error::Memory`].
+    /// [`Error::Row`] with the first row that the table does not have, or that is listed after 2^32 others. Also with one
+    /// beyond 2^32. [`Error::Memory`].
     pub fn of(
         rows: impl ExactSizeIterator<Item = i64>,
         capacity: usize,
@@ -32,12 +33,14 @@ impl Listing {
         let mut entries = memory::with_capacity(rows.len())?;
         let (mut is_sorted, mut last) = (true, 0);
         for (place, row) in rows.enumerate() {
-            let known = usize::try_from(row).ok().filter(|row| *row < capacity);
-            let Some(index) = known else { return Err(Error::Row { row, capacity: capacity as u64 }) };
-            if skips(index) {
+            let known = u32::try_from(row).ok().filter(|row| (*row as usize) < capacity);
+            let (Some(index), Ok(place)) = (known, u32::try_from(place)) else {
+                return Err(Error::Row { row, capacity: capacity as u64 });
+            };
+            if skips(index as usize) {
                 continue;
             }
-            let entry = (index as u64) << 32 | place as u64;
+            let entry = u64::from(index) << 32 | u64::from(place);
             is_sorted &= entry >= last;
             last = entry;
             entries.push(entry);
