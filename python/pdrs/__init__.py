@@ -4,8 +4,11 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from pdrs import optim
+# First, and before torch: it refuses a subinterpreter, in which importing torch would never end.
 from pdrs._core import IndexMap, group_tensors
+
+# isort: split
+from pdrs import optim
 from pdrs._rows.gather import Lookup
 from pdrs._rows.step_warnings import AbsentNamesWarning, UntrainedTableWarning
 from pdrs._torch.errors import MissingEntryError
