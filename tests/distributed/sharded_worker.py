@@ -121,9 +121,18 @@ def reference(which: str) -> tuple[StackedParameterDict, torch.optim.Optimizer]:
     return words, optimizer
 
 
-def train(which: str, rank: int, world: int, ahead: bool = False) -> dict[str, Any]:
+def mesh_of(world: int, shards: int) -> Any:
+    """Return a mesh of replicas, each of so many ranks; or all in one, if they are not a multiple."""
+    shards = world if world % shards else shards
+    return init_device_mesh("cpu", (world // shards, shards), mesh_dim_names=("replicate", "shard"))
+
+
+def train(which: str, rank: int, world: int, ahead: bool = False, shards: int | None = None) -> dict[str, Any]:
     make, sparse = OPTIMIZERS[which]
-    words = new(known_names=64)
+    if shards is None:
+        words = new(known_names=64)
+    else:
+        words = ShardedParameterDict((WIDTH,), mesh_of(world, shards), seed=SEED, init=INIT, known_names=64, timeout=10)
     optimizer = make(words.parameters())
     words.attach_optimizer(optimizer)
     plan, evicted = None, 0
@@ -175,7 +184,139 @@ def largest_difference(
 
 for _name in OPTIMIZERS:
     CASES[f"train_{_name}"] = lambda rank, world, which=_name: train(which, rank, world)
+CASES["train_with_replicas"] = lambda rank, world: train("adam", rank, world, shards=2)
+CASES["train_with_whole_replicas"] = lambda rank, world: train("row_adagrad", rank, world, shards=1)
 CASES["train_ahead"] = lambda rank, world: train("adam", rank, world, ahead=True)
+
+
+@case
+def replicas_have_the_same_bits(rank: int, world: int) -> dict[str, Any]:
+    bits = []
+    for wire in (None, torch.bfloat16):
+        words = ShardedParameterDict((WIDTH,), mesh_of(world, 2), seed=SEED, init=INIT, wire=wire, timeout=10)
+        optimizer = pdrs.optim.Adam(words.parameters(), lr=0.1)
+        words.attach_optimizer(optimizer)
+        for step in range(6):
+            names = batch(step, rank, world)
+            optimizer.zero_grad()
+            loss_of(words.gather(names, "insert"), names).backward()
+            pdrs.distributed.clip_grad_norm_(words.parameters(), 0.01)
+            optimizer.step()
+        words.scatter([f"mine/{rank}", "all"], torch.full((2, WIDTH), float(rank)), missing="insert")
+        assert words.gather([*(f"mine/{each}" for each in range(world)), "all"])[:, 0].tolist() == [
+            *map(float, range(world)),
+            world - 1.0,
+        ]
+        before = words.total()
+        words.drop([f"mine/{rank}", "all"])
+        assert words.total() == before - world - 1
+        assert "all" not in words
+        mine: list[Any] = [None] * world
+        names = list(words)
+        dist.all_gather_object(mine, (names, words.local.gather(names).detach().view(torch.int32).tolist()))
+        shards = world if world % 2 else 2
+        bits += [mine[rank] == mine[peer] for peer in range(rank % shards, world, shards)]
+        assert sum(len(one) for one, _ in mine[:shards]) == words.total()
+    return {"same": all(bits), "compared": len(bits)}
+
+
+@case
+def rows_of_several_shapes(rank: int, world: int) -> dict[str, Any]:
+    words = ShardedParameterDict([(2,), (), (3, 2)], dist.new_group(), seed=SEED, init=INIT, timeout=10)
+    optimizer = torch.optim.SGD(words.parameters(), lr=1.0)
+    words.attach_optimizer(optimizer)
+    rows = [
+        words.gather([f"a/{rank}", "a"], "insert"),
+        words.gather(words.plan(["b", f"b/{rank}"], "insert", shape=())),
+        words.gather(["c"], "insert", shape=(3, 2)),
+    ]
+    assert [tuple(each.shape) for each in rows] == [(2, 2), (2,), (1, 3, 2)]
+    before = [each.detach().clone() for each in rows]
+    sum(each.sum() for each in rows).backward()
+    optimizer.step()
+    shares = [torch.tensor([[1 / world], [1.0]]), torch.tensor([1.0, 1 / world]), torch.ones(1, 1, 1)]
+    after = [
+        words.gather([f"a/{rank}", "a"]),
+        words.gather(["b", f"b/{rank}"], shape=()),
+        words.gather(["c"], shape=(3, 2)),
+    ]
+    for one, two, share in zip(before, after, shares, strict=True):
+        torch.testing.assert_close(two, one - share)
+    assert words.total() == 3 + 2 * world
+    # A name has one shape, whoever asks.
+    said = error_of(lambda: words.gather(["a"], "insert", shape=()), (ValueError, RuntimeError))
+    assert "shape" in said, said
+    said = error_of(lambda: words.gather(["a"], shape=(5,)), ValueError)
+    assert "expected a shape of the dictionary" in said
+    values = torch.zeros(1, 3, 2) if rank else torch.zeros(1, 2)
+    if world > 1:
+        error_of(lambda: words.scatter(["x"], values, missing="insert"), ValueError)
+    assert words.total() == 3 + 2 * world
+    words.scatter(["b"], torch.tensor([5.0]))
+    assert words.gather(["b"], shape=()).tolist() == [5.0]
+    words.drop(["a", "b", "c"] if rank == 0 else ["c"])
+    assert words.total() == 2 * world
+    words.gather([], shape=(3, 2)).sum().backward()
+    for _ in range(3):
+        words.gather([f"a/{each}" for each in range(world)])
+    words.evict(older_than=2)
+    assert words.total() == world
+    return {}
+
+
+@case
+def names_of_a_call_that_fails_are_removed(rank: int, world: int) -> dict[str, Any]:
+    words = new()
+    optimizer = torch.optim.Adam(words.parameters())
+    words.gather(batch(0), "insert").sum().backward()
+    optimizer.step()
+    if rank < world - 1:
+        words.attach_optimizer(optimizer)
+    before = list(words)
+    # The table of the last rank cannot grow, because nobody has told it of its optimizer.
+    more = [f"more/{number}" for number in range(300)]
+    said = error_of(lambda: words.gather(more, "insert"), RuntimeError)
+    assert list(words) == before, said
+    if rank == world - 1:
+        words.attach_optimizer(optimizer)
+    words.gather(more, "insert").sum().backward()
+    optimizer.step()
+    assert words.total() == len(set(batch(0))) + 300
+    return {}
+
+
+@case
+def batches_are_planned_ahead(rank: int, world: int) -> dict[str, Any]:
+    words = new()
+    optimizer = torch.optim.SGD(words.parameters(), lr=0.1)
+    words.attach_optimizer(optimizer)
+    batches = [(step, batch(step, rank, world)) for step in range(5)]
+    seen = []
+    for (step, names), plan in words.ahead(batches, "insert", names=lambda one: one[1]):
+        assert list(plan.names) == names
+        assert torch.equal(words.gather(plan), words.gather(names))
+        loss_of(words.gather(plan), names).backward()
+        optimizer.step()
+        if step == 2:
+            words.evict(older_than=1)  # also names of the next batch, which come again
+        seen.append(step)
+    assert seen == list(range(5))
+    assert list(words.ahead([], "insert")) == []
+    return {}
+
+
+@case
+def out_of_step_a_rank_has_fewer_batches(rank: int, world: int) -> dict[str, Any]:
+    words = new()
+    batches = [batch(step, rank, world) for step in range(2 if rank == 1 else 3)]
+
+    def train_all() -> None:
+        for names, plan in words.ahead(batches, "insert"):
+            loss_of(words.gather(plan), names).backward()
+
+    said = error_of(train_all, OutOfStepError)
+    assert "the end of its batches" in said, said
+    return {"said": said, "took": 0}
 
 
 @case

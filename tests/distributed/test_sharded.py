@@ -51,8 +51,11 @@ NAMES = [
     "names_that_are_missing",
     "odd_names_are_sent_as_text",
     "scatter_and_drop",
+    "rows_of_several_shapes",
+    "names_of_a_call_that_fails_are_removed",
+    "batches_are_planned_ahead",
 ]
-TRAINING = [f"train_{name}" for name in (*worker.OPTIMIZERS, "ahead")]
+TRAINING = [f"train_{name}" for name in (*worker.OPTIMIZERS, "ahead", "with_replicas", "with_whole_replicas")]
 
 # They are part of the format: what is saved depends on them.
 GOLDEN_BUCKETS = [3291, 849, 2512, 883, 3251, 1448, 446, 142, 1999, 1886]
@@ -132,6 +135,13 @@ def test_rows_and_states_are_those_of_one_process(run: Run, world: int, name: st
     assert max(each["apart"] for each in told) <= (0.0 if world == 1 else 1e-6)
     assert sum(each["evicted"] for each in told) > 3
     assert all(each["names"] for each in told)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_replicas_have_the_same_rows_to_the_bit(run: Run, world: int) -> None:
+    for each in run(world, "replicas_have_the_same_bits"):
+        assert each["same"]
+        assert each["compared"] == (2 if world % 2 else world)
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -357,6 +367,8 @@ def test_options_that_cannot_be_are_refused() -> None:
         make((2,), seed=1.5)
     with pytest.raises(TypeError, match="shape"):
         make(2)
+    with pytest.raises(ValueError, match="different shapes"):
+        make([(2,), (2,)])
     with pytest.raises(ValueError, match="std"):
         pdrs.distributed.normal(-1.0)
     with pytest.raises(ValueError, match="low"):

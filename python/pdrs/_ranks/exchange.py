@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["HEADER_BYTES", "Call", "Line", "OutOfStepError", "Ranks", "group_of"]
+__all__ = ["HEADER_BYTES", "Call", "Line", "OutOfStepError", "Ranks", "group_of", "ranks_and_shards"]
 
 # A header: the call in three numbers, the status, and what the call adds for each peer.
 _CALL, _STATUS, PAYLOAD = 3, 3, 4
@@ -258,6 +258,8 @@ class Line:
 
 _all_ranks: dict[tuple[str, float], Ranks] = {}
 _counts: dict[str, int] = {}
+# The groups of all ranks of meshes with two dimensions, each beside the group of all processes at that time.
+_meshes: dict[tuple[int, ...], tuple[Any, Any]] = {}
 
 
 def group_of(group: Any, timeout: float) -> Ranks:
@@ -285,6 +287,29 @@ def group_of(group: Any, timeout: float) -> Ranks:
     if known is None or known.group is not group:
         known = _all_ranks[key] = Ranks(group, timeout)
     return known
+
+
+def ranks_and_shards(mesh_or_group: Any, timeout: float) -> tuple[Ranks, int]:
+    """Return the ranks of a process group or of a mesh, and over how many ranks names are spread.
+
+    A mesh with two dimensions has replicas: the names are spread over its second dimension.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for :func:`group_of`. Also if the ranks of a mesh with two dimensions do not ascend.
+    """
+    if not isinstance(mesh_or_group, DeviceMesh) or mesh_or_group.ndim != 2:
+        ranks = group_of(mesh_or_group, timeout)
+        return ranks, ranks.size
+    members = tuple(mesh_or_group.mesh.flatten().tolist())
+    if list(members) != sorted(members):
+        raise ValueError(f"expected a mesh whose ranks ascend, as init_device_mesh makes it, got {list(members)}")
+    job, group = _meshes.get(members, (None, None))
+    if job is not dist.group.WORLD:  # torch.distributed has been initialised since
+        group = dist.new_group(list(members), use_local_synchronization=True)
+        _meshes[members] = dist.group.WORLD, group
+    return group_of(group, timeout), mesh_or_group.size(1)
 
 
 def _count_of(group: Any) -> int:

@@ -13,11 +13,11 @@ from torch import Tensor
 from pdrs._core import IndexMap
 from pdrs._ranks.exchange import Call, Line
 from pdrs._ranks.known_rows import OWNER_BITS, KnownRows
-from pdrs._ranks.owners import owners_of
+from pdrs._ranks.owners import Owners
 from pdrs._rows.gather import Missing
 from pdrs._torch.errors import MissingEntryError
 
-__all__ = ["GENERATION", "Plan", "Request", "exchange_requests"]
+__all__ = ["GENERATION", "Answer", "Plan", "Request", "exchange_requests"]
 
 # What a header has for each peer: known and new names, the bytes of these, and the generation of the sender's rows.
 _KNOWN, _NEW, _TEXT, GENERATION = 1, 2, 3, 4
@@ -40,6 +40,8 @@ class Plan:
     """
 
     __slots__ = (
+        "any_new",
+        "counts",
         "dictionary",
         "generations",
         "give",
@@ -47,14 +49,20 @@ class Plan:
         "missing",
         "names",
         "number",
+        "of_replicas",
         "place",
         "rows",
+        "shape",
         "take",
     )
 
     dictionary: int
     names: Sequence[str]
     missing: Missing
+    # The shape of a row.
+    shape: tuple[int, ...]
+    # Whether any rank has asked for names whose rows it does not know.
+    any_new: bool
     # Which plan of the dictionary this is: all ranks must use the same.
     number: int
     # The generation of each rank's rows: if one changes, row numbers are void.
@@ -62,6 +70,9 @@ class Plan:
     # The own rows that go to the ranks, those for rank 0 first, and how many to each.
     rows: Tensor
     give: list[int]
+    # The own rows that all replicas ask for, and how many each rank does; None if there is one replica.
+    of_replicas: Tensor
+    counts: list[int] | None
     # How many rows come from each rank, and which of them each name has. The row after the last one is of zeros.
     take: list[int]
     place: Tensor
@@ -84,8 +95,8 @@ class Request:
         Names in order; some may be listed many times.
     known
         What is known of them.
-    world_size
-        The number of ranks.
+    owners
+        Which ranks share the names.
 
     Raises
     ------
@@ -95,35 +106,35 @@ class Request:
         If a name is empty.
     """
 
-    def __init__(self, names: Sequence[str], known: KnownRows, world_size: int) -> None:
+    def __init__(self, names: Sequence[str], known: KnownRows, owners: Owners) -> None:
         ids = known.find(names)
         there = ids >= 0
         self._complete = bool(there.all())
         distinct, self._known_of = np.unique(ids if self._complete else ids[there], return_inverse=True)
-        owners = distinct >> OWNER_BITS
+        owners_of_known = distinct >> OWNER_BITS
         self.rows = (distinct & _ROW_MASK).astype(np.uint32)
-        self.known = np.bincount(owners, minlength=world_size)
+        self.known = np.bincount(owners_of_known, minlength=owners.ranks)
         self.new_names: list[str] = []
-        self.new = np.zeros(world_size, np.int64)
+        self.new = np.zeros(owners.ranks, np.int64)
         self._there = there
         self._new_of = np.empty(0, np.int64)
         self._texts: list[bytes] = []
         if not self._complete:
-            self._add_new([names[at] for at in np.flatnonzero(~there).tolist()], world_size)
+            self._add_new([names[at] for at in np.flatnonzero(~there).tolist()], owners)
         ends = np.cumsum(self.new)
         text = [sum(map(len, self._texts[end - count : end])) for end, count in zip(ends, self.new, strict=True)]
         self.text = np.array(text, np.int64)
 
-    def _add_new(self, names: list[str], world_size: int) -> None:
+    def _add_new(self, names: list[str], owners: Owners) -> None:
         index = IndexMap()
         places = index.extend(names)
         distinct = list(index)
         if "" in index:
             raise KeyError('parameter name can\'t be empty string ""')
-        owners = owners_of(distinct, world_size)
-        order = np.argsort(owners, kind="stable")
+        owners_of_new = owners.of(distinct)
+        order = np.argsort(owners_of_new, kind="stable")
         self.new_names = [distinct[at] for at in order.tolist()]
-        self.new = np.bincount(owners, minlength=world_size)
+        self.new = np.bincount(owners_of_new, minlength=owners.ranks)
         position = np.empty(len(order), np.int64)
         position[order] = np.arange(len(order))
         self._new_of = position[places]
@@ -192,8 +203,8 @@ def exchange_requests(
     sizes = 4 * told[:, _KNOWN] + 4 * told[:, _NEW] + told[:, _TEXT]
     come = line.exchange_bytes(message, give, sizes.tolist(), call)
     plan = Plan()
-    anyone_asks = bool((told[:, 0] & _ASKS).any())
-    if not anyone_asks:
+    plan.any_new = bool((told[:, 0] & _ASKS).any())
+    if not plan.any_new:
         plan.rows = torch.from_numpy(come.view(np.uint32).astype(np.int64))
         plan.give = told[:, _KNOWN].tolist()
         found = np.zeros(0, np.bool_)

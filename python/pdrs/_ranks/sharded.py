@@ -7,7 +7,8 @@ import gc
 import math
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, NoReturn, ParamSpec, TypeVar
 
 import numpy as np
@@ -18,10 +19,12 @@ from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
 from pdrs._core import hash_names
-from pdrs._ranks.exchange import Call, Line, group_of
+from pdrs._ranks.exchange import Call, Line, ranks_and_shards
 from pdrs._ranks.initial_values import Initial, values_of
 from pdrs._ranks.known_rows import KnownRows
-from pdrs._ranks.plan import GENERATION, Plan, Request, exchange_requests
+from pdrs._ranks.mesh import names_of_replicas, of_replicas, rows_of_replicas
+from pdrs._ranks.owners import Owners
+from pdrs._ranks.plan import GENERATION, Answer, Plan, Request, exchange_requests
 from pdrs._ranks.rows_op import exchange_rows
 from pdrs._rows.gather import Missing, check_missing, takes_rows
 from pdrs._rows.gather_op import gather_rows
@@ -44,17 +47,26 @@ _by_local: weakref.WeakValueDictionary[int, ShardedParameterDict] = weakref.Weak
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+_T = TypeVar("_T")
 
 
 def _in_step(
     method: Callable[Concatenate[ShardedParameterDict, _P], _R],
 ) -> Callable[Concatenate[ShardedParameterDict, _P], _R]:
-    """Let a call that fails on this rank alone be the last one. torch.compile leaves it alone."""
+    """Let a call that fails on this rank alone be the last one, and take back the names that it has inserted.
+
+    torch.compile leaves it alone.
+    """
 
     @untraced
     def call(self: ShardedParameterDict, /, *arguments: _P.args, **named: _P.kwargs) -> _R:
         with self._line.ranks.in_step():
-            return method(self, *arguments, **named)
+            self._inserted = []
+            try:
+                return method(self, *arguments, **named)
+            except BaseException:
+                self._remove_inserted()
+                raise
 
     return functools.wraps(method)(call)
 
@@ -74,10 +86,11 @@ class ShardedParameterDict(Module):
     Parameters
     ----------
     shape
-        The shape of a row. A dictionary has rows of one shape and dtype. Make several dictionaries for several.
+        The shape of a row, or a list of shapes. Of several, the first is the default of methods.
     mesh_or_group
-        A process group, or a ``DeviceMesh`` with one dimension. The default is the group of all processes. Without
-        ``torch.distributed``, this process is the only rank.
+        A process group, or a ``DeviceMesh``. The default is the group of all processes. Without
+        ``torch.distributed``, this process is the only rank. A mesh with two dimensions has replicas: the names are
+        spread over its second dimension, and each rank along the first has the same names, rows and state.
     seed
         An integer, the same on all ranks. New rows depend on it, on the name, and on nothing else.
     init
@@ -124,7 +137,7 @@ class ShardedParameterDict(Module):
 
     def __init__(
         self,
-        shape: Sequence[int],
+        shape: Sequence[int] | Sequence[Sequence[int]],
         mesh_or_group: Any = None,
         *,
         seed: int = 0,
@@ -144,21 +157,27 @@ class ShardedParameterDict(Module):
             raise TypeError(f"expected an int as seed, got {type(seed).__name__}")
         if wire not in (None, *_WIRES) or (wire is not None and dtype is not None and not dtype.is_floating_point):
             raise TypeError(f"expected wire to be one of {', '.join(map(str, _WIRES))}, for such rows, got {wire!r}")
-        self._shape = as_shape(shape)
-        self._width = math.prod(self._shape)
+        self._shapes = _as_shapes(shape)
         self._seed, self._init, self._average, self._wire = seed, init, bool(average), wire
-        self._line = Line(group_of(mesh_or_group, timeout))
+        ranks, shards = ranks_and_shards(mesh_or_group, timeout)
+        self._line = Line(ranks)
+        self._owners = Owners(ranks.size, shards, ranks.rank // shards * shards)
         # Keys of a state dict say whose shard it is: distributed checkpoints take what has one key for copies.
-        self._local_name = f"rank_{self.rank}_of_{self.world_size}"
+        self._local_name = f"rank_{self.rank % shards}_of_{shards}"
         self.add_module(self._local_name, StackedParameterDict())
-        self.local.reserve(max(1, reserve), shape=self._shape, dtype=dtype, device=device)
-        self._known = KnownRows(known_names)
+        for one in self._shapes:
+            self.local.reserve(max(1, reserve), shape=one, dtype=dtype, device=device)
+        self._known = {one: KnownRows(known_names) for one in self._shapes}
+        self._inserted: list[str] = []
         self._plans = self._gathers = self._others = 0
-        self._seen = torch.zeros(self._capacity(), dtype=torch.int64, device="cpu")
+        self._seen = {one: torch.zeros(0, dtype=torch.int64, device="cpu") for one in self._shapes}
         self._layout = self.local.layout_version
-        self._looked_for_ddp, self._table_id = False, id(self._table())
+        self._looked_for_ddp, self._table_ids = False, self._ids_of_tables()
         _by_local[id(self.local)] = self
-        options = f"shape={list(self._shape)}, {seed=}, {init=}, dtype={self._table().dtype}, {average=}, {wire=}"
+        options = (
+            f"shapes={[list(one) for one in self._shapes]}, {shards=}, {seed=}, {init=}, dtype={self._table().dtype}, "
+            f"{average=}, {wire=}"
+        )
         told = self._line.meet(self._line.call("ShardedParameterDict", 0, options), [0, 0, 0, self._generation()])
         self._generations = told[:, GENERATION].copy()
 
@@ -211,11 +230,13 @@ class ShardedParameterDict(Module):
     def total(self) -> int:
         """Return the number of names on all ranks. All ranks must call it."""
         told = self._line.meet(self._next_call("total"), len(self.local))
-        return int(told[:, 1].sum())
+        return int(told[: self._owners.shards, 1].sum())
 
     def extra_repr(self) -> str:
         """Return what it was made with."""
-        return f"shape={list(self._shape)}, rank={self.rank}, world_size={self.world_size}, seed={self._seed}"
+        shapes = [list(one) for one in self._shapes]
+        shape = f"shape={shapes[0]}" if len(shapes) == 1 else f"shapes={shapes}"
+        return f"{shape}, rank={self.rank}, world_size={self.world_size}, seed={self._seed}"
 
     def attach_optimizer(self, optimizer: Optimizer, *, initial_state: Mapping[str, Any] | None = None) -> None:
         """Let the state of an optimizer follow the names: see :meth:`pdrs.StackedParameterDict.attach_optimizer`."""
@@ -228,7 +249,7 @@ class ShardedParameterDict(Module):
     # -- rows ----------------------------------------------------------------------------------------------------------
 
     @_in_step
-    def plan(self, names: Names, missing: Missing = "error") -> Plan:
+    def plan(self, names: Names, missing: Missing = "error", *, shape: Sequence[int] | None = None) -> Plan:
         """Find out who has the rows of names. All ranks must call it. **O(m)** for ``m`` names.
 
         The plan may be made before the step that needs it. If names have gone meanwhile, :meth:`gather` makes it again,
@@ -241,6 +262,8 @@ class ShardedParameterDict(Module):
         missing
             What happens to names that no rank has. ``"error"`` raises on all ranks. ``"skip"`` leaves their rows out.
             ``"zero"`` gives rows of zeros without a gradient. ``"insert"`` inserts them.
+        shape
+            The shape of the rows. The default is the first one of the dictionary. It must be the same on all ranks.
 
         Returns
         -------
@@ -251,18 +274,28 @@ class ShardedParameterDict(Module):
         ------
         KeyError
             If names are missing on any rank and ``missing`` is ``"error"``, on all ranks. Also if a name is empty.
+        ValueError
+            If names have rows of another shape.
         OutOfStepError
             If the ranks call different things, or a rank does not come.
         RuntimeError
-            If another rank has failed. After an error, some names may have been inserted; they have initial values.
+            If another rank has failed. New names are removed again.
         """
         self._plans += 1
-        plan = self._planned(names, missing, self._line.call("plan", self._plans, f"missing={missing!r}"))
+        options = f"missing={missing!r}{self._said(shape)}"
+        plan = self._planned(names, missing, self._line.call("plan", self._plans, options), shape=shape)
         plan.number = self._plans
         return plan
 
     @_in_step
-    def gather(self, names: Names | Plan, missing: Missing = "error", *, sparse: bool | None = None) -> Tensor:
+    def gather(
+        self,
+        names: Names | Plan,
+        missing: Missing = "error",
+        *,
+        shape: Sequence[int] | None = None,
+        sparse: bool | None = None,
+    ) -> Tensor:
         """Return the rows of many names as one differentiable tensor. All ranks must call it. **O(m)**.
 
         Gradients go back to the owners in the backward pass, and add up there.
@@ -271,7 +304,7 @@ class ShardedParameterDict(Module):
         ----------
         names
             As for :meth:`plan`, or a plan.
-        missing
+        missing, shape
             As for :meth:`plan`. A plan has its own.
         sparse
             Whether the gradients of tables are sparse. The default is whether an optimizer of ``pdrs.optim`` is
@@ -284,27 +317,28 @@ class ShardedParameterDict(Module):
 
         Raises
         ------
-        KeyError, OutOfStepError, RuntimeError
+        KeyError, ValueError, OutOfStepError, RuntimeError
             As for :meth:`plan`.
         """
         self._gathers += 1
         number = self._gathers
         plan = names if isinstance(names, Plan) else None
-        table = self._table()
+        table = self._table(shape if plan is None else plan.shape)
         if sparse is None:
             sparse = takes_rows(self.local, table)
         has_gradients = torch.is_grad_enabled() and table.requires_grad
         options = f"gradients={has_gradients}, sparse={sparse}"
         if plan is None:
-            plan = self._planned(names, missing, self._line.call("gather", number, f"missing={missing!r}, {options}"))
+            options = f"missing={missing!r}{self._said(shape)}, {options}"
+            plan = self._planned(names, missing, self._line.call("gather", number, options), shape=shape)
         else:
             plan = self._fresh(plan, self._line.call("gather", number, f"plan {plan.number}, {options}"))
-        table = self._table()
-        self._see(plan.rows, number)
-        rows = plan.rows if table.is_cpu else plan.rows.to(table.device)
+        table = self._table(plan.shape)
+        self._see(plan.of_replicas, number, plan.shape)
+        rows = plan.of_replicas if table.is_cpu else plan.of_replicas.to(table.device)
         own = gather_rows(table, rows, sparse)
         come = exchange_rows(
-            own.reshape(len(own), self._width),
+            own.reshape(len(own), math.prod(plan.shape)),
             self._line,
             plan.give,
             plan.take,
@@ -312,11 +346,55 @@ class ShardedParameterDict(Module):
             self.world_size if self._average else 1,
             self._line.call("rows of gather", number),
             self._line.call("backward of gather", number),
+            self._owners,
+            plan.counts,
         )
         if plan.has_absent:
             come = torch.cat([come, come.new_zeros(1, come.shape[1])])
         place = plan.place if table.is_cpu else plan.place.to(table.device)
-        return come.index_select(0, place).view(len(place), *self._shape)
+        return come.index_select(0, place).view(len(place), *plan.shape)
+
+    def ahead(
+        self,
+        batches: Iterable[_T],
+        missing: Missing = "error",
+        *,
+        names: Callable[[_T], Names] | None = None,
+        shape: Sequence[int] | None = None,
+    ) -> Iterator[tuple[_T, Plan]]:
+        """Iterate over batches with their plans, each made before the step of the batch before. All ranks must use it.
+
+        Parameters
+        ----------
+        batches
+            Batches of this rank, such as a data loader. All ranks must have equally many.
+        missing, shape
+            As for :meth:`plan`.
+        names
+            Returns the names of a batch. By default a batch is a list of names.
+
+        Yields
+        ------
+        tuple
+            The batch, and the plan for :meth:`gather`.
+
+        Raises
+        ------
+        OutOfStepError
+            If a rank has fewer batches. Also as for :meth:`plan`.
+
+        """
+        number = self._next_call("ahead").number
+        ready: tuple[_T, Plan] | None = None
+        for batch in batches:
+            plan = self.plan(batch if names is None else names(batch), missing, shape=shape)  # type: ignore[arg-type]
+            if ready is not None:
+                yield ready
+            ready = batch, plan
+        with self._line.ranks.in_step():
+            self._line.meet(self._line.call("the end of its batches", number))
+        if ready is not None:
+            yield ready
 
     @_in_step
     @torch.no_grad()
@@ -330,7 +408,7 @@ class ShardedParameterDict(Module):
         names
             As for :meth:`plan`.
         values
-            ``[len(names), *shape]``, of the dtype of the rows.
+            ``[len(names), *shape]``, with a shape of the dictionary and the dtype of the rows.
         missing
             ``"error"`` raises on all ranks if names are missing. ``"insert"`` inserts them.
 
@@ -348,17 +426,19 @@ class ShardedParameterDict(Module):
             self._check_values(names, values, missing)
         except (TypeError, ValueError) as error:
             failure = error
-        plan = self._planned(names, missing, call, failure)
-        table = self._table()
+        shape = self._shapes[0] if failure is not None else tuple(values.shape[1:])
+        plan = self._planned(names, missing, call, failure, shape=shape)
+        table = self._table(shape)
         last = np.empty(sum(plan.take), np.int64)
         last[plan.place.numpy()] = np.arange(len(values))
         given = values.detach().to(table.device)[torch.from_numpy(last).to(table.device)]
-        come = self._line.exchange(given.reshape(len(given), self._width), plan.take, plan.give, call)
-        come = come.view(len(come), *self._shape)
-        rows, at = plan.rows.to(table.device), 0
-        for count in plan.give:
-            table.index_copy_(0, rows[at : at + count], come[at : at + count])
-            at += count
+        come = self._line.exchange(given.reshape(len(given), math.prod(shape)), plan.take, plan.give, call)
+        if plan.counts is not None:
+            come = of_replicas(self._line, self._owners, come, plan.counts, call)
+        rows = plan.of_replicas.numpy()
+        rows, back = np.unique(rows[::-1], return_index=True)
+        kept = torch.from_numpy(len(come) - 1 - back).to(table.device)
+        table.index_copy_(0, torch.from_numpy(rows).to(table.device), come[kept].view(len(kept), *shape))
 
     @_in_step
     def drop(self, names: Names, *, missing: Literal["error", "skip"] = "error") -> None:
@@ -380,11 +460,19 @@ class ShardedParameterDict(Module):
         failure: Exception | None = None
         if missing not in ("error", "skip"):
             failure = ValueError(f"missing must be 'error' or 'skip', got {missing!r}")
-        plan = self._planned(names, missing, call, failure)
+        gone: list[str] = []
+
+        def answer(asked: list[str]) -> NDArray[np.int64]:
+            is_there = self.local.isin(asked).tolist()
+            gone.extend(dict.fromkeys(name for name, one in zip(asked, is_there, strict=True) if one))
+            return np.where(is_there, 0, -1)
+
+        # Names of any shape. So they are sent as text: known rows are those of one shape.
+        if self._planned(names, missing, call, failure, known=KnownRows(0), answer=answer).any_new:
+            gone = names_of_replicas(self._line, self._owners, gone, call)
         try:
-            self._drop(
-                [name for name in self.local.names_of(np.unique(plan.rows.numpy()).tolist()) if name is not None]
-            )
+            if gone:
+                self._drop(gone)
         except Exception as error:
             failure = error
         self._line.meet(self._line.call("end of drop", call.number), 0, 0, failure)
@@ -411,16 +499,36 @@ class ShardedParameterDict(Module):
         if not len(self.local):
             return 0
         self._follow_layout()
-        is_old = self._seen[self.local.indices().cpu()] <= self._gathers - older_than
-        count = int(is_old.sum())
-        if count:
-            self._drop(is_old)
-        return count
+        old: list[str] = []
+        for shape, seen in self._seen.items():
+            is_old = seen <= self._gathers - older_than
+            names = self.local.names_of(is_old[: len(self._table(shape))].nonzero()[:, 0], shape=shape)
+            old += [name for name in names if name is not None]
+        if old:
+            self._drop(old)
+        return len(old)
 
     # -- what is done together -----------------------------------------------------------------------------------------
 
-    def _planned(self, names: Any, missing: Missing, call: Call, failure: Exception | None = None) -> Plan:
-        request = None
+    def _planned(
+        self,
+        names: Any,
+        missing: Missing,
+        call: Call,
+        failure: Exception | None = None,
+        *,
+        shape: Sequence[int] | None = None,
+        known: KnownRows | None = None,
+        answer: Answer | None = None,
+    ) -> Plan:
+        """Return the plan for names: ``known`` rows of them, and how this rank answers for new ones."""
+        request, at = None, 0
+        try:
+            at = self._shapes.index(self._shapes[0] if shape is None else as_shape(shape))
+        except (TypeError, ValueError):
+            failure = failure or ValueError(f"expected a shape of the dictionary, {self._shapes}, got {shape!r}")
+        shape = self._shapes[at]
+        known = self._known[shape] if known is None else known
         while True:
             if failure is None:
                 try:
@@ -430,19 +538,25 @@ class ShardedParameterDict(Module):
                         names = list(
                             listed(names)
                         )  # A plan may have to be made again, when the caller's list is another.
-                    request = Request(names, self._known, self.world_size)
+                    request = Request(names, known, self._owners)
                 except Exception as error:
                     failure = error
             payload = 0 if request is None else request.payload(self._generation())
             asks = request is not None and bool(request.new_names)
-            told = self._line.meet(call, payload, int(asks), failure)
+            told = self._line.meet(call, payload, int(asks) | at << 1, failure)
             if not self._forget(told[:, GENERATION]):
                 break
         assert request is not None
-        plan = exchange_requests(
-            self._line, request, told, self._known, missing, lambda asked: self._answer(asked, missing), call
-        )
-        plan.names = names
+        if (told[:, 0] >> 1 != at).any():
+            shapes = [self._shapes[one] for one in (told[:, 0] >> 1).tolist()]
+            raise self._line.ranks.agreed(ValueError(f"expected rows of one shape, got {shapes} of the ranks"))
+        if answer is None:
+            answer = functools.partial(self._answer, missing=missing, shape=shape, call=call)
+        plan = exchange_requests(self._line, request, told, known, missing, answer, call)
+        plan.names, plan.shape = names, shape
+        plan.of_replicas, plan.counts = plan.rows, None
+        if self._owners.replicas > 1:
+            plan.of_replicas, plan.counts = rows_of_replicas(self._line, self._owners, plan.rows, call)
         return plan
 
     def _fresh(self, plan: Plan, call: Call) -> Plan:
@@ -453,34 +567,35 @@ class ShardedParameterDict(Module):
         told = self._line.meet(call, [0, 0, 0, self._generation()], 0, failure)
         if not self._forget(told[:, GENERATION]) and (plan.generations == self._generations).all():
             return plan
-        fresh = self._planned(plan.names, plan.missing, self._line.call("new plan of gather", call.number))
+        again = self._line.call("new plan of gather", call.number)
+        fresh = self._planned(plan.names, plan.missing, again, shape=plan.shape)
         fresh.number = plan.number
         for each in Plan.__slots__:
             setattr(plan, each, getattr(fresh, each))
         return plan
 
-    def _answer(self, names: list[str], missing: Missing) -> NDArray[np.int64]:
-        """Return the own rows of names, or -1, and insert them if that is asked for."""
-        if not names:
-            return np.empty(0, np.int64)
+    def _answer(self, names: list[str], missing: Missing, shape: tuple[int, ...], call: Call) -> NDArray[np.int64]:
+        """Return the own rows of names, or -1, and insert them if that is asked for. All ranks come here."""
         if missing == "insert":
-            new = self.local.insert(names, init=self._initialise)
-            if new:
-                self._see(self.local.indices(new).cpu(), self._gathers)
-            rows = self.local.indices(names).cpu().numpy()
+            is_there = self.local.isin(names).tolist()
+            new = [name for name, one in zip(names, is_there, strict=True) if not one]
+            new = names_of_replicas(self._line, self._owners, new, call)
+            self._inserted += self.local.insert(new, shape=shape, init=self._initialise) if new else []
+            if self._inserted:
+                self._see(self.local.indices(self._inserted).cpu(), self._gathers, shape)
+            rows = self.local.indices(names, shape=shape).cpu().numpy() if names else np.empty(0, np.int64)
         else:
-            there = np.asarray(self.local.isin(names))
+            there = self.local.isin(names).numpy() if names else np.empty(0, np.bool_)
+            asked = [name for name, one in zip(names, there.tolist(), strict=True) if one]
             rows = np.full(len(names), -1)
-            rows[there] = (
-                self.local.indices([name for name, one in zip(names, there, strict=True) if one]).cpu().numpy()
-            )
+            rows[there] = self.local.indices(asked, shape=shape).cpu().numpy() if asked else 0
         if len(rows) and rows.max() >= 2**32 - 1:
             raise RuntimeError("a rank can have 2**32 - 2 rows: use more ranks")
         return rows
 
     def _initialise(self, rows: Tensor, names: list[str]) -> None:
         if self._init is not None:
-            rows.copy_(values_of(self._init, hash_names(names), self._seed, self._shape, rows.dtype))
+            rows.copy_(values_of(self._init, hash_names(names), self._seed, tuple(rows.shape[1:]), rows.dtype))
 
     def _generation(self) -> int:
         return self.local.layout_version
@@ -489,7 +604,8 @@ class ShardedParameterDict(Module):
         """Forget the rows of ranks whose rows have gone; True if there are any. It is the same on all ranks."""
         stale = np.flatnonzero(generations != self._generations)
         for owner in stale.tolist():
-            self._known.forget(owner)
+            for known in self._known.values():
+                known.forget(owner)
         self._generations = generations.copy()
         return bool(len(stale))
 
@@ -499,25 +615,40 @@ class ShardedParameterDict(Module):
 
     # -- the rows of this rank -----------------------------------------------------------------------------------------
 
-    def _table(self) -> Tensor:
-        return self.local.table(self._shape)
+    def _table(self, shape: Sequence[int] | None = None) -> Tensor:
+        """Return the table of a shape; that of the first one for a shape that the dictionary does not have."""
+        found = tuple(shape) if isinstance(shape, Sequence) else None
+        return self.local.table(found if found in self._shapes else self._shapes[0])
 
-    def _capacity(self) -> int:
-        return len(self._table())
+    def _ids_of_tables(self) -> set[int]:
+        return {id(self._table(shape)) for shape in self._shapes}
 
-    def _see(self, rows: Tensor, number: int) -> None:
+    def _said(self, shape: Sequence[int] | None) -> str:
+        """Return what a call says of a shape."""
+        return "" if shape is None or shape == self._shapes[0] else f", {shape=}"
+
+    def _see(self, rows: Tensor, number: int, shape: tuple[int, ...]) -> None:
         """Note that rows have been used in a gather."""
         self._follow_layout()
-        capacity = self._capacity()
-        if len(self._seen) < capacity:
-            self._seen = torch.cat([self._seen, self._seen.new_full((capacity - len(self._seen),), number)])
-        self._seen[rows] = number
+        seen, capacity = self._seen[shape], len(self._table(shape))
+        if len(seen) < capacity:
+            self._seen[shape] = seen = torch.cat([seen, seen.new_full((capacity - len(seen),), number)])
+        seen[rows] = number
 
     def _follow_layout(self) -> None:
         """Let all ages begin again if someone else has moved rows, such as ``local.compact()``."""
         if self.local.layout_version != self._layout:
             self._layout = self.local.layout_version
-            self._seen = torch.full((self._capacity(),), self._gathers, dtype=torch.int64, device="cpu")
+            for seen in self._seen.values():
+                seen.fill_(self._gathers)
+
+    def _remove_inserted(self) -> None:
+        """Remove the names that a call has inserted before it failed."""
+        names, self._inserted = [name for name in self._inserted if name in self.local], []
+        if names:
+            # A table that cannot be changed keeps them, with initial values.
+            with suppress(Exception):
+                self._drop(names)
 
     def _drop(self, names: list[str] | Tensor) -> None:
         self._follow_layout()
@@ -529,8 +660,9 @@ class ShardedParameterDict(Module):
             raise ValueError(f"missing must be 'error' or 'insert', got {missing!r}")
         if not isinstance(values, Tensor) or values.layout != torch.strided:
             raise TypeError(f"expected a dense tensor of values, got {type(values).__name__}")
-        if tuple(values.shape) != (len(names), *self._shape):
-            raise ValueError(f"expected values of shape {[len(names), *self._shape]}, got {list(values.shape)}")
+        if tuple(values.shape[1:]) not in self._shapes or len(values) != len(names):
+            fitting = " or ".join(str([len(names), *shape]) for shape in self._shapes)
+            raise ValueError(f"expected values of shape {fitting}, got {list(values.shape)}")
         if values.dtype != self._table().dtype:
             raise TypeError(f"expected values of {self._table().dtype}, as the rows have, got {values.dtype}")
 
@@ -538,10 +670,10 @@ class ShardedParameterDict(Module):
 
     def _refuse_copies(self) -> None:
         """Raise RuntimeError if DDP or FSDP2 has taken the table for its own."""
-        table = self._table()
-        if id(table) != self._table_id and not _is_in_fsdp2(self.local):
-            self._table_id = id(table)
-        if hasattr(table, "placements") or id(table) != self._table_id:
+        tables = [self._table(shape) for shape in self._shapes]
+        if self._ids_of_tables() != self._table_ids and not _is_in_fsdp2(self.local):
+            self._table_ids = self._ids_of_tables()
+        if any(hasattr(table, "placements") for table in tables) or self._ids_of_tables() != self._table_ids:
             raise RuntimeError(
                 "FSDP2 has sharded a table that is sharded by name: pass ignored_params=pdrs.distributed.ignored_params"
                 "(model) to fully_shard"
@@ -552,7 +684,7 @@ class ShardedParameterDict(Module):
             self._looked_for_ddp = True
             wrapped += [one for one in gc.get_objects() if issubclass(type(one), DistributedDataParallel)]
         for one in wrapped:
-            if any(parameter is table for parameter in one.__dict__.get("_module_parameters", ())):
+            if any(id(parameter) in self._table_ids for parameter in one.__dict__.get("_module_parameters", ())):
                 self._looked_for_ddp = False  # so that it looks again if this is caught
                 raise RuntimeError(
                     "DDP has overwritten the rows of this rank with those of rank 0: wrap pdrs.distributed.leave_out"
@@ -566,6 +698,21 @@ class ShardedParameterDict(Module):
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Raise TypeError: a process group cannot be pickled."""
         raise TypeError("a ShardedParameterDict cannot be pickled: save the state_dict() of each rank")
+
+
+def _as_shapes(shape: Any) -> list[tuple[int, ...]]:
+    """Return the shapes that a shape or a list of shapes is.
+
+    Raises
+    ------
+    ValueError
+        If a shape is listed twice.
+    """
+    several = isinstance(shape, Sequence) and len(shape) > 0 and all(isinstance(one, Sequence) for one in shape)
+    shapes = [as_shape(one) for one in shape] if several else [as_shape(shape)]
+    if len(set(shapes)) < len(shapes):
+        raise ValueError(f"expected different shapes, got {shapes}")
+    return shapes
 
 
 def dictionary_of(parameter: Tensor) -> ShardedParameterDict | None:
@@ -588,7 +735,8 @@ def norm_over_ranks(words: ShardedParameterDict, norm: float, norm_type: float) 
     """Return the p-norm of numbers on all ranks, from that of the numbers on each. All ranks must call it."""
     bits = int(np.float64(norm).view(np.int64))
     told = words._line.meet(words._next_call("clip_grad_norm_", f"norm_type={norm_type}"), [bits, 0, 0, 0])
-    return joined_norm(told[:, 1].copy().view(np.float64).tolist(), norm_type)
+    first = words._owners.first
+    return joined_norm(told[first : first + words._owners.shards, 1].copy().view(np.float64).tolist(), norm_type)
 
 
 def joined_norm(norms: Sequence[float], norm_type: float) -> float:
