@@ -458,6 +458,26 @@ def bytes_are_those_of_the_formula(rank: int, world: int) -> dict[str, Any]:
 
 
 @case
+def bytes_with_replicas_are_those_of_the_formula(rank: int, world: int) -> dict[str, Any]:
+    mesh = mesh_of(world, 2)
+    words = ShardedParameterDict((WIDTH,), mesh, seed=SEED, init=INIT, timeout=10)
+    names = batch(3, rank, world)
+    words.gather(names, "insert")
+    before = words.sent_bytes
+    words.gather(names).sum().backward()
+    owners = owners_of(sorted(set(names)), mesh.size(1))
+    sent = words.sent_bytes - before
+    told: list[Any] = [None] * world
+    dist.all_gather_object(told, (sent, len(owners), int((owners != rank % mesh.size(1)).sum())))
+    total, asked, of_others = (sum(column) for column in zip(*told, strict=True))
+    of_replicas = asked * (mesh.size(0) - 1) * (4 + WIDTH * 4)
+    headers = 3 if mesh.size(0) > 1 else 2
+    formula = headers * 64 * world * (world - 1) + of_others * (4 + 2 * WIDTH * 4) + of_replicas
+    assert total == formula, (total, formula)
+    return {"sent": {"4": total}}
+
+
+@case
 def rows_on_the_wire_are_bfloat16(rank: int, world: int) -> dict[str, Any]:
     words, exact = new(wire=torch.bfloat16), new()
     names = batch(3, rank, world)

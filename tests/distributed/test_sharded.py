@@ -172,8 +172,9 @@ def test_names_are_handled_on_all_ranks(run: Run, world: int, name: str) -> None
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_a_step_sends_the_bytes_of_the_formula(run: Run, world: int) -> None:
-    told = run(world, "bytes_are_those_of_the_formula")
+@pytest.mark.parametrize("name", ["bytes_are_those_of_the_formula", "bytes_with_replicas_are_those_of_the_formula"])
+def test_a_step_sends_the_bytes_of_the_formula(run: Run, world: int, name: str) -> None:
+    told = run(world, name)
     assert all((each["sent"]["4"] > 0) == (world > 1) for each in told)
 
 

@@ -2,16 +2,20 @@
 
 The bugs that this hunts: rows that belong to other names, held-out words that were trained on or met while asked, a
 saved model that answers otherwise than the one that was trained, n-grams that are dropped though they matter, a peer
-that is another model, a move that changes what was learnt.
+that is another model, a move that changes what was learnt, a table over processes that learns something else.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -200,3 +204,47 @@ def test_bad_arguments_are_refused(
     with pytest.raises(SystemExit):
         example.main.main(arguments)
     assert message in capsys.readouterr().err
+
+
+def sharded(folder: Path, processes: int, *options: str) -> dict[str, Any]:
+    """Return the losses and the accuracy of the table that is spread over so many processes."""
+    found = folder / "losses.json"
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *(launch if processes > 1 else []), str(EXAMPLE / "sharded.py")]
+    options = (*options, "--words", "300", "--batch", "1024", "--losses", str(found))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment.pop("RANK", None)
+    subprocess.run([*command, *options], check=True, timeout=300, env=environment, capture_output=True)
+    told: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
+    return told
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Return what one process learns."""
+    return sharded(tmp_path_factory.mktemp("whole"), 1)
+
+
+@pytest.mark.slow
+def test_a_table_over_processes_learns_the_same(
+    example: SimpleNamespace, whole: dict[str, Any], tmp_path: Path
+) -> None:
+    assert len(whole["losses"]) == 12
+    assert whole["losses"][-1] < whole["losses"][0]
+    both = sharded(tmp_path, 2)
+    assert both["losses"] == pytest.approx(whole["losses"], abs=1e-5)
+    assert both["accuracy"] == whole["accuracy"]
+    # The model of main.py, with all names in one process.
+    task = example.main.Task(example.main.parse(["--words", "300", "--batch", "1024"]))
+    model = example.models.Stacked(task.languages)
+    task.learn(model)
+    assert task.accuracy(model) == pytest.approx(whole["accuracy"], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_table_saved_on_two_processes_goes_on_on_three(whole: dict[str, Any], tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    first = sharded(tmp_path, 2, "--stop", "7", "--save", str(saved))
+    rest = sharded(tmp_path, 3, "--resume", str(saved))
+    assert [*first["losses"], *rest["losses"]] == pytest.approx(whole["losses"], abs=1e-5)
+    assert rest["accuracy"] == whole["accuracy"]
