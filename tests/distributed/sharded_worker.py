@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -616,6 +617,12 @@ def a_scaler_over_ranks(rank: int, world: int) -> dict[str, Any]:
 def state_dicts_name_the_shard(rank: int, world: int) -> dict[str, Any]:
     words = new()
     words.gather(["a", "b", "c", "d", "e"], "insert")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.nn.ModuleDict({"words": words}).state_dict()
+        words.state_dict()
+    said = [str(one.message) for one in caught if "pdrs.distributed.save" in str(one.message)]
+    assert len(said) == (world > 1), said
     state = {key: value.clone() for key, value in words.state_dict().items()}
     assert all(key.startswith(f"rank_{rank}_of_{world}.") for key in state), list(state)
     before = words.gather(["e", "a"]).detach()

@@ -6,6 +6,7 @@ import functools
 import gc
 import math
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -172,6 +173,7 @@ class ShardedParameterDict(Module):
         self._plans = self._gathers = self._others = 0
         self._seen = {one: torch.zeros(0, dtype=torch.int64, device="cpu") for one in self._shapes}
         self._layout = self.local.layout_version
+        self._warned_of_shard = False
         self._looked_for_ddp, self._table_ids = False, self._ids_of_tables()
         _by_local[id(self.local)] = self
         options = (
@@ -690,6 +692,18 @@ class ShardedParameterDict(Module):
                     "DDP has overwritten the rows of this rank with those of rank 0: wrap pdrs.distributed.leave_out"
                     "(model) instead of the model"
                 )
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Warn, once, that a state dict has one shard: most programs save that of the first rank."""
+        if self._owners.shards > 1 and not self._warned_of_shard:
+            self._warned_of_shard = True
+            warnings.warn(
+                f"the state dict of this rank has its own names only, {len(self):,} of them, and those of the other "
+                "ranks are not in it: save the state dict of each rank, or all of them with pdrs.distributed.save",
+                UserWarning,
+                stacklevel=4,
+            )
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         """Raise TypeError: a copy would not be known to the other ranks."""
