@@ -63,7 +63,7 @@ def share(words: Words, rank: int, ranks: int) -> Words:
 
 def batches(words: Words, size: int, seed: int, model: Sharded) -> Iterator[tuple[Words, Bags]]:
     """Return what this rank has of each batch that the model has not seen."""
-    order = torch.randperm(len(words), generator=torch.Generator().manual_seed(seed)).split(size)
+    order = torch.split(torch.randperm(len(words), generator=torch.Generator().manual_seed(seed)), size)
     for places in order[int(model.step) :]:
         mine = share(words.chosen(places), model.weights.rank, model.weights.world_size)
         yield mine, Bags(mine.texts)

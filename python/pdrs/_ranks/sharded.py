@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import gc
 import math
-import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.parallel import DistributedDataParallel
 
 from pdrs._core import hash_names
 from pdrs._ranks.exchange import Call, Line, ranks_and_shards
@@ -27,6 +24,7 @@ from pdrs._ranks.mesh import names_of_replicas, of_replicas, rows_of_replicas
 from pdrs._ranks.owners import Owners
 from pdrs._ranks.plan import GENERATION, Answer, Plan, Request, exchange_requests
 from pdrs._ranks.rows_op import exchange_rows
+from pdrs._ranks.wrapped import Wrappers
 from pdrs._rows.gather import Missing, check_missing, takes_rows
 from pdrs._rows.gather_op import gather_rows
 from pdrs._rows.insert import as_shape
@@ -174,7 +172,7 @@ class ShardedParameterDict(Module):
         self._seen = {one: torch.zeros(0, dtype=torch.int64, device="cpu") for one in self._shapes}
         self._layout = self.local.layout_version
         self._warned_of_shard = False
-        self._looked_for_ddp, self._table_ids = False, self._ids_of_tables()
+        self._wrappers = Wrappers(self.local, self._tables())
         _by_local[id(self.local)] = self
         options = (
             f"shapes={[list(one) for one in self._shapes]}, {shards=}, {seed=}, {init=}, dtype={self._table().dtype}, "
@@ -535,7 +533,7 @@ class ShardedParameterDict(Module):
             if failure is None:
                 try:
                     if request is None:
-                        self._refuse_copies()
+                        self._wrappers.refuse(self._tables())
                         check_missing(missing, None)
                         names = list(
                             listed(names)
@@ -622,8 +620,8 @@ class ShardedParameterDict(Module):
         found = tuple(shape) if isinstance(shape, Sequence) else None
         return self.local.table(found if found in self._shapes else self._shapes[0])
 
-    def _ids_of_tables(self) -> set[int]:
-        return {id(self._table(shape)) for shape in self._shapes}
+    def _tables(self) -> list[Tensor]:
+        return [self.local.table(shape) for shape in self._shapes]
 
     def _said(self, shape: Sequence[int] | None) -> str:
         """Return what a call says of a shape."""
@@ -670,29 +668,6 @@ class ShardedParameterDict(Module):
 
     # -- what must not happen to it ------------------------------------------------------------------------------------
 
-    def _refuse_copies(self) -> None:
-        """Raise RuntimeError if DDP or FSDP2 has taken the table for its own."""
-        tables = [self._table(shape) for shape in self._shapes]
-        if self._ids_of_tables() != self._table_ids and not _is_in_fsdp2(self.local):
-            self._table_ids = self._ids_of_tables()
-        if any(hasattr(table, "placements") for table in tables) or self._ids_of_tables() != self._table_ids:
-            raise RuntimeError(
-                "FSDP2 has sharded a table that is sharded by name: pass ignored_params=pdrs.distributed.ignored_params"
-                "(model) to fully_shard"
-            )
-        active = getattr(DistributedDataParallel, "_active_ddp_module", None)
-        wrapped = [] if active is None else [active]
-        if not self._looked_for_ddp:
-            self._looked_for_ddp = True
-            wrapped += [one for one in gc.get_objects() if issubclass(type(one), DistributedDataParallel)]
-        for one in wrapped:
-            if any(id(parameter) in self._table_ids for parameter in one.__dict__.get("_module_parameters", ())):
-                self._looked_for_ddp = False  # so that it looks again if this is caught
-                raise RuntimeError(
-                    "DDP has overwritten the rows of this rank with those of rank 0: wrap pdrs.distributed.leave_out"
-                    "(model) instead of the model"
-                )
-
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """Warn, once, that a state dict has one shard: most programs save that of the first rank."""
         if self._owners.shards > 1 and not self._warned_of_shard:
@@ -734,15 +709,6 @@ def dictionary_of(parameter: Tensor) -> ShardedParameterDict | None:
     found = owner_of(parameter)
     known = None if found is None else _by_local.get(id(found[0]))
     return known if known is not None and found is not None and known.local is found[0] else None
-
-
-def _is_in_fsdp2(module: Module) -> bool:
-    """Whether FSDP2 has sharded a module around this one; its forward pass puts other Parameters in place."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
-        return False
-    found = [one for one in gc.get_objects() if issubclass(type(one), fsdp.FSDPModule)]
-    return any(each is module for one in found for each in one.modules())
 
 
 def norm_over_ranks(words: ShardedParameterDict, norm: float, norm_type: float) -> float:
