@@ -1,8 +1,12 @@
 """What ranks send each other, and how they notice that they are about to do different things.
 
 Collectives of different sizes that meet end a gloo process without a Python exception, or hang, or mix up rows. So
-each one follows a *meeting*: a message of a fixed size, on a group of its own, that says what a rank is about to do. If
-all say the same, all go on. Otherwise all raise, and name who does what.
+there are *meetings*, on a group of its own: each rank tells what it is about to do. If all say the same, all go on.
+Otherwise all raise, and name who does what.
+
+A collective takes longer than what it sends, if that is little. So data travels with the header where the host has it,
+and if it is short. Each rank receives into a window that is as long as any message may be. gloo accepts a message that
+is shorter than its window, and ends the process only if one is longer. So whatever meets has room.
 """
 
 from __future__ import annotations
@@ -21,13 +25,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["HEADER_BYTES", "Call", "Line", "OutOfStepError", "Ranks", "group_of"]
+__all__ = ["HEADER_BYTES", "Call", "Line", "Mail", "OutOfStepError", "Ranks", "group_of"]
 
 # A header: the call in three numbers, the status, and what the call adds for each peer.
 _CALL, _STATUS, PAYLOAD = 3, 3, 4
 _WORDS = _CALL + 1 + PAYLOAD
 HEADER_BYTES = 8 * _WORDS
 _FAILED = 1
+# The status of a rank whose data comes in a collective of its own.
+_LATER = 2
+# The longest message to a rank that travels with a header, and the windows of all ranks together.
+_WINDOW, _WINDOWS = 1 << 20, 1 << 26
 # Ranks that have failed tell each other why in so many bytes.
 _TEXT_BYTES = 1024
 # So long a rank that waited in vain waits for the others that did, to find out who never came.
@@ -64,6 +72,27 @@ class Call(NamedTuple):
         ]
 
 
+class Mail:
+    """What the ranks have told in a meeting, and the data that each has sent to this one.
+
+    Attributes
+    ----------
+    told
+        int64 ``[ranks, 1 + PAYLOAD]``: the status, and what the call adds.
+    """
+
+    __slots__ = ("_data", "_give", "_later", "_ranks", "told")
+
+    def __init__(self, ranks: Ranks, told: NDArray[np.int64], data: Tensor | None, give: list[int]) -> None:
+        self._later = (told[:, 0] & _LATER).astype(bool).tolist()
+        told[:, 0] >>= 2
+        self.told, self._ranks, self._data, self._give = told, ranks, data, give
+
+    def receive(self, take: list[int], call: Call) -> Tensor:
+        """Return ``take[r]`` bytes of each rank ``r``, one behind the other. It must come before the next meeting."""
+        return self._ranks.receive(self._later, self._data, self._give, take, call)
+
+
 class Ranks:
     """The ranks of a process group, and the groups of its own that pdrs uses. All dictionaries of a group share it.
 
@@ -91,6 +120,8 @@ class Ranks:
         self._store = dist.distributed_c10d._get_default_store()
         limit = timedelta(seconds=timeout)
         self._timeout = timeout
+        # Only what is written to takes memory.
+        self._windows = torch.empty((self.size - 1, min(_WINDOW, _WINDOWS // self.size)), dtype=torch.uint8)
         self._control: Any = dist.new_group(self._global, limit, "gloo", use_local_synchronization=True)
         # DDP's collectives on the given group must not come between ours.
         self._rows: Any = dist.new_group(self._global, limit, use_local_synchronization=True)
@@ -115,8 +146,27 @@ class Ranks:
         """Return the number of a rank in the whole job, as logs name it."""
         return self._global[rank]
 
-    def meet(self, call: Call, payload: Any, status: int, failure: Exception | None) -> NDArray[np.int64]:
-        """Tell all ranks what this one is about to do, and return what they told: ``[ranks, 1 + PAYLOAD]``.
+    def meet(
+        self,
+        call: Call,
+        payload: Any,
+        status: int,
+        failure: Exception | None,
+        data: Tensor | None = None,
+        give: list[int] | None = None,
+    ) -> Mail:
+        """Tell all ranks what this one is about to do, and return what they told.
+
+        Parameters
+        ----------
+        payload
+            At most ``PAYLOAD`` numbers, for all ranks or ``[ranks, PAYLOAD]``.
+        status
+            0 or 1, for all ranks.
+        failure
+            What has failed on this rank.
+        data, give
+            Bytes, and how many of them are for each rank. Who receives them must know how many there are.
 
         Raises
         ------
@@ -127,23 +177,47 @@ class Ranks:
         """
         if self._broken is not None:
             raise OutOfStepError(self._broken)
-        mine = np.zeros((self.size, _WORDS), np.int64)
+        if give is None:
+            give = [0] * self.size
+        mine = np.empty((self.size, _WORDS), np.int64)
         mine[:, :_CALL] = call.words()
-        mine[:, _STATUS] = status << 1 | (failure is not None)
+        mine[:, _STATUS] = status << 2 | (failure is not None)
         mine[:, _STATUS + 1 :] = payload
         if self.size == 1:
             if failure is not None:
                 raise self.agreed(failure)
             theirs = mine
         else:
-            theirs = self._swapped(mine, call)
+            inline = data if failure is None else None
+            if inline is not None and max(give) > self._windows.shape[1] - HEADER_BYTES:
+                mine[:, _STATUS] |= _LATER
+                inline = None
+            theirs = self._swapped(mine, call, inline, give)
             if (theirs[:, :_CALL] != mine[0, :_CALL]).any():
                 self._refuse(call)
             if (theirs[:, _STATUS] & _FAILED).any():
                 self._fail_together(call, failure)
-        told = theirs[:, _STATUS:]
-        told[:, 0] >>= 1
-        return told
+        return Mail(self, theirs[:, _STATUS:], data, give)
+
+    def receive(self, later: list[bool], data: Tensor | None, give: list[int], take: list[int], call: Call) -> Tensor:
+        """As :meth:`Mail.receive`."""
+        if data is None:
+            data, give = torch.empty(0, dtype=torch.uint8), [0] * self.size
+        if self.size == 1:
+            return data
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        parts = [window[HEADER_BYTES : HEADER_BYTES + take[rank]]
+                 for rank, window in zip(others, self._windows, strict=True)]  # fmt: skip
+        parts.insert(self.rank, data.split(give)[self.rank])
+        if any(later):
+            if not later[self.rank]:
+                data, give = data[:0], [0] * self.size
+            coming = [count if is_later else 0 for count, is_later in zip(take, later, strict=True)]
+            come = data.new_empty(sum(coming))
+            self.exchange(come, data, coming, give, call)
+            parts = [one if is_later else part for one, part, is_later in
+                     zip(come.split(coming), parts, later, strict=True)]  # fmt: skip
+        return torch.cat(parts)
 
     def texts(self, call: Call, text: str) -> list[str]:
         """Exchange a text of each rank, which is cut to a fixed size."""
@@ -152,7 +226,7 @@ class Ranks:
         mine = np.zeros((self.size, _TEXT_BYTES), np.uint8)
         cut = text.encode("utf-8", "backslashreplace")[:_TEXT_BYTES]
         mine[:, : len(cut)] = np.frombuffer(cut, np.uint8)
-        theirs = self._swapped(mine, call)
+        theirs = self._swapped(mine, call, None, [0] * self.size)
         return [row.tobytes().rstrip(b"\0").decode("utf-8", "ignore") for row in theirs]
 
     def exchange(self, out: Tensor, given: Tensor, take: list[int], give: list[int], call: Call) -> None:
@@ -163,14 +237,28 @@ class Ranks:
         except RuntimeError as error:
             self._lose(call, error)
 
-    def _swapped(self, mine: NDArray[Any], call: Call) -> NDArray[Any]:
+    def _swapped(self, mine: NDArray[Any], call: Call, data: Tensor | None, give: list[int]) -> NDArray[Any]:
+        """Exchange rows of one size. Data for a rank goes with its row, and stays in the window for this rank."""
         self._meetings += 1
-        theirs = np.empty_like(mine)
+        own, size = self.rank, mine.nbytes // self.size
+        rows = mine.view(np.uint8)
+        # What a rank has for itself goes nowhere.
+        others = np.delete(rows, own, 0)
+        sizes, take = [size] * self.size, [self._windows.shape[1]] * self.size
+        if data is None:
+            sent = torch.from_numpy(others).view(-1)
+        else:
+            pieces = [*data.split(give)]
+            del pieces[own]
+            sent = torch.cat([each for pair in zip(torch.from_numpy(others), pieces, strict=True) for each in pair])
+            sizes = [size + count for count in give]
+        sizes[own] = take[own] = 0
         try:
-            dist.all_to_all_single(torch.from_numpy(theirs), torch.from_numpy(mine), group=self._control)
+            dist.all_to_all_single(self._windows.view(-1), sent, take, sizes, group=self._control)
         except RuntimeError as error:
             self._lose(call, error)
-        return theirs
+        theirs = np.insert(self._windows[:, :size].numpy(), own, rows[own], 0)
+        return theirs.view(mine.dtype)
 
     def _refuse(self, call: Call) -> NoReturn:
         said = "; ".join(self._named(self.texts(call, str(call))))
@@ -227,11 +315,19 @@ class Line:
         return Call(self.dictionary, operation, number, options)
 
     def meet(
-        self, call: Call, payload: Any = 0, status: int = 0, failure: Exception | None = None
-    ) -> NDArray[np.int64]:
+        self,
+        call: Call,
+        payload: Any = 0,
+        status: int = 0,
+        failure: Exception | None = None,
+        data: Tensor | None = None,
+        give: list[int] | None = None,
+    ) -> Mail:
         """As for :meth:`Ranks.meet`."""
         self.sent_bytes += HEADER_BYTES * (self.ranks.size - 1)
-        return self.ranks.meet(call, payload, status, failure)
+        if data is not None and give is not None:
+            self.sent_bytes += len(data) - give[self.ranks.rank]
+        return self.ranks.meet(call, payload, status, failure, data, give)
 
     def texts(self, call: Call, text: str) -> list[str]:
         """As for :meth:`Ranks.texts`."""
@@ -248,12 +344,6 @@ class Line:
             self.sent_bytes += (len(given) - give[self.ranks.rank]) * (given.nbytes // len(given))
         self.ranks.exchange(out, given, take, give, call)
         return out
-
-    def exchange_bytes(
-        self, given: NDArray[np.uint8], give: list[int], take: list[int], call: Call
-    ) -> NDArray[np.uint8]:
-        """As :meth:`exchange`, for bytes in the memory of the host."""
-        return self.exchange(torch.from_numpy(given), give, take, call).numpy()
 
 
 _all_ranks: dict[tuple[str, float], Ranks] = {}

@@ -2,77 +2,91 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pdrs._ranks.exchange import Call, Line
+from pdrs._ranks.exchange import Call, Line, Mail
 
-__all__ = ["exchange_rows"]
+__all__ = ["Route", "exchange_rows", "meet_with_rows", "received_rows"]
 
 
-def exchange_rows(
-    rows: Tensor,
-    line: Line,
-    give: list[int],
-    take: list[int],
-    wire: torch.dtype | None,
-    divisor: int,
-    forward: Call,
-    backward: Call,
-) -> Tensor:
+class Route(NamedTuple):
+    """Where rows go, and where their gradients come back from."""
+
+    line: Line
+    # How many rows go to each rank, and how many come from it.
+    give: list[int]
+    take: list[int]
+    # The dtype in which rows and gradients are sent; None for their own.
+    wire: torch.dtype | None
+    # What gradients are divided by.
+    divisor: int
+    # What the two passes are named, if a rank does not come.
+    forward: Call
+    backward: Call
+
+
+def exchange_rows(rows: Tensor, route: Route, come: Tensor | None = None) -> Tensor:
     """Send rows ``[sum(give), elements]`` to the ranks, and return those that come, ``[sum(take), elements]``.
 
     Parameters
     ----------
     rows
         The rows that this rank owns, those for rank 0 first.
-    line
-        The way to the other ranks. All ranks have met before this call. They meet again before gradients go back.
-    give, take
-        How many rows go to each rank, and how many come from it.
-    wire
-        The dtype in which rows and gradients are sent; None for their own.
-    divisor
-        What gradients are divided by.
-    forward, backward
-        What the two passes are named, if a rank does not come.
+    route
+        All ranks have met before this call. They meet again before gradients go back.
+    come
+        The rows that have come, if they have been exchanged already.
     """
-    return _Exchange.apply(rows, line, give, take, wire, divisor, forward, backward)  # type: ignore[no-any-return]
+    return _Exchange.apply(rows, route, [come])  # type: ignore[no-any-return]
+
+
+def meet_with_rows(rows: Tensor, line: Line, give: list[int], call: Call, payload: int = 0) -> Mail:
+    """Meet the other ranks, and send ``give[r]`` rows to each rank ``r``.
+
+    Rows that the host does not have are sent later. ``payload`` is the last number of the header.
+    """
+    width = rows.shape[1] * rows.element_size()
+    sizes = [count * width for count in give]
+    head = [[size, 0, 0, payload] for size in sizes]
+    if not rows.is_cpu:
+        return line.meet(call, head)
+    return line.meet(call, head, 0, None, rows.detach().contiguous().view(-1).view(torch.uint8), sizes)
+
+
+def received_rows(rows: Tensor, line: Line, give: list[int], take: list[int], mail: Mail, call: Call) -> Tensor:
+    """Return the rows that come, ``take[r]`` of each rank ``r``, after :func:`meet_with_rows`."""
+    width = rows.shape[1] * rows.element_size()
+    sizes = [count * width for count in take]
+    if mail.told[:, 1].tolist() != sizes:
+        raise RuntimeError(f"expected {sizes} bytes of rows from the ranks, got {mail.told[:, 1].tolist()}")
+    if not rows.is_cpu:
+        return line.exchange(rows, give, take, call)
+    return mail.receive(sizes, call).view(rows.dtype).view(sum(take), rows.shape[1])
 
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        line: Line,
-        give: list[int],
-        take: list[int],
-        wire: torch.dtype | None,
-        divisor: int,
-        forward: Call,
-        backward: Call,
-    ) -> Tensor:
-        ctx.options = line, give, take, wire, divisor, backward
-        return _sent(rows, line, give, take, wire, forward)
+    def forward(ctx: Any, rows: Tensor, route: Route, come: list[Tensor | None]) -> Tensor:
+        ctx.route = route
+        found = come[0]
+        if found is None:
+            sent = rows if route.wire is None else rows.to(route.wire)
+            found = route.line.exchange(sent, route.give, route.take, route.forward)
+        # A Function must not return what it was given.
+        return found.view_as(found) if found is rows else found.to(rows.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        line, give, take, wire, divisor, call = ctx.options
+        line, give, take, wire, divisor, _, call = ctx.route
+        sent = gradient if wire is None else gradient.to(wire)
         with line.ranks.in_step():
-            line.meet(call)
-            own = _sent(gradient, line, take, give, wire, call)
+            mail = meet_with_rows(sent, line, take, call)
+            own = received_rows(sent, line, take, give, mail, call).to(gradient.dtype)
         if divisor != 1:
             own = own / divisor
-        return own, *[None] * 7
-
-
-def _sent(rows: Tensor, line: Line, give: list[int], take: list[int], wire: torch.dtype | None, call: Call) -> Tensor:
-    sent = rows if wire is None else rows.to(wire)
-    come = line.exchange(sent, give, take, call)
-    # A Function must not return what it was given.
-    return come.view_as(come) if come is rows else come.to(rows.dtype)
+        return own, None, None

@@ -17,12 +17,11 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
-from pdrs._core import hash_names
+from pdrs._core import KnownRows, Request, hash_names
 from pdrs._ranks.exchange import Call, Line, group_of
 from pdrs._ranks.initial_values import Initial, values_of
-from pdrs._ranks.known_rows import KnownRows
-from pdrs._ranks.plan import GENERATION, Plan, Request, exchange_requests
-from pdrs._ranks.rows_op import exchange_rows
+from pdrs._ranks.plan import GENERATION, Plan, exchange_requests, meet_with
+from pdrs._ranks.rows_op import Route, exchange_rows, meet_with_rows, received_rows
 from pdrs._rows.gather import Missing, check_missing, takes_rows
 from pdrs._rows.gather_op import gather_rows
 from pdrs._rows.insert import as_shape
@@ -159,8 +158,8 @@ class ShardedParameterDict(Module):
         self._looked_for_ddp, self._table_id = False, id(self._table())
         _by_local[id(self.local)] = self
         options = f"shape={list(self._shape)}, {seed=}, {init=}, dtype={self._table().dtype}, {average=}, {wire=}"
-        told = self._line.meet(self._line.call("ShardedParameterDict", 0, options), [0, 0, 0, self._generation()])
-        self._generations = told[:, GENERATION].copy()
+        mail = self._line.meet(self._line.call("ShardedParameterDict", 0, options), [0, 0, 0, self._generation()])
+        self._generations = mail.told[:, GENERATION].copy()
 
     # -- names ---------------------------------------------------------------------------------------------------------
 
@@ -210,8 +209,8 @@ class ShardedParameterDict(Module):
 
     def total(self) -> int:
         """Return the number of names on all ranks. All ranks must call it."""
-        told = self._line.meet(self._next_call("total"), len(self.local))
-        return int(told[:, 1].sum())
+        mail = self._line.meet(self._next_call("total"), len(self.local))
+        return int(mail.told[:, 1].sum())
 
     def extra_repr(self) -> str:
         """Return what it was made with."""
@@ -295,16 +294,13 @@ class ShardedParameterDict(Module):
             sparse = takes_rows(self.local, table)
         has_gradients = torch.is_grad_enabled() and table.requires_grad
         options = f"gradients={has_gradients}, sparse={sparse}"
+        come: Tensor | None = None
         if plan is None:
             plan = self._planned(names, missing, self._line.call("gather", number, f"missing={missing!r}, {options}"))
+            own = self._own_rows(plan, number, sparse)
         else:
-            plan = self._fresh(plan, self._line.call("gather", number, f"plan {plan.number}, {options}"))
-        table = self._table()
-        self._see(plan.rows, number)
-        rows = plan.rows if table.is_cpu else plan.rows.to(table.device)
-        own = gather_rows(table, rows, sparse)
-        come = exchange_rows(
-            own.reshape(len(own), self._width),
+            own, come = self._gathered(plan, number, options, sparse)
+        route = Route(
             self._line,
             plan.give,
             plan.take,
@@ -313,10 +309,12 @@ class ShardedParameterDict(Module):
             self._line.call("rows of gather", number),
             self._line.call("backward of gather", number),
         )
+        come = exchange_rows(own, route, come)
         if plan.has_absent:
             come = torch.cat([come, come.new_zeros(1, come.shape[1])])
-        place = plan.place if table.is_cpu else plan.place.to(table.device)
-        return come.index_select(0, place).view(len(place), *self._shape)
+        if plan.place is not None:
+            come = come.index_select(0, plan.place if come.is_cpu else plan.place.to(come.device))
+        return come.view(len(plan), *self._shape)
 
     @_in_step
     @torch.no_grad()
@@ -351,7 +349,7 @@ class ShardedParameterDict(Module):
         plan = self._planned(names, missing, call, failure)
         table = self._table()
         last = np.empty(sum(plan.take), np.int64)
-        last[plan.place.numpy()] = np.arange(len(values))
+        last[slice(None) if plan.place is None else plan.place.numpy()] = np.arange(len(values))
         given = values.detach().to(table.device)[torch.from_numpy(last).to(table.device)]
         come = self._line.exchange(given.reshape(len(given), self._width), plan.take, plan.give, call)
         come = come.view(len(come), *self._shape)
@@ -433,31 +431,47 @@ class ShardedParameterDict(Module):
                     request = Request(names, self._known, self.world_size)
                 except Exception as error:
                     failure = error
-            payload = 0 if request is None else request.payload(self._generation())
-            asks = request is not None and bool(request.new_names)
-            told = self._line.meet(call, payload, int(asks), failure)
-            if not self._forget(told[:, GENERATION]):
+            if request is None or failure is not None:
+                self._line.meet(call, failure=failure)  # It raises, on all ranks.
+            assert request is not None
+            mail = meet_with(self._line, call, request, self._generation())
+            if not self._forget(mail.told[:, GENERATION]):
                 break
-        assert request is not None
         plan = exchange_requests(
-            self._line, request, told, self._known, missing, lambda asked: self._answer(asked, missing), call
+            self._line, request, mail, self._known, missing, lambda asked: self._answer(asked, missing), call
         )
         plan.names = names
         return plan
 
-    def _fresh(self, plan: Plan, call: Call) -> Plan:
-        """Meet for a gather by a plan; all ranks make the plan again if rows of any have gone."""
-        failure: Exception | None = None
+    def _own_rows(self, plan: Plan, number: int, sparse: bool) -> Tensor:
+        """Return the rows of a plan that this rank owns, ``[rows, elements]``."""
+        table = self._table()
+        self._see(plan.rows, number)
+        own = gather_rows(table, plan.rows if table.is_cpu else plan.rows.to(table.device), sparse)
+        return own.view(len(own), self._width) if own.dim() != 2 else own
+
+    def _gathered(self, plan: Plan, number: int, options: str, sparse: bool) -> tuple[Tensor, Tensor | None]:
+        """Meet for a gather by a plan, and return the own rows, and those that have come with what the ranks have told.
+
+        All ranks make the plan again if rows of any have gone. Then none have come.
+        """
+        call = self._line.call("gather", number, f"plan {plan.number}, {options}")
         if plan.dictionary != self._line.dictionary:
-            failure = ValueError("the plan is of another dictionary")
-        told = self._line.meet(call, [0, 0, 0, self._generation()], 0, failure)
-        if not self._forget(told[:, GENERATION]) and (plan.generations == self._generations).all():
-            return plan
+            self._line.meet(call, failure=ValueError("the plan is of another dictionary"))
+        generation = self._generation()
+        if plan.generations[self.rank] != generation:
+            mail = self._line.meet(call, [0, 0, 0, generation])
+        else:
+            own = self._own_rows(plan, number, sparse)
+            sent = own if self._wire is None else own.detach().to(self._wire)
+            mail = meet_with_rows(sent, self._line, plan.give, call, generation)
+        if not self._forget(mail.told[:, GENERATION]) and (plan.generations == self._generations).all():
+            return own, received_rows(sent, self._line, plan.give, plan.take, mail, call)
         fresh = self._planned(plan.names, plan.missing, self._line.call("new plan of gather", call.number))
         fresh.number = plan.number
         for each in Plan.__slots__:
             setattr(plan, each, getattr(fresh, each))
-        return plan
+        return self._own_rows(plan, number, sparse), None
 
     def _answer(self, names: list[str], missing: Missing) -> NDArray[np.int64]:
         """Return the own rows of names, or -1, and insert them if that is asked for."""
@@ -587,7 +601,7 @@ def _is_in_fsdp2(module: Module) -> bool:
 def norm_over_ranks(words: ShardedParameterDict, norm: float, norm_type: float) -> float:
     """Return the p-norm of numbers on all ranks, from that of the numbers on each. All ranks must call it."""
     bits = int(np.float64(norm).view(np.int64))
-    told = words._line.meet(words._next_call("clip_grad_norm_", f"norm_type={norm_type}"), [bits, 0, 0, 0])
+    told = words._line.meet(words._next_call("clip_grad_norm_", f"norm_type={norm_type}"), [bits, 0, 0, 0]).told
     return joined_norm(told[:, 1].copy().view(np.float64).tolist(), norm_type)
 
 
