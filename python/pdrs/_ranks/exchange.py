@@ -83,7 +83,7 @@ class Mail:
 
     __slots__ = ("_data", "_give", "_later", "_ranks", "told")
 
-    def __init__(self, ranks: Ranks, told: NDArray[np.int64], data: Tensor | None, give: list[int]) -> None:
+    def __init__(self, ranks: Ranks, told: NDArray[np.int64], data: NDArray[np.uint8] | None, give: list[int]) -> None:
         self._later = (told[:, 0] & _LATER).astype(bool).tolist()
         told[:, 0] >>= 2
         self.told, self._ranks, self._data, self._give = told, ranks, data, give
@@ -121,7 +121,7 @@ class Ranks:
         limit = timedelta(seconds=timeout)
         self._timeout = timeout
         # Only what is written to takes memory.
-        self._windows = torch.empty((self.size - 1, min(_WINDOW, _WINDOWS // self.size)), dtype=torch.uint8)
+        self._windows = np.empty((self.size - 1, min(_WINDOW, _WINDOWS // self.size)), np.uint8)
         self._control: Any = dist.new_group(self._global, limit, "gloo", use_local_synchronization=True)
         # DDP's collectives on the given group must not come between ours.
         self._rows: Any = dist.new_group(self._global, limit, use_local_synchronization=True)
@@ -152,7 +152,7 @@ class Ranks:
         payload: Any,
         status: int,
         failure: Exception | None,
-        data: Tensor | None = None,
+        data: NDArray[np.uint8] | None = None,
         give: list[int] | None = None,
     ) -> Mail:
         """Tell all ranks what this one is about to do, and return what they told.
@@ -192,32 +192,41 @@ class Ranks:
             if inline is not None and max(give) > self._windows.shape[1] - HEADER_BYTES:
                 mine[:, _STATUS] |= _LATER
                 inline = None
-            theirs = self._swapped(mine, call, inline, give)
+            theirs = self._swapped(mine, call, inline, [0] * self.size if inline is None else give)
             if (theirs[:, :_CALL] != mine[0, :_CALL]).any():
                 self._refuse(call)
             if (theirs[:, _STATUS] & _FAILED).any():
                 self._fail_together(call, failure)
         return Mail(self, theirs[:, _STATUS:], data, give)
 
-    def receive(self, later: list[bool], data: Tensor | None, give: list[int], take: list[int], call: Call) -> Tensor:
+    def receive(
+        self, later: list[bool], data: NDArray[np.uint8] | None, give: list[int], take: list[int], call: Call
+    ) -> Tensor:
         """As :meth:`Mail.receive`."""
         if data is None:
-            data, give = torch.empty(0, dtype=torch.uint8), [0] * self.size
+            data, give = np.empty(0, np.uint8), [0] * self.size
         if self.size == 1:
-            return data
-        others = [rank for rank in range(self.size) if rank != self.rank]
-        parts = [window[HEADER_BYTES : HEADER_BYTES + take[rank]]
-                 for rank, window in zip(others, self._windows, strict=True)]  # fmt: skip
-        parts.insert(self.rank, data.split(give)[self.rank])
+            return torch.from_numpy(data)
         if any(later):
-            if not later[self.rank]:
-                data, give = data[:0], [0] * self.size
-            coming = [count if is_later else 0 for count, is_later in zip(take, later, strict=True)]
-            come = data.new_empty(sum(coming))
-            self.exchange(come, data, coming, give, call)
-            parts = [one if is_later else part for one, part, is_later in
-                     zip(come.split(coming), parts, later, strict=True)]  # fmt: skip
-        return torch.cat(parts)
+            sent, gives = (data, give) if later[self.rank] else (data[:0], [0] * self.size)
+            takes = [count if is_later else 0 for count, is_later in zip(take, later, strict=True)]
+            come = torch.empty(sum(takes), dtype=torch.uint8)
+            self.exchange(come, torch.from_numpy(sent), takes, gives, call)
+            of_later = come.numpy()
+        received = torch.empty(sum(take), dtype=torch.uint8)
+        out, at, at_later = received.numpy(), 0, 0
+        for rank, count in enumerate(take):
+            if later[rank]:
+                part = of_later[at_later : at_later + count]
+                at_later += count
+            elif rank == self.rank:
+                start = sum(give[:rank])
+                part = data[start : start + count]
+            else:
+                part = self._windows[rank - (rank > self.rank), HEADER_BYTES : HEADER_BYTES + count]
+            out[at : at + count] = part
+            at += count
+        return received
 
     def texts(self, call: Call, text: str) -> list[str]:
         """Exchange a text of each rank, which is cut to a fixed size."""
@@ -237,28 +246,33 @@ class Ranks:
         except RuntimeError as error:
             self._lose(call, error)
 
-    def _swapped(self, mine: NDArray[Any], call: Call, data: Tensor | None, give: list[int]) -> NDArray[Any]:
+    def _swapped(self, mine: NDArray[Any], call: Call, data: NDArray[np.uint8] | None, give: list[int]) -> NDArray[Any]:
         """Exchange rows of one size. Data for a rank goes with its row, and stays in the window for this rank."""
         self._meetings += 1
         own, size = self.rank, mine.nbytes // self.size
-        rows = mine.view(np.uint8)
+        rows, theirs = mine.view(np.uint8), np.empty_like(mine)
+        sizes, take = [size + count for count in give], [self._windows.shape[1]] * self.size
         # What a rank has for itself goes nowhere.
-        others = np.delete(rows, own, 0)
-        sizes, take = [size] * self.size, [self._windows.shape[1]] * self.size
-        if data is None:
-            sent = torch.from_numpy(others).view(-1)
-        else:
-            pieces = [*data.split(give)]
-            del pieces[own]
-            sent = torch.cat([each for pair in zip(torch.from_numpy(others), pieces, strict=True) for each in pair])
-            sizes = [size + count for count in give]
         sizes[own] = take[own] = 0
+        sent = np.empty(sum(sizes), np.uint8)
+        at = start = 0
+        for rank, count in enumerate(give):
+            if rank != own:
+                sent[at : at + size] = rows[rank]
+                at += size
+                if data is not None:
+                    sent[at : at + count] = data[start : start + count]
+                    at += count
+            start += count
+        windows = torch.from_numpy(self._windows).view(-1)
         try:
-            dist.all_to_all_single(self._windows.view(-1), sent, take, sizes, group=self._control)
+            dist.all_to_all_single(windows, torch.from_numpy(sent), take, sizes, group=self._control)
         except RuntimeError as error:
             self._lose(call, error)
-        theirs = np.insert(self._windows[:, :size].numpy(), own, rows[own], 0)
-        return theirs.view(mine.dtype)
+        theirs.view(np.uint8)[:own] = self._windows[:own, :size]
+        theirs.view(np.uint8)[own] = rows[own]
+        theirs.view(np.uint8)[own + 1 :] = self._windows[own:, :size]
+        return theirs
 
     def _refuse(self, call: Call) -> NoReturn:
         said = "; ".join(self._named(self.texts(call, str(call))))
@@ -320,7 +334,7 @@ class Line:
         payload: Any = 0,
         status: int = 0,
         failure: Exception | None = None,
-        data: Tensor | None = None,
+        data: NDArray[np.uint8] | None = None,
         give: list[int] | None = None,
     ) -> Mail:
         """As for :meth:`Ranks.meet`."""

@@ -90,7 +90,7 @@ def meet_with(line: Line, call: Call, request: Request, generation: int) -> Mail
     """Meet the other ranks, and tell each what this one asks for."""
     payload = payload_of(request, generation)
     give = _bytes_of(payload)
-    return line.meet(call, payload, int(request.asks), None, torch.from_numpy(request.message()), give)
+    return line.meet(call, payload, int(request.asks), None, request.message(), give)
 
 
 def exchange_requests(

@@ -54,7 +54,7 @@ def meet_with_rows(rows: Tensor, line: Line, give: list[int], call: Call, payloa
     head = [[size, 0, 0, payload] for size in sizes]
     if not rows.is_cpu:
         return line.meet(call, head)
-    return line.meet(call, head, 0, None, rows.detach().contiguous().view(-1).view(torch.uint8), sizes)
+    return line.meet(call, head, 0, None, rows.detach().contiguous().view(-1).view(torch.uint8).numpy(), sizes)
 
 
 def received_rows(rows: Tensor, line: Line, give: list[int], take: list[int], mail: Mail, call: Call) -> Tensor:

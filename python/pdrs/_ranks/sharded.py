@@ -446,7 +446,7 @@ class ShardedParameterDict(Module):
     def _own_rows(self, plan: Plan, number: int, sparse: bool) -> Tensor:
         """Return the rows of a plan that this rank owns, ``[rows, elements]``."""
         table = self._table()
-        self._see(plan.rows, number)
+        self._see(plan.rows, number, len(table))
         own = gather_rows(table, plan.rows if table.is_cpu else plan.rows.to(table.device), sparse)
         return own.view(len(own), self._width) if own.dim() != 2 else own
 
@@ -480,7 +480,7 @@ class ShardedParameterDict(Module):
         if missing == "insert":
             new = self.local.insert(names, init=self._initialise)
             if new:
-                self._see(self.local.indices(new).cpu(), self._gathers)
+                self._see(self.local.indices(new).cpu(), self._gathers, self._capacity())
             rows = self.local.indices(names).cpu().numpy()
         else:
             there = np.asarray(self.local.isin(names))
@@ -519,10 +519,9 @@ class ShardedParameterDict(Module):
     def _capacity(self) -> int:
         return len(self._table())
 
-    def _see(self, rows: Tensor, number: int) -> None:
+    def _see(self, rows: Tensor, number: int, capacity: int) -> None:
         """Note that rows have been used in a gather."""
         self._follow_layout()
-        capacity = self._capacity()
         if len(self._seen) < capacity:
             self._seen = torch.cat([self._seen, self._seen.new_full((capacity - len(self._seen),), number)])
         self._seen[rows] = number

@@ -505,6 +505,11 @@ impl Request {
         &self.texts[begin..self.ends[number]]
     }
 
+    /// All new names.
+    pub fn new_texts(&self) -> impl Iterator<Item = &[u8]> {
+        (0..self.new_names()).map(|number| self.new_name(number))
+    }
+
     /// Which row that comes each name has, by the rows of the new names: [`NO_ROW`] for one without. **O(m)**.
     ///
     /// # Errors

@@ -5,14 +5,13 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2};
 use pdrs_core::Error;
 use pdrs_core::names::known::{Asked, Counts, KnownRows as Known, Owners, Request as Asking};
-use pdrs_core::names::text::Text;
 use pyo3::exceptions::{PyKeyError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 use pyo3::types::{PyList, PyString};
 
 use crate::python::memory::{self, OrRaise, new_list, refused};
-use crate::python::name::{Listed, Utf8Name, text_of_utf8, with_listed};
+use crate::python::name::{NO_NAME, Utf8Name, text_of_utf8, with_listed};
 use crate::python::names::{listed, to_names};
 
 /// A bounded cache from names to the rank that owns them and their row there.
@@ -62,11 +61,6 @@ impl KnownRows {
     fn state(&self, py: Python<'_>) -> MutexGuard<'_, Known> {
         self.state.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner)
     }
-
-    fn plan<Q: Text>(&self, py: Python<'_>, names: &[Q], owners: Owners) -> PyResult<Asking> {
-        let planned = self.state(py).plan(names, owners).or_raise()?;
-        planned.ok_or_else(|| PyKeyError::new_err("parameter name can't be empty string \"\""))
-    }
 }
 
 #[pymethods]
@@ -88,13 +82,18 @@ impl Request {
             )));
         };
         let names = &listed(names)?;
-        let plain = |listed: &[Listed<'_, '_>]| {
-            listed.iter().all(Listed::is_plain).then(|| known.plan(py, listed, owners)).transpose()
-        };
-        if let Some(asking) = with_listed(names, plain).transpose()?.flatten() {
+        // What is no plain `str` is taken there for a name that no `str` has.
+        let mut state = known.state(py);
+        let planned = with_listed(names, |listed| state.plan(listed, owners));
+        drop(state);
+        if let Some(asking) = planned.transpose().or_raise()?.flatten()
+            && !asking.new_texts().any(|name| name == NO_NAME)
+        {
             return Ok(Self { asking });
         }
-        Ok(Self { asking: known.plan(py, &to_names::<Utf8Name>(names)?, owners)? })
+        let planned = known.state(py).plan(&to_names::<Utf8Name>(names)?, owners).or_raise()?;
+        let empty = || PyKeyError::new_err("parameter name can't be empty string \"\"");
+        planned.map(|asking| Self { asking }).ok_or_else(empty)
     }
 
     fn __len__(&self) -> usize {
@@ -118,7 +117,7 @@ impl Request {
     }
 
     fn new_names<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
-        let names = (0..self.asking.new_names()).map(|number| text_of_utf8(py, self.asking.new_name(number)));
+        let names = self.asking.new_texts().map(|name| text_of_utf8(py, name));
         new_list(py, memory::try_collect(names)?.into_iter().map(Ok))
     }
 
