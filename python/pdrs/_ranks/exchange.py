@@ -122,6 +122,7 @@ class Ranks:
         self._timeout = timeout
         # Only what is written to takes memory.
         self._windows = np.empty((self.size - 1, min(_WINDOW, _WINDOWS // self.size)), np.uint8)
+        self._flat = torch.from_numpy(self._windows).view(-1)
         self._control: Any = dist.new_group(self._global, limit, "gloo", use_local_synchronization=True)
         # DDP's collectives on the given group must not come between ours.
         self._rows: Any = dist.new_group(self._global, limit, use_local_synchronization=True)
@@ -146,27 +147,37 @@ class Ranks:
         """Return the number of a rank in the whole job, as logs name it."""
         return self._global[rank]
 
-    def meet(
+    def meet(self, call: Call, payload: Any, status: int, failure: Exception | None) -> NDArray[np.int64]:
+        """Tell all ranks what this one is about to do, and return what they told: ``[ranks, 1 + PAYLOAD]``.
+
+        Raises
+        ------
+        OutOfStepError, RuntimeError
+            As for :meth:`meet_with`.
+        """
+        return self.meet_with(None, None, call, payload, status, failure).told
+
+    def meet_with(
         self,
+        data: NDArray[np.uint8] | None,
+        give: list[int] | None,
         call: Call,
         payload: Any,
         status: int,
         failure: Exception | None,
-        data: NDArray[np.uint8] | None = None,
-        give: list[int] | None = None,
     ) -> Mail:
-        """Tell all ranks what this one is about to do, and return what they told.
+        """Tell all ranks what this one is about to do, send each some bytes, and return what they told.
 
         Parameters
         ----------
-        payload
-            At most ``PAYLOAD`` numbers, for all ranks or ``[ranks, PAYLOAD]``.
-        status
-            0 or 1, for all ranks.
-        failure
-            What has failed on this rank.
         data, give
             Bytes, and how many of them are for each rank. Who receives them must know how many there are.
+        payload
+            A number, or as many as fit, for all ranks or ``[ranks, PAYLOAD]``.
+        status
+            A number, for all ranks.
+        failure
+            What has failed on this rank. Then it sends no bytes.
 
         Raises
         ------
@@ -264,9 +275,8 @@ class Ranks:
                     sent[at : at + count] = data[start : start + count]
                     at += count
             start += count
-        windows = torch.from_numpy(self._windows).view(-1)
         try:
-            dist.all_to_all_single(windows, torch.from_numpy(sent), take, sizes, group=self._control)
+            dist.all_to_all_single(self._flat, torch.from_numpy(sent), take, sizes, group=self._control)
         except RuntimeError as error:
             self._lose(call, error)
         theirs.view(np.uint8)[:own] = self._windows[:own, :size]
@@ -329,19 +339,25 @@ class Line:
         return Call(self.dictionary, operation, number, options)
 
     def meet(
+        self, call: Call, payload: Any = 0, status: int = 0, failure: Exception | None = None
+    ) -> NDArray[np.int64]:
+        """As for :meth:`Ranks.meet`."""
+        return self.meet_with(None, None, call, payload, status, failure).told
+
+    def meet_with(
         self,
+        data: NDArray[np.uint8] | None,
+        give: list[int] | None,
         call: Call,
         payload: Any = 0,
         status: int = 0,
         failure: Exception | None = None,
-        data: NDArray[np.uint8] | None = None,
-        give: list[int] | None = None,
     ) -> Mail:
-        """As for :meth:`Ranks.meet`."""
+        """As for :meth:`Ranks.meet_with`."""
         self.sent_bytes += HEADER_BYTES * (self.ranks.size - 1)
         if data is not None and give is not None:
             self.sent_bytes += len(data) - give[self.ranks.rank]
-        return self.ranks.meet(call, payload, status, failure, data, give)
+        return self.ranks.meet_with(data, give, call, payload, status, failure)
 
     def texts(self, call: Call, text: str) -> list[str]:
         """As for :meth:`Ranks.texts`."""

@@ -14,7 +14,7 @@ from pdrs._ranks.exchange import PAYLOAD, Call, Line, Mail
 from pdrs._rows.gather import Missing
 from pdrs._torch.errors import MissingEntryError
 
-__all__ = ["GENERATION", "Plan", "exchange_requests", "meet_with"]
+__all__ = ["GENERATION", "Plan", "exchange_requests", "meet_with_request"]
 
 # What a header has for each peer: known and new names, the bytes of these, and the generation of the sender's rows.
 _KNOWN, GENERATION = 1, 4
@@ -86,11 +86,11 @@ def payload_of(request: Request, generation: int) -> _Ints:
     return payload
 
 
-def meet_with(line: Line, call: Call, request: Request, generation: int) -> Mail:
+def meet_with_request(line: Line, call: Call, request: Request, generation: int) -> Mail:
     """Meet the other ranks, and tell each what this one asks for."""
     payload = payload_of(request, generation)
     give = _bytes_of(payload)
-    return line.meet(call, payload, int(request.asks), None, request.message(), give)
+    return line.meet_with(request.message(), give, call, payload, int(request.asks))
 
 
 def exchange_requests(
@@ -105,7 +105,7 @@ def exchange_requests(
     request
         What this rank asks for.
     mail
-        What the ranks have told and sent in :func:`meet_with`.
+        What the ranks have told and sent in :func:`meet_with_request`.
     known
         Where the rows of new names are remembered.
     missing
@@ -130,14 +130,8 @@ def exchange_requests(
         except Exception as error:
             failure, reply, rows = error, np.empty(0, np.uint32), found
         give = (4 * counts[:, 1]).tolist() if failure is None else None
-        answers = line.meet(
-            line.call(f"answers to {call.operation}", call.number),
-            0,
-            0,
-            failure,
-            torch.from_numpy(reply.view(np.uint8)),
-            give,
-        )
+        replies = line.call(f"answers to {call.operation}", call.number)
+        answers = line.meet_with(reply.view(np.uint8), give, replies, failure=failure)
         new_rows = answers.receive((4 * request.counts()[:, 1]).tolist(), call).numpy().view(np.uint32)
         if missing == "error":
             _agree(line, request, new_rows, call)
@@ -167,7 +161,7 @@ def _bytes_of(payload: _Ints) -> list[int]:
 def _agree(line: Line, request: Request, rows: NDArray[np.uint32], call: Call) -> None:
     """Raise on all ranks if a name is missing on one."""
     lacking = np.flatnonzero(rows == _NO_ROW)
-    told = line.meet(line.call(f"end of answers to {call.operation}", call.number), len(lacking)).told
+    told = line.meet(line.call(f"end of answers to {call.operation}", call.number), len(lacking))
     if not told[:, 1].any():
         return
     some = ""

@@ -53,8 +53,8 @@ def meet_with_rows(rows: Tensor, line: Line, give: list[int], call: Call, payloa
     sizes = [count * width for count in give]
     head = [[size, 0, 0, payload] for size in sizes]
     if not rows.is_cpu:
-        return line.meet(call, head)
-    return line.meet(call, head, 0, None, rows.detach().contiguous().view(-1).view(torch.uint8).numpy(), sizes)
+        return line.meet_with(None, None, call, head)
+    return line.meet_with(rows.detach().contiguous().view(torch.uint8).numpy().reshape(-1), sizes, call, head)
 
 
 def received_rows(rows: Tensor, line: Line, give: list[int], take: list[int], mail: Mail, call: Call) -> Tensor:

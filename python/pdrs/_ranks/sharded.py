@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pdrs._core import KnownRows, Request, hash_names
 from pdrs._ranks.exchange import Call, Line, group_of
 from pdrs._ranks.initial_values import Initial, values_of
-from pdrs._ranks.plan import GENERATION, Plan, exchange_requests, meet_with
+from pdrs._ranks.plan import GENERATION, Plan, exchange_requests, meet_with_request
 from pdrs._ranks.rows_op import Route, exchange_rows, meet_with_rows, received_rows
 from pdrs._rows.gather import Missing, check_missing, takes_rows
 from pdrs._rows.gather_op import gather_rows
@@ -158,8 +158,8 @@ class ShardedParameterDict(Module):
         self._looked_for_ddp, self._table_id = False, id(self._table())
         _by_local[id(self.local)] = self
         options = f"shape={list(self._shape)}, {seed=}, {init=}, dtype={self._table().dtype}, {average=}, {wire=}"
-        mail = self._line.meet(self._line.call("ShardedParameterDict", 0, options), [0, 0, 0, self._generation()])
-        self._generations = mail.told[:, GENERATION].copy()
+        told = self._line.meet(self._line.call("ShardedParameterDict", 0, options), [0, 0, 0, self._generation()])
+        self._generations = told[:, GENERATION].copy()
 
     # -- names ---------------------------------------------------------------------------------------------------------
 
@@ -209,8 +209,8 @@ class ShardedParameterDict(Module):
 
     def total(self) -> int:
         """Return the number of names on all ranks. All ranks must call it."""
-        mail = self._line.meet(self._next_call("total"), len(self.local))
-        return int(mail.told[:, 1].sum())
+        told = self._line.meet(self._next_call("total"), len(self.local))
+        return int(told[:, 1].sum())
 
     def extra_repr(self) -> str:
         """Return what it was made with."""
@@ -434,7 +434,7 @@ class ShardedParameterDict(Module):
             if request is None or failure is not None:
                 self._line.meet(call, failure=failure)  # It raises, on all ranks.
             assert request is not None
-            mail = meet_with(self._line, call, request, self._generation())
+            mail = meet_with_request(self._line, call, request, self._generation())
             if not self._forget(mail.told[:, GENERATION]):
                 break
         plan = exchange_requests(
@@ -460,7 +460,7 @@ class ShardedParameterDict(Module):
             self._line.meet(call, failure=ValueError("the plan is of another dictionary"))
         generation = self._generation()
         if plan.generations[self.rank] != generation:
-            mail = self._line.meet(call, [0, 0, 0, generation])
+            mail = self._line.meet_with(None, None, call, [0, 0, 0, generation])
         else:
             own = self._own_rows(plan, number, sparse)
             sent = own if self._wire is None else own.detach().to(self._wire)
@@ -600,7 +600,7 @@ def _is_in_fsdp2(module: Module) -> bool:
 def norm_over_ranks(words: ShardedParameterDict, norm: float, norm_type: float) -> float:
     """Return the p-norm of numbers on all ranks, from that of the numbers on each. All ranks must call it."""
     bits = int(np.float64(norm).view(np.int64))
-    told = words._line.meet(words._next_call("clip_grad_norm_", f"norm_type={norm_type}"), [bits, 0, 0, 0]).told
+    told = words._line.meet(words._next_call("clip_grad_norm_", f"norm_type={norm_type}"), [bits, 0, 0, 0])
     return joined_norm(told[:, 1].copy().view(np.float64).tolist(), norm_type)
 
 
