@@ -192,7 +192,8 @@ class Sharded:
 
     def way(self, what: str) -> Way:
         """Make a way of pdrs."""
-        options: dict[str, Any] = {BF16: {"wire": torch.bfloat16}, TEXT: {"known_names": 0}}.get(what, {})
+        of_way: dict[str, dict[str, Any]] = {BF16: {"wire": torch.bfloat16}, TEXT: {"known_names": 0}}
+        options = of_way.get(what, {})
         words, optimizer = self.words(what if options else NAMES, **options)
         is_planned = what in (PLANNED, PLANNED_UNCHECKED)
         texts: list[Any] = self.batches.texts
@@ -224,17 +225,17 @@ def unchecked(step: Step, is_planned: bool) -> Step:
         found: Tensor = line.exchange(rows, give, take, call)
         return found
 
-    modules = (rows_op, sharded) if is_planned else (rows_op,)
+    modules: tuple[Any, ...] = (rows_op, sharded) if is_planned else (rows_op,)
 
     def run(number: int) -> None:
         before = [(each, each.meet_with_rows, each.received_rows) for each in modules]
         for each in modules:
-            each.meet_with_rows, each.received_rows = meet, receive  # type: ignore[assignment]
+            each.meet_with_rows, each.received_rows = meet, receive
         try:
             step(number)
         finally:
             for each, *functions in before:
-                each.meet_with_rows, each.received_rows = functions  # type: ignore[assignment]
+                each.meet_with_rows, each.received_rows = functions
 
     return run
 
