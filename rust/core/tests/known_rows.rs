@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use pdrs_core::Error;
 use pdrs_core::names::codec::hash;
-use pdrs_core::names::known::{Asked, KnownRows, NO_ROW, Owners, Request};
+use pdrs_core::names::known::{Asked, Counts, KnownRows, NO_ROW, Owners, Request};
 use proptest::prelude::*;
 
 /// What the owners have: the row of each name, or none.
@@ -21,7 +21,7 @@ fn owner_of(name: &[u8], (first, shards, _): (usize, usize, usize)) -> usize {
 
 /// The rows and the names that a message asks one rank for, as another reads it.
 fn asked_of(request: &Request, rank: usize) -> (Vec<i64>, Vec<Vec<u8>>) {
-    let begin: usize = request.counts[..rank].iter().map(|one| one.bytes()).sum();
+    let begin: usize = request.counts[..rank].iter().map(Counts::bytes).sum();
     let counts = &request.counts[rank..=rank];
     let message = &request.message[begin..begin + counts[0].bytes()];
     let asked = Asked::of(message, counts).expect("the lengths are right");
@@ -112,13 +112,13 @@ proptest! {
                 let expected = told.get(name).copied().unwrap_or_else(|| row_of(name));
                 prop_assert_eq!(*place < 0, expected == NO_ROW);
                 if *place >= 0 {
-                    let (place, owner) = (*place as usize, owner_of(name, ranks));
+                    let (place, owner) = (usize::try_from(*place).expect("it is there"), owner_of(name, ranks));
                     prop_assert_eq!(come[place], i64::from(expected));
                     prop_assert!((begins[owner]..begins[owner] + placed.take[owner]).contains(&place));
                 }
             }
             prop_assert_eq!(placed.has_absent, placed.places.contains(&-1));
-            let ascending: Vec<i64> = (0..come.len() as i64).collect();
+            let ascending: Vec<i64> = (0..).take(come.len()).collect();
             prop_assert_eq!(placed.is_identity, placed.places == ascending);
             known.add(&request, &rows_of_new).expect("there is memory");
             known.check();
@@ -159,7 +159,7 @@ fn what_cannot_be_is_refused() {
     let message = &request.message[..request.message.len() - 1];
     assert!(matches!(Asked::of(message, &request.counts), Err(Error::Length { .. })));
     let mut damaged = request.message.clone();
-    damaged.iter_mut().for_each(|byte| *byte = 255);
+    damaged.fill(255);
     let asked = Asked::of(&damaged, &request.counts).expect("the length is right");
     assert!(matches!(asked.names(|_| Ok(())), Err(Error::Length { .. })));
     for (first, shards, ranks) in [(0, 0, 2), (1, 2, 2), (0, 4097, 5000), (usize::MAX, 1, 2)] {

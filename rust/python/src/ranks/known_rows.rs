@@ -122,9 +122,9 @@ impl Request {
     }
 
     fn place<'py>(&self, py: Python<'py>, rows: PyReadonlyArray1<'py, u32>) -> PyResult<Placed<'py>> {
-        let placed = self.asking.place(rows.as_slice()?).or_raise()?;
-        let places = (!placed.is_identity).then(|| PyArray1::from_vec(py, placed.places));
-        Ok((places, placed.take, placed.has_absent))
+        let found = self.asking.place(rows.as_slice()?).or_raise()?;
+        let places = (!found.is_identity).then(|| PyArray1::from_vec(py, found.places));
+        Ok((places, found.take, found.has_absent))
     }
 }
 
