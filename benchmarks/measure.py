@@ -175,6 +175,10 @@ class Suite(Generic[DataT]):
         How the containers took turns, in words.
     growth_at_most
         How much the cost an entry may grow from the smallest size on.
+    appendix
+        Writes what else the full report says, from all results.
+    blocks
+        What marks other places of ``page``, and what writes the text there, from all results.
     claims
         The rows that the suite has in the table of the README.
     """
@@ -193,6 +197,8 @@ class Suite(Generic[DataT]):
     marker: str = ""
     page: str = "performance.md"
     growth_at_most: float = 2
+    appendix: Callable[[Any], str] | None = None
+    blocks: Mapping[str, Callable[[Any], str]] = field(default_factory=dict)
     claims: tuple[Claim, ...] = ()
 
     @property
@@ -268,7 +274,7 @@ def measure(
     plan = {
         entries: planned
         for entries in all_sizes(cases, sizes)
-        if (planned := [case for case in cases if case.is_planned(entries, sizes)])
+        if (planned := [case for case in cases if case.is_planned(entries, sizes) and _subjects(suite, case, entries)])
     }
     total = sum(
         case.repeats(entries, repeats, subject)

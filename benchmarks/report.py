@@ -84,6 +84,7 @@ def report(results: Results, suite: Suite[Any]) -> str:
         _growth_sentences(results, suite) if len(sizes) > 1 else "",
         *(_section(results, suite, entries) for entries in reversed(all_sizes(suite.cases, sizes))),
         _notes(results, suite),
+        suite.appendix(results) if suite.appendix is not None else "",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 

@@ -26,7 +26,17 @@ RESULTS = HERE / "results"
 README = HERE.parent / "README.md"
 DOCS = HERE.parent / "docs"
 # Each lies in a module `cases_NAME`, which is imported only if it is measured: a machine may lack what others need.
-SUITES = ("parameter_dict", "training", "stacked", "transfer", "checkpoint", "serving", "index_map", "gpu")
+SUITES = (
+    "parameter_dict",
+    "training",
+    "stacked",
+    "transfer",
+    "checkpoint",
+    "serving",
+    "distributed",
+    "index_map",
+    "gpu",
+)
 SIZES = (10_000, 100_000, 1_000_000)
 QUICK_SIZES = (1_000,)
 REPEATS = 5
@@ -148,6 +158,8 @@ def _publish(results: Results, suite: Suite[Any]) -> None:
     _write(results, suite, RESULTS)
     if suite.marker:
         replace_block(DOCS / suite.page, suite.marker, short_table(results, suite))
+    for marker, write in suite.blocks.items():
+        replace_block(DOCS / suite.page, marker, write(results))
 
 
 def _publish_claims() -> None:

@@ -14,9 +14,11 @@ from typing_extensions import Self, disjoint_base
 __all__ = [
     "EntryIterator",
     "IndexMap",
+    "KnownRows",
     "Lock",
     "NameIterator",
     "Places",
+    "Request",
     "RowIndex",
     "RowIterator",
     "RowPlan",
@@ -28,8 +30,10 @@ __all__ = [
     "Stay",
     "TensorGroup",
     "all_kept",
+    "answer_asked",
     "apply_names",
     "are_functions_own",
+    "asked_names",
     "can_take_over",
     "changed_rows",
     "check_words",
@@ -1051,6 +1055,48 @@ def changed_rows(old: NDArray[np.uint8], new: NDArray[np.uint8], row_bytes: int)
 def crc32(data: NDArray[np.uint8], start: int = 0) -> int: ...
 def delete_entry(module: Module, key: object) -> bool: ...
 def diff_names(old: NDArray[np.uint8], new: NDArray[np.uint8]) -> NDArray[np.uint8]: ...
+
+@final
+@disjoint_base
+class KnownRows:
+    """A bounded cache from names to the rank that owns them and their row there."""
+
+    def __new__(cls, limit: int) -> Self: ...
+    def __len__(self) -> int:
+        """Return how many names are held, some of them twice, and some that were forgotten."""
+
+    def add(self, request: Request, rows: NDArray[np.uint32]) -> None: ...
+    def forget(self, owner: int) -> None: ...
+
+@final
+@disjoint_base
+class Request:
+    """What a batch of names asks the ranks for: rows of known names, and the text of others."""
+
+    def __new__(
+        cls, names: Iterable[str], known: KnownRows, world_size: int, first: int = 0, shards: int | None = None
+    ) -> Self: ...
+    def __len__(self) -> int: ...
+    @property
+    def asks(self) -> bool:
+        """Whether there are new names."""
+
+    def counts(self) -> NDArray[np.int64]: ...
+    def message(self) -> NDArray[np.uint8]: ...
+    def new_names(self) -> list[str]: ...
+    def place(self, rows: NDArray[np.uint32]) -> tuple[NDArray[np.int64] | None, list[int], bool]: ...
+
+def answer_asked(
+    message: NDArray[np.uint8], counts: NDArray[np.int64], rows: NDArray[np.int64]
+) -> tuple[NDArray[np.uint32], NDArray[np.int64], list[int]]:
+    """Return the reply to all ranks, the rows that go to them, and how many go to each.
+
+    ``rows`` has the row of each name of :func:`asked_names`, or -1.
+    """
+
+def asked_names(message: NDArray[np.uint8], counts: NDArray[np.int64]) -> list[str]:
+    """Return the new names that all ranks ask for, those of the first rank first."""
+
 def hash_names(names: Iterable[str]) -> NDArray[np.uint64]:
     """Return the XXH3 hash (64 bits, seed 0) of the UTF-8 of each name: the same in every process and version.
 

@@ -33,6 +33,7 @@ import pdrs.distributed
 import pdrs.optim
 from pdrs import StackedParameterDict
 from pdrs._core import hash_names
+from pdrs._ranks import exchange
 from pdrs._ranks.initial_values import values_of
 from pdrs._ranks.owners import owners_of
 from pdrs.distributed import OutOfStepError, ShardedParameterDict, normal
@@ -373,6 +374,31 @@ def odd_names_are_sent_as_text(rank: int, world: int) -> dict[str, Any]:
         assert torch.equal(words.gather(ODD_NAMES[::-1]), values.flip(0))
     owned = [name for name, one in zip(ODD_NAMES, owners_of(ODD_NAMES, world), strict=True) if one == rank]
     assert sorted(words) == sorted(owned)
+    return {}
+
+
+@case
+def data_that_does_not_fit_into_a_window(rank: int, world: int) -> dict[str, Any]:
+    before, exchange._WINDOW = exchange._WINDOW, exchange.HEADER_BYTES + 1024
+    try:
+        words = new()
+    finally:
+        exchange._WINDOW = before
+    other = new()
+    # Of some ranks the names fit, the rows and the gradients do not; of others all fit, or nothing does.
+    for count in (3 if rank == 0 else 200, 200, 0 if rank == 0 else 5, 3):
+        names = [f"{rank % 2}/{number}/{'x' * (number % 7)}" for number in range(count)]
+        for planned in (False, True):
+            found = []
+            for each in (words, other):
+                each.local.zero_grad()
+                each.gather(names, "insert")
+                rows = each.gather(each.plan(names) if planned else names)
+                rows.square().sum().backward()
+                gradients = each.local.table((WIDTH,)).grad[each.local.indices(list(words))]
+                found.append((rows.detach(), gradients))
+            assert torch.equal(found[0][0], found[1][0])
+            assert torch.equal(found[0][1], found[1][1])
     return {}
 
 

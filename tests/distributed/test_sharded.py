@@ -29,7 +29,6 @@ import pdrs.distributed
 import pdrs.optim
 from pdrs._core import hash_names
 from pdrs._ranks.initial_values import values_of
-from pdrs._ranks.known_rows import OWNER_BITS, KnownRows
 from pdrs._ranks.owners import buckets_of, owners_of
 
 WORKER = Path(worker.__file__)
@@ -49,6 +48,7 @@ TOGETHER = [
 NAMES = [
     "an_optimizer_that_is_not_attached",
     "names_that_are_missing",
+    "data_that_does_not_fit_into_a_window",
     "odd_names_are_sent_as_text",
     "scatter_and_drop",
     "rows_of_several_shapes",
@@ -324,19 +324,6 @@ def test_initial_values_are_distributed_as_they_should_be() -> None:
     assert np.abs(uniform - (2 + 3 * shares)).max() < 0.05
     pairs = values_of(pdrs.distributed.normal(), hashes, 3, (2,), torch.float64).numpy()
     assert abs(np.corrcoef(pairs.T)[0, 1]) < 0.03
-
-
-def test_the_cache_of_rows_is_bounded_and_forgets_by_owner() -> None:
-    known = KnownRows(8)
-    for number in range(40):
-        known.add([f"n{number}"], np.array([number % 2 << OWNER_BITS | number]))
-        assert len(known) <= 8
-        assert known.find(["other", f"n{number}"]).tolist() == [-1, number % 2 << OWNER_BITS | number]
-    known.forget(1)
-    assert [one for one in known.find([f"n{number}" for number in range(40)]).tolist() if one >> OWNER_BITS == 1] == []
-    assert known.find(["n38"]).tolist() == [38]
-    known.add([f"m{number}" for number in range(9)], np.arange(9))
-    assert len(known) <= 8
 
 
 def test_without_a_process_group_it_is_one_rank() -> None:

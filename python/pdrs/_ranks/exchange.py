@@ -1,8 +1,12 @@
 """What ranks send each other, and how they notice that they are about to do different things.
 
 Collectives of different sizes that meet end a gloo process without a Python exception, or hang, or mix up rows. So
-each one follows a *meeting*: a message of a fixed size, on a group of its own, that says what a rank is about to do. If
-all say the same, all go on. Otherwise all raise, and name who does what.
+there are *meetings*, on a group of its own: each rank tells what it is about to do. If all say the same, all go on.
+Otherwise all raise, and name who does what.
+
+A collective takes longer than what it sends, if that is little. So data travels with the header where the host has it,
+and if it is short. Each rank receives into a window that is as long as any message may be. gloo accepts a message that
+is shorter than its window, and ends the process only if one is longer. So whatever meets has room.
 """
 
 from __future__ import annotations
@@ -21,13 +25,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["HEADER_BYTES", "Call", "Line", "OutOfStepError", "Ranks", "group_of", "ranks_and_shards"]
+__all__ = ["HEADER_BYTES", "Call", "Line", "Mail", "OutOfStepError", "Ranks", "group_of", "ranks_and_shards"]
 
 # A header: the call in three numbers, the status, and what the call adds for each peer.
 _CALL, _STATUS, PAYLOAD = 3, 3, 4
 _WORDS = _CALL + 1 + PAYLOAD
 HEADER_BYTES = 8 * _WORDS
 _FAILED = 1
+# The status of a rank whose data comes in a collective of its own.
+_LATER = 2
+# The longest message to a rank that travels with a header, and the windows of all ranks together.
+_WINDOW, _WINDOWS = 1 << 20, 1 << 26
 # Ranks that have failed tell each other why in so many bytes.
 _TEXT_BYTES = 1024
 # So long a rank that waited in vain waits for the others that did, to find out who never came.
@@ -64,6 +72,27 @@ class Call(NamedTuple):
         ]
 
 
+class Mail:
+    """What the ranks have told in a meeting, and the data that each has sent to this one.
+
+    Attributes
+    ----------
+    told
+        int64 ``[ranks, 1 + PAYLOAD]``: the status, and what the call adds.
+    """
+
+    __slots__ = ("_data", "_give", "_later", "_ranks", "told")
+
+    def __init__(self, ranks: Ranks, told: NDArray[np.int64], data: NDArray[np.uint8] | None, give: list[int]) -> None:
+        self._later = (told[:, 0] & _LATER).astype(bool).tolist()
+        told[:, 0] >>= 2
+        self.told, self._ranks, self._data, self._give = told, ranks, data, give
+
+    def receive(self, take: list[int], call: Call) -> Tensor:
+        """Return ``take[r]`` bytes of each rank ``r``, one behind the other. It must come before the next meeting."""
+        return self._ranks.receive(self._later, self._data, self._give, take, call)
+
+
 class Ranks:
     """The ranks of a process group, and the groups of its own that pdrs uses. All dictionaries of a group share it.
 
@@ -91,6 +120,9 @@ class Ranks:
         self._store = dist.distributed_c10d._get_default_store()
         limit = timedelta(seconds=timeout)
         self._timeout = timeout
+        # Only what is written to takes memory.
+        self._windows = np.empty((self.size - 1, min(_WINDOW, _WINDOWS // self.size)), np.uint8)
+        self._flat = torch.from_numpy(self._windows).view(-1)
         self._control: Any = dist.new_group(self._global, limit, "gloo", use_local_synchronization=True)
         # DDP's collectives on the given group must not come between ours.
         self._rows: Any = dist.new_group(self._global, limit, use_local_synchronization=True)
@@ -120,6 +152,35 @@ class Ranks:
 
         Raises
         ------
+        OutOfStepError, RuntimeError
+            As for :meth:`meet_with`.
+        """
+        return self.meet_with(None, None, call, payload, status, failure).told
+
+    def meet_with(
+        self,
+        data: NDArray[np.uint8] | None,
+        give: list[int] | None,
+        call: Call,
+        payload: Any,
+        status: int,
+        failure: Exception | None,
+    ) -> Mail:
+        """Tell all ranks what this one is about to do, send each some bytes, and return what they told.
+
+        Parameters
+        ----------
+        data, give
+            Bytes, and how many of them are for each rank. Who receives them must know how many there are.
+        payload
+            A number, or as many as fit, for all ranks or ``[ranks, PAYLOAD]``.
+        status
+            A number, for all ranks.
+        failure
+            What has failed on this rank. Then it sends no bytes.
+
+        Raises
+        ------
         OutOfStepError
             If a rank is about to do something else, or does not come.
         RuntimeError
@@ -127,23 +188,56 @@ class Ranks:
         """
         if self._broken is not None:
             raise OutOfStepError(self._broken)
-        mine = np.zeros((self.size, _WORDS), np.int64)
+        if give is None:
+            give = [0] * self.size
+        mine = np.empty((self.size, _WORDS), np.int64)
         mine[:, :_CALL] = call.words()
-        mine[:, _STATUS] = status << 1 | (failure is not None)
+        mine[:, _STATUS] = status << 2 | (failure is not None)
         mine[:, _STATUS + 1 :] = payload
         if self.size == 1:
             if failure is not None:
                 raise self.agreed(failure)
             theirs = mine
         else:
-            theirs = self._swapped(mine, call)
+            inline = data if failure is None else None
+            if inline is not None and max(give) > self._windows.shape[1] - HEADER_BYTES:
+                mine[:, _STATUS] |= _LATER
+                inline = None
+            theirs = self._swapped(mine, call, inline, [0] * self.size if inline is None else give)
             if (theirs[:, :_CALL] != mine[0, :_CALL]).any():
                 self._refuse(call)
             if (theirs[:, _STATUS] & _FAILED).any():
                 self._fail_together(call, failure)
-        told = theirs[:, _STATUS:]
-        told[:, 0] >>= 1
-        return told
+        return Mail(self, theirs[:, _STATUS:], data, give)
+
+    def receive(
+        self, later: list[bool], data: NDArray[np.uint8] | None, give: list[int], take: list[int], call: Call
+    ) -> Tensor:
+        """As :meth:`Mail.receive`."""
+        if data is None:
+            data, give = np.empty(0, np.uint8), [0] * self.size
+        if self.size == 1:
+            return torch.from_numpy(data)
+        if any(later):
+            sent, gives = (data, give) if later[self.rank] else (data[:0], [0] * self.size)
+            takes = [count if is_later else 0 for count, is_later in zip(take, later, strict=True)]
+            come = torch.empty(sum(takes), dtype=torch.uint8)
+            self.exchange(come, torch.from_numpy(sent), takes, gives, call)
+            of_later = come.numpy()
+        received = torch.empty(sum(take), dtype=torch.uint8)
+        out, at, at_later = received.numpy(), 0, 0
+        for rank, count in enumerate(take):
+            if later[rank]:
+                part = of_later[at_later : at_later + count]
+                at_later += count
+            elif rank == self.rank:
+                start = sum(give[:rank])
+                part = data[start : start + count]
+            else:
+                part = self._windows[rank - (rank > self.rank), HEADER_BYTES : HEADER_BYTES + count]
+            out[at : at + count] = part
+            at += count
+        return received
 
     def texts(self, call: Call, text: str) -> list[str]:
         """Exchange a text of each rank, which is cut to a fixed size."""
@@ -152,7 +246,7 @@ class Ranks:
         mine = np.zeros((self.size, _TEXT_BYTES), np.uint8)
         cut = text.encode("utf-8", "backslashreplace")[:_TEXT_BYTES]
         mine[:, : len(cut)] = np.frombuffer(cut, np.uint8)
-        theirs = self._swapped(mine, call)
+        theirs = self._swapped(mine, call, None, [0] * self.size)
         return [row.tobytes().rstrip(b"\0").decode("utf-8", "ignore") for row in theirs]
 
     def exchange(self, out: Tensor, given: Tensor, take: list[int], give: list[int], call: Call) -> None:
@@ -163,13 +257,31 @@ class Ranks:
         except RuntimeError as error:
             self._lose(call, error)
 
-    def _swapped(self, mine: NDArray[Any], call: Call) -> NDArray[Any]:
+    def _swapped(self, mine: NDArray[Any], call: Call, data: NDArray[np.uint8] | None, give: list[int]) -> NDArray[Any]:
+        """Exchange rows of one size. Data for a rank goes with its row, and stays in the window for this rank."""
         self._meetings += 1
-        theirs = np.empty_like(mine)
+        own, size = self.rank, mine.nbytes // self.size
+        rows, theirs = mine.view(np.uint8), np.empty_like(mine)
+        sizes, take = [size + count for count in give], [self._windows.shape[1]] * self.size
+        # What a rank has for itself goes nowhere.
+        sizes[own] = take[own] = 0
+        sent = np.empty(sum(sizes), np.uint8)
+        at = start = 0
+        for rank, count in enumerate(give):
+            if rank != own:
+                sent[at : at + size] = rows[rank]
+                at += size
+                if data is not None:
+                    sent[at : at + count] = data[start : start + count]
+                    at += count
+            start += count
         try:
-            dist.all_to_all_single(torch.from_numpy(theirs), torch.from_numpy(mine), group=self._control)
+            dist.all_to_all_single(self._flat, torch.from_numpy(sent), take, sizes, group=self._control)
         except RuntimeError as error:
             self._lose(call, error)
+        theirs.view(np.uint8)[:own] = self._windows[:own, :size]
+        theirs.view(np.uint8)[own] = rows[own]
+        theirs.view(np.uint8)[own + 1 :] = self._windows[own:, :size]
         return theirs
 
     def _refuse(self, call: Call) -> NoReturn:
@@ -230,8 +342,22 @@ class Line:
         self, call: Call, payload: Any = 0, status: int = 0, failure: Exception | None = None
     ) -> NDArray[np.int64]:
         """As for :meth:`Ranks.meet`."""
+        return self.meet_with(None, None, call, payload, status, failure).told
+
+    def meet_with(
+        self,
+        data: NDArray[np.uint8] | None,
+        give: list[int] | None,
+        call: Call,
+        payload: Any = 0,
+        status: int = 0,
+        failure: Exception | None = None,
+    ) -> Mail:
+        """As for :meth:`Ranks.meet_with`."""
         self.sent_bytes += HEADER_BYTES * (self.ranks.size - 1)
-        return self.ranks.meet(call, payload, status, failure)
+        if data is not None and give is not None:
+            self.sent_bytes += len(data) - give[self.ranks.rank]
+        return self.ranks.meet_with(data, give, call, payload, status, failure)
 
     def texts(self, call: Call, text: str) -> list[str]:
         """As for :meth:`Ranks.texts`."""
@@ -248,12 +374,6 @@ class Line:
             self.sent_bytes += (len(given) - give[self.ranks.rank]) * (given.nbytes // len(given))
         self.ranks.exchange(out, given, take, give, call)
         return out
-
-    def exchange_bytes(
-        self, given: NDArray[np.uint8], give: list[int], take: list[int], call: Call
-    ) -> NDArray[np.uint8]:
-        """As :meth:`exchange`, for bytes in the memory of the host."""
-        return self.exchange(torch.from_numpy(given), give, take, call).numpy()
 
 
 _all_ranks: dict[tuple[str, float], Ranks] = {}

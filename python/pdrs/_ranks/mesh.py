@@ -9,7 +9,7 @@ from torch import Tensor
 from pdrs._ranks.exchange import Call, Line
 from pdrs._ranks.owners import Owners
 
-__all__ = ["names_of_replicas", "of_replicas", "rows_of_replicas"]
+__all__ = ["names_of_replicas", "of_replicas", "own_part", "rows_of_replicas"]
 
 
 def names_of_replicas(line: Line, owners: Owners, names: list[str], call: Call) -> list[str]:
@@ -44,6 +44,14 @@ def rows_of_replicas(line: Line, owners: Owners, rows: Tensor, call: Call) -> tu
     sent = torch.from_numpy(rows.numpy().astype(np.uint32).view(np.uint8).reshape(-1, 4))
     come = of_replicas(line, owners, sent, counts, call)
     return torch.from_numpy(come.numpy().reshape(-1).view(np.uint32).astype(np.int64)), counts
+
+
+def own_part(line: Line, rows: Tensor, counts: list[int] | None) -> Tensor:
+    """Return the part of :func:`of_replicas` that this rank has sent."""
+    if counts is None:
+        return rows
+    before = sum(counts[: line.ranks.rank])
+    return rows[before : before + counts[line.ranks.rank]]
 
 
 def of_replicas(line: Line, owners: Owners, given: Tensor, counts: list[int], call: Call) -> Tensor:

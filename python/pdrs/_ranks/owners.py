@@ -42,8 +42,8 @@ class Owners(NamedTuple):
     # The number of ranks in the group.
     ranks: int
     # The ranks ``first`` to ``first + shards`` are the replica of this rank.
-    shards: int
     first: int
+    shards: int
 
     @property
     def replicas(self) -> int:

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pdrs._core import IndexMap
-from pdrs._ranks.exchange import Call, Line
-from pdrs._ranks.known_rows import OWNER_BITS, KnownRows
-from pdrs._ranks.owners import Owners
+from pdrs._core import KnownRows, Request, answer_asked, asked_names
+from pdrs._ranks.exchange import PAYLOAD, Call, Line, Mail
 from pdrs._rows.gather import Missing
 from pdrs._torch.errors import MissingEntryError
 
-__all__ = ["GENERATION", "Answer", "Plan", "Request", "exchange_requests"]
+__all__ = ["GENERATION", "Answer", "Plan", "exchange_requests", "meet_with_request"]
 
 # What a header has for each peer: known and new names, the bytes of these, and the generation of the sender's rows.
-_KNOWN, _NEW, _TEXT, GENERATION = 1, 2, 3, 4
+_KNOWN, GENERATION = 1, 4
 # The status of a rank that asks for new names, of any rank.
 _ASKS = 1
-_ROW_MASK = (1 << OWNER_BITS) - 1
 _NO_ROW = 2**32 - 1
 _LISTED = 5
 
@@ -46,6 +42,7 @@ class Plan:
         "generations",
         "give",
         "has_absent",
+        "length",
         "missing",
         "names",
         "number",
@@ -73,116 +70,44 @@ class Plan:
     # The own rows that all replicas ask for, and how many each rank does; None if there is one replica.
     of_replicas: Tensor
     counts: list[int] | None
-    # How many rows come from each rank, and which of them each name has. The row after the last one is of zeros.
+    # How many rows come from each rank, and which of them each name has; None if its number. The row after the last one
+    # is of zeros.
     take: list[int]
-    place: Tensor
+    place: Tensor | None
     has_absent: bool
+    # How many rows the result has.
+    length: int
 
     def __len__(self) -> int:
         """Return the number of rows of the result."""
-        return len(self.place)
+        return self.length
 
     def __repr__(self) -> str:
         return f"Plan({len(self.names)} names, missing={self.missing!r})"
 
 
-class Request:
-    """What one rank asks for, in the order of owners: rows of known names, then new names as text.
-
-    Parameters
-    ----------
-    names
-        Names in order; some may be listed many times.
-    known
-        What is known of them.
-    owners
-        Which ranks share the names.
-
-    Raises
-    ------
-    TypeError
-        If a name is not a ``str``.
-    KeyError
-        If a name is empty.
-    """
-
-    def __init__(self, names: Sequence[str], known: KnownRows, owners: Owners) -> None:
-        ids = known.find(names)
-        there = ids >= 0
-        self._complete = bool(there.all())
-        distinct, self._known_of = np.unique(ids if self._complete else ids[there], return_inverse=True)
-        owners_of_known = distinct >> OWNER_BITS
-        self.rows = (distinct & _ROW_MASK).astype(np.uint32)
-        self.known = np.bincount(owners_of_known, minlength=owners.ranks)
-        self.new_names: list[str] = []
-        self.new = np.zeros(owners.ranks, np.int64)
-        self._there = there
-        self._new_of = np.empty(0, np.int64)
-        self._texts: list[bytes] = []
-        if not self._complete:
-            self._add_new([names[at] for at in np.flatnonzero(~there).tolist()], owners)
-        ends = np.cumsum(self.new)
-        text = [sum(map(len, self._texts[end - count : end])) for end, count in zip(ends, self.new, strict=True)]
-        self.text = np.array(text, np.int64)
-
-    def _add_new(self, names: list[str], owners: Owners) -> None:
-        index = IndexMap()
-        places = index.extend(names)
-        distinct = list(index)
-        if "" in index:
-            raise KeyError('parameter name can\'t be empty string ""')
-        owners_of_new = owners.of(distinct)
-        order = np.argsort(owners_of_new, kind="stable")
-        self.new_names = [distinct[at] for at in order.tolist()]
-        self.new = np.bincount(owners_of_new, minlength=owners.ranks)
-        position = np.empty(len(order), np.int64)
-        position[order] = np.arange(len(order))
-        self._new_of = position[places]
-        self._texts = [name.encode("utf-8", "surrogatepass") for name in self.new_names]
-
-    def payload(self, generation: int) -> _Ints:
-        """Return what the header has for each peer."""
-        return np.stack([self.known, self.new, self.text, np.full_like(self.known, generation)], 1)
-
-    def message(self) -> tuple[NDArray[np.uint8], list[int]]:
-        """Return the message, and how many bytes of it are for each rank."""
-        sizes = 4 * self.known + 4 * self.new + self.text
-        if not self.new_names:
-            return self.rows.view(np.uint8), sizes.tolist()
-        lengths = np.array(list(map(len, self._texts)), np.uint32)
-        parts: list[Any] = []
-        known = new = 0
-        for of_known, of_new in zip(self.known.tolist(), self.new.tolist(), strict=True):
-            parts += [self.rows[known : known + of_known].tobytes(), lengths[new : new + of_new].tobytes()]
-            parts += self._texts[new : new + of_new]
-            known, new = known + of_known, new + of_new
-        return np.frombuffer(bytearray(b"".join(parts)), np.uint8), sizes.tolist()
-
-    def place(self, found: NDArray[np.bool_]) -> tuple[_Ints, list[int]]:
-        """Return which row that comes each name has, or -1, and how many rows come from each rank.
-
-        ``found`` says which of the new names have a row.
-        """
-        owners_of_new = np.repeat(np.arange(len(self.new)), self.new)
-        coming = np.bincount(owners_of_new[found], minlength=len(self.new))
-        take = (self.known + coming).tolist()
-        known = np.arange(len(self.rows)) + np.repeat(np.cumsum(coming) - coming, self.known)
-        if self._complete:
-            return known[self._known_of], take
-        new = np.where(found, np.cumsum(self.known)[owners_of_new] + np.cumsum(found) - 1, -1)
-        place = np.empty(len(self._there), np.int64)
-        place[self._there] = known[self._known_of]
-        place[~self._there] = new[self._new_of]
-        return place, take
-
-
 Answer = Callable[[list[str]], _Ints]
 
 
+def payload_of(request: Request, generation: int) -> _Ints:
+    """Return what the header has for each peer."""
+    counts = request.counts()
+    payload = np.full((len(counts), PAYLOAD), generation, np.int64)
+    payload[:, : GENERATION - 1] = counts
+    return payload
+
+
+def meet_with_request(line: Line, call: Call, request: Request, generation: int, shape: int) -> Mail:
+    """Meet the other ranks, and tell each what this one asks for, and all the number of the shape of the rows."""
+    payload = payload_of(request, generation)
+    give = _bytes_of(payload)
+    return line.meet_with(request.message(), give, call, payload, int(request.asks) | shape << 1)
+
+
 def exchange_requests(
-    line: Line, request: Request, told: _Ints, known: KnownRows, missing: Missing, answer: Answer, call: Call
+    line: Line, request: Request, mail: Mail, known: KnownRows, missing: Missing, answer: Answer, call: Call
 ) -> Plan:
-    """Exchange what all ranks ask for, after they have met, and return the plan of this rank.
+    """Answer what all ranks ask for, after they have met, and return the plan of this rank.
 
     Parameters
     ----------
@@ -190,8 +115,8 @@ def exchange_requests(
         The way to the other ranks, and the call that they have met for.
     request
         What this rank asks for.
-    told
-        The headers that the ranks have told.
+    mail
+        What the ranks have told and sent in :func:`meet_with_request`.
     known
         Where the rows of new names are remembered.
     missing
@@ -199,81 +124,63 @@ def exchange_requests(
     answer
         Returns the own row of each name, or -1. If it raises, all ranks do.
     """
-    message, give = request.message()
-    sizes = 4 * told[:, _KNOWN] + 4 * told[:, _NEW] + told[:, _TEXT]
-    come = line.exchange_bytes(message, give, sizes.tolist(), call)
+    told = mail.told
+    come = mail.receive(_bytes_of(told[:, 1:]), call).numpy()
     plan = Plan()
     plan.any_new = bool((told[:, 0] & _ASKS).any())
     if not plan.any_new:
-        plan.rows = torch.from_numpy(come.view(np.uint32).astype(np.int64))
+        rows = come.view(np.uint32).astype(np.int64)
         plan.give = told[:, _KNOWN].tolist()
-        found = np.zeros(0, np.bool_)
+        new_rows = np.empty(0, np.uint32)
     else:
-        known_rows, asked = _unpacked(come, told)
-        names = [name for of_rank in asked for name in of_rank]
+        counts = told[:, _KNOWN:GENERATION]
         failure: Exception | None = None
+        found = np.empty(0, np.int64)
         try:
-            rows = answer(names)
+            found = answer(asked_names(come, counts))
+            reply, rows, plan.give = answer_asked(come, counts, found)
         except Exception as error:
-            failure, rows = error, np.full(len(names), -1)
-        counts = [len(of_rank) for of_rank in asked]
-        reply = np.where(rows < 0, _NO_ROW, rows).astype(np.uint32).view(np.uint8)
-        back = line.exchange_bytes(reply, [4 * one for one in counts], (4 * request.new).tolist(), call)
-        new_rows = back.view(np.uint32).astype(np.int64)
-        found = new_rows != _NO_ROW
-        _agree(line, request.new_names, found, missing, failure, call)
-        owners = np.repeat(np.arange(len(request.new)), request.new)[found]
-        known.add([name for name, one in zip(request.new_names, found.tolist(), strict=True) if one],
-                  owners << OWNER_BITS | new_rows[found])  # fmt: skip
-        parts, plan.give, at = [], [], 0
-        for of_known, count in zip(known_rows, counts, strict=True):
-            of_new = rows[at : at + count]
-            of_new = of_new[of_new >= 0]
-            parts += [of_known, of_new]
-            plan.give.append(len(of_known) + len(of_new))
-            at += count
-        plan.rows = torch.from_numpy(np.concatenate(parts))
-    place, plan.take = request.place(found)
-    lacking = place < 0
-    plan.has_absent = bool(lacking.any())
-    if plan.has_absent and missing == "skip":
-        place, plan.has_absent = place[~lacking], False
-    elif plan.has_absent:
-        place[lacking] = sum(plan.take)
-    plan.place = torch.from_numpy(place)
+            failure, reply, rows = error, np.empty(0, np.uint32), found
+        give = (4 * counts[:, 1]).tolist() if failure is None else None
+        replies = line.call(f"answers to {call.operation}", call.number)
+        answers = line.meet_with(reply.view(np.uint8), give, replies, failure=failure)
+        new_rows = answers.receive((4 * request.counts()[:, 1]).tolist(), call).numpy().view(np.uint32)
+        if missing == "error":
+            _agree(line, request, new_rows, call)
+        known.add(request, new_rows)
+    place, plan.take, plan.has_absent = request.place(new_rows)
+    if place is not None and plan.has_absent:
+        lacking = place < 0
+        if missing == "skip":
+            place, plan.has_absent = place[~lacking], False
+        else:
+            place[lacking] = sum(plan.take)
+    plan.rows = torch.from_numpy(rows)
+    plan.place = None if place is None else torch.from_numpy(place)
+    plan.length = len(request) if place is None else len(place)
     plan.missing, plan.number = missing, 0
     plan.dictionary = line.dictionary
     plan.generations = told[:, GENERATION].copy()
     return plan
 
 
-def _unpacked(come: NDArray[np.uint8], told: _Ints) -> tuple[list[_Ints], list[list[str]]]:
-    """Return the rows and the names that each rank asks for."""
-    whole = come.tobytes()
-    rows, names, at = [], [], 0
-    for known, new in told[:, [_KNOWN, _NEW]].tolist():
-        rows.append(np.frombuffer(whole, np.uint32, known, at).astype(np.int64))
-        at += 4 * known
-        lengths = np.frombuffer(whole, np.uint32, new, at).tolist()
-        at += 4 * new
-        of_rank = []
-        for length in lengths:
-            of_rank.append(whole[at : at + length].decode("utf-8", "surrogatepass"))
-            at += length
-        names.append(of_rank)
-    return rows, names
+def _bytes_of(payload: _Ints) -> list[int]:
+    """Return how many bytes a message has for each rank."""
+    known, new, text = payload[:, : GENERATION - 1].T
+    return (4 * (known + new) + text).tolist()  # type: ignore[no-any-return]
 
 
-def _agree(
-    line: Line, names: list[str], found: NDArray[np.bool_], missing: Missing, failure: Exception | None, call: Call
-) -> None:
-    """Raise on all ranks if a name is missing on one that must not be, or if an owner has failed."""
-    absent = [name for name, one in zip(names, found.tolist(), strict=True) if not one]
-    told = line.meet(line.call(f"answers to {call.operation}", call.number), len(absent), 0, failure)
-    if missing != "error" or not told[:, 1].any():
+def _agree(line: Line, request: Request, rows: NDArray[np.uint32], call: Call) -> None:
+    """Raise on all ranks if a name is missing on one."""
+    lacking = np.flatnonzero(rows == _NO_ROW)
+    told = line.meet(line.call(f"end of answers to {call.operation}", call.number), len(lacking))
+    if not told[:, 1].any():
         return
-    some = ", ".join(repr(name[:100]) for name in absent[:_LISTED])
-    said = line.texts(call, f"{some}{', ...' if len(absent) > _LISTED else ''}" if absent else "")
+    some = ""
+    if len(lacking):
+        names = request.new_names()
+        some = ", ".join(repr(names[at][:100]) for at in lacking[:_LISTED].tolist())
+    said = line.texts(call, f"{some}{', ...' if len(lacking) > _LISTED else ''}")
     listing = "; ".join(
         f"{count} of rank {line.ranks.global_rank(rank)}: {text}"
         for rank, (count, text) in enumerate(zip(told[:, 1].tolist(), said, strict=True))

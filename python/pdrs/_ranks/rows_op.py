@@ -2,93 +2,101 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pdrs._ranks.exchange import Call, Line
-from pdrs._ranks.mesh import of_replicas
+from pdrs._ranks.exchange import Call, Line, Mail
+from pdrs._ranks.mesh import of_replicas, own_part
 from pdrs._ranks.owners import Owners
 
-__all__ = ["exchange_rows"]
+__all__ = ["Route", "exchange_rows", "meet_with_rows", "received_rows"]
 
 
-def exchange_rows(
-    rows: Tensor,
-    line: Line,
-    give: list[int],
-    take: list[int],
-    wire: torch.dtype | None,
-    divisor: int,
-    forward: Call,
-    backward: Call,
-    owners: Owners,
-    counts: list[int] | None = None,
-) -> Tensor:
+class Route(NamedTuple):
+    """Where rows go, and where their gradients come back from."""
+
+    line: Line
+    # How many rows go to each rank, and how many come from it.
+    give: list[int]
+    take: list[int]
+    # The dtype in which rows and gradients are sent; None for their own.
+    wire: torch.dtype | None
+    # What gradients are divided by.
+    divisor: int
+    # What the two passes are named, if a rank does not come.
+    forward: Call
+    backward: Call
+    owners: Owners
+    # How many of the own rows are asked for in the replica of each rank; None if there is one replica.
+    counts: list[int] | None
+
+
+def exchange_rows(rows: Tensor, route: Route, come: Tensor | None = None) -> Tensor:
     """Send rows ``[sum(give), elements]`` to the ranks, and return those that come, ``[sum(take), elements]``.
 
     Parameters
     ----------
     rows
-        The rows that this rank owns, those for rank 0 first. With ``counts``, those of all replicas: only its own are
-        sent, and the gradients of all come.
-    line
-        The way to the other ranks. All ranks have met before this call. They meet again before gradients go back.
-    give, take
-        How many rows go to each rank, and how many come from it.
-    wire
-        The dtype in which rows and gradients are sent; None for their own.
-    divisor
-        What gradients are divided by.
-    forward, backward
-        What the two passes are named, if a rank does not come.
-    owners
-        Which ranks share the names.
-    counts
-        How many of the rows are asked for in the replica of each rank. None if there is one replica.
+        The rows that this rank owns, those for rank 0 first. With replicas, those that all of them ask for: only those
+        of the own replica are sent, and the gradients of all come.
+    route
+        All ranks have met before this call. They meet again before gradients go back.
+    come
+        The rows that have come, if they have been exchanged already.
     """
-    return _Exchange.apply(rows, line, give, take, wire, divisor, forward, backward, owners, counts)  # type: ignore[no-any-return]
+    return _Exchange.apply(rows, route, [come])  # type: ignore[no-any-return]
+
+
+def meet_with_rows(rows: Tensor, line: Line, give: list[int], call: Call, payload: int = 0) -> Mail:
+    """Meet the other ranks, and send ``give[r]`` rows to each rank ``r``.
+
+    Rows that the host does not have are sent later. ``payload`` is the last number of the header.
+    """
+    width = rows.shape[1] * rows.element_size()
+    sizes = [count * width for count in give]
+    head = [[size, 0, 0, payload] for size in sizes]
+    if not rows.is_cpu:
+        return line.meet_with(None, None, call, head)
+    return line.meet_with(rows.detach().contiguous().view(torch.uint8).numpy().reshape(-1), sizes, call, head)
+
+
+def received_rows(rows: Tensor, line: Line, give: list[int], take: list[int], mail: Mail, call: Call) -> Tensor:
+    """Return the rows that come, ``take[r]`` of each rank ``r``, after :func:`meet_with_rows`."""
+    width = rows.shape[1] * rows.element_size()
+    sizes = [count * width for count in take]
+    if mail.told[:, 1].tolist() != sizes:
+        raise RuntimeError(f"expected {sizes} bytes of rows from the ranks, got {mail.told[:, 1].tolist()}")
+    if not rows.is_cpu:
+        return line.exchange(rows, give, take, call)
+    return mail.receive(sizes, call).view(rows.dtype).view(sum(take), rows.shape[1])
 
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        line: Line,
-        give: list[int],
-        take: list[int],
-        wire: torch.dtype | None,
-        divisor: int,
-        forward: Call,
-        backward: Call,
-        owners: Owners,
-        counts: list[int] | None,
-    ) -> Tensor:
-        ctx.options = line, give, take, wire, divisor, backward, owners, counts
-        if counts is not None:
-            before = sum(counts[: line.ranks.rank])
-            rows = rows[before : before + sum(give)]
-        return _sent(rows, line, give, take, wire, forward)
+    def forward(ctx: Any, rows: Tensor, route: Route, come: list[Tensor | None]) -> Tensor:
+        ctx.route = route
+        found = come[0]
+        if found is None:
+            sent = own_part(route.line, rows, route.counts)
+            sent = sent if route.wire is None else sent.to(route.wire)
+            found = route.line.exchange(sent, route.give, route.take, route.forward)
+        # A Function must not return what it was given.
+        return found.view_as(found) if found is rows else found.to(rows.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        line, give, take, wire, divisor, call, owners, counts = ctx.options
+        line, give, take, wire, divisor, _, call, owners, counts = ctx.route
+        sent = gradient if wire is None else gradient.to(wire)
         with line.ranks.in_step():
-            line.meet(call)
-            own = _sent(gradient, line, take, give, wire, call)
-            if counts is not None:  # What has been rounded for the wire once is not rounded again.
-                own = of_replicas(line, owners, own if wire is None else own.to(wire), counts, call).to(own.dtype)
+            mail = meet_with_rows(sent, line, take, call)
+            own = received_rows(sent, line, take, give, mail, call)
+            if counts is not None:
+                own = of_replicas(line, owners, own, counts, call)
+            own = own.to(gradient.dtype)
         if divisor != 1:
             own = own / divisor
-        return own, *[None] * 9
-
-
-def _sent(rows: Tensor, line: Line, give: list[int], take: list[int], wire: torch.dtype | None, call: Call) -> Tensor:
-    sent = rows if wire is None else rows.to(wire)
-    come = line.exchange(sent, give, take, call)
-    # A Function must not return what it was given.
-    return come.view_as(come) if come is rows else come.to(rows.dtype)
+        return own, None, None

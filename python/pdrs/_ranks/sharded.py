@@ -16,14 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Module
 
-from pdrs._core import hash_names
+from pdrs._core import KnownRows, Request, hash_names
 from pdrs._ranks.exchange import Call, Line, ranks_and_shards
 from pdrs._ranks.initial_values import Initial, values_of
-from pdrs._ranks.known_rows import KnownRows
-from pdrs._ranks.mesh import names_of_replicas, of_replicas, rows_of_replicas
+from pdrs._ranks.mesh import names_of_replicas, of_replicas, own_part, rows_of_replicas
 from pdrs._ranks.owners import Owners
-from pdrs._ranks.plan import GENERATION, Answer, Plan, Request, exchange_requests
-from pdrs._ranks.rows_op import exchange_rows
+from pdrs._ranks.plan import GENERATION, Answer, Plan, exchange_requests, meet_with_request
+from pdrs._ranks.rows_op import Route, exchange_rows, meet_with_rows, received_rows
 from pdrs._ranks.wrapped import Wrappers
 from pdrs._rows.gather import Missing, check_missing, takes_rows
 from pdrs._rows.gather_op import gather_rows
@@ -160,7 +159,7 @@ class ShardedParameterDict(Module):
         self._seed, self._init, self._average, self._wire = seed, init, bool(average), wire
         ranks, shards = ranks_and_shards(mesh_or_group, timeout)
         self._line = Line(ranks)
-        self._owners = Owners(ranks.size, shards, ranks.rank // shards * shards)
+        self._owners = Owners(ranks.size, ranks.rank // shards * shards, shards)
         # Keys of a state dict say whose shard it is: distributed checkpoints take what has one key for copies.
         self._local_name = f"rank_{self.rank % shards}_of_{shards}"
         self.add_module(self._local_name, StackedParameterDict())
@@ -328,17 +327,14 @@ class ShardedParameterDict(Module):
             sparse = takes_rows(self.local, table)
         has_gradients = torch.is_grad_enabled() and table.requires_grad
         options = f"gradients={has_gradients}, sparse={sparse}"
+        come: Tensor | None = None
         if plan is None:
             options = f"missing={missing!r}{self._said(shape)}, {options}"
             plan = self._planned(names, missing, self._line.call("gather", number, options), shape=shape)
+            own = self._own_rows(plan, number, sparse)
         else:
-            plan = self._fresh(plan, self._line.call("gather", number, f"plan {plan.number}, {options}"))
-        table = self._table(plan.shape)
-        self._see(plan.of_replicas, number, plan.shape)
-        rows = plan.of_replicas if table.is_cpu else plan.of_replicas.to(table.device)
-        own = gather_rows(table, rows, sparse)
-        come = exchange_rows(
-            own.reshape(len(own), math.prod(plan.shape)),
+            own, come = self._gathered(plan, number, options, sparse)
+        route = Route(
             self._line,
             plan.give,
             plan.take,
@@ -349,10 +345,12 @@ class ShardedParameterDict(Module):
             self._owners,
             plan.counts,
         )
+        come = exchange_rows(own, route, come)
         if plan.has_absent:
             come = torch.cat([come, come.new_zeros(1, come.shape[1])])
-        place = plan.place if table.is_cpu else plan.place.to(table.device)
-        return come.index_select(0, place).view(len(place), *plan.shape)
+        if plan.place is not None:
+            come = come.index_select(0, plan.place if come.is_cpu else plan.place.to(come.device))
+        return come.view(len(plan), *plan.shape)
 
     def ahead(
         self,
@@ -430,7 +428,7 @@ class ShardedParameterDict(Module):
         plan = self._planned(names, missing, call, failure, shape=shape)
         table = self._table(shape)
         last = np.empty(sum(plan.take), np.int64)
-        last[plan.place.numpy()] = np.arange(len(values))
+        last[slice(None) if plan.place is None else plan.place.numpy()] = np.arange(len(values))
         given = values.detach().to(table.device)[torch.from_numpy(last).to(table.device)]
         come = self._line.exchange(given.reshape(len(given), math.prod(shape)), plan.take, plan.give, call)
         if plan.counts is not None:
@@ -538,41 +536,58 @@ class ShardedParameterDict(Module):
                         names = list(
                             listed(names)
                         )  # A plan may have to be made again, when the caller's list is another.
-                    request = Request(names, known, self._owners)
+                    request = Request(names, known, *self._owners)
                 except Exception as error:
                     failure = error
-            payload = 0 if request is None else request.payload(self._generation())
-            asks = request is not None and bool(request.new_names)
-            told = self._line.meet(call, payload, int(asks) | at << 1, failure)
-            if not self._forget(told[:, GENERATION]):
+            if request is None or failure is not None:
+                self._line.meet(call, failure=failure)  # It raises, on all ranks.
+            assert request is not None
+            mail = meet_with_request(self._line, call, request, self._generation(), at)
+            if not self._forget(mail.told[:, GENERATION]):
                 break
-        assert request is not None
-        if (told[:, 0] >> 1 != at).any():
-            shapes = [self._shapes[one] for one in (told[:, 0] >> 1).tolist()]
+        if (mail.told[:, 0] >> 1 != at).any():
+            shapes = [self._shapes[one] for one in (mail.told[:, 0] >> 1).tolist()]
             raise self._line.ranks.agreed(ValueError(f"expected rows of one shape, got {shapes} of the ranks"))
         if answer is None:
             answer = functools.partial(self._answer, missing=missing, shape=shape, call=call)
-        plan = exchange_requests(self._line, request, told, known, missing, answer, call)
+        plan = exchange_requests(self._line, request, mail, known, missing, answer, call)
         plan.names, plan.shape = names, shape
         plan.of_replicas, plan.counts = plan.rows, None
         if self._owners.replicas > 1:
             plan.of_replicas, plan.counts = rows_of_replicas(self._line, self._owners, plan.rows, call)
         return plan
 
-    def _fresh(self, plan: Plan, call: Call) -> Plan:
-        """Meet for a gather by a plan; all ranks make the plan again if rows of any have gone."""
-        failure: Exception | None = None
+    def _own_rows(self, plan: Plan, number: int, sparse: bool) -> Tensor:
+        """Return the rows of a plan that this rank owns, ``[rows, elements]``, those that all replicas ask for."""
+        table = self._table(plan.shape)
+        self._see(plan.of_replicas, number, plan.shape)
+        own = gather_rows(table, plan.of_replicas if table.is_cpu else plan.of_replicas.to(table.device), sparse)
+        return own.view(len(own), math.prod(plan.shape)) if own.dim() != 2 else own
+
+    def _gathered(self, plan: Plan, number: int, options: str, sparse: bool) -> tuple[Tensor, Tensor | None]:
+        """Meet for a gather by a plan, and return the own rows, and those that have come with what the ranks have told.
+
+        All ranks make the plan again if rows of any have gone. Then none have come.
+        """
+        call = self._line.call("gather", number, f"plan {plan.number}, {options}")
         if plan.dictionary != self._line.dictionary:
-            failure = ValueError("the plan is of another dictionary")
-        told = self._line.meet(call, [0, 0, 0, self._generation()], 0, failure)
-        if not self._forget(told[:, GENERATION]) and (plan.generations == self._generations).all():
-            return plan
+            self._line.meet(call, failure=ValueError("the plan is of another dictionary"))
+        generation = self._generation()
+        if plan.generations[self.rank] != generation:
+            mail = self._line.meet_with(None, None, call, [0, 0, 0, generation])
+        else:
+            own = self._own_rows(plan, number, sparse)
+            sent = own_part(self._line, own.detach(), plan.counts)
+            sent = sent if self._wire is None else sent.to(self._wire)
+            mail = meet_with_rows(sent, self._line, plan.give, call, generation)
+        if not self._forget(mail.told[:, GENERATION]) and (plan.generations == self._generations).all():
+            return own, received_rows(sent, self._line, plan.give, plan.take, mail, call)
         again = self._line.call("new plan of gather", call.number)
         fresh = self._planned(plan.names, plan.missing, again, shape=plan.shape)
         fresh.number = plan.number
         for each in Plan.__slots__:
             setattr(plan, each, getattr(fresh, each))
-        return plan
+        return self._own_rows(plan, number, sparse), None
 
     def _answer(self, names: list[str], missing: Missing, shape: tuple[int, ...], call: Call) -> NDArray[np.int64]:
         """Return the own rows of names, or -1, and insert them if that is asked for. All ranks come here."""

@@ -39,6 +39,13 @@ pub enum Error {
         /// How many rows the table has.
         capacity: u64,
     },
+    /// A list, or a message, has another length than what it belongs to.
+    Length {
+        /// How many there should be.
+        expected: usize,
+        /// How many there are.
+        got: usize,
+    },
     /// A slab would have more bytes than an `i64` can count.
     TooLarge,
     /// A slab cannot be cut into blocks of this size.
@@ -110,6 +117,7 @@ impl fmt::Display for Error {
                 write!(f, "the gradient lists row {row}, and the table has {capacity} rows")
             }
             Self::Memory => write!(f, "out of memory"),
+            Self::Length { expected, got } => write!(f, "expected a length of {expected}, got {got}"),
             Self::TooLarge => write!(f, "all tensors together have more than {} bytes", i64::MAX),
             Self::BlockSize { got, multiple_of } => {
                 write!(f, "the size of a block must be a positive multiple of {multiple_of} bytes, got {got}")

@@ -7,6 +7,7 @@ mod index_map;
 mod moves;
 mod parameter_dict;
 mod python;
+mod ranks;
 mod stacked;
 mod torch;
 
@@ -51,6 +52,8 @@ mod _core {
     use super::python::one_step::in_one_step;
     #[pymodule_export]
     use super::python::type_slots::use_native_slots;
+    #[pymodule_export]
+    use super::ranks::known_rows::{KnownRows, Request, answer_asked, asked_names};
     #[pymodule_export]
     use super::stacked::one_entry::{pop_end_entry_row, pop_entry_row, set_entry_row};
     #[pymodule_export]

@@ -290,17 +290,27 @@ impl NameTable {
     }
 
     /// The same, with the number of each name, its hash, and its position.
-    pub(crate) fn find_many<Q: Text>(&self, names: &[Q], mut each: impl FnMut(usize, u32, Option<(usize, Place)>)) {
+    pub(crate) fn find_many<Q: Text>(&self, names: &[Q], each: impl FnMut(usize, u32, Option<(usize, Place)>)) {
+        self.find_hashed(names, |_, name| name.with_utf8(stored_hash), each);
+    }
+
+    /// The same, of names whose hashes may be known.
+    pub(crate) fn find_hashed<Q: Text>(
+        &self,
+        names: &[Q],
+        hash_of: impl Fn(usize, &Q) -> u32,
+        mut each: impl FnMut(usize, u32, Option<(usize, Place)>),
+    ) {
         if self.is_empty() {
-            names.iter().enumerate().for_each(|(at, name)| each(at, name.with_utf8(stored_hash), None));
+            names.iter().enumerate().for_each(|(at, name)| each(at, hash_of(at, name), None));
             return;
         }
         let (mut hashes, mut positions) = ([0; TOGETHER], [usize::MAX; TOGETHER]);
         names.iter().take(TOGETHER).for_each(Q::prefetch);
         for (number, batch) in names.chunks(TOGETHER).enumerate() {
             let begin = number * TOGETHER;
-            for (name, hash) in batch.iter().zip(&mut hashes) {
-                *hash = name.with_utf8(stored_hash);
+            for (at, (name, hash)) in batch.iter().zip(&mut hashes).enumerate() {
+                *hash = hash_of(begin + at, name);
                 Q::prefetch_place(self.words.home_word(*hash));
             }
             names[begin..].iter().skip(TOGETHER).take(TOGETHER).for_each(Q::prefetch);

@@ -36,6 +36,11 @@ pub trait Text {
     /// Hands over the bytes.
     fn with_utf8<R>(&self, take: impl FnOnce(&[u8]) -> R) -> R;
 
+    /// Whether the other has the same bytes.
+    fn is_same(&self, other: &Self) -> bool {
+        self.with_utf8(|one| other.with_utf8(|other| one == other))
+    }
+
     /// Begins to load what [`with_utf8`](Self::with_utf8) will read.
     fn prefetch(&self) {}
 
@@ -52,6 +57,10 @@ impl Text for [u8] {
 impl<T: Text + ?Sized> Text for &T {
     fn with_utf8<R>(&self, take: impl FnOnce(&[u8]) -> R) -> R {
         (**self).with_utf8(take)
+    }
+
+    fn is_same(&self, other: &Self) -> bool {
+        (**self).is_same(*other)
     }
 
     fn prefetch(&self) {

@@ -192,6 +192,10 @@ impl NameText for Utf8Name {
         }
     }
 
+    fn is_same(&self, other: &Self) -> bool {
+        same(&self.text, &other.text)
+    }
+
     fn prefetch(&self) {
         prefetch(&self.text);
     }
@@ -214,6 +218,10 @@ impl NameText for Listed<'_, '_> {
             Some(text) => short_utf8(text, |bytes| take(bytes.unwrap_or(&NO_NAME))),
             None => take(&NO_NAME),
         }
+    }
+
+    fn is_same(&self, other: &Self) -> bool {
+        self.text().zip(other.text()).is_some_and(|(one, other)| same(one, other))
     }
 
     fn prefetch(&self) {

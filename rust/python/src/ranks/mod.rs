@@ -1,0 +1,3 @@
+//! What the ranks of a sharded table ask each other for.
+
+pub(crate) mod known_rows;
