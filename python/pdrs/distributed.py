@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from pdrs._ranks.checkpoint_load import load
+from pdrs._ranks.checkpoint_save import save
 from pdrs._ranks.clip import clip_grad_norm_
 from pdrs._ranks.data_parallel import ignored_params, leave_out
 from pdrs._ranks.exchange import OutOfStepError
@@ -23,6 +25,8 @@ __all__ = [
     "ignored_params",
     "insert",
     "leave_out",
+    "load",
     "normal",
+    "save",
     "uniform",
 ]

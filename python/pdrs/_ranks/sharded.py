@@ -34,6 +34,8 @@ from pdrs.stacked import StackedParameterDict
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
+    from pdrs._rows.table import Table
+
 __all__ = ["ShardedParameterDict", "dictionary_of", "joined_norm", "norm_over_ranks"]
 
 # What all backends send.
@@ -518,6 +520,25 @@ class ShardedParameterDict(Module):
         if self.local.layout_version != self._layout:
             self._layout = self.local.layout_version
             self._seen = torch.full((self._capacity(),), self._gathers, dtype=torch.int64, device="cpu")
+
+    def _last_seen(self) -> dict[str, Tensor]:
+        """Return in which gather each row was last used, ``[capacity]``, for each table."""
+        self._see(torch.empty(0, dtype=torch.int64), self._gathers)
+        return {self.local._tables[0].attribute: self._seen}
+
+    def _with_seen(self, seen: dict[str, Tensor], gathers: int, layout: int) -> dict[str, Any]:
+        """Return the attributes that it has after :meth:`_last_seen` of such a number of gathers is loaded."""
+        return {"_seen": seen[self.local._tables[0].attribute], "_gathers": gathers, "_layout": layout}
+
+    def _table_like(self, shape: tuple[int, ...], dtype: torch.dtype) -> Table:
+        """Return the table for rows of a shape and dtype; ValueError if it can have none."""
+        table = self.local._tables[0]
+        own = self._table()
+        if tuple(own.shape[1:]) != shape or own.dtype != dtype:
+            raise ValueError(
+                f"expected rows of {own.dtype} {list(own.shape[1:])}, as the dictionary has, got {dtype} {list(shape)}"
+            )
+        return table
 
     def _drop(self, names: list[str] | Tensor) -> None:
         self._follow_layout()
