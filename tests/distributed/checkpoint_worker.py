@@ -20,6 +20,7 @@ from typing import Any
 import sharded_worker as sharded
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -66,7 +67,9 @@ class Model(torch.nn.Module):
 
 def sharded_model(seed: int = sharded.SEED, shape: tuple[int, ...] = (WIDTH,), **options: Any) -> Model:
     group = GROUPS[-1] if GROUPS else None
-    return Model(ShardedParameterDict(shape, group, seed=seed, init=sharded.INIT, timeout=60.0, **options))
+    words = ShardedParameterDict(shape, group, seed=seed, init=sharded.INIT, timeout=120.0, **options)
+    words._looked_for_ddp = True  # among all objects that there are, which takes most of the time of a small test
+    return Model(words)
 
 
 def wrapped(model: Model, world: int) -> Any:
@@ -378,6 +381,61 @@ def frozen_names_and_ages(rank: int, world: int, place: Path) -> dict[str, Any]:
         "gone": len(old - set(fresh.words)),
         "same": bits_of(model, optimizer) == bits_of(fresh, of_fresh),
     }
+
+
+@case
+def async_save(rank: int, world: int, place: Path) -> dict[str, Any]:
+    """Save by torch.distributed.checkpoint, and change all tables while it writes."""
+    for which in BY_BUCKET:
+        model, optimizer = made(which)
+        train(model, optimizer, range(BEFORE), rank, world)
+        kept = bits_of(model, optimizer)
+        state = pdrs.distributed.bucket_state_dict(model, optimizer)
+        folder = place / f"dcp-{which}-{world}"
+        if which == "sgd":
+            dcp.save(state, checkpoint_id=folder, process_group=GROUPS[-1])
+        else:
+            writing = dcp.async_save(state, checkpoint_id=folder, process_group=GROUPS[-1])
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.fill_(99)
+                for held in optimizer.state.values():
+                    for value in held.values():
+                        if torch.is_tensor(value):
+                            value.fill_(77)
+            model.words.local.clear()
+            writing.result()
+        torch.save(kept, place / f"dcp-{which}-{world}.{rank}.bits")
+        barrier()
+    return {}
+
+
+BY_BUCKET = ("sgd", "row_adam", "adam")
+
+
+def load_buckets(before: int, rank: int, world: int, place: Path) -> dict[str, Any]:
+    found, same = 0.0, True
+    for which in BY_BUCKET:
+        model, optimizer = made(which)
+        train(model, optimizer, range(30, 32), rank, world)
+        folder = place / f"dcp-{which}-{before}"
+        metadata = dcp.FileSystemReader(folder).read_metadata()
+        state = pdrs.distributed.bucket_template(metadata, model, optimizer)
+        dcp.load(state, checkpoint_id=folder, process_group=GROUPS[-1])
+        pdrs.distributed.load_bucket_state_dict(state, model, optimizer)
+        if before == world:
+            same = same and torch.load(place / f"dcp-{which}-{before}.{rank}.bits") == bits_of(model, optimizer)
+        train(model, optimizer, range(BEFORE, BEFORE + AFTER), rank, world)
+        expected, of_expected = reference(which, BEFORE + AFTER)
+        assert model.words.total() == len(expected.words)
+        found = max(found, apart(model, optimizer, expected, of_expected))
+    return {"apart": found, "same": same}
+
+
+for _before in (1, 2, 3):
+    CASES[f"load_buckets_{_before}"] = lambda rank, world, place, before=_before: load_buckets(
+        before, rank, world, place
+    )
 
 
 def main(folder: str, cases: list[str]) -> None:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
-__all__ = ["HASH", "HASH_SEED", "TIMEOUT", "dense_tensors", "save"]
+__all__ = ["HASH", "HASH_SEED", "TIMEOUT", "dense_tensors", "merged_tables", "refuse_differences", "save"]
 
 HASH, HASH_SEED = "xxh3_64", 0
 # How many seconds to wait for a rank that writes or reads.
@@ -130,9 +130,9 @@ def save(
     with parts.unchanged(), ExitStack() as opened:
         texts = None if metadata is None else ranks.run(lambda: as_texts(metadata))
         about, dense = ranks.run(lambda: _described(parts))
-        _refuse_differences(ranks, about, dense, parts)
+        refuse_differences(ranks, about, dense, parts)
         before = _before(ranks, folder, since)
-        of_tables = _merged(ranks, ranks.objects({prefix: one["tables"] for prefix, one in about["dictionaries"].items()}))
+        of_tables = merged_tables(ranks, ranks.objects({prefix: one["tables"] for prefix, one in about["dictionaries"].items()}))
         set_id = ranks.object_of(0, secrets.token_hex(16))
         name = file_name(set_id, ranks.rank, ranks.size)
 
@@ -215,7 +215,7 @@ def dense_tensors(parts: Parts, before: Archive | None = None) -> Collected:
     return found
 
 
-def _refuse_differences(ranks: CommonCall, about: dict[str, Any], dense: int, parts: Parts) -> None:
+def refuse_differences(ranks: CommonCall, about: dict[str, Any], dense: int, parts: Parts) -> None:
     """Raise on all ranks if what they must have in common differs."""
     shared = {
         "dictionaries": {
@@ -251,7 +251,7 @@ def _sum_of(tensor: Tensor) -> int:
     return total
 
 
-def _merged(ranks: CommonCall, of_ranks: list[dict[str, Any]]) -> dict[str, Any]:
+def merged_tables(ranks: CommonCall, of_ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the tables of all ranks; RuntimeError on all if two have different ones of a name."""
     found: dict[str, Any] = {}
     for rank, of_rank in enumerate(of_ranks):
