@@ -274,10 +274,10 @@ def ranks_that_differ(rank: int, world: int, place: Path) -> dict[str, Any]:
     with torch.no_grad():
         model.out.weight[0, 0] -= rank
     for group in optimizer.param_groups:
-        group["lr"] += rank
+        group["lr"] = 0.05 + rank
     said["options"] = error_of(lambda: pdrs.distributed.save(model, folder, optimizer))
     for group in optimizer.param_groups:
-        group["lr"] -= rank
+        group["lr"] = 0.05
     if rank == 1:
         optimizer.state[model.words.local.table((WIDTH,))]["step"] += 1
     said["steps"] = error_of(lambda: pdrs.distributed.save(model, folder, optimizer))
@@ -438,13 +438,21 @@ for _before in (1, 2, 3):
     )
 
 
+def _level_groups(rank: int) -> None:
+    """Wait for all processes, and let all have made as many groups: torch names the next one by that number."""
+    counts: list[Any] = [None] * dist.get_world_size()
+    made = len(dist.distributed_c10d._world.pg_names)
+    dist.all_gather_object(counts, made)
+    for _ in range(max(counts) - made):
+        dist.new_group([rank], use_local_synchronization=True)
+
+
 def main(folder: str, cases: list[str]) -> None:
     torch.set_num_threads(1)
     with sharded.group(folder) as (rank, _):
         for one in cases:
             name, _, world = one.partition(":")
             if rank < int(world):
-                # Others have made fewer groups, by whose number torch would name this one.
                 GROUPS.append(dist.new_group(list(range(int(world))), use_local_synchronization=True))
                 faulthandler.dump_traceback_later(HANGS, exit=True)
                 begun = time.monotonic()
@@ -455,7 +463,7 @@ def main(folder: str, cases: list[str]) -> None:
                 Path(folder, f"{name}-{world}-{rank}.json").write_text(json.dumps(became))
                 print(f"{one}: {time.monotonic() - begun:.2f} s", flush=True)
             faulthandler.dump_traceback_later(HANGS, exit=True)
-            dist.barrier()
+            _level_groups(rank)
         sys.stdout.flush()
         os._exit(0)
 
