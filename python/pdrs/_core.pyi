@@ -599,6 +599,9 @@ class Places:
 
         Raises ValueError if there are more of one than of the other, or a number is too large or negative.
         """
+    @staticmethod
+    def of_ids(ids: NDArray[np.uint64]) -> Places:
+        """Make some of ids, as they stand in packed names. **O(m)**. Raises ValueError if one is too large."""
     def __len__(self) -> int: ...
     def __getitem__(self, at: int, /) -> tuple[int, int]: ...
     @property
@@ -607,6 +610,9 @@ class Places:
     @property
     def rows(self) -> NDArray[np.int64]:
         """The row of each, in a new array. **O(m)**."""
+    @property
+    def ids(self) -> NDArray[np.uint64]:
+        """The id of each, in a new array. **O(m)**. Raises ValueError if a name is missing."""
     def only_table(self) -> int:
         """Return the table that all lie in; -1 if there are several, if a name is missing, or if there is no place."""
     def is_complete(self) -> bool:

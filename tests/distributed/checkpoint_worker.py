@@ -248,7 +248,9 @@ def damage(rank: int, world: int, place: Path) -> dict[str, Any]:
     tried("truncated", lambda: last.write_bytes(data[:-9]), restore)
     tried("flipped", flipped, restore, verify=True)
     manifest = folder / MANIFEST
-    tried("manifest", lambda: manifest.write_text(text.replace("xxh3_64", "xxh3_65")), lambda: manifest.write_text(text))
+    tried(
+        "manifest", lambda: manifest.write_text(text.replace("xxh3_64", "xxh3_65")), lambda: manifest.write_text(text)
+    )
     tried("no manifest", manifest.unlink, lambda: manifest.write_text(text))
     for what, options in (("seed", {"seed": 8}), ("dtype", {"dtype": torch.float64})):
         another = sharded_model(**options)
@@ -268,11 +270,12 @@ def ranks_that_differ(rank: int, world: int, place: Path) -> dict[str, Any]:
     train(model, optimizer, range(2), rank, world)
     said = {}
     folder = place / f"differ-{world}"
+    kept = model.out.weight.detach().clone()
     with torch.no_grad():
         model.out.weight[0, 0] += rank
     said["values"] = error_of(lambda: pdrs.distributed.save(model, folder, optimizer))
     with torch.no_grad():
-        model.out.weight[0, 0] -= rank
+        model.out.weight.copy_(kept)
     for group in optimizer.param_groups:
         group["lr"] = 0.05 + rank
     said["options"] = error_of(lambda: pdrs.distributed.save(model, folder, optimizer))
@@ -355,7 +358,9 @@ def load_deltas(rank: int, world: int, place: Path) -> dict[str, Any]:
         assert model.words.total() == len([key for key in expected if "/" in key])
         rows = len(model.words)
         ratios.append(read_bytes() / (rows * (4 * (3 * WIDTH + 2) + 8) + sum(map(len, model.words))))
-    said = error_of(lambda: pdrs.distributed.save(model, place / "other-world", optimizer, since=place / "chain-2"))
+    said = ""
+    if world != 2:
+        said = error_of(lambda: pdrs.distributed.save(model, place / "other-world", optimizer, since=place / "chain-2"))
     return {"same": same, "ratio": max(ratios), "said": said}
 
 

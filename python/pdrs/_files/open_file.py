@@ -65,7 +65,9 @@ def _open(path: str, keys: tuple[str, ...]) -> CheckpointFile:
         path = file_in(path)
     if os.path.basename(path) == MANIFEST and is_manifest(path):
         if keys:
-            raise ValueError(f"key= is for what torch.save wrote, and {path} is of a set, in which prefix= chooses names")
+            raise ValueError(
+                f"key= is for what torch.save wrote, and {path} is of a set, in which prefix= chooses names"
+            )
         return SetFile(os.path.dirname(path))
     if not os.path.exists(path) and index_of(path).exists():
         path = os.fspath(index_of(path))

@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pdrs._core import RowIndex, hash_names, unpack_header
+from pdrs._core import Places, RowIndex, hash_names, unpack_header
 from pdrs._files.archive_read import NAMES, ROWS, Archive
-from pdrs._files.checkpoint_file import EXTRA_STATE, STEP
+from pdrs._files.checkpoint_file import EXTRA_STATE, STEP, CheckpointError
 from pdrs._files.safetensors_file import SafetensorsFile
 from pdrs._rows.names_codec import Header, TableHeader, bytes_of, pack
 
@@ -25,7 +25,6 @@ __all__ = ["Names", "Part", "joined", "packed_of", "unpacked"]
 # Rows between those that are asked for are read, too, if they have at most so many bytes.
 _GAP = 4096
 _START = 56
-_ROW_BITS = 40
 
 _Ints = NDArray[np.int64]
 
@@ -73,7 +72,7 @@ def packed_of(names: Names, header: Header) -> NDArray[np.uint8]:
     head = bytes_of(pack(RowIndex(), header)).copy()
     counts = np.array([len(names.lengths), len(names.lengths)], "<u8")
     head[8:24] = counts.view(np.uint8)
-    ids = (names.tables << _ROW_BITS | names.rows).astype("<u8")
+    ids = Places.of(names.tables, names.rows).ids
     ends = np.cumsum(names.lengths).astype("<u8")
     if not len(ends):
         return head
@@ -89,14 +88,23 @@ def unpacked(packed: NDArray[np.uint8]) -> tuple[Names, Header]:
     header = Header(tuple(TableHeader(*table) for table in tables), tuple(patterns))
     _, ids, of_tables, of_patterns, labels, _ = packed[8:_START].view(np.int64).tolist()
     at = _START + 32 * of_tables + 8 * of_patterns + (labels + 7) // 8 * 8
-    own = packed[at : at + 8 * ids].view(np.int64) if ids else np.arange(count)
+    own = packed[at : at + 8 * ids].view(np.uint64) if ids else np.arange(count, dtype=np.uint64)
     at += 8 * ids
-    lengths = np.diff(packed[at : at + 8 * count].view(np.int64), prepend=0)
+    lengths = _lengths(packed[at : at + 8 * count].view(np.int64), 0)
     if count and lengths.min() < 1:
         raise ValueError("the packed names are damaged: the ends do not ascend")
     at += 8 * count
     text = packed[at : at + int(lengths.sum())]
-    return Names(lengths, text, own >> _ROW_BITS, own & ((1 << _ROW_BITS) - 1)), header
+    return Names(lengths, text, *_tables_and_rows(own)), header
+
+
+def _lengths(ends: _Ints, begin: int) -> _Ints:
+    return ends - np.concatenate([np.array([begin], np.int64), ends[:-1]])[: len(ends)]
+
+
+def _tables_and_rows(ids: NDArray[np.uint64]) -> tuple[_Ints, _Ints]:
+    places = Places.of_ids(np.require(ids, requirements="A"))
+    return places.tables, places.rows
 
 
 class Part:
@@ -119,7 +127,9 @@ class Part:
 
     # -- names ---------------------------------------------------------------------------------------------------------
 
-    def names(self, prefix: str, buckets: int, wanted: range, first: int, counts: Sequence[int]) -> tuple[Names, Header]:
+    def names(
+        self, prefix: str, buckets: int, wanted: range, first: int, counts: Sequence[int]
+    ) -> tuple[Names, Header]:
         """Return the names of a dictionary that are in some buckets, and the header. **O(m)** for ``m`` names.
 
         Parameters
@@ -133,7 +143,14 @@ class Part:
         first, counts
             The first bucket of the archive, and how many names each has in the first archive of the chain.
         """
-        name = prefix + EXTRA_STATE
+        try:
+            return self._names(prefix + EXTRA_STATE, buckets, wanted, first, counts)
+        except ValueError as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise self.archive.error(f"the tensor {prefix + EXTRA_STATE!r}: {error}") from error
+
+    def _names(self, name: str, buckets: int, wanted: range, first: int, counts: Sequence[int]) -> tuple[Names, Header]:
         history = self.archive._history(name)
         holder = history[-1]
         if holder.previous is None and counts:
@@ -141,17 +158,13 @@ class Part:
             begin, stop = (int(place[np.clip(at - first, 0, len(counts))]) for at in (wanted.start, wanted.stop))
             found, header, total = self._range(holder, name, begin, stop)
             if total != place[-1]:
-                raise holder.error(f"it has {total} names at {prefix!r}, and the manifest says {int(place[-1])}")
+                raise holder.error(f"it has {total} names in {name!r}, and the manifest says {int(place[-1])}")
             places = np.arange(begin, stop)
             ends = [at for at in (0, len(places) - 1) if len(places)]
             if any(int(one) % buckets not in wanted for one in hash_names(found.texts(ends))):
-                raise holder.error(f"the names at {prefix!r} are not in the order of their buckets")
+                raise holder.error(f"the names in {name!r} are not in the order of their buckets")
         else:
-            packed = bytes_of(self.whole(holder, name))
-            try:
-                found, header = unpacked(packed)
-            except ValueError as error:
-                raise holder.error(f"the tensor {name!r}: {error}") from error
+            found, header = unpacked(bytes_of(self.whole(holder, name)))
             total = len(found.lengths)
             places = np.arange(total)
             found, places = _in_buckets(found, places, buckets, wanted)
@@ -182,43 +195,41 @@ class Part:
             used += size
         at += (labels + 7) // 8 * 8
         if ids:
-            own = read(at + 8 * begin, 8 * (stop - begin)).view(np.int64)
+            own = read(at + 8 * begin, 8 * (stop - begin)).view(np.uint64)
             at += 8 * total
         else:
-            own = np.arange(begin, stop)
+            own = np.arange(begin, stop, dtype=np.uint64)
         before = 0 if begin == 0 else int(read(at + 8 * (begin - 1), 8).view(np.int64)[0])
         ends = read(at + 8 * begin, 8 * (stop - begin)).view(np.int64)
-        lengths = np.diff(ends, prepend=before)
+        lengths = _lengths(ends, before)
         if len(lengths) and lengths.min() < 1:
             raise archive.error(f"the tensor {name!r} of packed names is damaged: ends do not ascend")
         names = read(at + 8 * total + before, int(lengths.sum()))
-        return Names(lengths, names, own >> _ROW_BITS, own & ((1 << _ROW_BITS) - 1)), Header(tuple(found)), total
+        return Names(lengths, names, *_tables_and_rows(own)), Header(tuple(found)), total
 
     def _changed(
         self, archive: Archive, name: str, found: Names, places: _Ints, total: int, buckets: int, wanted: range
     ) -> tuple[Names, _Ints, Header, int]:
         """Return the names after a delta, and their places among all, given those before it."""
         delta = bytes_of(self.whole(archive, f"{name}.__{NAMES}__"))
-        try:
-            if delta[:4].tobytes() != b"pdrd" or len(delta) < 24:
-                raise ValueError("it is no change of packed names")
-            of_removed, of_moved = delta[8:24].view(np.int64).tolist()
-            at = 24
-            removed = delta[at : at + 4 * of_removed].view(np.uint32).astype(np.int64)
-            at += (4 * of_removed + 7) // 8 * 8
-            moved = delta[at : at + 4 * of_moved].view(np.uint32).astype(np.int64)
-            at += (4 * of_moved + 7) // 8 * 8
-            ids = delta[at : at + 8 * of_moved].view(np.int64)
-            added, header = unpacked(delta[at + 8 * of_moved :])
-            if len(removed) != of_removed or len(ids) != of_moved or (len(removed) and removed[-1] >= total):
-                raise ValueError("the sizes do not add up")
-        except ValueError as error:
-            raise archive.error(f"the tensor {name!r}: {error}") from error
+        if delta[:4].tobytes() != b"pdrd" or len(delta) < 24:
+            raise ValueError("it is no change of packed names")
+        of_removed, of_moved = delta[8:24].view(np.int64).tolist()
+        at = 24
+        removed = delta[at : at + 4 * of_removed].view(np.uint32).astype(np.int64)
+        at += (4 * of_removed + 7) // 8 * 8
+        moved = delta[at : at + 4 * of_moved].view(np.uint32).astype(np.int64)
+        at += (4 * of_moved + 7) // 8 * 8
+        ids = delta[at : at + 8 * of_moved].view(np.uint64)
+        added, header = unpacked(delta[at + 8 * of_moved :])
+        if len(removed) != of_removed or len(ids) != of_moved or (len(removed) and removed[-1] >= total):
+            raise ValueError("the sizes do not add up")
         if len(moved):
             tables, rows = found.tables.copy(), found.rows.copy()
-            which = np.searchsorted(places, moved)
-            own = (which < len(places)) & (places[np.minimum(which, max(0, len(places) - 1))] == moved if len(places) else False)
-            tables[which[own]], rows[which[own]] = ids[own] >> _ROW_BITS, ids[own] & ((1 << _ROW_BITS) - 1)
+            which = np.searchsorted(moved, places)
+            own = which < len(moved)
+            own[own] = moved[which[own]] == places[own]
+            tables[own], rows[own] = (column[which[own]] for column in _tables_and_rows(ids))
             found = found._replace(tables=tables, rows=rows)
         stays = np.isin(places, removed, assume_unique=True, invert=True)
         found, places = found.kept(stays), places[stays]
@@ -331,4 +342,3 @@ def _in_buckets(names: Names, places: _Ints, buckets: int, wanted: range) -> tup
     of_names = (hash_names(names.texts(range(len(names.lengths)))) % np.uint64(buckets)).astype(np.int64)
     mask = (of_names >= wanted.start) & (of_names < wanted.stop)
     return names.kept(mask), places[mask]
-

@@ -168,7 +168,9 @@ class SetFile(CheckpointFile):
             if name.startswith(prefix) and len(name) > len(prefix):
                 kinds.setdefault((self.dtype(name), self.shape(name)), []).append(name)
         counts = list(map(len, kinds.values()))
-        places = Places.of(np.repeat(np.arange(len(counts)), counts), np.concatenate([*map(np.arange, counts), []]).astype(np.int64))
+        places = Places.of(
+            np.repeat(np.arange(len(counts)), counts), np.concatenate([*map(np.arange, counts), []]).astype(np.int64)
+        )
         shown = [name[len(prefix) :] for alike in kinds.values() for name in alike]
         tables = [torch.stack([self.load(name) for name in alike]) for alike in kinds.values()]
         return RowIndex.of(shown, places, counts), tables

@@ -186,7 +186,9 @@ class Manifest:
         """
         path = os.path.join(folder, MANIFEST)
         if not os.path.exists(path):
-            raise CheckpointError(folder, f"the folder has no {MANIFEST}, so it is no set that pdrs.distributed.save wrote")
+            raise CheckpointError(
+                folder, f"the folder has no {MANIFEST}, so it is no set that pdrs.distributed.save wrote"
+            )
         try:
             text = Path(path).read_bytes().decode()
         except UnicodeDecodeError as error:

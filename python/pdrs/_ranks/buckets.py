@@ -179,8 +179,8 @@ def bucket_template(metadata: Metadata, model: Module, optimizer: Optimizers = N
             if name not in listed:
                 raise ValueError(f"the checkpoint has no key {name!r}, which the model has")
             found[name] = torch.empty_like(value.detach())
-    for number, optimizer in enumerate(parts.optimizers):
-        for group in optimizer.param_groups:
+    for number, one in enumerate(parts.optimizers):
+        for group in one.param_groups:
             for parameter in group["params"]:
                 begin = f"optimizer/{number}/{parts.name_of(parameter)}/"
                 for key in listed if parts.owner_of(parameter) is None else ():
@@ -267,9 +267,14 @@ def _dictionary(parts: Parts, prefix: str, about: dict[str, Any], state: Mapping
             if key + "names" not in state:
                 continue
             ends = state[key + "ends"].numpy()
-            count = np.arange(len(ends))
+            places = np.arange(len(ends))
             found.append(
-                Names(np.diff(ends, prepend=0), state[key + "names"].numpy(), np.full(len(ends), numbers[attribute]), count)
+                Names(
+                    np.diff(ends, prepend=0),
+                    state[key + "names"].numpy(),
+                    np.full(len(ends), numbers[attribute]),
+                    places,
+                )
             )
             keys[attribute].append((key, len(ends)))
     index, rows = index_of(words, found, _LOADED)

@@ -37,7 +37,16 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
-__all__ = ["check_dictionary", "check_optimizers", "fill_table", "index_of", "load", "numbers_of", "put_dense", "read_bytes"]
+__all__ = [
+    "check_dictionary",
+    "check_optimizers",
+    "fill_table",
+    "index_of",
+    "load",
+    "numbers_of",
+    "put_dense",
+    "read_bytes",
+]
 
 _LISTED = 5
 # How many bytes the last load of this process has asked the system for, for tests and benchmarks.
@@ -377,8 +386,13 @@ def check_optimizers(parts: Parts, about: list[Any], path: str) -> None:
         saved = [sorted(group["params"]) for group in one["groups"]]
         own = [sorted(parts.names_in(group)) for group in optimizer.param_groups]
         if saved != own:
-            at = next((at for at, pair in enumerate(zip(saved, own, strict=False)) if pair[0] != pair[1]), min(len(saved), len(own)))
-            shown = [f"{one[at][:_LISTED]} of {len(one[at])}" if at < len(one) else "no such group" for one in (saved, own)]
+            at = next(
+                (at for at, pair in enumerate(zip(saved, own, strict=False)) if pair[0] != pair[1]),
+                min(len(saved), len(own)),
+            )
+            shown = [
+                f"{one[at][:_LISTED]} of {len(one[at])}" if at < len(one) else "no such group" for one in (saved, own)
+            ]
             raise ValueError(
                 f"{path}: group {at} of optimizer {number} ({name}) was saved with the parameters {shown[0]}, and has "
                 f"{shown[1]}"

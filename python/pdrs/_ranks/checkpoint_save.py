@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import secrets
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -132,7 +134,9 @@ def save(
         about, dense = ranks.run(lambda: _described(parts))
         refuse_differences(ranks, about, dense, parts)
         before = _before(ranks, folder, since)
-        of_tables = merged_tables(ranks, ranks.objects({prefix: one["tables"] for prefix, one in about["dictionaries"].items()}))
+        of_tables = merged_tables(
+            ranks, ranks.objects({prefix: one["tables"] for prefix, one in about["dictionaries"].items()})
+        )
         set_id = ranks.object_of(0, secrets.token_hex(16))
         name = file_name(set_id, ranks.rank, ranks.size)
 
@@ -168,7 +172,7 @@ def save(
                 kept,
             )
             if sync:
-                sync_folder(folder)
+                sync_folder(Path(folder))
             made.write(folder, sync=sync)
             remove_others(folder, made.needed())
 
@@ -327,9 +331,7 @@ def _write(
     if any(order.is_loose() for order in orders.values()):
         archive = None
     if archive is None:
-        orders = {
-            prefix: order if order.is_sorted else _order(parts, prefix, None) for prefix, order in orders.items()
-        }
+        orders = {prefix: order if order.is_sorted else _order(parts, prefix, None) for prefix, order in orders.items()}
     collected = Collected()
     for prefix, order in orders.items():
         collected.dictionaries[prefix] = "StackedParameterDict"
@@ -352,18 +354,9 @@ def _write(
     path = os.path.join(folder, name)
     size = write_archive(path, collected, archive, metadata=kept, sync=sync)
     with SafetensorsFile(path) as file:
-        made = Archive.__new__(Archive)
-        made._begin(file)
-        made._read()
-        facts = FileOfSet(
-            name,
-            made.id,
-            file.metadata[CHECK],
-            size,
-            chain,
-            sorted_counts,
-            {prefix: len(order.names) for prefix, order in orders.items()},
-        )
+        text, total = file.metadata["pdrs"], file.metadata[CHECK]
+    counts = {prefix: len(order.names) for prefix, order in orders.items()}
+    facts = FileOfSet(name, str(json.loads(text)["id"]), total, size, chain, sorted_counts, counts)
     return facts, size
 
 

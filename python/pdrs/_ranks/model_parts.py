@@ -191,7 +191,9 @@ class Parts:
             state: dict[str, Any] = optimizer.state.get(one.parameter) or {}
             for key, value in state.items():
                 if f"optimizer.{which}.{key}" not in one.others:
-                    found[f"optimizer.{which}.{key}"] = number_of(f"{type(optimizer).__name__}, {one.name}, {key}", value)
+                    found[f"optimizer.{which}.{key}"] = number_of(
+                        f"{type(optimizer).__name__}, {one.name}, {key}", value
+                    )
         return found
 
     # -- optimizers ----------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ class LoadedTable(NamedTuple):
 class Loaded(NamedTuple):
     """What a dictionary is to have: names, tables in their order, and how many gathers there were."""
 
-    index: RowIndex
+    names: RowIndex
     tables: list[LoadedTable]
     gathers: int
 
@@ -115,8 +115,8 @@ class TakeOver:
             for optimizer in attached(local):
                 if not optimizer_state.is_among(optimizer, given):
                     self._begin_anew(optimizer, parameter, data)
-        self._changes.set_attributes(local, _index=loaded.index)
-        self._changes.set_attributes(words, **words._with_seen(seen, loaded.gathers, loaded.index.moves))
+        self._changes.set_attributes(local, _index=loaded.names)
+        self._changes.set_attributes(words, **words._with_seen(seen, loaded.gathers, loaded.names.moves))
 
     def _state(self, optimizer: Any, number: int, parameter: Tensor, one: LoadedTable) -> None:
         begin = f"optimizer.{number}."
