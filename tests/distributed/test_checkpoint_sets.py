@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -360,7 +361,7 @@ def test_a_state_that_cannot_be_divided_is_refused(tmp_path: Path) -> None:
 
 def test_a_parameter_that_is_not_in_the_model_is_refused(tmp_path: Path) -> None:
     model, _ = model_of(1)
-    with pytest.raises(ValueError, match="an optimizer has a parameter of shape .* that is not in the model"):
+    with pytest.raises(ValueError, match=r"an optimizer has a parameter of shape .* that is not in the model"):
         pdrs.distributed.save(model.words, tmp_path, torch.optim.SGD(model.parameters(), lr=1.0))
 
 
@@ -372,7 +373,7 @@ def test_a_set_that_cannot_be_linked_says_what_to_do(tmp_path: Path, monkeypatch
         raise OSError(18, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "link", link)
-    with pytest.raises(OSError, match="Invalid cross-device link.*save without since, or into the same folder"):
+    with pytest.raises(OSError, match=r"Invalid cross-device link.*save without since, or into the same folder"):
         pdrs.distributed.save(model, tmp_path / "two", optimizer, since=tmp_path / "one")
     assert not (tmp_path / "two" / MANIFEST).exists()
     assert version_in(tmp_path / "one") == 1
@@ -475,10 +476,7 @@ def test_a_save_that_is_killed_at_any_step_leaves_the_old_set_or_the_new_one(
         folder = tmp_path / "folder"
         shutil.copytree(first, folder)
         store = tmp_path / f"store-{step}"
-        children = [
-            fork(lambda rank=rank, step=step, store=store: save_killed(folder, store, rank, world, which, step, None))
-            for rank in range(world)
-        ]
+        children = [fork(partial(save_killed, folder, store, rank, world, which, step, None)) for rank in range(world)]
         codes = [ended(child) for child in children]
         versions.append(version_in(folder))
         if codes == [0] * world:

@@ -29,7 +29,7 @@ def open_file(path: str | bytes | os.PathLike[str] | os.PathLike[bytes], key: Ke
     ----------
     path
         A safetensors file, or the state dict that ``torch.save`` wrote. The index of a checkpoint in shards, or the
-        file that was cut into shards. Or a folder with one of these, or with a set that ``pdrs.distributed.save`` wrote.
+        file that was cut into shards. Or a folder with one of these, or with a set of ``pdrs.distributed.save``.
     key
         The key of the state dict in a file of torch's, or several, if it is in a dict in a dict.
 

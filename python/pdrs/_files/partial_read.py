@@ -7,6 +7,7 @@ so are their rows. What later archives of the chain have changed is read beside 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -99,7 +100,10 @@ def unpacked(packed: NDArray[np.uint8]) -> tuple[Names, Header]:
 
 
 def _lengths(ends: _Ints, begin: int) -> _Ints:
-    return ends - np.concatenate([np.array([begin], np.int64), ends[:-1]])[: len(ends)]
+    lengths: _Ints = ends.copy()
+    lengths[1:] -= ends[:-1]
+    lengths[:1] -= begin
+    return lengths
 
 
 def _tables_and_rows(ids: NDArray[np.uint64]) -> tuple[_Ints, _Ints]:
@@ -286,7 +290,7 @@ class Part:
         breaks = np.flatnonzero((np.diff(rows) - 1) * width > _GAP) + 1
         edges = [0, *breaks.tolist(), count] if count else []
         most = max(1, STEP // width)
-        for begin, end in zip(edges, edges[1:], strict=False):
+        for begin, end in pairwise(edges):
             # A piece at a time, so that rows between those that are asked for take little memory.
             at = begin
             while at < end:

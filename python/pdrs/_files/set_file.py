@@ -211,15 +211,13 @@ class SetFile(CheckpointFile):
         for one in self._archives:
             try:
                 names, header = unpacked(bytes_of(one.tensor(name)))
-                table_of = np.array([numbers[table.attribute] for table in header.tables], np.int64)
-                parts.append(
-                    names._replace(tables=table_of[names.tables], rows=names.rows + before[table_of][names.tables])
-                )
+                which = np.array([numbers[table.attribute] for table in header.tables], np.int64)
+                parts.append(names._replace(tables=which[names.tables], rows=names.rows + before[which][names.tables]))
             except (ValueError, KeyError, IndexError) as error:
                 if isinstance(error, CheckpointError):
                     raise
                 raise one.error(f"the tensor {name!r} of packed names is damaged: {error}") from error
-            for table, number in zip(header.tables, table_of.tolist(), strict=True):
+            for table, number in zip(header.tables, which.tolist(), strict=True):
                 key = prefix + table.attribute
                 before[number] += one.shape(key)[0] if key in one else 0
                 tables[table.attribute] = table

@@ -128,7 +128,7 @@ class Manifest:
 
     @classmethod
     def of_text(cls, text: str, path: str) -> Manifest:
-        """Read what :meth:`to_text` returned; CheckpointError, with the path of the manifest, if it is anything else."""
+        """Read what :meth:`to_text` returned; CheckpointError, with the path, if it is anything else."""
         body, _, end = text.rstrip("\n").rpartition(',"crc32":"')
         if end != f'{sum_of_text(body + "}")}"}}':
             raise CheckpointError(path, "the manifest is damaged: its checksum differs")

@@ -53,8 +53,8 @@ _LOADED = "bucket_state_dict"
 def bucket_state_dict(model: Module, optimizer: Optimizers = None) -> dict[str, Any]:
     """Return the part of this rank as a state dict for ``torch.distributed.checkpoint``. **O(n)**.
 
-    All ranks must call it. Save it with ``dcp.save`` or ``dcp.async_save``. All tensors are copies, so tables may change
-    while they are written. Any number of ranks loads it, see :func:`bucket_template`.
+    All ranks must call it. Save it with ``dcp.save`` or ``dcp.async_save``. All tensors are copies, so tables may
+    change while they are written. Any number of ranks loads it, see :func:`bucket_template`.
 
     Parameters
     ----------

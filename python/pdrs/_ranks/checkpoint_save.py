@@ -203,8 +203,8 @@ def dense_tensors(parts: Parts, before: Archive | None = None) -> Collected:
     for name, parameter in parts.dense.items():
         if hasattr(parameter, "full_tensor"):
             raise TypeError(
-                f"'{name}' is a {type(parameter).__name__}, as FSDP2 makes them: save with torch.distributed.checkpoint "
-                "and pdrs.distributed.bucket_state_dict"
+                f"'{name}' is a {type(parameter).__name__}, as FSDP2 makes them: save with "
+                "torch.distributed.checkpoint and pdrs.distributed.bucket_state_dict"
             )
     with parts.without_sharded() as rest:
         for module in rest.modules():
@@ -242,8 +242,8 @@ def refuse_differences(ranks: CommonCall, about: dict[str, Any], dense: int, par
             sums = ranks.objects({name: _sum_of(tensor) for name, tensor in parts.dense.items()})
             what = differences(sums[0], sums[rank]) or "a state of an optimizer"
             raise RuntimeError(
-                f"ranks {ranks.global_rank(0)} and {ranks.global_rank(rank)} have different values of parameters that are "
-                f"not sharded, first in {what.partition(' ')[0]}: wrap the model in DDP, or broadcast its parameters"
+                f"ranks {ranks.global_rank(0)} and {ranks.global_rank(rank)} have different values of parameters that "
+                f"are not sharded, first in {what.partition(' ')[0]}: wrap the model in DDP, or broadcast them"
             )
 
 
@@ -265,8 +265,8 @@ def merged_tables(ranks: CommonCall, of_ranks: list[dict[str, Any]]) -> dict[str
                 what = differences(known.setdefault(attribute, table), table)
                 if what:
                     raise RuntimeError(
-                        f"the table '{prefix}{attribute}' of rank {ranks.global_rank(rank)} differs from that of another "
-                        f"rank in {what}: all ranks must make the same steps"
+                        f"the table '{prefix}{attribute}' of rank {ranks.global_rank(rank)} differs from that of "
+                        f"another rank in {what}: all ranks must make the same steps"
                     )
     return found
 

@@ -143,8 +143,8 @@ class Parts:
         """Return the name of a parameter in the model; ValueError if it has none."""
         if id(parameter) not in self._names:
             raise ValueError(
-                f"an optimizer has a parameter of shape {list(parameter.shape)} that is not in the model: pass the model "
-                "whose parameters the optimizers have"
+                f"an optimizer has a parameter of shape {list(parameter.shape)} that is not in the model: pass the "
+                "model whose parameters the optimizers have"
             )
         return self._names[id(parameter)]
 
@@ -275,7 +275,7 @@ def differences(one: Any, other: Any, where: str = "") -> str | None:
         for key in [*one, *(key for key in other if key not in one)]:
             place = f"{where}.{key}" if where else str(key)
             if key not in one or key not in other:
-                return f"{place} ({'missing' if key not in one else 'there'} and {'missing' if key not in other else 'there'})"
+                return f"{place} ({' and '.join('there' if key in each else 'missing' for each in (one, other))})"
             found = differences(one[key], other[key], place)
             if found:
                 return found

@@ -112,7 +112,7 @@ class RowOrder:
         return NewTensor.of(name, pack(IndexMap.from_names(self.names), self.header, places))
 
     def rows(self, number: int, name: str, tensor: Tensor) -> NewTensor:
-        """Describe what a tensor has for the rows of a table, in the order of the file. Rows without a name are zero."""
+        """Describe what a tensor has for the rows of a table, as the file has it. Rows without a name are zero."""
         source = self._sources[number]
 
         def blocks() -> Iterator[NDArray[np.uint8]]:
