@@ -48,6 +48,7 @@ __all__ = [
     "is_own",
     "load_matching",
     "map_over",
+    "names_by_bucket",
     "names_without_words",
     "not_copied_yet",
     "pack_names",
@@ -57,6 +58,7 @@ __all__ = [
     "pop_entry",
     "pop_entry_row",
     "prepare",
+    "reorder_names",
     "safetensors_entries",
     "safetensors_shards",
     "save_parameters",
@@ -1063,6 +1065,14 @@ def hash_names(names: Iterable[str]) -> NDArray[np.uint64]:
     Surrogates are encoded as Python's ``surrogatepass`` does. **O(m)** for ``m`` names.
     """
 
+def names_by_bucket(packed: NDArray[np.uint8], buckets: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]: ...
+def reorder_names(
+    packed: NDArray[np.uint8],
+    order: NDArray[np.uint64],
+    tables: Sequence[_TableTuple],
+    patterns: Sequence[str],
+    ids: NDArray[np.uint64],
+) -> NDArray[np.uint8]: ...
 def pack_names(
     index: RowIndex | IndexMap,
     tables: Sequence[_TableTuple],

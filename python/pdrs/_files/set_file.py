@@ -100,6 +100,7 @@ class SetFile(CheckpointFile):
             self._members.update({} if dense else dict.fromkeys(own, prefix))
         kept = [name for name in first.names if not name.startswith(HIDDEN) and name not in left_out]
         self._names = [*self._members, *kept]
+        self._known = frozenset(self._names)
         self.dictionaries = {
             prefix: name for prefix, name in first.dictionaries.items() if not dense or prefix + EXTRA_STATE in kept
         }
@@ -113,7 +114,7 @@ class SetFile(CheckpointFile):
         return len(self._names)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._members or (name in self._archives[0] and name in self._names)
+        return name in self._known
 
     def files(self) -> list[str]:
         """Return the paths of the manifest, and of all archives."""

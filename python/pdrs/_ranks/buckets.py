@@ -115,12 +115,11 @@ def _copied(parts: Parts, about: dict[str, Any]) -> dict[str, Any]:
     for prefix, words in parts.sharded.items():
         order = RowOrder(words.local)
         tables = {one.number: one for one in parts.tables(prefix)}
-        for (bucket, number), (names, rows) in order.by_bucket().items():
+        for bucket, number, names, rows in order.by_bucket():
             one = tables[number]
             key = f"buckets/{prefix}/{bucket:04}/{one.attribute}/"
-            texts = [name.encode("utf-8", "surrogatepass") for name in names]
-            found[key + "names"] = torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8)
-            found[key + "ends"] = torch.from_numpy(np.cumsum([len(text) for text in texts], dtype=np.int64))
+            found[key + "names"] = torch.from_numpy(names.text.copy())
+            found[key + "ends"] = torch.from_numpy(np.cumsum(names.lengths))
             for what, tensor in (("rows", one.parameter.detach()), *one.others.items()):
                 index = torch.from_numpy(rows).to(tensor.device)
                 found[key + what] = by_bits(tensor).index_select(0, index).view(tensor.dtype)

@@ -433,7 +433,7 @@ def _refuse_others(parts: Parts, dense: SetFile, strict: bool) -> tuple[list[str
     # Dictionaries with packed names on both sides are compared when they are loaded.
     own = {name: one for name, one in state.items() if not within or not name.startswith(within)}
     members = {name for prefix, saved in packed.items() if prefix in inner for name in saved.members()}
-    saved = [name for name in dense.names if name not in members]
+    saved = {name: None for name in dense.names if name not in members}
     missing = [name for name in own if name not in saved and not name.endswith(EXTRA_STATE)]
     unexpected = [name for name in saved if name not in own]
     wrong = [

@@ -335,7 +335,7 @@ def _write(
     collected = Collected()
     for prefix, order in orders.items():
         collected.dictionaries[prefix] = "StackedParameterDict"
-        collected.tensors.append(order.packed(prefix + EXTRA_STATE))
+        collected.tensors.append(NewTensor.of(prefix + EXTRA_STATE, order.names()))
         for one in parts.tables(prefix):
             collected.tensors.append(order.rows(one.number, one.name, one.parameter))
             for key, value in one.others.items():
@@ -355,7 +355,7 @@ def _write(
     size = write_archive(path, collected, archive, metadata=kept, sync=sync)
     with SafetensorsFile(path) as file:
         text, total = file.metadata["pdrs"], file.metadata[CHECK]
-    counts = {prefix: len(order.names) for prefix, order in orders.items()}
+    counts = {prefix: len(order) for prefix, order in orders.items()}
     facts = FileOfSet(name, str(json.loads(text)["id"]), total, size, chain, sorted_counts, counts)
     return facts, size
 

@@ -6,16 +6,17 @@ another one keeps the rows of the names that this has, so that few rows differ.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pdrs._core import IndexMap, Places, RowIndex, hash_names
+from pdrs._core import Places, RowIndex, names_by_bucket, reorder_names
+from pdrs._files.partial_read import Names, unpacked
 from pdrs._files.safetensors_write import NewTensor
-from pdrs._ranks.owners import BUCKETS, buckets_of
+from pdrs._ranks.owners import BUCKETS
 from pdrs._rows.names_codec import Header, bytes_of, pack, unpack
 from pdrs._rows.state_dict import header_of
 from pdrs._rows.write import by_bits
@@ -48,8 +49,6 @@ class RowOrder:
 
     Attributes
     ----------
-    names
-        In the order of the file.
     header
         Of the file.
     counts
@@ -59,18 +58,17 @@ class RowOrder:
     """
 
     def __init__(self, local: StackedParameterDict, before: Tensor | None = None) -> None:
-        names = local._index.names()
-        places = local._index.places()
         header = header_of(local)
-        self.buckets = buckets_of(hash_names(names))
-        self.counts = np.bincount(self.buckets, minlength=BUCKETS)
+        places = local._index.places()
+        self._own = bytes_of(pack(local._index, header))
+        order, self.counts = (each.view(np.int64) for each in names_by_bucket(self._own, BUCKETS))
         self.is_sorted = before is None
         tables, rows = places.tables, places.rows
-        order = np.argsort(self.buckets, kind="stable")
         used = np.zeros(len(header.tables), np.int64)
-        new = np.ones(len(names), np.bool_)
-        of_file = np.full(len(names), -1)
+        new = np.ones(len(order), np.bool_)
+        of_file = np.full(len(order), -1)
         if before is not None:
+            names = local._index.names()
             old, old_header = unpack(before)
             numbers = {table.attribute: number for number, table in enumerate(old_header.tables)}
             held = RowIndex.of_ids(old, [table.used for table in old_header.tables])
@@ -84,32 +82,36 @@ class RowOrder:
             kept_order = np.flatnonzero(~new)
             kept_order = kept_order[np.argsort(place[kept_order], kind="stable")]
             order = np.concatenate([kept_order, order[new[order]]])
-        for number in range(len(header.tables)):
-            there = order[(tables[order] == number) & new[order]]
-            of_file[there] = used[number] + np.arange(len(there))
-            used[number] += len(there)
-        self.order = order
-        self.names = [names[at] for at in order.tolist()]
-        self._tables, self._rows = tables[order], of_file[order]
         self._sources: list[_Ints] = []
         for number, count in enumerate(used.tolist()):
             there = tables == number
-            source = np.full(count, -1)
+            added = order[there[order] & new[order]]
+            of_file[added] = count + np.arange(len(added))
+            used[number] += len(added)
+            source = np.full(int(used[number]), -1)
             source[of_file[there]] = rows[there]
             self._sources.append(source)
+        self._order, self._tables, self._rows = order, tables[order], of_file[order]
         self.header = Header(
             tuple(table._replace(used=int(count)) for table, count in zip(header.tables, used, strict=True)),
             header.patterns,
         )
 
+    def __len__(self) -> int:
+        """Return the number of names."""
+        return len(self._order)
+
     def is_loose(self) -> bool:
         """Whether so many rows have no name any more that the file should be written anew."""
-        return sum(map(len, self._sources)) > _MOST_TIMES * len(self.names) + _ALLOWANCE
+        return sum(map(len, self._sources)) > _MOST_TIMES * len(self) + _ALLOWANCE
 
-    def packed(self, name: str) -> NewTensor:
-        """Describe the packed names."""
-        places = Places.of(self._tables, self._rows)
-        return NewTensor.of(name, pack(IndexMap.from_names(self.names), self.header, places))
+    def names(self) -> Tensor:
+        """Return the packed names, as the file has them."""
+        ids = Places.of(self._tables, self._rows).ids
+        order = self._order.view(np.uint64)
+        return torch.from_numpy(
+            reorder_names(self._own, order, list(self.header.tables), list(self.header.patterns), ids)
+        )
 
     def rows(self, number: int, name: str, tensor: Tensor) -> NewTensor:
         """Describe what a tensor has for the rows of a table, as the file has it. Rows without a name are zero."""
@@ -131,19 +133,21 @@ class RowOrder:
 
         return NewTensor(name, tensor.dtype, (len(source), *tensor.shape[1:]), blocks)
 
-    def by_bucket(self) -> Mapping[tuple[int, int], tuple[list[str], _Ints]]:
-        """Return the names and the rows of the dictionary that each bucket has in each table."""
+    def by_bucket(self) -> Iterator[tuple[int, int, Names, _Ints]]:
+        """Yield each bucket and table with names: these, and the rows of the dictionary that they have."""
         assert self.is_sorted
-        found: dict[tuple[int, int], tuple[list[str], _Ints]] = {}
-        buckets = self.buckets[self.order]
+        names, _ = unpacked(bytes_of(self.names()))
+        buckets = np.repeat(np.arange(BUCKETS), self.counts)
         for number, source in enumerate(self._sources):
-            there = np.flatnonzero(self._tables == number)
-            of_table = buckets[there]
-            edges = np.flatnonzero(np.diff(of_table, prepend=-1, append=-1)) if len(there) else np.empty(0, np.int64)
-            for begin, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-                names = [self.names[at] for at in there[begin:stop].tolist()]
-                found[int(of_table[begin]), number] = names, source[begin:stop]
-        return found
+            there = self._tables == number
+            of_table, own = names.kept(there), buckets[there]
+            begins = np.flatnonzero(np.diff(own, prepend=-1))
+            ends = np.cumsum(of_table.lengths)
+            for begin, stop in zip(begins.tolist(), [*begins[1:].tolist(), len(own)], strict=False):
+                lengths = of_table.lengths[begin:stop]
+                text = of_table.text[ends[begin] - lengths[0] : ends[stop - 1]]
+                part = Names(lengths, text, of_table.tables[begin:stop], of_table.rows[begin:stop])
+                yield int(own[begin]), number, part, source[begin:stop]
 
 
 def _places_in(index: RowIndex, names: list[str]) -> _Ints:

@@ -89,7 +89,6 @@ class TakeOver:
         RuntimeError
             If an optimizer that nobody knows of has state for its rows, or its tables are no ordinary ones.
         """
-        words._refuse_copies()
         local = words.local
         given = self._parts.optimizers
         for table in local._tables:

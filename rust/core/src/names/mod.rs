@@ -3,6 +3,7 @@
 pub mod codec;
 pub mod delta;
 mod header;
+pub mod order;
 mod record;
 pub mod table;
 pub mod text;
