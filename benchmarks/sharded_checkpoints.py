@@ -157,9 +157,8 @@ def main() -> None:
         if dist.get_rank() == 0:
             shutil.rmtree(place[0])
     if dist.get_rank() == 0:
-        print(
-            f"{found['names']:,} names of {WIDTH} float32 with Adam, {found['ranks']} ranks, {found['bytes']:,} bytes"
-        )
+        print(f"{found['names']:,} names of {found['width']} float32 with Adam, {found['ranks']} ranks")
+        print(f"{found['bytes']:,} bytes")
         for what, took in found["seconds"].items():
             print(f"{what:<28}{took * 1000:>10.1f} ms")
         for what, bound in TARGETS.items():

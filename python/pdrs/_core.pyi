@@ -663,6 +663,9 @@ class RowIndex:
     def of_ids(index: IndexMap, used: Sequence[int]) -> RowIndex:
         """Make an index of ids: the table in the upper bits, 40 bits for the row. **O(n)**; no name is hashed."""
     @staticmethod
+    def of_bytes(packed: NDArray[np.uint8]) -> RowIndex:
+        """Make an index of packed names, in memory. **O(n)**. Raises ValueError if they are damaged."""
+    @staticmethod
     def of_packed(packed: NDArray[np.uint8], error: type[Exception], path: str, origin: str) -> RowIndex | None:
         """Make an index that looks names up where they were packed, until one changes. **O(tables)**.
 

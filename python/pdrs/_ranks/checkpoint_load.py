@@ -26,7 +26,7 @@ from pdrs._ranks.model_parts import Parts, value_of
 from pdrs._ranks.owners import BUCKETS
 from pdrs._ranks.row_order import buckets_of_rank
 from pdrs._ranks.taken_over import Loaded, LoadedTable, TakeOver, fill_for, placed, room_for
-from pdrs._rows.names_codec import Header, TableHeader, unpack
+from pdrs._rows.names_codec import Header, TableHeader
 from pdrs._rows.state_dict import header_of
 from pdrs._rows.table import parameter_of
 from pdrs.parameter_dict import ParameterDict
@@ -289,7 +289,7 @@ def index_of(words: Any, parts: list[Names], path: str) -> tuple[RowIndex, dict[
         tables.append(TableHeader(table.attribute, table.group, table.trainable, len(there)))
     packed = packed_of(names._replace(rows=new), Header(tuple(tables), header.patterns))
     try:
-        return RowIndex.of_ids(unpack(torch.from_numpy(packed))[0], [table.used for table in tables]), rows
+        return RowIndex.of_bytes(packed), rows
     except ValueError as error:
         raise CheckpointError(path, f"the names are damaged: {error}") from error
 
