@@ -8,6 +8,7 @@ slowest rank. A save waits for the disk, and so does the copy. Those in memory d
 from __future__ import annotations
 
 import argparse
+import mmap
 import os
 import shutil
 import statistics
@@ -110,11 +111,12 @@ def _copy(source: Path, target: Path, sync: bool) -> None:
 
 def _read(files: list[Path]) -> None:
     for file in files:
-        memory = torch.empty(file.stat().st_size, dtype=torch.uint8).numpy()
-        with file.open("rb", buffering=0) as raw:
+        # Fresh from the system, as that of tables is, and not what the last round has left.
+        memory = memoryview(mmap.mmap(-1, file.stat().st_size))
+        with file.open("rb") as raw:
             at = 0
             while at < len(memory):
-                at += raw.readinto(memory[at : at + _BLOCK])  # type: ignore[operator]
+                at += os.preadv(raw.fileno(), [memory[at : at + _BLOCK]], at)
 
 
 def _new(width: int, group: Any) -> tuple[ShardedParameterDict, torch.optim.Optimizer]:
@@ -132,7 +134,7 @@ def _trained(
     step = 100_000
     for first in range(0, names, step * world):
         batch = [f"word/{at:09}" for at in range(first + rank, min(first + step * world, names), world)]
-        words.gather(batch, "insert").square().mean().backward()
+        words.gather(batch, "insert").square().mean().backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     optimizer.zero_grad()
     return words, optimizer
