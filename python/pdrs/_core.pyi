@@ -52,6 +52,7 @@ __all__ = [
     "is_own",
     "load_matching",
     "map_over",
+    "names_by_bucket",
     "names_without_words",
     "not_copied_yet",
     "pack_names",
@@ -61,6 +62,7 @@ __all__ = [
     "pop_entry",
     "pop_entry_row",
     "prepare",
+    "reorder_names",
     "safetensors_entries",
     "safetensors_shards",
     "save_parameters",
@@ -603,6 +605,9 @@ class Places:
 
         Raises ValueError if there are more of one than of the other, or a number is too large or negative.
         """
+    @staticmethod
+    def of_ids(ids: NDArray[np.uint64]) -> Places:
+        """Make some of ids, as they stand in packed names. **O(m)**. Raises ValueError if one is too large."""
     def __len__(self) -> int: ...
     def __getitem__(self, at: int, /) -> tuple[int, int]: ...
     @property
@@ -611,6 +616,9 @@ class Places:
     @property
     def rows(self) -> NDArray[np.int64]:
         """The row of each, in a new array. **O(m)**."""
+    @property
+    def ids(self) -> NDArray[np.uint64]:
+        """The id of each, in a new array. **O(m)**. Raises ValueError if a name is missing."""
     def only_table(self) -> int:
         """Return the table that all lie in; -1 if there are several, if a name is missing, or if there is no place."""
     def is_complete(self) -> bool:
@@ -658,6 +666,9 @@ class RowIndex:
     @staticmethod
     def of_ids(index: IndexMap, used: Sequence[int]) -> RowIndex:
         """Make an index of ids: the table in the upper bits, 40 bits for the row. **O(n)**; no name is hashed."""
+    @staticmethod
+    def of_bytes(packed: NDArray[np.uint8]) -> RowIndex:
+        """Make an index of packed names, in memory. **O(n)**. Raises ValueError if they are damaged."""
     @staticmethod
     def of_packed(packed: NDArray[np.uint8], error: type[Exception], path: str, origin: str) -> RowIndex | None:
         """Make an index that looks names up where they were packed, until one changes. **O(tables)**.
@@ -1103,6 +1114,14 @@ def hash_names(names: Iterable[str]) -> NDArray[np.uint64]:
     Surrogates are encoded as Python's ``surrogatepass`` does. **O(m)** for ``m`` names.
     """
 
+def names_by_bucket(packed: NDArray[np.uint8], buckets: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]: ...
+def reorder_names(
+    packed: NDArray[np.uint8],
+    order: NDArray[np.uint64],
+    tables: Sequence[_TableTuple],
+    patterns: Sequence[str],
+    ids: NDArray[np.uint64],
+) -> NDArray[np.uint8]: ...
 def pack_names(
     index: RowIndex | IndexMap,
     tables: Sequence[_TableTuple],

@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+from pdrs._ranks.buckets import bucket_state_dict, bucket_template, load_bucket_state_dict
+from pdrs._ranks.checkpoint_load import load
+from pdrs._ranks.checkpoint_save import save
 from pdrs._ranks.clip import clip_grad_norm_
 from pdrs._ranks.data_parallel import ignored_params, leave_out
 from pdrs._ranks.exchange import OutOfStepError
@@ -18,11 +21,16 @@ __all__ = [
     "Plan",
     "ShardedParameterDict",
     "broadcast",
+    "bucket_state_dict",
+    "bucket_template",
     "check",
     "clip_grad_norm_",
     "ignored_params",
     "insert",
     "leave_out",
+    "load",
+    "load_bucket_state_dict",
     "normal",
+    "save",
     "uniform",
 ]

@@ -24,7 +24,7 @@ from pdrs._files.progress import progress
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["AtomicFile", "refuse_folder", "remove_left_behind", "replacing", "temporary_name"]
+__all__ = ["AtomicFile", "refuse_folder", "remove_left_behind", "replacing", "sync_folder", "temporary_name"]
 
 # The bytes of one call of the system. Between two calls the progress bar moves.
 _CHUNK = 16 << 20
@@ -102,7 +102,7 @@ def replacing(path: str | os.PathLike[str], size: int, *, sync: bool = True) -> 
         finally:
             os.close(descriptor)
     if sync:
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
 
 
 @contextmanager
@@ -198,7 +198,7 @@ def _mode_of(target: Path) -> int | None:
     return stat.S_IMODE(found.st_mode)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Write a folder to the disk, if the system can."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)

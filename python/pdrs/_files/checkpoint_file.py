@@ -6,7 +6,7 @@ import errno
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from torch import Tensor
 
 from pdrs._core import RowIndex
 from pdrs._rows.names_codec import is_packed
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["EXTRA_STATE", "NO_FILE", "STEP", "CheckpointError", "CheckpointFile", "short_name", "texts_of"]
 
@@ -136,7 +139,7 @@ class CheckpointFile(ABC):
     def close(self) -> None:
         """Close the files."""
 
-    def __enter__(self) -> CheckpointFile:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pdrs._files.checkpoint_file import CheckpointError
+from pdrs._files.set_manifest import MANIFEST, is_manifest
 
 __all__ = ["file_in", "is_of_torch", "what_it_is"]
 
@@ -63,6 +64,8 @@ def file_in(folder: str) -> str:
         If the folder cannot be listed.
     """
     names = sorted(os.listdir(folder))
+    if MANIFEST in names and is_manifest(os.path.join(folder, MANIFEST)):
+        return os.path.join(folder, MANIFEST)
     found = [one for one in map(_described, names) if one is not None]
     for chosen in ([one for one in found if one.is_usual], [one for one in found if one.is_safe], found):
         if chosen:

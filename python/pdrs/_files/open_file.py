@@ -10,6 +10,8 @@ from pdrs._files.archive_read import CHECK, Archive
 from pdrs._files.checkpoint_file import CheckpointError, CheckpointFile
 from pdrs._files.formats import file_in, is_of_torch
 from pdrs._files.safetensors_file import SafetensorsFile
+from pdrs._files.set_file import SetFile
+from pdrs._files.set_manifest import MANIFEST, is_manifest
 from pdrs._files.sharded_file import ShardedFile, read_index, shard_paths
 from pdrs._files.shards import index_of
 from pdrs._files.torch_file import TorchFile, TorchShards
@@ -27,7 +29,7 @@ def open_file(path: str | bytes | os.PathLike[str] | os.PathLike[bytes], key: Ke
     ----------
     path
         A safetensors file, or the state dict that ``torch.save`` wrote. The index of a checkpoint in shards, or the
-        file that was cut into shards. Or a folder with one of these.
+        file that was cut into shards. Or a folder with one of these, or with a set of ``pdrs.distributed.save``.
     key
         The key of the state dict in a file of torch's, or several, if it is in a dict in a dict.
 
@@ -61,7 +63,13 @@ def open_file(path: str | bytes | os.PathLike[str] | os.PathLike[bytes], key: Ke
 def _open(path: str, keys: tuple[str, ...]) -> CheckpointFile:
     if os.path.isdir(path):
         path = file_in(path)
-    elif not os.path.exists(path) and index_of(path).exists():
+    if os.path.basename(path) == MANIFEST and is_manifest(path):
+        if keys:
+            raise ValueError(
+                f"key= is for what torch.save wrote, and {path} is of a set, in which prefix= chooses names"
+            )
+        return SetFile(os.path.dirname(path))
+    if not os.path.exists(path) and index_of(path).exists():
         path = os.fspath(index_of(path))
     index = read_index(path) if path.endswith(".json") else None
     paths = [path] if index is None else shard_paths(path, index)

@@ -245,7 +245,7 @@ class SafetensorsFile(CheckpointFile):
         while at < end:
             place = at % len(memory)
             part = memory[place : place + min(STEP, end - at)]
-            self._read_into(part, start + at)
+            self.read_into(part, start + at)
             at += len(part)
             yield part
 
@@ -307,10 +307,11 @@ class SafetensorsFile(CheckpointFile):
 
     def _read(self, start: int, stop: int) -> NDArray[np.uint8]:
         data = np.empty(stop - start, np.uint8)
-        self._read_into(data, start)
+        self.read_into(data, start)
         return data
 
-    def _read_into(self, data: NDArray[np.uint8], start: int) -> None:
+    def read_into(self, data: NDArray[np.uint8], start: int) -> None:
+        """Fill memory with the bytes of the file from one on; CheckpointError if it ends before."""
         # The system reads less than 2 GiB at once.
         while len(data):
             count = os.preadv(self._open(), [data.data], start)

@@ -36,10 +36,12 @@ class CommonCall:
         The name of the function that all ranks have called.
     group
         The process group; by default that of all ranks.
+    timeout
+        How many seconds to wait for a rank that does not come.
     """
 
-    def __init__(self, call: str, group: Any = None) -> None:
-        self._ranks = group_of(group, _TIMEOUT)
+    def __init__(self, call: str, group: Any = None, timeout: float = _TIMEOUT) -> None:
+        self._ranks = group_of(group, timeout)
         self._call = Call(0, call, 0, "")
         self.group, self.size, self.rank = self._ranks.group, self._ranks.size, self._ranks.rank
         self.device = torch.device("cpu") if self.size == 1 else _device_of(self.group)

@@ -28,6 +28,7 @@ from pdrs._rows.gather import Missing, check_missing, takes_rows
 from pdrs._rows.gather_op import gather_rows
 from pdrs._rows.insert import as_shape
 from pdrs._rows.step_warnings import owner_of
+from pdrs._rows.table import Table, parameter_of
 from pdrs._torch.names import Names, listed
 from pdrs._torch.untraced import untraced
 from pdrs.stacked import StackedParameterDict
@@ -664,6 +665,28 @@ class ShardedParameterDict(Module):
             # A table that cannot be changed keeps them, with initial values.
             with suppress(Exception):
                 self._drop(names)
+
+    def _last_seen(self) -> dict[str, Tensor]:
+        """Return in which gather each row was last used, ``[capacity]``, for each table."""
+        found = {}
+        for shape in self._shapes:
+            self._see(torch.empty(0, dtype=torch.int64), self._gathers, shape)
+            found[self._table_like(shape, self._table().dtype).attribute] = self._seen[shape]
+        return found
+
+    def _with_seen(self, seen: dict[str, Tensor], gathers: int, layout: int) -> dict[str, Any]:
+        """Return the attributes that it has after :meth:`_last_seen` of such a number of gathers is loaded."""
+        by_shape = {shape: seen[self._table_like(shape, self._table().dtype).attribute] for shape in self._shapes}
+        return {"_seen": by_shape, "_gathers": gathers, "_layout": layout}
+
+    def _table_like(self, shape: tuple[int, ...], dtype: torch.dtype) -> Table:
+        """Return the table for rows of a shape and dtype; ValueError if it can have none."""
+        own = self._table().dtype
+        if shape not in self._shapes or own != dtype:
+            shapes = " or ".join(str(list(one)) for one in self._shapes)
+            raise ValueError(f"expected rows of {own} {shapes}, as the dictionary has, got {dtype} {list(shape)}")
+        parameter = self._table(shape)
+        return next(one for one in self.local._tables if parameter_of(self.local, one) is parameter)
 
     def _drop(self, names: list[str] | Tensor) -> None:
         self._follow_layout()

@@ -4,6 +4,7 @@ pub mod codec;
 pub mod delta;
 mod header;
 pub mod known;
+pub mod order;
 mod record;
 pub mod table;
 pub mod text;

@@ -2,8 +2,8 @@
 
 use numpy::{PyArray1, PyReadonlyArray1};
 use pdrs_core::names::codec::{self, Encoder, Header, Names, Table};
-use pdrs_core::names::delta;
 use pdrs_core::names::text::Text;
+use pdrs_core::names::{delta, order};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyString;
@@ -213,6 +213,38 @@ pub(crate) fn hash_names<'py>(names: &Bound<'py, PyAny>) -> PyResult<Bound<'py, 
     let names = to_names::<Utf8Name>(names)?;
     let hashes = memory::collect(names.iter().map(|name| name.with_utf8(codec::hash)))?;
     Ok(PyArray1::from_vec(py, hashes))
+}
+
+/// The places of packed names in the order of their buckets, and how many names each bucket has.
+#[pyfunction]
+#[allow(clippy::type_complexity)]
+pub(crate) fn names_by_bucket<'py>(
+    py: Python<'py>,
+    packed: PyReadonlyArray1<'py, u8>,
+    buckets: u32,
+) -> PyResult<(Bound<'py, PyArray1<u64>>, Bound<'py, PyArray1<u64>>)> {
+    let packed = packed.as_slice()?;
+    let (order, counts) =
+        py.detach(|| codec::decode(packed).and_then(|(_, names)| order::by_bucket(&names, buckets))).or_raise()?;
+    Ok((PyArray1::from_vec(py, order), PyArray1::from_vec(py, counts)))
+}
+
+/// Some of the packed names in another order, with another header and other ids, without a table of words.
+#[pyfunction]
+pub(crate) fn reorder_names<'py>(
+    py: Python<'py>,
+    packed: PyReadonlyArray1<'py, u8>,
+    order: PyReadonlyArray1<'py, u64>,
+    tables: Vec<TableTuple<'py>>,
+    patterns: Vec<Bound<'py, PyString>>,
+    ids: PyReadonlyArray1<'py, u64>,
+) -> PyResult<Bound<'py, PyArray1<u8>>> {
+    let header = to_header(tables, &patterns);
+    let (packed, places, ids) = (packed.as_slice()?, order.as_slice()?, ids.as_slice()?);
+    let made = py
+        .detach(|| codec::decode(packed).and_then(|(_, names)| order::reordered(&names, &header, places, ids)))
+        .or_raise()?;
+    Ok(PyArray1::from_vec(py, made))
 }
 
 /// The CRC-32 of bytes, as zlib computes it; `start` is that of what came before.

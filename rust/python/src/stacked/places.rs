@@ -58,6 +58,15 @@ impl Places {
         Ok(Found::from(memory::try_collect(places)?).into())
     }
 
+    #[staticmethod]
+    fn of_ids(ids: PyReadonlyArray1<'_, u64>) -> PyResult<Self> {
+        let place = |id: &u64| {
+            let unknown = || PyValueError::new_err(format!("there is no place with the id {id}"));
+            Place::of_id(*id).map(Some).ok_or_else(unknown)
+        };
+        Ok(Found::from(memory::try_collect(ids.as_array().iter().map(place))?).into())
+    }
+
     fn __len__(&self) -> usize {
         self.0.len()
     }
@@ -77,6 +86,15 @@ impl Places {
     #[getter]
     fn rows<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray1<i64>>> {
         Ok(PyArray1::from_vec(py, self.0.rows().or_raise()?))
+    }
+
+    #[getter]
+    fn ids<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray1<u64>>> {
+        let id = |at| {
+            let missing = || PyValueError::new_err("a name is missing, which has no id");
+            self.0.get(at).flatten().map(Place::id).ok_or_else(missing)
+        };
+        Ok(PyArray1::from_vec(py, memory::try_collect((0..self.0.len()).map(id))?))
     }
 
     fn only_table(&self) -> i64 {

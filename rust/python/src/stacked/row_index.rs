@@ -7,7 +7,7 @@ use std::ops::{Deref, DerefMut};
 use std::sync::{Mutex, MutexGuard};
 
 use numpy::{PyArray1, PyReadonlyArray1};
-use pdrs_core::names::codec::Names as Saved;
+use pdrs_core::names::codec::{self, Names as Saved};
 use pdrs_core::names::table::NameTable;
 use pdrs_core::names::text::Text;
 use pdrs_core::{Error, IndexMap as Map, MAX_TABLES, Place, Places as Found, Plan, Refusal, RowIndex as Index, Rows};
@@ -345,6 +345,25 @@ impl RowIndex {
         if made.names().contains("") {
             return Err(empty_name());
         }
+        Ok(Self::new_of(made))
+    }
+
+    /// Names that were packed, in memory.
+    #[staticmethod]
+    fn of_bytes(py: Python<'_>, packed: PyReadonlyArray1<'_, u8>) -> PyResult<Self> {
+        let packed = packed.as_slice()?;
+        let made = py.detach(|| {
+            let (header, names) = codec::decode(packed)?;
+            let used: Vec<u64> = pdrs_core::memory::collect(header.tables.iter().map(|table| table.used))?;
+            let places: Found = pdrs_core::memory::collect(names.iter().map(|(_, id)| Place::of_id(id)))?.into();
+            let texts: Vec<&[u8]> = pdrs_core::memory::collect(names.iter().map(|(name, _)| name))?;
+            Ok::<_, Error>(Index::of(texts.into_iter(), &places, &used))
+        });
+        let made = made.or_raise()?.map_err(|refusal| match refusal {
+            Refusal::Limit(error) => memory::refused(error),
+            Refusal::Repeated { .. } => PyValueError::new_err("a name is listed twice"),
+            _ => PyValueError::new_err("the places of the names are not those of rows in use, each of one name"),
+        })?;
         Ok(Self::new_of(made))
     }
 

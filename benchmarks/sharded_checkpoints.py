@@ -1,0 +1,174 @@
+"""Save and load a sharded dictionary beside copying and reading the same bytes.
+
+``torchrun --nproc-per-node 2 benchmarks/sharded_checkpoints.py`` prints a table. All runs are in turn, so that what
+disturbs one disturbs the others. A ratio is the median over the rounds of ours over the other's. Times are those of the
+slowest rank. A save waits for the disk, and so does the copy. Those in memory do not. The page cache is warm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import mmap
+import os
+import shutil
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import pdrs.distributed
+from pdrs._ranks.checkpoint_load import read_bytes
+from pdrs.distributed import ShardedParameterDict
+
+# The most that a save and a load may take of what copying and reading take, and a rank may read of its own bytes.
+TARGETS = {"save / cp": 1.3, "load / read": 1.5, "load on one rank / read": 1.5, "bytes read / own bytes": 1.2}
+_BLOCK = 8 << 20
+
+
+def measure(names: int, width: int, rounds: int, folder: Path, group: Any = None) -> dict[str, Any]:
+    """Measure on all ranks of a group, and return ratios on each.
+
+    Parameters
+    ----------
+    names
+        How many there are on all ranks together.
+    width
+        How many numbers a row has.
+    rounds
+        How often each is measured.
+    folder
+        An empty folder that all ranks see.
+    group
+        The process group; the default is that of all ranks.
+    """
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    model, optimizer = _trained(names, width, rank, world, group)
+    alone = dist.new_group([0])
+    saved, copied = folder / "saved", folder / f"copied-{rank}"
+    times: dict[str, list[float]] = {}
+
+    def timed(what: str, work: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+        dist.barrier(group)
+        begun = perf_counter()
+        work(*arguments, **options)
+        took = torch.tensor([perf_counter() - begun], dtype=torch.float64)
+        dist.all_reduce(took, dist.ReduceOp.MAX, group)
+        times.setdefault(what, []).append(float(took))
+
+    share = 0.0
+    files: list[Path] = []
+    for turn in range(rounds + 1):
+        for sync, how in ((True, ""), (False, " in memory")):
+            timed(f"save{how}", pdrs.distributed.save, model, saved, optimizer, sync=sync)
+            files = sorted(saved.glob("*.safetensors"))
+            timed(f"cp{how}", _copy, files[rank], copied, sync)
+        fresh, of_fresh = _new(width, group)
+        timed("load", pdrs.distributed.load, saved, fresh, of_fresh)
+        share = read_bytes() / files[rank].stat().st_size
+        del fresh, of_fresh
+        timed("read", _read, [files[rank]])
+        if rank == 0:
+            one, of_one = _new(width, alone)
+            timed("load on one rank", pdrs.distributed.load, saved, one, of_one)
+            del one, of_one
+        else:
+            timed("load on one rank", lambda: None)
+        timed("read on one rank", _read, files if rank == 0 else [])
+        if turn == 0:
+            times.clear()  # the first round makes files and fills caches
+
+    def ratio(ours: str, other: str) -> float:
+        return statistics.median(one / two for one, two in zip(times[ours], times[other], strict=True))
+
+    shares: list[Any] = [0.0] * world
+    dist.all_gather_object(shares, share, group)
+    return {
+        "names": names,
+        "width": width,
+        "ranks": world,
+        "bytes": sum(file.stat().st_size for file in files),
+        "seconds": {what: statistics.median(found) for what, found in times.items()},
+        "save / cp": ratio("save", "cp"),
+        "save / cp in memory": ratio("save in memory", "cp in memory"),
+        "load / read": ratio("load", "read"),
+        "load on one rank / read": ratio("load on one rank", "read on one rank"),
+        "bytes read / own bytes": max(shares),
+    }
+
+
+def _copy(source: Path, target: Path, sync: bool) -> None:
+    target.unlink(missing_ok=True)
+    shutil.copyfile(source, target)
+    if sync:
+        with target.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _read(files: list[Path]) -> None:
+    for file in files:
+        # Fresh from the system, as that of tables is, and not what the last round has left.
+        memory = memoryview(mmap.mmap(-1, file.stat().st_size))
+        with file.open("rb") as raw:
+            at = 0
+            while at < len(memory):
+                at += os.preadv(raw.fileno(), [memory[at : at + _BLOCK]], at)
+
+
+def _new(width: int, group: Any) -> tuple[ShardedParameterDict, torch.optim.Optimizer]:
+    words = ShardedParameterDict((width,), group, init=pdrs.distributed.normal(0.01), known_names=2)
+    optimizer = torch.optim.Adam(words.parameters())
+    words.attach_optimizer(optimizer)
+    return words, optimizer
+
+
+def _trained(
+    names: int, width: int, rank: int, world: int, group: Any
+) -> tuple[ShardedParameterDict, torch.optim.Optimizer]:
+    """Return a dictionary with so many names, and an optimizer that has state for them."""
+    words, optimizer = _new(width, group)
+    step = 100_000
+    for first in range(0, names, step * world):
+        batch = [f"word/{at:09}" for at in range(first + rank, min(first + step * world, names), world)]
+        words.gather(batch, "insert").square().mean().backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    optimizer.zero_grad()
+    return words, optimizer
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--names", type=int, default=1_000_000, help="on all ranks together")
+    parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    place = [tempfile.mkdtemp(dir=options.folder)]
+    dist.broadcast_object_list(place, 0)
+    try:
+        found = measure(options.names, options.width, options.rounds, Path(place[0]))
+    finally:
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(place[0])
+    if dist.get_rank() == 0:
+        print(f"{found['names']:,} names of {found['width']} float32 with Adam, {found['ranks']} ranks")
+        print(f"{found['bytes']:,} bytes")
+        for what, took in found["seconds"].items():
+            print(f"{what:<28}{took * 1000:>10.1f} ms")
+        for what, bound in TARGETS.items():
+            print(f"{what:<28}{found[what]:>10.2f}    at most {bound}")
+        print(f"{'save / cp in memory':<28}{found['save / cp in memory']:>10.2f}")
+    dist.destroy_process_group()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
