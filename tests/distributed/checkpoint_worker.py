@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import pdrs
@@ -68,7 +69,9 @@ class Model(torch.nn.Module):
 def sharded_model(seed: int = sharded.SEED, shape: tuple[int, ...] = (WIDTH,), **options: Any) -> Model:
     group = GROUPS[-1] if GROUPS else None
     words = ShardedParameterDict(shape, group, seed=seed, init=sharded.INIT, timeout=120.0, **options)
-    words._looked_for_ddp = True  # among all objects that there are, which takes most of the time of a small test
+    words._wrappers._looked_for_ddp = (
+        True  # among all objects, which takes most of the time
+    )
     return Model(words)
 
 
@@ -262,6 +265,53 @@ def damage(rank: int, world: int, place: Path) -> dict[str, Any]:
     assert bits_of(model, optimizer) == before
     pdrs.distributed.load(folder, model, optimizer, verify=True)
     return {"said": said, "files": [last.name, str(folder)]}
+
+
+@case
+def replicas_and_shapes(rank: int, world: int, place: Path) -> dict[str, Any]:
+    """Save on a mesh of replicas, and load on one, and without replicas."""
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+    shapes = [(WIDTH,), (), (2, 3)]
+
+    def fresh(mesh_or_group: Any) -> tuple[ShardedParameterDict, torch.optim.Optimizer]:
+        words = ShardedParameterDict(shapes, mesh_or_group, seed=3, init=sharded.INIT, timeout=120.0)
+        words._wrappers._looked_for_ddp = True
+        return words, pdrs.optim.Adam(words.parameters(), lr=0.1)
+
+    def step(words: ShardedParameterDict, optimizer: torch.optim.Optimizer, number: int) -> None:
+        optimizer.zero_grad()
+        loss: Any = 0.0
+        for at, shape in enumerate(shapes):
+            names = [f"{at}/{name}" for name in (f"of {rank}", f"of {number}", "all")]
+            loss = loss + (words.gather(names, "insert", shape=shape) - 1).square().sum()
+        loss.backward()
+        optimizer.step()
+
+    def all_of(words: ShardedParameterDict) -> list[Any]:
+        names = [*(f"of {one}" for one in range(world)), "all"]
+        return [
+            words.gather([f"{at}/{name}" for name in names], shape=shape).detach().tolist()
+            for at, shape in enumerate(shapes)
+        ]
+
+    words, optimizer = fresh(mesh)
+    for number in range(3):
+        step(words, optimizer, number)
+    pdrs.distributed.save(words, place / "replicas", optimizer)
+    files = sorted(one.name for one in (place / "replicas").iterdir())
+    before = all_of(words)
+    step(words, optimizer, 4)
+    after = all_of(words)
+    same, apart = True, 0.0
+    for mesh_or_group in (GROUPS[-1], mesh):
+        others, of_others = fresh(mesh_or_group)
+        others.gather(["0/all", "0/other"], "insert")  # Rows that are known must be forgotten.
+        pdrs.distributed.load(place / "replicas", others, of_others)
+        same = same and all_of(others) == before
+        step(others, of_others, 4)
+        for one, two in zip(all_of(others), after, strict=True):
+            apart = max(apart, float((torch.tensor(one) - torch.tensor(two)).abs().max()))
+    return {"same": same, "apart": apart, "files": len(files), "total": others.total(), "expected": words.total()}
 
 
 @case

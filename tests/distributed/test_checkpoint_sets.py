@@ -54,6 +54,7 @@ CASES = [
     "deltas:3",
     *(f"load_deltas:{world}" for world in (1, 2, 3, 4)),
     "frozen_names_and_ages:2",
+    "replicas_and_shapes:4",
     *(f"async_save:{world}" for world in (1, 2, 3)),
     *(f"load_buckets_{before}:{after}" for before, after in BY_BUCKET),
 ]
@@ -132,6 +133,15 @@ def test_frozen_names_and_the_ages_of_names_are_saved(launch: Launch) -> None:
     assert all(one["same"] for one in told)
     assert sum(one["frozen"] for one in told) == 3
     assert sum(one["gone"] for one in told) > 0
+
+
+@slow
+def test_one_replica_is_saved_and_all_load_it(launch: Launch) -> None:
+    for one in launch.of("replicas_and_shapes", 4):
+        assert one["same"]
+        assert one["apart"] <= 1e-6
+        assert one["files"] == 3, "a manifest, and a file of each rank of the first replica"
+        assert one["total"] == one["expected"]
 
 
 @slow

@@ -160,8 +160,7 @@ def bucket_template(metadata: Metadata, model: Module, optimizer: Optimizers = N
         If the checkpoint is none of :func:`bucket_state_dict`, or lacks something that the model has.
     """
     parts = Parts(model, optimizer)
-    first = next(iter(parts.sharded.values()), None)
-    wanted = buckets_of_rank(first.rank, first.world_size) if first is not None else range(0)
+    wanted = buckets_of_rank(parts.shard, parts.shards) if parts.sharded else range(0)
     listed: Mapping[str, Any] = metadata.state_dict_metadata
     if _ABOUT not in listed:
         raise ValueError("the checkpoint has no key 'about', so it is none of bucket_state_dict")
@@ -257,7 +256,7 @@ def load_bucket_state_dict(state: Mapping[str, Any], model: Module, optimizer: O
 def _dictionary(parts: Parts, prefix: str, about: dict[str, Any], state: Mapping[str, Any]) -> Loaded:
     words = parts.sharded[prefix]
     numbers = numbers_of(words, about)
-    wanted = buckets_of_rank(words.rank, words.world_size)
+    wanted = buckets_of_rank(parts.shard, parts.shards)
     found: list[Names] = []
     keys: dict[str, list[tuple[str, int]]] = {attribute: [] for attribute in about["tables"]}
     for bucket in wanted:

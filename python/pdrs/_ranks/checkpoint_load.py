@@ -152,7 +152,7 @@ class _Reader:
                 f"its names are spread by the hash {found[0]!r} with the seed {found[1]} over {found[2]} buckets, and "
                 f"this version reads {HASH!r} with {HASH_SEED} over {BUCKETS}",
             )
-        self._wanted = buckets_of_rank(ranks.rank, ranks.size)
+        self._wanted = buckets_of_rank(parts.shard, parts.shards)
         self._files: dict[int, Part] = {}
         world = len(self._manifest.files)
         for rank, one in enumerate(self._manifest.files):

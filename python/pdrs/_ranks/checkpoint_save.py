@@ -64,7 +64,7 @@ def save(
     """Save a model with sharded dictionaries, and its optimizers, as one checkpoint of all ranks. **O(n)**.
 
     All ranks must call it, between two steps. Each writes an archive with the names that it owns, their rows and all
-    states of these rows. Rank 0 also writes everything else in the model, and the states of it. At last, rank 0 renames
+    states of these rows. Of replicas, the first one writes. Rank 0 also writes everything else in the model, and the states of it. At last, rank 0 renames
     ``manifest.json`` into place. The folder has the old set until then, and the new one afterwards, whatever happens.
 
     Parameters
@@ -133,27 +133,33 @@ def save(
         texts = None if metadata is None else ranks.run(lambda: as_texts(metadata))
         about, dense = ranks.run(lambda: _described(parts))
         refuse_differences(ranks, about, dense, parts)
-        before = _before(ranks, folder, since)
+        before = _before(ranks, parts.shards, folder, since)
         of_tables = merged_tables(
             ranks, ranks.objects({prefix: one["tables"] for prefix, one in about["dictionaries"].items()})
         )
         set_id = ranks.object_of(0, secrets.token_hex(16))
-        name = file_name(set_id, ranks.rank, ranks.size)
+        name = file_name(set_id, parts.shard, parts.shards)
 
-        def write() -> tuple[FileOfSet, int]:
+        # One replica writes for all.
+        writes = ranks.rank < max(parts.shards, 1)
+
+        def write() -> tuple[FileOfSet, int] | None:
             archive = None
+            if not writes:
+                return None
             if before is not None:
-                archive = opened.enter_context(open_archive(before.folder, before.manifest.files[ranks.rank]))
+                archive = opened.enter_context(open_archive(before.folder, before.manifest.files[parts.shard]))
             return _write(parts, folder, name, archive, before, texts, ranks, sync)
 
         try:
-            written, size = ranks.run(write)
+            written = ranks.run(write)
         except BaseException:
             # No manifest knows of it yet.
-            with suppress(OSError):
-                os.unlink(os.path.join(folder, name))
+            if writes:
+                with suppress(OSError):
+                    os.unlink(os.path.join(folder, name))
             raise
-    all_written: list[tuple[FileOfSet, int]] = ranks.objects((written, size))
+    all_written: list[tuple[FileOfSet, int]] = ranks.objects(written)[: parts.shards]
 
     def finish() -> None:
         if ranks.rank == 0:
@@ -271,7 +277,7 @@ def merged_tables(ranks: CommonCall, of_ranks: list[dict[str, Any]]) -> dict[str
     return found
 
 
-def _before(ranks: CommonCall, folder: str, since: str | os.PathLike[str] | None) -> _Before | None:
+def _before(ranks: CommonCall, shards: int, folder: str, since: str | os.PathLike[str] | None) -> _Before | None:
     """Read the manifest that is continued, and make the folder ready, on rank 0."""
 
     def read() -> str | None:
@@ -282,9 +288,9 @@ def _before(ranks: CommonCall, folder: str, since: str | os.PathLike[str] | None
             return None
         place = os.fsdecode(since)
         manifest = Manifest.read(place)
-        if len(manifest.files) != ranks.size:
+        if len(manifest.files) != shards:
             raise ValueError(
-                f"{place} was saved by {len(manifest.files)} ranks, and there are {ranks.size}: save without since"
+                f"{place} was saved by {len(manifest.files)} ranks, and there are {shards}: save without since"
             )
         if (manifest.hash, manifest.hash_seed, manifest.buckets) != (HASH, HASH_SEED, BUCKETS):
             raise ValueError(f"{place} has other owners of names: save without since")
@@ -345,10 +351,10 @@ def _write(
         collected.tensors += dense.tensors
         collected.dictionaries |= dense.dictionaries
         collected.capacities |= dense.capacities
-    own = buckets_of_rank(ranks.rank, ranks.size)
+    own = buckets_of_rank(parts.shard, parts.shards)
     sorted_counts, chain = {}, tuple(os.path.basename(path) for path in archive.files()) if archive is not None else ()
     for prefix, order in orders.items():
-        known = before.manifest.files[ranks.rank].sorted.get(prefix, []) if archive is not None and before else None
+        known = before.manifest.files[parts.shard].sorted.get(prefix, []) if archive is not None and before else None
         sorted_counts[prefix] = order.counts[own.start : own.stop].tolist() if known is None else known
     kept = before.manifest.texts if texts is None and before is not None else texts or {}
     path = os.path.join(folder, name)

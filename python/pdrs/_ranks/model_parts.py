@@ -62,7 +62,8 @@ class Parts:
     TypeError
         If this is something else.
     ValueError
-        If an optimizer has a parameter that the model has not, or dictionaries have different groups of processes.
+        If an optimizer has a parameter that the model has not. Also if dictionaries have different groups of processes
+        or meshes.
     """
 
     def __init__(self, model: Module, optimizer: Any) -> None:
@@ -80,6 +81,11 @@ class Parts:
         if len(groups) > 1:
             raise ValueError("expected sharded dictionaries of one process group, got several groups")
         self.group = next(iter(groups.values()), None)
+        # Over how many ranks names are spread, and which part of them this rank has.
+        owners = {one._owners for one in self.sharded.values()}
+        if len(owners) > 1:
+            raise ValueError("expected sharded dictionaries of one mesh, got several")
+        self.shards, self.shard = next(((one.shards, one.shard) for one in owners), (1, 0))
         given = [] if optimizer is None else list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
         for one in given:
             if not optimizer_state.is_optimizer(one):

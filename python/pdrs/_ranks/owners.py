@@ -44,6 +44,8 @@ class Owners(NamedTuple):
     # The ranks ``first`` to ``first + shards`` are the replica of this rank.
     first: int
     shards: int
+    # Which part of the names this rank has.
+    shard: int
 
     @property
     def replicas(self) -> int:

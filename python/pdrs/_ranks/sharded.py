@@ -160,9 +160,9 @@ class ShardedParameterDict(Module):
         self._seed, self._init, self._average, self._wire = seed, init, bool(average), wire
         ranks, shards = ranks_and_shards(mesh_or_group, timeout)
         self._line = Line(ranks)
-        self._owners = Owners(ranks.size, ranks.rank // shards * shards, shards)
+        self._owners = Owners(ranks.size, ranks.rank // shards * shards, shards, ranks.rank % shards)
         # Keys of a state dict say whose shard it is: distributed checkpoints take what has one key for copies.
-        self._local_name = f"rank_{self.rank % shards}_of_{shards}"
+        self._local_name = f"rank_{self._owners.shard}_of_{shards}"
         self.add_module(self._local_name, StackedParameterDict())
         for one in self._shapes:
             self.local.reserve(max(1, reserve), shape=one, dtype=dtype, device=device)
@@ -537,7 +537,7 @@ class ShardedParameterDict(Module):
                         names = list(
                             listed(names)
                         )  # A plan may have to be made again, when the caller's list is another.
-                    request = Request(names, known, *self._owners)
+                    request = Request(names, known, self._owners.ranks, self._owners.first, self._owners.shards)
                 except Exception as error:
                     failure = error
             if request is None or failure is not None:
