@@ -403,6 +403,22 @@ def data_that_does_not_fit_into_a_window(rank: int, world: int) -> dict[str, Any
 
 
 @case
+def rows_of_other_kinds(rank: int, world: int) -> dict[str, Any]:
+    group = dist.new_group()
+    for dtype in (torch.complex64, torch.float64, torch.bfloat16):
+        for shape in ((), (2, 3), (0,)):
+            words = ShardedParameterDict(shape, group, dtype=dtype, timeout=10.0)
+            values = (torch.arange(3).view(3, *[1] * len(shape)) + 1).expand(3, *shape).to(dtype)
+            words.scatter(["a", "b", "c"], values, missing="insert")
+            for planned in (False, True):
+                names = ["c", "a", "c", "b"][: 4 - rank % 2]
+                rows = words.gather(words.plan(names) if planned else names)
+                assert torch.equal(rows, values[[2, 0, 2, 1][: len(names)]])
+                rows.abs().sum().backward()
+    return {}
+
+
+@case
 def names_that_are_missing(rank: int, world: int) -> dict[str, Any]:
     words = new()
     words.gather(["a", "b", "c"], "insert")

@@ -49,6 +49,7 @@ NAMES = [
     "an_optimizer_that_is_not_attached",
     "names_that_are_missing",
     "data_that_does_not_fit_into_a_window",
+    "rows_of_other_kinds",
     "odd_names_are_sent_as_text",
     "scatter_and_drop",
     "rows_of_several_shapes",

@@ -60,7 +60,9 @@ def meet_with_rows(rows: Tensor, line: Line, give: list[int], call: Call, payloa
     head = [[size, 0, 0, payload] for size in sizes]
     if not rows.is_cpu:
         return line.meet_with(None, None, call, head)
-    return line.meet_with(rows.detach().contiguous().view(torch.uint8).numpy().reshape(-1), sizes, call, head)
+    # An empty tensor may have strides that no view takes.
+    flat = rows.detach().contiguous().view(-1) if rows.numel() else rows.detach().new_empty(0)
+    return line.meet_with(flat.view(torch.uint8).numpy(), sizes, call, head)
 
 
 def received_rows(rows: Tensor, line: Line, give: list[int], take: list[int], mail: Mail, call: Call) -> Tensor:
@@ -71,7 +73,8 @@ def received_rows(rows: Tensor, line: Line, give: list[int], take: list[int], ma
         raise RuntimeError(f"expected {sizes} bytes of rows from the ranks, got {mail.told[:, 1].tolist()}")
     if not rows.is_cpu:
         return line.exchange(rows, give, take, call)
-    return mail.receive(sizes, call).view(rows.dtype).view(sum(take), rows.shape[1])
+    come = mail.receive(sizes, call)
+    return (come.view(rows.dtype) if len(come) else rows.new_empty(0)).view(sum(take), rows.shape[1])
 
 
 class _Exchange(torch.autograd.Function):
