@@ -69,9 +69,7 @@ class Model(torch.nn.Module):
 def sharded_model(seed: int = sharded.SEED, shape: tuple[int, ...] = (WIDTH,), **options: Any) -> Model:
     group = GROUPS[-1] if GROUPS else None
     words = ShardedParameterDict(shape, group, seed=seed, init=sharded.INIT, timeout=120.0, **options)
-    words._wrappers._looked_for_ddp = (
-        True  # among all objects, which takes most of the time
-    )
+    words._wrappers._looked_for_ddp = True  # among all objects, which takes most of the time
     return Model(words)
 
 

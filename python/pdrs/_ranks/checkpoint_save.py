@@ -64,8 +64,9 @@ def save(
     """Save a model with sharded dictionaries, and its optimizers, as one checkpoint of all ranks. **O(n)**.
 
     All ranks must call it, between two steps. Each writes an archive with the names that it owns, their rows and all
-    states of these rows. Of replicas, the first one writes. Rank 0 also writes everything else in the model, and the states of it. At last, rank 0 renames
-    ``manifest.json`` into place. The folder has the old set until then, and the new one afterwards, whatever happens.
+    states of these rows. Of replicas, the first one writes. Rank 0 also writes everything else in the model, and the
+    states of it. At last, rank 0 renames ``manifest.json`` into place. The folder has the old set until then, and the
+    new one afterwards, whatever happens.
 
     Parameters
     ----------
