@@ -16,6 +16,8 @@
 //! * A name whose record would have another size when it is renamed has its text elsewhere until then. When there are
 //!   too many of these, the records are moved, too.
 
+mod changes;
+
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::OnceLock;
@@ -84,7 +86,7 @@ pub(crate) struct New {
 }
 
 /// Names that are no table, because one is listed twice: the position of the second.
-pub(crate) struct Repeated(pub(crate) usize);
+pub struct Repeated(pub(crate) usize);
 
 /// The hash of a name as it stands in a word: never 0, so that no word of a name is 0. Another one in each process.
 #[must_use]
@@ -330,7 +332,11 @@ impl NameTable {
     /// A table of distinct names, in order. **O(n)**.
     ///
     /// All names are there before the first is searched for, so the words are written in the order in which they lie.
-    pub(crate) fn of_distinct<Q: Text>(
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`], [`Error::Full`], [`Error::Text`].
+    pub fn of_distinct<Q: Text>(
         entries: impl Iterator<Item = (Q, Place)>,
     ) -> Result<std::result::Result<Self, Repeated>> {
         let expected = entries.size_hint().1.unwrap_or(0).min(MAX_ENTRIES);
@@ -399,7 +405,11 @@ impl NameTable {
     }
 
     /// Adds a name at the end; `false`, and nothing has changed, if it is there. **O(1)**, amortised.
-    pub(crate) fn insert_new(&mut self, name: &(impl Text + ?Sized), place: Place) -> Result<bool> {
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`], [`Error::Full`], [`Error::Text`]; nothing has changed.
+    pub fn insert_new(&mut self, name: &(impl Text + ?Sized), place: Place) -> Result<bool> {
         self.reserve_one(name)?;
         Ok(name.with_utf8(|text| {
             let hash = stored_hash(text);
@@ -447,7 +457,7 @@ impl NameTable {
     }
 
     /// Removes all names and gives the memory back. **O(1)**, but for that.
-    pub(crate) fn clear(&mut self) {
+    pub fn clear(&mut self) {
         *self = Self { generation: self.generation + 1, ..Self::default() };
     }
 
@@ -540,8 +550,12 @@ impl NameTable {
         self.tidy();
     }
 
-    /// Another table with the same names and places. **O(n)**.
-    pub(crate) fn copy(&self) -> Result<Self> {
+    /// Another table with the same names and places. Nothing is hashed. **O(n)**.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`].
+    pub fn copy(&self) -> Result<Self> {
         let mut records = Vec::new();
         memory::append_exact(&mut records, &self.records[self.begin..])?;
         let mut elsewhere = HashMap::new();

@@ -215,6 +215,18 @@ impl RowIndex {
         Ok(Self::of_parts(distinct(entries)?, tables))
     }
 
+    /// An index of names with distinct places, and of a table for each number of rows that it has given. Nothing is
+    /// hashed. **O(n)**, and **O(used / 64)**.
+    ///
+    /// # Errors
+    ///
+    /// As of [`of`](Self::of).
+    pub fn of_names(names: NameTable, used: &[u64]) -> std::result::Result<Self, Refusal> {
+        let places = memory::collect(names.iter().map(|(_, place)| Some(place)))?.into();
+        let tables = tables_of(&places, used)?;
+        Ok(Self::of_parts(names, tables))
+    }
+
     /// Adds a name at the end with a row that is the next of its table; there must be room for it. `false`, and nothing
     /// has changed, if the name is there or the row is not the next. **O(1)**.
     ///

@@ -18,7 +18,7 @@ use crate::python::cpython::{Characters, Text, new_ascii, new_wide};
 use crate::python::memory::{self, OrRaise, new_text};
 use crate::torch::bytes::hint;
 
-pub(crate) use crate::python::cpython::{Listed, find_listed, with_listed};
+pub(crate) use crate::python::cpython::{Listed, with_listed};
 
 /// Where the hash of a `str` stands in it, behind its length.
 pub(crate) const HASH: usize = std::mem::offset_of!(PyASCIIObject, hash);
@@ -67,26 +67,12 @@ impl Name {
         Text::of(&self.0).hash.expect("the hash was computed when the name was made")
     }
 
-    pub(crate) fn text_ref(&self) -> &Py<PyString> {
-        &self.0
-    }
-
     pub(crate) fn is(&self, text: &Bound<'_, PyString>) -> bool {
         self.0.is(text)
     }
 
     pub(crate) fn text<'py>(&self, py: Python<'py>) -> Bound<'py, PyString> {
         self.0.bind(py).clone()
-    }
-
-    /// Hands the characters over in UTF-8: see [`with_utf8`].
-    pub(crate) fn with_utf8<R>(&self, _py: Python<'_>, buffer: &mut Vec<u8>, take: impl FnOnce(&[u8]) -> R) -> R {
-        with_utf8(&self.0, buffer, take)
-    }
-
-    /// The name that [`with_utf8`](Self::with_utf8) handed out; an error if the bytes are no such name.
-    pub(crate) fn from_utf8(py: Python<'_>, bytes: &[u8]) -> PyResult<Self> {
-        text_of_utf8(py, bytes).map(Self::new)
     }
 
     pub(crate) fn into_text(self, py: Python<'_>) -> Bound<'_, PyString> {
@@ -217,7 +203,7 @@ impl NameText for Listed<'_, '_> {
     }
 
     fn prefetch(&self) {
-        Hashed::prefetch(self);
+        self.prefetch();
     }
 
     fn prefetch_place<T>(place: &T) {

@@ -1,0 +1,106 @@
+//! Changes of a [`NameTable`] that need no plan: each is made at once, or refused before anything has changed.
+
+use super::{NameTable, TOGETHER, stored_hash};
+use crate::error::Result;
+use crate::names::record::{self, UNIT};
+use crate::names::text::Text;
+use crate::rows::Place;
+
+impl NameTable {
+    /// Gives a name the place that `choose` makes of the one that it has. A new name goes to the end. **O(1)**,
+    /// amortised.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`](crate::Error::Memory), [`Error::Full`](crate::Error::Full), [`Error::Text`](crate::Error::Text);
+    /// nothing has changed.
+    pub fn set(&mut self, name: &(impl Text + ?Sized), choose: impl FnOnce(Option<Place>) -> Place) -> Result<()> {
+        self.reserve_one(name)?;
+        name.with_utf8(|text| self.set_hashed(stored_hash(text), text, choose));
+        Ok(())
+    }
+
+    /// The same for many names: `choose` gets the number of each, too. **O(m)**.
+    ///
+    /// # Errors
+    ///
+    /// As of [`set`](Self::set), also if there could not be room were all of them new.
+    pub fn set_many<Q: Text>(
+        &mut self,
+        names: &[Q],
+        mut choose: impl FnMut(usize, Option<Place>) -> Place,
+    ) -> Result<()> {
+        let mut bytes = 0;
+        for (at, name) in names.iter().enumerate() {
+            names.get(at + TOGETHER).into_iter().for_each(Q::prefetch);
+            bytes += name.with_utf8(|text| record::units_for(text.len()))? * UNIT;
+        }
+        self.reserve_words(names.len())?;
+        self.reserve_bytes(bytes)?;
+        let mut hashes = [0; TOGETHER];
+        for (number, batch) in names.chunks(TOGETHER).enumerate() {
+            names[number * TOGETHER..].iter().skip(TOGETHER).take(TOGETHER).for_each(Q::prefetch);
+            for (name, hash) in batch.iter().zip(&mut hashes) {
+                *hash = name.with_utf8(stored_hash);
+            }
+            self.words.touch(hashes[..batch.len()].iter().copied());
+            for (at, (name, hash)) in batch.iter().zip(&hashes).enumerate() {
+                name.with_utf8(|text| self.set_hashed(*hash, text, |old| choose(number * TOGETHER + at, old)));
+            }
+        }
+        Ok(())
+    }
+
+    /// There must be room for a new name.
+    fn set_hashed(&mut self, hash: u32, text: &[u8], choose: impl FnOnce(Option<Place>) -> Place) {
+        match self.search(hash, text) {
+            Ok(slot) => {
+                let position = self.position(self.words.id(slot));
+                let place = choose(self.place_at(position));
+                self.set_place_at(position, place);
+            }
+            Err(empty) => {
+                let (id, place) = (self.id(self.positions()), choose(None));
+                record::push(&mut self.records, Some(place), text);
+                self.words.fill(empty, hash, id);
+                self.len += 1;
+                self.generation += 1;
+            }
+        }
+    }
+
+    /// Removes a name and gives the place that it had; the order of the others stays. **O(1)**, amortised.
+    pub fn remove(&mut self, name: &(impl Text + ?Sized)) -> Option<Place> {
+        name.with_utf8(|text| {
+            let hash = stored_hash(text);
+            let position = self.find(hash, text)?;
+            self.take_at(position, hash)
+        })
+    }
+
+    /// Removes the last or the first name and gives the place that it had. **O(1)**, amortised.
+    pub fn remove_end(&mut self, last: bool) -> Option<Place> {
+        let end = if last { self.last() } else { self.first() }?;
+        let (position, hash) = (end.position, stored_hash(end.name));
+        self.take_at(position, hash)
+    }
+
+    fn take_at(&mut self, position: usize, hash: u32) -> Option<Place> {
+        let place = self.place_at(position);
+        self.take(position, hash);
+        self.tidy();
+        place
+    }
+
+    /// Moves a name behind or in front of all others; whether it is there. **O(1)**, amortised.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`](crate::Error::Memory), [`Error::Text`](crate::Error::Text); nothing has changed.
+    pub fn move_to_end(&mut self, name: &(impl Text + ?Sized), last: bool) -> Result<bool> {
+        let Some(position) = self.position_of(name) else { return Ok(false) };
+        self.reserve_moved(position, last)?;
+        self.move_at(position, last);
+        Ok(true)
+    }
+}
