@@ -99,8 +99,9 @@ class IndexMap:
     """An ordered map from names to row numbers that pops anywhere in O(1).
 
     Names are ``str``. Row numbers are integers from 0 to 2**63 - 1, such as the row of a table that belongs to the
-    name. The map has every method of a dict, and methods that handle many names in one call. Several threads may use
-    it at once. Costs are amortised; *n* is the number of names.
+    name. The map has every method of a dict, and methods that handle many names in one call. It keeps the
+    characters of its names, and no ``str`` objects: what it returns are equal ones. Several threads may use it at once.
+    Costs are amortised; *n* is the number of names.
 
     Parameters
     ----------

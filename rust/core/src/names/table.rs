@@ -25,14 +25,14 @@ use std::sync::OnceLock;
 use twox_hash::XxHash3_64;
 
 use crate::error::{Error, Result};
-use crate::hash_table::{Slots, Words, first_repeated, hash_of, id_of, word};
-use crate::index_map::MAX_ENTRIES;
+use crate::hash_table::{MAX_ENTRIES, Slots, Words, first_repeated, hash_of, id_of, word};
 use crate::memory;
 use crate::names::record::{self, UNIT};
 use crate::names::text::Text;
 use crate::rows::Place;
 
-/// How many names go through each step together: see the look-ups of an [`IndexMap`](crate::IndexMap).
+/// How many names go through each step together. They are enough that the memory prefetched for the first has arrived by
+/// the next step. They are so few that the memory prefetched for all fits into the first-level cache.
 const TOGETHER: usize = 64;
 
 /// So many names tell how much room others will take.
@@ -518,14 +518,17 @@ impl NameTable {
 
     /// Moves the name at a position behind or in front of all others; there must be room. **O(1)**.
     pub(crate) fn move_at(&mut self, position: usize, last: bool) {
+        self.move_hashed(position, stored_hash(self.text(position)), last);
+    }
+
+    /// The same, for a name with this hash.
+    fn move_hashed(&mut self, position: usize, hash: u32, last: bool) {
         let there = if last { self.last() } else { self.first() };
         if there.is_some_and(|there| there.position == position) {
             return;
         }
-        let slot = self.slot_at(position);
-        let hash = stored_hash(self.text(position));
-        let old = self.byte(position);
-        let elsewhere = self.elsewhere.remove(&self.id(position));
+        let (slot, old) = (self.words.slot_of(hash, self.id(position)), self.byte(position));
+        let elsewhere = if self.elsewhere.is_empty() { None } else { self.elsewhere.remove(&self.id(position)) };
         let place = record::place(&self.records, old);
         let size = match &elsewhere {
             Some(text) => record::size(text),

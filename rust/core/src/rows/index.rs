@@ -14,7 +14,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::{Error, Result};
-use crate::index_map::MAX_ENTRIES;
+use crate::hash_table::MAX_ENTRIES;
 use crate::memory;
 use crate::names::table::{NameTable, Repeated};
 use crate::names::text::Text;

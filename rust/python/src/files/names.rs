@@ -1,9 +1,9 @@
 //! Packed names, their deltas, checksums, and a comparison of tables row by row, for Python.
 
 use numpy::{PyArray1, PyReadonlyArray1};
+use pdrs_core::Place;
 use pdrs_core::names::codec::{self, Encoder, Header, Names, Table};
 use pdrs_core::names::delta;
-use pdrs_core::Place;
 use pdrs_core::names::table::NameTable;
 use pdrs_core::names::text::Text;
 use pyo3::exceptions::PyValueError;

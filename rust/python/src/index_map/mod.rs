@@ -23,7 +23,7 @@ use pyo3::types::{PyBytes, PyDict, PyList, PyString, PyTuple, PyType};
 
 use crate::python::memory::{self, OrRaise, new_list, new_number, new_pair};
 use crate::python::name::{Listed, NO_NAME, OfText, Utf8Name, exact_text, text_of_utf8, to_text, with_listed};
-use crate::python::names::{AHEAD, listed, to_names};
+use crate::python::names::{listed, prefetched, to_names};
 
 pub(crate) use crate::index_map::walk::NameIterator;
 use crate::index_map::walk::Yield;
@@ -46,8 +46,9 @@ struct State {
 /// An ordered map from names to row numbers that pops anywhere in O(1).
 ///
 /// Names are ``str``. Row numbers are integers from 0 to 2**63 - 1, such as the row of a table that belongs to the
-/// name. The map has every method of a dict, and methods that handle many names in one call. Several threads may use
-/// it at once. Costs are amortised; *n* is the number of names.
+/// name. The map has every method of a dict, and methods that handle many names in one call. It keeps the
+/// characters of its names, and no ``str`` objects: what it returns are equal ones. Several threads may use it at once.
+/// Costs are amortised; *n* is the number of names.
 ///
 /// Parameters
 /// ----------
@@ -152,7 +153,7 @@ impl IndexMap {
         let mut locked = self.write(py);
         let table = &mut locked.state.names;
         let made = if table.is_empty() && table.generation() == 0 {
-            NameTable::of_distinct(names.iter().zip(rows.iter().map(|row| place_of(*row)))).or_raise()?.ok()
+            NameTable::of_distinct(prefetched(names).zip(rows.iter().map(|row| place_of(*row)))).or_raise()?.ok()
         } else {
             None
         };
@@ -232,15 +233,8 @@ pub(crate) fn checked_row(row: i64) -> PyResult<i64> {
 /// A table of a list of distinct names, each with the next row; `None` if something else is in the list.
 fn number_distinct(names: &Bound<'_, PyAny>) -> Option<NameTable> {
     // What is no `str` has a name there that no `str` has.
-    let made = with_listed(names, |listed| {
-        let ahead = |at: usize| listed.get(at + AHEAD).into_iter().for_each(Text::prefetch);
-        NameTable::of_distinct(listed.iter().zip(0..).inspect(|(_, row)| ahead(*row as usize)).map(numbered))
-    });
+    let made = with_listed(names, |listed| NameTable::of_distinct(prefetched(listed).zip((0..).map(place_of))));
     made?.ok()?.ok().filter(|names| !names.contains(&NO_NAME[..]))
-}
-
-fn numbered<Q>((name, row): (Q, i64)) -> (Q, Place) {
-    (name, place_of(row))
 }
 
 /// An argument that may be left out, and is not taken for left out if it is None.

@@ -8,8 +8,8 @@ use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 use pyo3::types::{PyDict, PyString};
 
-use crate::python::cpython::Place;
 use crate::parameter_dict::keys::{Cursor, EntryKeys};
+use crate::python::cpython::Place;
 use crate::python::memory::new_pair;
 use crate::torch::own_functions::{Method, is_class_known_as_own};
 

@@ -7,7 +7,7 @@ use std::hash::{DefaultHasher, Hasher};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use pdrs_core::IndexMap as Map;
+use pdrs_core::OrderedSet;
 use pyo3::exceptions::{PyKeyError, PyRuntimeError};
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -22,7 +22,7 @@ use crate::python::names::{AHEAD, to_names};
 /// The keys of a `ParameterDict`, in order; for torch's own methods a dict without values.
 #[pyclass(frozen, mapping, module = "pdrs._core")]
 pub(crate) struct EntryKeys {
-    keys: Mutex<Map<Name, ()>>,
+    keys: Mutex<OrderedSet<Name>>,
     /// The generation of the keys, to be read without the lock.
     generation: AtomicU64,
     /// The fingerprint of the keys, and the generation that it was computed for. Locked before `keys`.
@@ -31,7 +31,7 @@ pub(crate) struct EntryKeys {
 
 /// The lock, and the duty to publish the generation when it is given back.
 struct Locked<'a> {
-    keys: MutexGuard<'a, Map<Name, ()>>,
+    keys: MutexGuard<'a, OrderedSet<Name>>,
     generation: &'a AtomicU64,
 }
 
@@ -42,11 +42,11 @@ impl Drop for Locked<'_> {
 }
 
 impl EntryKeys {
-    fn of(keys: Map<Name, ()>) -> Self {
+    fn of(keys: OrderedSet<Name>) -> Self {
         Self { generation: AtomicU64::new(keys.generation()), keys: Mutex::new(keys), fingerprint: Mutex::new(None) }
     }
 
-    fn read(&self, py: Python<'_>) -> MutexGuard<'_, Map<Name, ()>> {
+    fn read(&self, py: Python<'_>) -> MutexGuard<'_, OrderedSet<Name>> {
         self.keys.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -56,7 +56,7 @@ impl EntryKeys {
 
     /// All keys in order.
     pub(crate) fn names(&self, py: Python<'_>) -> PyResult<Vec<Name>> {
-        memory::collect(self.read(py).iter().map(|(name, ())| name.clone_ref(py)))
+        memory::collect(self.read(py).iter().map(|name| name.clone_ref(py)))
     }
 
     pub(crate) fn len(&self, py: Python<'_>) -> usize {
@@ -66,7 +66,7 @@ impl EntryKeys {
     /// The first or last key.
     pub(crate) fn end<'py>(&self, py: Python<'py>, last: bool) -> Option<Bound<'py, PyString>> {
         let keys = self.read(py);
-        let (name, ()) = if last { keys.last() } else { keys.first() }?;
+        let name = if last { keys.last() } else { keys.first() }?;
         Some(name.text(py))
     }
 
@@ -74,7 +74,7 @@ impl EntryKeys {
     pub(crate) fn discard_end(&self, py: Python<'_>, name: &Bound<'_, PyString>, last: bool) -> bool {
         let keys = &mut self.write(py).keys;
         let end = if last { keys.last() } else { keys.first() };
-        if !end.is_some_and(|(end, ())| end.is(name)) {
+        if !end.is_some_and(|end| end.is(name)) {
             return false;
         }
         if last { keys.pop_last() } else { keys.pop_first() }.is_some()
@@ -83,20 +83,20 @@ impl EntryKeys {
     /// Removes all keys and gives them.
     pub(crate) fn take_names(&self, py: Python<'_>) -> PyResult<Vec<Name>> {
         let mut locked = self.write(py);
-        let names = memory::collect(locked.keys.iter().map(|(name, ())| name.clone_ref(py)))?;
+        let names = memory::collect(locked.keys.iter().map(|name| name.clone_ref(py)))?;
         locked.keys.clear();
         Ok(names)
     }
 
     /// Adds a key that is not there yet; one that is there stays as it is.
     pub(crate) fn put(&self, py: Python<'_>, name: Name) -> PyResult<()> {
-        self.write(py).keys.get_or_insert_with(name, || ()).or_raise()?;
+        self.write(py).keys.insert(name).or_raise()?;
         Ok(())
     }
 
     /// Adds keys that are not there yet: all, or none.
     pub(crate) fn append(&self, py: Python<'_>, names: Vec<Name>) -> PyResult<()> {
-        self.write(py).keys.get_or_insert_many(names, || (), |()| ()).or_raise()
+        self.write(py).keys.insert_many(names).or_raise()
     }
 
     /// Removes a key; whether it was there.
@@ -111,7 +111,7 @@ impl EntryKeys {
     #[new]
     #[pyo3(signature = (names = None))]
     fn new(py: Python<'_>, names: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
-        let made = Self::of(Map::new());
+        let made = Self::of(OrderedSet::new());
         if let Some(names) = names {
             made.append(py, to_names(names)?)?;
         }
@@ -175,7 +175,7 @@ impl EntryKeys {
 
     /// **O(n)**; nothing is hashed.
     fn copy(&self, py: Python<'_>) -> PyResult<Self> {
-        let copied = self.read(py).map_entries(|name, ()| (name.clone_ref(py), ()));
+        let copied = self.read(py).map_keys(|name| name.clone_ref(py));
         Ok(Self::of(copied.or_raise()?))
     }
 
@@ -210,7 +210,7 @@ impl EntryKeys {
             Some((then, fingerprint)) if then == generation => fingerprint,
             _ => {
                 let mut hasher = DefaultHasher::new();
-                keys.iter().for_each(|(name, ())| hasher.write_u64(name.full_hash()));
+                keys.iter().for_each(|name| hasher.write_u64(name.full_hash()));
                 hasher.finish()
             }
         };
@@ -245,12 +245,11 @@ impl Cursor {
         }
         let held = keys.read(py);
         let ahead = if self.reversed { self.position.checked_sub(AHEAD) } else { Some(self.position + AHEAD) };
-        if let Some((name, ())) = ahead.and_then(|ahead| held.entry_at(ahead)) {
+        if let Some(name) = ahead.and_then(|ahead| held.key_at(ahead)) {
             name.prefetch_object();
         }
-        let found =
-            if self.reversed { held.entry_before(self.position) } else { held.entry_at_or_after(self.position) };
-        Ok(found.map(|(found, name, ())| {
+        let found = if self.reversed { held.key_before(self.position) } else { held.key_at_or_after(self.position) };
+        Ok(found.map(|(found, name)| {
             self.position = if self.reversed { found } else { found + 1 };
             name.clone_ref(py)
         }))

@@ -1,5 +1,6 @@
 //! Many names that are given in one call, in whatever holds them.
 
+use pdrs_core::names::text::Text;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyList, PyString, PyTuple};
@@ -13,6 +14,15 @@ pub(crate) const AHEAD: usize = 16;
 
 /// How many names are made at a time, at most.
 const AT_ONCE: usize = 64;
+
+/// Names in order, each prefetched ahead.
+pub(crate) fn prefetched<Q: Text>(names: &[Q]) -> impl ExactSizeIterator<Item = &Q> {
+    let ahead = |at: usize| names.get(at + AHEAD).into_iter().for_each(Text::prefetch);
+    names.iter().enumerate().map(move |(at, name)| {
+        ahead(at);
+        name
+    })
+}
 
 /// The names as an exact list or tuple: themselves, if they are one, and otherwise what Python makes of them.
 ///

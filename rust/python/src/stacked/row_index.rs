@@ -9,7 +9,6 @@ use std::sync::{Mutex, MutexGuard};
 use numpy::{PyArray1, PyReadonlyArray1};
 use pdrs_core::names::codec::Names as Saved;
 use pdrs_core::names::table::NameTable;
-use pdrs_core::names::text::Text;
 use pdrs_core::{Error, MAX_TABLES, Place, Places as Found, Plan, Refusal, RowIndex as Index, Rows};
 use pyo3::exceptions::{PyIndexError, PyKeyError, PyOverflowError, PyRuntimeError, PyValueError};
 use pyo3::intern;
@@ -20,7 +19,7 @@ use pyo3::types::{PyBytes, PyList, PyString, PyTuple, PyType};
 use crate::index_map::{Given, IndexMap};
 use crate::python::memory::{self, OrRaise, new_list, new_number, new_pair};
 use crate::python::name::{Listed, NO_NAME, OfText, Utf8Name, exact_text, text_of_utf8, to_text, with_listed};
-use crate::python::names::{AHEAD, listed, to_names, to_names_that};
+use crate::python::names::{listed, prefetched, to_names, to_names_that};
 use crate::stacked::packed::Packed;
 use crate::stacked::places::Places;
 use crate::stacked::plan::{OrRefuse, RowPlan, missing, no_table, refused_removal};
@@ -319,11 +318,7 @@ impl RowIndex {
     fn of_one_table(names: &Bound<'_, PyAny>) -> PyResult<Self> {
         let names = &listed(names)?;
         // What is no `str` has a name there that no `str` has.
-        let make = |listed: &[Listed<'_, '_>]| {
-            let ahead = |at: usize| listed.get(at + AHEAD).into_iter().for_each(Text::prefetch);
-            Index::of_one_table(listed.iter().enumerate().inspect(|(at, _)| ahead(*at)).map(|(_, name)| name))
-        };
-        if let Some(Ok(made)) = with_listed(names, make)
+        if let Some(Ok(made)) = with_listed(names, |listed| Index::of_one_table(prefetched(listed)))
             && !made.names().contains("")
             && !made.names().contains(&NO_NAME[..])
         {

@@ -2,9 +2,13 @@
 
 use super::{NameTable, TOGETHER, stored_hash};
 use crate::error::Result;
+use crate::memory;
 use crate::names::record::{self, UNIT};
 use crate::names::text::Text;
 use crate::rows::Place;
+
+/// How many names ahead one is prefetched, and how many at an end are.
+const AHEAD: usize = 16;
 
 impl NameTable {
     /// Gives a name the place that `choose` makes of the one that it has. A new name goes to the end. **O(1)**,
@@ -30,22 +34,25 @@ impl NameTable {
         names: &[Q],
         mut choose: impl FnMut(usize, Option<Place>) -> Place,
     ) -> Result<()> {
-        let mut bytes = 0;
+        let (mut bytes, mut hashes) = (0, memory::with_capacity(names.len())?);
         for (at, name) in names.iter().enumerate() {
-            names.get(at + TOGETHER).into_iter().for_each(Q::prefetch);
-            bytes += name.with_utf8(|text| record::units_for(text.len()))? * UNIT;
+            names.get(at + AHEAD).into_iter().for_each(Q::prefetch);
+            bytes += name.with_utf8(|text| {
+                hashes.push(stored_hash(text));
+                record::units_for(text.len())
+            })? * UNIT;
         }
         self.reserve_words(names.len())?;
         self.reserve_bytes(bytes)?;
-        let mut hashes = [0; TOGETHER];
-        for (number, batch) in names.chunks(TOGETHER).enumerate() {
-            names[number * TOGETHER..].iter().skip(TOGETHER).take(TOGETHER).for_each(Q::prefetch);
-            for (name, hash) in batch.iter().zip(&mut hashes) {
-                *hash = name.with_utf8(stored_hash);
+        for begin in (0..names.len()).step_by(TOGETHER) {
+            let batch = begin..names.len().min(begin + TOGETHER);
+            names[batch.clone()].iter().for_each(Q::prefetch);
+            self.words.touch(hashes[batch.clone()].iter().copied());
+            for id in hashes[batch.clone()].iter().filter_map(|hash| self.words.first_id(*hash)) {
+                self.records.get(self.byte(self.position(id))).into_iter().for_each(Q::prefetch_place);
             }
-            self.words.touch(hashes[..batch.len()].iter().copied());
-            for (at, (name, hash)) in batch.iter().zip(&hashes).enumerate() {
-                name.with_utf8(|text| self.set_hashed(*hash, text, |old| choose(number * TOGETHER + at, old)));
+            for at in batch {
+                names[at].with_utf8(|text| self.set_hashed(hashes[at], text, |old| choose(at, old)));
             }
         }
         Ok(())
@@ -80,9 +87,22 @@ impl NameTable {
 
     /// Removes the last or the first name and gives the place that it had. **O(1)**, amortised.
     pub fn remove_end(&mut self, last: bool) -> Option<Place> {
+        if self.len.is_multiple_of(AHEAD) {
+            self.touch_end(last);
+        }
         let end = if last { self.last() } else { self.first() }?;
         let (position, hash) = (end.position, stored_hash(end.name));
         self.take_at(position, hash)
+    }
+
+    /// Who removes one name often removes its neighbours next: their words can be fetched together.
+    fn touch_end(&self, last: bool) {
+        let (mut hashes, mut position) = ([0; AHEAD], if last { self.positions() } else { 0 });
+        for hash in &mut hashes {
+            let Some(entry) = (if last { self.previous(position) } else { self.next(position) }) else { break };
+            (*hash, position) = (stored_hash(entry.name), entry.next);
+        }
+        self.words.touch(hashes.into_iter());
     }
 
     fn take_at(&mut self, position: usize, hash: u32) -> Option<Place> {
@@ -98,9 +118,12 @@ impl NameTable {
     ///
     /// [`Error::Memory`](crate::Error::Memory), [`Error::Text`](crate::Error::Text); nothing has changed.
     pub fn move_to_end(&mut self, name: &(impl Text + ?Sized), last: bool) -> Result<bool> {
-        let Some(position) = self.position_of(name) else { return Ok(false) };
-        self.reserve_moved(position, last)?;
-        self.move_at(position, last);
-        Ok(true)
+        name.with_utf8(|text| {
+            let hash = stored_hash(text);
+            let Some(position) = self.find(hash, text) else { return Ok(false) };
+            self.reserve_moved(position, last)?;
+            self.move_hashed(position, hash, last);
+            Ok(true)
+        })
     }
 }
