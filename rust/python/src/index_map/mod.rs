@@ -22,7 +22,9 @@ use pyo3::sync::{MutexExt, PyOnceLock};
 use pyo3::types::{PyBytes, PyDict, PyList, PyString, PyTuple, PyType};
 
 use crate::python::memory::{self, OrRaise, new_list, new_number, new_pair};
-use crate::python::name::{Listed, NO_NAME, OfText, Utf8Name, exact_text, text_of_utf8, to_text, with_listed};
+use crate::python::name::{
+    Ascii, Listed, NO_NAME, OfText, Utf8Name, exact_text, text_of_utf8, to_text, with_listed, with_text,
+};
 use crate::python::names::{listed, prefetched, to_names};
 
 pub(crate) use crate::index_map::walk::NameIterator;
@@ -128,61 +130,49 @@ impl IndexMap {
         self.read(py).names.len()
     }
 
-    /// Adds names that are not there yet, each with the next row, and hands over the row of each.
-    fn append<Q: Text>(&self, py: Python<'_>, names: &[Q], mut take: impl FnMut(i64)) -> PyResult<()> {
-        let mut locked = self.write(py);
-        let State { names: table, next_row } = &mut *locked.state;
-        check_rows_left(*next_row, names.len())?;
-        let choose = |_, old: Option<Place>| {
-            let place = old.unwrap_or_else(|| {
-                *next_row += 1;
-                place_of(*next_row - 1)
-            });
-            take(row_of(place));
-            place
-        };
-        table.set_many(names, choose).or_raise()
+    /// Adds the names in a list or tuple that are not there yet, each with the next row, and hands over the row of each.
+    fn append(&self, names: &Bound<'_, PyAny>, mut take: impl FnMut(i64)) -> PyResult<()> {
+        let mut locked = self.write(names.py());
+        if let Some(done) = with_plain(names, |listed| locked.state.append(listed, &mut take)) {
+            return done;
+        }
+        drop(locked);
+        let others = to_names::<Utf8Name>(names)?;
+        self.write(names.py()).state.append(&others, take)
     }
 
-    /// Inserts entries: all, or, if a row is negative or there are too many, none.
-    pub(crate) fn insert_all<Q: Text>(&self, py: Python<'_>, names: &[Q], rows: &[i64]) -> PyResult<()> {
-        let Some(largest) = rows.iter().max() else {
-            return Ok(());
-        };
-        rows.iter().try_for_each(|row| checked_row(*row).map(drop))?;
-        let mut locked = self.write(py);
-        let table = &mut locked.state.names;
-        let made = if table.is_empty() && table.generation() == 0 {
-            NameTable::of_distinct(prefetched(names).zip(rows.iter().map(|row| place_of(*row)))).or_raise()?.ok()
-        } else {
-            None
-        };
-        match made {
-            Some(made) => *table = made,
-            None => table.set_many(names, |at, _| place_of(rows[at])).or_raise()?,
+    /// Inserts the names in a list or tuple: all, or, if a row is negative or there are too many, none.
+    fn insert_listed(&self, names: &Bound<'_, PyAny>, rows: &[i64]) -> PyResult<()> {
+        let mut locked = self.write(names.py());
+        if let Some(done) = with_plain(names, |listed| locked.state.insert_all(listed, rows)) {
+            return done;
         }
-        locked.state.next_row = locked.state.next_row.max(largest.saturating_add(1));
-        Ok(())
+        drop(locked);
+        self.insert_all(names.py(), &to_names::<Utf8Name>(names)?, rows)
+    }
+
+    /// The same for names of any kind.
+    pub(crate) fn insert_all<Q: Text>(&self, py: Python<'_>, names: &[Q], rows: &[i64]) -> PyResult<()> {
+        self.write(py).state.insert_all(names, rows)
     }
 
     /// The row of a name, if it is there.
+    #[inline]
     fn find(&self, name: &Bound<'_, PyString>) -> PyResult<Option<i64>> {
-        let (py, name) = (name.py(), Utf8Name::of_text(name.clone())?);
-        Ok(self.read(py).names.get(&name).map(row_of))
+        with_text(name, |text| self.read(name.py()).names.get(text).map(row_of))
     }
 
     /// Gives a name a row: a new one goes to the end, one that is there keeps its place.
     fn set(&self, name: &Bound<'_, PyString>, row: i64) -> PyResult<()> {
-        let (py, name, row) = (name.py(), Utf8Name::of_text(name.clone())?, checked_row(row)?);
-        let mut locked = self.write(py);
-        locked.state.names.set(&name, |_| place_of(row)).or_raise()?;
+        let row = checked_row(row)?;
+        let mut locked = self.write(name.py());
+        with_text(name, |text| locked.state.names.set(text, |_| place_of(row)))?.or_raise()?;
         locked.state.next_row = locked.state.next_row.max(row.saturating_add(1));
         Ok(())
     }
 
     fn remove(&self, name: &Bound<'_, PyString>) -> PyResult<Option<i64>> {
-        let (py, name) = (name.py(), Utf8Name::of_text(name.clone())?);
-        Ok(self.write(py).state.names.remove(&name).map(row_of))
+        with_text(name, |text| self.write(name.py()).state.names.remove(text).map(row_of))
     }
 
     /// The rows of what lies in a list or tuple, -1 for what is missing; `None` unless all are plain `str`.
@@ -210,6 +200,11 @@ pub(crate) fn missing(name: Bound<'_, PyString>) -> PyErr {
 /// The place whose id is a row that is not negative.
 fn place_of(row: i64) -> Place {
     Place::of_id(row.cast_unsigned()).expect("a row that is not negative is the id of a place")
+}
+
+/// Hands over what lies in a list or tuple, if it is nothing but plain `str`.
+fn with_plain<R>(names: &Bound<'_, PyAny>, take: impl FnOnce(&[Listed<'_, '_>]) -> R) -> Option<R> {
+    with_listed(names, |listed| prefetched(listed).all(Listed::is_plain).then(|| take(listed))).flatten()
 }
 
 fn row_of(place: Place) -> i64 {
@@ -356,16 +351,14 @@ impl IndexMap {
         match rows {
             None => match number_distinct(names) {
                 Some(names) => *index.write(py).state = Self::of(names).into_state(),
-                None => index.append(py, &to_names::<Utf8Name>(names)?, |_| ())?,
+                None => index.append(names, |_| ())?,
             },
             Some(rows) => {
-                let names = to_names::<Utf8Name>(names)?;
-                let rows = rows.as_array();
-                if rows.len() != names.len() {
-                    let (names, rows) = (names.len(), rows.len());
-                    return Err(PyValueError::new_err(format!("got {names} names and {rows} rows")));
+                let (given, rows) = (names.len()?, rows.as_array());
+                if rows.len() != given {
+                    return Err(PyValueError::new_err(format!("got {given} names and {} rows", rows.len())));
                 }
-                index.insert_all(py, &names, &memory::collect(rows.iter().copied())?)?;
+                index.insert_listed(names, &memory::collect(rows.iter().copied())?)?;
             }
         }
         Ok(made)
@@ -376,8 +369,8 @@ impl IndexMap {
     #[pyo3(signature = (names, row=0, /))]
     fn fromkeys<'py>(class: &Bound<'py, PyType>, names: &Bound<'py, PyAny>, row: i64) -> PyResult<Bound<'py, Self>> {
         let made = Self::of_class(class)?;
-        let names = to_names::<Utf8Name>(names)?;
-        made.get().insert_all(class.py(), &names, &memory::collect(names.iter().map(|_| row))?)?;
+        let names = &listed(names)?;
+        made.get().insert_listed(names, &memory::collect(std::iter::repeat_n(row, names.len()?))?)?;
         Ok(made)
     }
 
@@ -386,6 +379,9 @@ impl IndexMap {
     }
 
     fn __contains__(&self, name: &Bound<'_, PyAny>) -> PyResult<bool> {
+        if let Ok(text) = name.cast_exact::<PyString>() {
+            return Ok(self.find(text)?.is_some());
+        }
         match exact_text(name)? {
             Some(text) => Ok(self.find(&text)?.is_some()),
             // As in a dict: what cannot be hashed is an error, what can is simply not there.
@@ -469,7 +465,7 @@ impl IndexMap {
         let Some(default) = default else {
             return Err(PyTypeError::new_err("a row must be an int, got None"));
         };
-        let (mut row, name) = (checked_row(default.extract()?)?, Utf8Name::of_text(name)?);
+        let mut row = checked_row(default.extract()?)?;
         let mut locked = self.write(py);
         let State { names, next_row } = &mut *locked.state;
         // Another thread may have set it meanwhile.
@@ -477,7 +473,7 @@ impl IndexMap {
             row = old.map_or(row, row_of);
             place_of(row)
         };
-        names.set(&name, choose).or_raise()?;
+        with_text(&name, |text| names.set(text, choose))?.or_raise()?;
         *next_row = (*next_row).max(row.saturating_add(1));
         Ok(row)
     }
@@ -536,9 +532,8 @@ impl IndexMap {
     #[pyo3(signature = (name, last=true))]
     fn move_to_end(&self, name: &Bound<'_, PyAny>, last: bool) -> PyResult<()> {
         let name = to_text(name)?;
-        let moved = Utf8Name::of_text(name.clone())?;
-        let is_there = self.write(name.py()).state.names.move_to_end(&moved, last).or_raise()?;
-        if is_there { Ok(()) } else { Err(missing(name)) }
+        let is_there = with_text(&name, |text| self.write(name.py()).state.names.move_to_end(text, last))?;
+        if is_there.or_raise()? { Ok(()) } else { Err(missing(name)) }
     }
 
     /// Remove all names, and count rows from 0 again. **O(n)**.
@@ -558,6 +553,17 @@ impl IndexMap {
         entries: Option<&Bound<'_, PyAny>>,
         rows: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<()> {
+        if let (Some(entries), None) = (entries, rows)
+            && let Ok(dict) = entries.cast_exact::<PyDict>()
+        {
+            let items = memory::items_of(dict)?;
+            let names = items.iter().map_while(|(name, _)| Ascii::of(name));
+            let names: Vec<Ascii<'_>> = memory::collect(names)?;
+            if names.len() == items.len() {
+                let rows: Vec<i64> = memory::try_collect(items.iter().map(|(_, row)| row.extract()))?;
+                return self.insert_all(py, &names, &rows);
+            }
+        }
         let (mut given, mut source) = (Entries::default(), None);
         match entries {
             None => {}
@@ -620,10 +626,10 @@ impl IndexMap {
     /// numpy.ndarray
     ///     int64 of shape ``[len(names)]``: the row numbers of new and old names, in the order of ``names``.
     fn extend<'py>(&self, names: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyArray1<i64>>> {
-        let (py, names) = (names.py(), to_names::<Utf8Name>(names)?);
-        let mut rows = memory::with_capacity(names.len())?;
-        self.append(py, &names, |row| rows.push(row))?;
-        Ok(PyArray1::from_vec(py, rows))
+        let names = &listed(names)?;
+        let mut rows = memory::with_capacity(names.len()?)?;
+        self.append(names, |row| rows.push(row))?;
+        Ok(PyArray1::from_vec(names.py(), rows))
     }
 
     /// Return the row numbers of many names. **O(m)** for ``m`` names, several times faster than ``m`` look-ups.
@@ -907,6 +913,37 @@ impl IndexMap {
 }
 
 impl State {
+    fn append<Q: Text>(&mut self, names: &[Q], mut take: impl FnMut(i64)) -> PyResult<()> {
+        check_rows_left(self.next_row, names.len())?;
+        let choose = |_, old: Option<Place>| {
+            let place = old.unwrap_or_else(|| {
+                self.next_row += 1;
+                place_of(self.next_row - 1)
+            });
+            take(row_of(place));
+            place
+        };
+        self.names.set_many(names, choose).or_raise()
+    }
+
+    fn insert_all<Q: Text>(&mut self, names: &[Q], rows: &[i64]) -> PyResult<()> {
+        let Some(largest) = rows.iter().max() else {
+            return Ok(());
+        };
+        rows.iter().try_for_each(|row| checked_row(*row).map(drop))?;
+        let made = if self.names.is_empty() && self.names.generation() == 0 {
+            NameTable::of_distinct(prefetched(names).zip(rows.iter().map(|row| place_of(*row)))).or_raise()?.ok()
+        } else {
+            None
+        };
+        match made {
+            Some(made) => self.names = made,
+            None => self.names.set_many(names, |at, _| place_of(rows[at])).or_raise()?,
+        }
+        self.next_row = self.next_row.max(largest.saturating_add(1));
+        Ok(())
+    }
+
     fn all_names<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyString>>> {
         memory::try_collect(self.names.iter().map(|(name, _)| text_of_utf8(py, name)))
     }

@@ -187,6 +187,42 @@ impl NameText for Utf8Name {
     }
 }
 
+/// Hands the characters of a text in UTF-8 over, surrogates too.
+#[inline]
+pub(crate) fn with_text<R>(text: &Bound<'_, PyString>, take: impl FnOnce(&[u8]) -> R) -> PyResult<R> {
+    match Text::of(text.as_unbound()).characters {
+        Characters::Ascii(ascii) => Ok(take(ascii)),
+        _ => Ok(Utf8Name::of_text(text.clone())?.with_utf8(take)),
+    }
+}
+
+/// The ASCII characters of a `str`.
+pub(crate) struct Ascii<'a>(&'a [u8]);
+
+impl<'a> Ascii<'a> {
+    /// `None` if this is no exact `str`, or has other characters.
+    pub(crate) fn of(object: &'a Bound<'_, PyAny>) -> Option<Self> {
+        match Text::of(object.cast_exact::<PyString>().ok()?.as_unbound()).characters {
+            Characters::Ascii(ascii) => Some(Self(ascii)),
+            _ => None,
+        }
+    }
+}
+
+impl NameText for Ascii<'_> {
+    fn with_utf8<R>(&self, take: impl FnOnce(&[u8]) -> R) -> R {
+        take(self.0)
+    }
+
+    fn prefetch(&self) {
+        hint(self.0.as_ptr() as usize);
+    }
+
+    fn prefetch_place<T>(place: &T) {
+        hint(std::ptr::from_ref(place) as usize);
+    }
+}
+
 impl Listed<'_, '_> {
     /// Whether it is an exact `str` that is not [long](is_long): all others are taken for no name.
     pub(crate) fn is_plain(&self) -> bool {
