@@ -120,7 +120,9 @@ fn apply(table: &mut NameTable, model: &mut Model, operation: &Operation) {
             };
             table.set_many(&names, choose).unwrap();
             assert!(numbers.into_iter().eq(0..entries.len()));
-            entries.iter().for_each(|(name, value)| model.set(*name, *value));
+            for (name, value) in entries {
+                model.set(*name, *value);
+            }
         }
         Operation::AddMany(names) => {
             let texts: Vec<_> = names.iter().map(|name| text(*name)).collect();

@@ -120,8 +120,8 @@ fn to_index(names: &Names<'_>, prefix: Option<&Bound<'_, PyString>>) -> PyResult
     let prefix = prefix.map(to_utf8).unwrap_or_default();
     let longest = names.iter().map(|(name, _)| prefix.len() + name.len()).max();
     let buffer = RefCell::new(memory::with_capacity(longest.unwrap_or(0))?);
-    let named = |(name, id)| Some((Behind { prefix: &prefix, name, buffer: &buffer }, Place::of_id(id)?));
-    if let Ok(table) = NameTable::of_distinct(names.iter().map_while(named)).or_raise()? {
+    let behind = |(name, id)| Some((Behind { prefix: &prefix, name, buffer: &buffer }, Place::of_id(id)?));
+    if let Ok(table) = NameTable::of_distinct(names.iter().map_while(behind)).or_raise()? {
         return Ok(IndexMap::of(table));
     }
     let twice = names.repeated().and_then(|at| names.iter().nth(at));

@@ -44,7 +44,7 @@ impl NameIterator {
     }
 
     /// What comes next; `RuntimeError` if names were added, removed or moved since the walk began.
-    fn advance<'py>(&self, py: Python<'py>, cursor: &mut Cursor) -> PyResult<Option<(Option<Py<PyString>>, i64)>> {
+    fn advance(&self, py: Python<'_>, cursor: &mut Cursor) -> PyResult<Option<(Option<Py<PyString>>, i64)>> {
         let (index, ahead) = (cursor.index.get(), &mut cursor.names);
         if index.generation.load(Ordering::Acquire) != cursor.generation {
             return Err(PyRuntimeError::new_err("dictionary changed during iteration"));
