@@ -9,7 +9,6 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use pdrs_core::OrderedSet;
 use pyo3::exceptions::{PyKeyError, PyRuntimeError};
-use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 use pyo3::types::{PyList, PyString, PyTuple};
@@ -17,7 +16,7 @@ use pyo3::types::{PyList, PyString, PyTuple};
 use crate::index_map::{missing, view};
 use crate::python::memory::{self, OrRaise, new_list, new_pair};
 use crate::python::name::{Name, Query, exact_text, to_text};
-use crate::python::names::{AHEAD, to_names};
+use crate::python::names::{AHEAD, of_pickles, to_names};
 
 /// The keys of a `ParameterDict`, in order; for torch's own methods a dict without values.
 #[pyclass(frozen, mapping, module = "pdrs._core")]
@@ -188,7 +187,7 @@ impl EntryKeys {
     }
 
     fn __reduce__<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
-        let make = py.import(intern!(py, "pdrs._pickle"))?.getattr(intern!(py, "entry_keys"))?;
+        let make = of_pickles(py, "entry_keys")?;
         let names: Bound<'py, PyList> = new_list(py, self.names(py)?.into_iter().map(|name| Ok(name.into_text(py))))?;
         (make, (names,)).into_pyobject(py)
     }

@@ -15,6 +15,11 @@ pub(crate) const AHEAD: usize = 16;
 /// How many names are made at a time, at most.
 const AT_ONCE: usize = 64;
 
+/// A function that pickles call.
+pub(crate) fn of_pickles<'py>(py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyAny>> {
+    py.import("pdrs._pickle")?.getattr(name)
+}
+
 /// Names in order, each prefetched ahead.
 pub(crate) fn prefetched<Q: Text>(names: &[Q]) -> impl ExactSizeIterator<Item = &Q> {
     let ahead = |at: usize| names.get(at + AHEAD).into_iter().for_each(Text::prefetch);

@@ -11,7 +11,6 @@ use pdrs_core::names::codec::Names as Saved;
 use pdrs_core::names::table::NameTable;
 use pdrs_core::{Error, MAX_TABLES, Place, Places as Found, Plan, Refusal, RowIndex as Index, Rows};
 use pyo3::exceptions::{PyIndexError, PyKeyError, PyOverflowError, PyRuntimeError, PyValueError};
-use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::{MutexExt, PyOnceLock};
 use pyo3::types::{PyBytes, PyList, PyString, PyTuple, PyType};
@@ -19,7 +18,7 @@ use pyo3::types::{PyBytes, PyList, PyString, PyTuple, PyType};
 use crate::index_map::{Given, IndexMap};
 use crate::python::memory::{self, OrRaise, new_list, new_number, new_pair};
 use crate::python::name::{Listed, NO_NAME, OfText, Utf8Name, exact_text, text_of_utf8, to_text, with_listed};
-use crate::python::names::{listed, prefetched, to_names, to_names_that};
+use crate::python::names::{listed, of_pickles, prefetched, to_names, to_names_that};
 use crate::stacked::packed::Packed;
 use crate::stacked::places::Places;
 use crate::stacked::plan::{OrRefuse, RowPlan, missing, no_table, refused_removal};
@@ -600,7 +599,7 @@ impl RowIndex {
             let used: Vec<u64> = memory::collect(state.tables().iter().map(Rows::used))?;
             (Self::all_names(&state, py)?, state.places().or_raise()?, used)
         };
-        let make = py.import(intern!(py, "pdrs._pickle"))?.getattr(intern!(py, "row_index"))?;
+        let make = of_pickles(py, "row_index")?;
         let tables = to_bytes(py, places.tables().or_raise()?)?;
         let rows = to_bytes(py, places.rows().or_raise()?)?;
         let used = new_list(py, used.into_iter().map(|used| new_number(py, used.cast_signed())))?;
