@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Parameter
 
-from pdrs._core import Places, RowIndex, slab_views
+from pdrs._core import EntryKeys, Places, RowIndex, slab_views
 from pdrs._torch.modes import is_intercepted
 
-__all__ = ["entry", "new_dict", "row_index", "unpack"]
+__all__ = ["entry", "entry_keys", "new_dict", "row_index", "unpack"]
 
 # Tables with more rows that have no name are taken for damage: each such row costs a bit, and none in the pickle.
 _MOST_ROWS = 1 << 33
@@ -36,6 +36,21 @@ def entry(block: list[Parameter], number: int) -> Parameter:
     if type(block) is not list or type(number) is not int or not 0 <= number < len(block):
         raise UnpicklingError("a pickle refers to a Parameter that is not in its block")
     return block[number]
+
+
+def entry_keys(names: list[str]) -> EntryKeys:
+    """Make the keys of a ParameterDict, in order.
+
+    Raises
+    ------
+    UnpicklingError
+        If they are no list of distinct ``str``.
+    """
+    if type(names) is list and all(type(name) is str for name in names):
+        keys = EntryKeys(names)
+        if len(keys) == len(names):
+            return keys
+    raise UnpicklingError("the keys of a ParameterDict are no list of distinct str")
 
 
 def row_index(names: list[str], tables: bytes | None, rows: bytes | None, used: tuple[int, ...]) -> RowIndex:

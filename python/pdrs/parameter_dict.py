@@ -14,7 +14,7 @@ from torch.nn.modules import module as _torch_module
 from torch.nn.modules.module import _IncompatibleKeys
 
 from pdrs._core import (
-    IndexMap,
+    EntryKeys,
     clear_entries,
     delete_entry,
     get_entry,
@@ -78,7 +78,7 @@ class ParameterDict(torch.nn.ParameterDict):
 
     Notes
     -----
-    Names and their order are in a Rust index (:class:`pdrs.IndexMap`). Parameters are in the plain dict
+    Names and their order are in a native index. Parameters are in the plain dict
     ``_parameters``, as in each Module, because torch reads and writes them there. Costs are amortised; *n* is the
     number of entries.
 
@@ -96,7 +96,7 @@ class ParameterDict(torch.nn.ParameterDict):
     """
 
     if TYPE_CHECKING:  # Not at run time: torch.jit.script would read these, and know neither type.
-        _keys: IndexMap  # type: ignore[assignment]  # torch's is a dict, which nobody outside its class uses
+        _keys: EntryKeys  # type: ignore[assignment]  # torch's is a dict, which nobody outside its class uses
         _values: dict[str, Any]
 
     # Whether the class overrides nothing that torch's class would ask for an entry; torch.compile cannot tell.
@@ -111,7 +111,7 @@ class ParameterDict(torch.nn.ParameterDict):
     def __init__(self, parameters: Any = None) -> None:
         super().__init__()
         # In `__dict__` at once: there is nothing yet that `Module.__setattr__` would have to look for.
-        self.__dict__["_keys"] = IndexMap()
+        self.__dict__["_keys"] = EntryKeys()
         # Entries that are neither Parameters nor Modules. As attributes of the module, as torch keeps them, they would
         # hide its methods.
         self.__dict__["_values"] = {}
@@ -163,7 +163,6 @@ class ParameterDict(torch.nn.ParameterDict):
                 value = _to_leaf_parameter(key, value)
             redirected.write(self, key, value)
         else:
-            self._keys._take_none()
             super().__setitem__(key, value)
 
     def __delitem__(self, key: str) -> None:
@@ -211,7 +210,6 @@ class ParameterDict(torch.nn.ParameterDict):
             if popped is not None:
                 return popped
             if last and not follows_torch(self, "popitem"):
-                self._keys._take_none()
                 return super().popitem()
         try:
             key = next(reversed(self._keys) if last else iter(self._keys))
@@ -611,7 +609,7 @@ class ParameterDict(torch.nn.ParameterDict):
             place = next((place for place in registered if key in place), self._values)
             if place is self._values and self._is_stood_for(key):
                 before.append(self.__dict__.pop(key))
-        self._keys[key] = 0
+        self._keys[key] = None
         before.append(place.get(key))
         place[key] = value
 

@@ -405,7 +405,7 @@ def test_an_entry_with_the_name_of_another_tensor_is_refused_before_anything_is_
         broken.words.register_buffer("count", torch.zeros(1))
         broken.words.sub = pdrs.StackedParameterDict({"x": torch.ones(2)})
         broken.words._parameters[entry] = nn.Parameter(torch.ones(2))
-        broken.words._keys[entry] = 0
+        broken.words._keys[entry] = None
     with pytest.raises(ValueError, match=rf"an entry '{entry}' of the dictionary at 'words\.'"):
         pdrs.save(broken, path)
     assert path.read_bytes() == before

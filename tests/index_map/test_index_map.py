@@ -347,3 +347,19 @@ def test_the_docstrings_are_those_of_the_stubs() -> None:
     }
     assert {"from_names", "indices", "extend", "popitem", "select"} <= documented.keys()
     assert {name: inspect.getdoc(getattr(pdrs.IndexMap, name)) for name in documented} == documented
+
+
+@pytest.mark.parametrize("name", ["weight.0", "größe", "\u4e00\u4e01", "\ud800.x", "x" * 300, "\U0001f600" * 2000])
+def test_the_characters_of_a_name_are_kept_and_not_its_object(name: str) -> None:
+    before = sys.getrefcount(name)
+    index = IndexMap({name: 5, "other": 6})
+    index.extend([name])
+    index[name] = 7
+    index.move_to_end(name)
+    assert (index[name], index.indices([name]).tolist(), name in index, index.get(name)) == (7, [7], True, 7)
+    made = [next(reversed(index)), index.select([False, True])[0], index.popitem()[0]]
+    assert made == [name] * 3
+    assert all(type(one) is str and one is not name for one in made)
+    assert name not in index
+    del index
+    assert sys.getrefcount(name) == before

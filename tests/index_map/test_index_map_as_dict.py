@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-import pdrs
 from pdrs import IndexMap
 
 
@@ -232,8 +231,3 @@ def test_a_subclass_is_collected_with_what_refers_to_it() -> None:
     del sub
     gc.collect()
     assert alive() is None
-
-
-def test_a_subclass_is_the_index_of_nothing_else() -> None:
-    pd = pdrs.ParameterDict()
-    assert type(pd._keys) is IndexMap

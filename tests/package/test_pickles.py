@@ -235,6 +235,25 @@ def test_a_damaged_state_of_an_index_is_refused(state: tuple[Any, ...]) -> None:
     assert list(used) == ["a"]
 
 
+@pytest.mark.parametrize("names", [None, ("a",), ["a", "a"], ["a", 1], "ab"], ids=repr)
+def test_damaged_keys_of_a_dictionary_are_refused(names: Any) -> None:
+    with pytest.raises(pickle.UnpicklingError, match="no list of distinct str"):
+        _pickle.entry_keys(names)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_the_keys_of_a_dictionary_come_back_in_order(protocol: int) -> None:
+    pd = pdrs.ParameterDict([(name, torch.zeros(1)) for name in ("b", "a", "\ud800", "c")])
+    pd.popitem(last=False)
+    for keys in (pickle.loads(pickle.dumps(pd._keys, protocol)), copy.copy(pd._keys), copy.deepcopy(pd._keys)):
+        assert list(keys) == ["a", "\ud800", "c"]
+        assert keys._fingerprint == pd._keys._fingerprint
+        keys["d"] = None
+        assert keys.popitem() == ("d", None)
+        assert list(reversed(keys)) == ["c", "\ud800", "a"]
+    assert len(pd) == 3
+
+
 def test_a_table_with_fewer_rows_than_names_have_is_refused() -> None:
     state = SD({"a": torch.ones(2), "b": torch.ones(2)}).__getstate__()
     state["_index"] = _pickle.row_index(["a"], bytes(8), bytes(8), (5,))

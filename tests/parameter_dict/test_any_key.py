@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import Parameter
 
 import pdrs
+from pdrs._core import EntryKeys
 
 KEYS = [
     *("type", "to", "keys", "items", "training", "forward", "state_dict", "zero_grad", "parameters", "half", "update"),
@@ -39,7 +40,7 @@ def check(pd: pdrs.ParameterDict) -> None:
     assert all(pd[key] is pd._parameters[key] for key in KEYS)
     assert pd.training is True
     assert all(callable(getattr(pd, name)) for name in MODULE_METHODS)
-    assert type(pd._keys) is pdrs.IndexMap
+    assert type(pd._keys) is EntryKeys
     assert type(pd._parameters) is dict
 
 

@@ -73,7 +73,7 @@ def write(module: ParameterDict, key: str, value: Any) -> None:
         with _unchanged_on_failure(module, name):
             if module._is_stood_for(name) and is_attribute(module, name):
                 del vars(module)[name]
-            module._keys[key] = 0
+            module._keys[key] = None
             if isinstance(value, Parameter):
                 setattr(module, name, value)
             elif is_attribute(module, name):
@@ -82,7 +82,7 @@ def write(module: ParameterDict, key: str, value: Any) -> None:
                 set_plain(module, name, value, functools.partial(setattr, module))
     except BaseException:
         if not is_known:
-            module._keys.pop(key, None)
+            module._keys.discard(key)
         raise
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 from torch.nn import Module, Parameter
 from torch.nn import ParameterDict as TorchParameterDict
 
-from pdrs._core import IndexMap, can_take_over, in_step, unzip
+from pdrs._core import EntryKeys, can_take_over, in_step, unzip
 from pdrs._torch.own_functions import SOURCE, is_own
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def _gives_its_own(parameters: Any) -> TypeGuard[ParameterDict]:
     """Whether what a ParameterDict gives are the Parameters that lie in it, and nothing hides one."""
     return (
         isinstance(parameters, TorchParameterDict)
-        and isinstance(vars(parameters).get("_keys"), IndexMap)
+        and isinstance(vars(parameters).get("_keys"), EntryKeys)
         and is_own(parameters, SOURCE)
         and parameters.__dict__.keys().isdisjoint(parameters._parameters.keys())
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
-from pdrs._core import EntryIterator, IndexMap
+from pdrs._core import EntryIterator, EntryKeys, IndexMap
 from pdrs._torch.own_functions import ITEMS, VALUES, is_own
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ _REPR_END = 5
 
 
 class KeysView(abc.KeysView[str]):
-    """The names of an IndexMap, in order; a set."""
+    """The names of an IndexMap or the keys of a ParameterDict, in order; a set."""
 
-    _mapping: IndexMap
+    _mapping: IndexMap | EntryKeys
 
     def __repr__(self) -> str:
         if len(self) <= _REPR_WHOLE:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from pdrs._core import IndexMap, Places, RowIndex, in_step, sort_tensors
+from pdrs._core import Places, RowIndex, sort_tensors
 from pdrs._entries.checkpointing import collecting
 from pdrs._files.checkpoint_file import EXTRA_STATE
 from pdrs._files.safetensors_write import (
@@ -166,7 +166,6 @@ def _of_parameter_dict(
     """Yield the tables of a ParameterDict as they would be stacked, and its packed names."""
     parameters, values, found = without_none(module._parameters.copy())  # names and values at one time
     names = list(parameters)
-    index = module._keys if in_step(module._keys, parameters) else IndexMap.from_names(names)
     old_tables = old_rows = np.empty(0, np.int64)
     numbers: dict[str, int] = {}
     if before is not None and len(values):
@@ -198,7 +197,7 @@ def _of_parameter_dict(
         tables_of[there], rows_of[there] = number, rows
         tables.append(TableHeader(attribute, 0, kind.trainable, used))
         yield NewTensor(prefix + attribute, kind.dtype, (used, *kind.shape), _stacked(chosen, is_alike))
-    yield _searchable(prefix + EXTRA_STATE, pack(index, Header(tuple(tables)), Places.of(tables_of, rows_of)))
+    yield _searchable(prefix + EXTRA_STATE, pack(names, Header(tuple(tables)), Places.of(tables_of, rows_of)))
 
 
 def _free(name: str, prefix: str, taken: set[str]) -> str:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Parameter
 
-from pdrs._core import IndexMap, Places, RowIndex, group_tensors
+from pdrs._core import Places, RowIndex, group_tensors
 from pdrs._files.archive_read import Archive
 from pdrs._files.checkpoint_file import CheckpointError, CheckpointFile
 from pdrs._files.saved_dictionary import PackedDictionary, PlainTensors, SavedDictionary
@@ -146,7 +146,7 @@ def _packed(names: list[str], numbers: list[int], used: list[int]) -> RowIndex |
     """Return an index of tensors, each of which is the only row of a table, as if they had been packed."""
     header = Header(tuple(TableHeader("", 0, False, rows) for rows in used))
     places = Places.of(np.array(numbers, np.int64), np.zeros(len(numbers), np.int64))
-    packed = np.concatenate(add_words(pack(IndexMap.from_names(names), header, places)))
+    packed = np.concatenate(add_words(pack(names, header, places)))
     return RowIndex.of_packed(packed, CheckpointError, "", "")
 
 

@@ -137,10 +137,10 @@ def same_bytes(one: Tensor, other: Tensor) -> bool:
     return torch.equal(*words) and torch.equal(one[whole:], other[whole:])
 
 
-def pack(index: IndexMap | RowIndex, header: Header, places: Places | None = None) -> Tensor:
+def pack(index: RowIndex | list[str], header: Header, places: Places | None = None) -> Tensor:
     """Return the names of an index, their places and a header: uint8 ``[bytes]``. **O(n)**.
 
-    The places are those of a :class:`RowIndex`, or, for an IndexMap, one for each name.
+    The places are those of a :class:`RowIndex`, or, for a list of distinct names, one for each.
     """
     return torch.from_numpy(pack_names(index, list(header.tables), list(header.patterns), places))
 

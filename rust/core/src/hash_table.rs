@@ -1,5 +1,5 @@
-//! The hash table under an [`IndexMap`](crate::IndexMap), and under the [names of rows](crate::names::table): it finds
-//! the id of an entry, and never sees a key.
+//! The hash table under [names](crate::names::table), and under an [`OrderedSet`](crate::OrderedSet): it finds the id of
+//! an entry, and never sees a key.
 //!
 //! A word holds 32 bits of hash beside the 32-bit id of an entry; 0 is empty, so a stored hash is never 0. A search
 //! begins at the slot that the low bits of the hash name, its home, and ends at the first empty one.
@@ -8,6 +8,9 @@ use std::hint::black_box;
 
 use crate::error::Result;
 use crate::memory;
+
+/// The largest number of entries: half of the ids, because up to half of the entries may be holes.
+pub const MAX_ENTRIES: usize = (1 << 31) - 64;
 
 /// Below this many words, empty ones are not worth a sweep.
 const SMALL: usize = 64;

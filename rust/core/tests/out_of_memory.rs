@@ -10,10 +10,11 @@ use std::ptr;
 
 use pdrs_core::names::codec::{self, Encoder, Header, Table};
 use pdrs_core::names::delta;
+use pdrs_core::names::table::NameTable;
 use pdrs_core::safetensors::{self, Dtype, Fault, HeaderWriter, IndexError, ShardIndex, Stack};
 use pdrs_core::slab::disjoint::{Lines, Stretches};
 use pdrs_core::slab::layout;
-use pdrs_core::{Error, IndexMap, Refusal, RowIndex, Rows};
+use pdrs_core::{Error, Hashed, Matches, OrderedSet, Place, Refusal, RowIndex, Rows};
 
 /// Refuses blocks of some size to a thread, from a number of them on.
 struct Limited;
@@ -83,107 +84,150 @@ fn names(count: usize) -> Vec<String> {
     (0..count).map(|number| format!("name.{number}")).collect()
 }
 
-fn map_of(count: usize) -> IndexMap<String, usize> {
-    IndexMap::from_distinct(names(count).into_iter().zip(0..)).unwrap().unwrap()
+/// So many names, each with its number as the id of its place.
+fn numbered(names: &[String]) -> impl ExactSizeIterator<Item = (&String, Place)> {
+    names.iter().enumerate().map(|(number, name)| (name, Place::of_id(number as u64).unwrap()))
+}
+
+fn table_of(count: usize) -> NameTable {
+    NameTable::of_distinct(numbered(&names(count))).unwrap().ok().unwrap()
+}
+
+fn entries_of(table: &NameTable) -> Vec<(Vec<u8>, Place)> {
+    table.iter().map(|(name, place)| (name.to_vec(), place)).collect()
 }
 
 #[test]
-fn a_map_is_made_whole_or_not_at_all() {
-    let (map, failed) = at_every_limit(
-        || {
-            let limit = LEFT.replace(usize::MAX);
-            let made = names(3_000);
-            LEFT.set(limit);
-            IndexMap::from_distinct(made.into_iter().zip(0..))
-        },
-        is_memory,
-    );
-    assert!(failed > 2 && map.unwrap().len() == 3_000);
-    let twice = || names(500).into_iter().chain(names(500)).zip(0..).collect::<Vec<_>>();
-    let (back, failed) = at_every_limit(
-        || {
-            let limit = LEFT.replace(usize::MAX);
-            let entries = twice();
-            LEFT.set(limit);
-            IndexMap::from_distinct(entries.into_iter())
-        },
-        is_memory,
-    );
-    assert!(failed > 3 && back.err().unwrap() == twice());
+fn a_table_of_names_is_made_and_copied_whole_or_not_at_all() {
+    let listed = names(3_000);
+    let (table, failed) = at_every_limit(|| NameTable::of_distinct(numbered(&listed)), is_memory);
+    let table = table.ok().unwrap();
+    assert!(failed > 2 && table.len() == 3_000);
+    let (copy, failed) = at_every_limit(|| table.copy(), is_memory);
+    assert!(failed > 1 && entries_of(&copy) == entries_of(&table));
+    let twice = [names(500), names(500)].concat();
+    let (made, failed) = at_every_limit(|| NameTable::of_distinct(numbered(&twice)), is_memory);
+    assert!(failed > 2 && made.is_err());
 }
 
 #[test]
-fn a_map_stays_as_it_was_when_there_is_no_memory_for_more() {
-    let mut map = map_of(1_000);
-    map.remove("name.7");
-    let before: Vec<(String, usize)> = map.iter().map(|(name, number)| (name.clone(), *number)).collect();
-    let added: Vec<_> = (0..3_000).map(|number| (format!("other.{number}"), number)).collect();
-    let mut copies = vec![added.clone(); 20].into_iter();
-    for limit in 0..3 {
-        let entries = copies.next().unwrap();
+fn a_table_of_names_stays_as_it_was_when_there_is_no_memory_for_more() {
+    let mut table = table_of(1_000);
+    table.remove("name.7").unwrap();
+    let before = entries_of(&table);
+    let added: Vec<String> = (0..3_000).map(|number| format!("other.{number}")).chain(names(9)).collect();
+    let place = |at: usize| Place::of_id(at as u64).unwrap();
+    for limit in 0..2 {
         LEFT.set(limit);
-        let result = map.insert_many(entries, drop);
+        let result = table.set_many(&added, |at, _| place(at));
         LEFT.set(usize::MAX);
-        map.check();
-        if result == Err(Error::Memory) {
-            assert!(map.iter().map(|(name, number)| (name.clone(), *number)).eq(before.iter().cloned()));
-        }
+        table.check();
+        assert_eq!(result, Err(Error::Memory));
+        assert_eq!(entries_of(&table), before);
     }
-    assert_eq!(map.insert_many(added, drop), Ok(()));
-    assert_eq!(map.len(), before.len() + 3_000);
+    assert_eq!(table.set_many(&added, |at, _| place(at)), Ok(()));
+    assert_eq!(table.len(), 4_000);
+    assert_eq!(table.get("name.8"), Some(place(3_008)));
 }
 
 #[test]
 fn single_insertions_fail_without_a_trace_and_succeed_later() {
-    let mut map: IndexMap<String, usize> = IndexMap::new();
-    let mut failed = 0;
+    let (mut table, mut set) = (NameTable::default(), OrderedSet::<Key>::new());
+    let mut failed = [0, 0];
     for number in 0..5_000 {
-        let name = format!("name.{number}");
+        let (name, place) = (format!("name.{number}"), Place::of_id(number).unwrap());
         LEFT.set(0);
-        let first = map.insert(name.clone(), number);
+        let results = [table.set(&name, |_| place), set.insert(Key(number)).map(drop)];
         LEFT.set(usize::MAX);
-        if first == Err(Error::Memory) {
-            failed += 1;
-            assert!(map.len() == number && !map.contains(name.as_str()));
-            assert_eq!(map.insert(name, number), Ok(None));
+        if results[0] == Err(Error::Memory) {
+            failed[0] += 1;
+            assert!(table.len() as u64 == number && !table.contains(&name));
+            assert_eq!(table.set(&name, |_| place), Ok(()));
+        }
+        if results[1] == Err(Error::Memory) {
+            failed[1] += 1;
+            assert!(set.len() as u64 == number && !set.contains(&Key(number)));
+            assert_eq!(set.insert(Key(number)), Ok(true));
         }
     }
-    map.check();
-    assert!(failed > 10 && map.len() == 5_000);
+    table.check();
+    set.check();
+    assert!(failed.into_iter().all(|failed| failed > 10) && table.len() == 5_000 && set.len() == 5_000);
+}
+
+#[test]
+fn moves_to_an_end_fail_without_a_trace_and_succeed_later() {
+    let mut table = table_of(5_000);
+    let mut failed = 0;
+    for name in names(5_000).iter().rev() {
+        let (first, before) = (table.first().unwrap().place, table.generation());
+        LEFT.set(0);
+        let moved = table.move_to_end(name, false);
+        LEFT.set(usize::MAX);
+        if moved == Err(Error::Memory) {
+            failed += 1;
+            assert_eq!((table.first().unwrap().place, table.generation()), (first, before));
+            assert_eq!(table.move_to_end(name, false), Ok(true));
+        }
+    }
+    table.check();
+    assert!(failed > 0);
+    assert!(table.iter().map(|(_, place)| place.id()).eq(0..5_000));
 }
 
 #[test]
 fn whatever_removes_needs_no_memory() {
-    let mut map = map_of(5_000);
-    let all = names(5_000);
+    let (mut table, all) = (table_of(5_000), names(5_000));
     LEFT.set(0);
     for name in all.iter().filter(|name| !name.ends_with('3')) {
-        assert!(map.remove(name.as_str()).is_some());
+        assert!(table.remove(name.as_str()).is_some());
     }
-    let left = map.len();
-    assert_eq!(map.iter().nth(7).map(|(name, _)| name.as_str()), Some("name.73"));
-    map.compact();
+    assert_eq!(table.iter().nth(7).map(|(name, _)| name), Some(&b"name.73"[..]));
     LEFT.set(usize::MAX);
-    assert_eq!(left, 500);
-    map.compact();
-    map.check();
+    assert_eq!(table.len(), 500);
+    // What was left behind goes with the next name that goes.
+    assert!(table.remove("name.3").is_some());
+    table.check();
     LEFT.set(0);
-    while map.pop_first().is_some() && map.pop_last().is_some() {}
+    while table.remove_end(false).is_some() && table.remove_end(true).is_some() {}
     LEFT.set(usize::MAX);
-    map.check();
-    assert!(map.is_empty());
+    table.check();
+    assert!(table.is_empty());
+}
+
+/// A key of an ordered set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Key(u64);
+
+impl Hashed for Key {
+    fn hash(&self) -> u32 {
+        (self.0 as u32).wrapping_mul(0x9E37_79B9)
+    }
+}
+
+impl Matches<Self> for Key {
+    fn matches(&self, query: &Self) -> bool {
+        self == query
+    }
 }
 
 #[test]
-fn a_map_is_copied_and_sifted_whole_or_not_at_all() {
-    let mut map = map_of(3_000);
-    let ((), failed) = at_every_limit(|| map.map_entries(|name, number| (name.len(), *number)).map(drop), is_memory);
+fn an_ordered_set_is_filled_and_copied_whole_or_not_at_all_and_emptied_without_memory() {
+    let mut set = OrderedSet::new();
+    let ((), failed) = at_every_limit(|| set.insert_many((0..3_000_u32).map(|number| Key(number.into()))), is_memory);
+    assert!(failed > 1 && set.len() == 3_000);
+    let (copy, failed) = at_every_limit(|| set.map_keys(|key| Key(key.0)), is_memory);
     assert_eq!(failed, 2);
-    let mut judged = 0;
-    let ((), failed) =
-        at_every_limit(|| map.retain(|_, number| std::mem::replace(&mut judged, 1) < 9 && *number < 9), is_memory);
-    assert!(failed == 1 && map.len() == 9);
-    map.check();
+    assert!(copy.iter().eq(set.iter()));
+    LEFT.set(0);
+    for number in (0..3_000).filter(|number| number % 10 != 3) {
+        assert!(set.remove(&Key(number)).is_some());
+    }
+    assert_eq!(set.iter().nth(7), Some(&Key(73)));
+    while set.pop_first().is_some() && set.pop_last().is_some() {}
+    LEFT.set(usize::MAX);
+    set.check();
+    assert!(set.is_empty());
 }
 
 #[test]

@@ -45,6 +45,8 @@ mod _core {
     #[pymodule_export]
     use super::parameter_dict::iterate::EntryIterator;
     #[pymodule_export]
+    use super::parameter_dict::keys::{EntryKeys, KeyIterator};
+    #[pymodule_export]
     use super::parameter_dict::load::{load_matching, not_copied_yet, place_copies, unexpected_keys};
     #[pymodule_export]
     use super::python::lock::{Lock, Stay};

@@ -15,8 +15,8 @@
 //!   known is hashed again, without a seed, because all processes agree on its owner.
 
 use crate::error::{Error, Result};
+use crate::hash_table::MAX_ENTRIES;
 use crate::hash_table::Words;
-use crate::index_map::MAX_ENTRIES;
 use crate::memory;
 use crate::names::codec;
 use crate::names::table::{NameTable, stored_hash};

@@ -16,6 +16,8 @@
 //! * A name whose record would have another size when it is renamed has its text elsewhere until then. When there are
 //!   too many of these, the records are moved, too.
 
+mod changes;
+
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::OnceLock;
@@ -23,14 +25,14 @@ use std::sync::OnceLock;
 use twox_hash::XxHash3_64;
 
 use crate::error::{Error, Result};
-use crate::hash_table::{Slots, Words, first_repeated, hash_of, id_of, word};
-use crate::index_map::MAX_ENTRIES;
+use crate::hash_table::{MAX_ENTRIES, Slots, Words, first_repeated, hash_of, id_of, word};
 use crate::memory;
 use crate::names::record::{self, UNIT};
 use crate::names::text::Text;
 use crate::rows::Place;
 
-/// How many names go through each step together: see the look-ups of an [`IndexMap`](crate::IndexMap).
+/// How many names go through each step together. They are enough that the memory prefetched for the first has arrived by
+/// the next step. They are so few that the memory prefetched for all fits into the first-level cache.
 const TOGETHER: usize = 64;
 
 /// So many names tell how much room others will take.
@@ -84,7 +86,7 @@ pub(crate) struct New {
 }
 
 /// Names that are no table, because one is listed twice: the position of the second.
-pub(crate) struct Repeated(pub(crate) usize);
+pub struct Repeated(pub(crate) usize);
 
 /// The hash of a name as it stands in a word: never 0, so that no word of a name is 0. Another one in each process.
 #[must_use]
@@ -340,7 +342,11 @@ impl NameTable {
     /// A table of distinct names, in order. **O(n)**.
     ///
     /// All names are there before the first is searched for, so the words are written in the order in which they lie.
-    pub(crate) fn of_distinct<Q: Text>(
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`], [`Error::Full`], [`Error::Text`].
+    pub fn of_distinct<Q: Text>(
         entries: impl Iterator<Item = (Q, Place)>,
     ) -> Result<std::result::Result<Self, Repeated>> {
         let expected = entries.size_hint().1.unwrap_or(0).min(MAX_ENTRIES);
@@ -409,7 +415,11 @@ impl NameTable {
     }
 
     /// Adds a name at the end; `false`, and nothing has changed, if it is there. **O(1)**, amortised.
-    pub(crate) fn insert_new(&mut self, name: &(impl Text + ?Sized), place: Place) -> Result<bool> {
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`], [`Error::Full`], [`Error::Text`]; nothing has changed.
+    pub fn insert_new(&mut self, name: &(impl Text + ?Sized), place: Place) -> Result<bool> {
         self.reserve_one(name)?;
         Ok(name.with_utf8(|text| {
             let hash = stored_hash(text);
@@ -457,7 +467,7 @@ impl NameTable {
     }
 
     /// Removes all names and gives the memory back. **O(1)**, but for that.
-    pub(crate) fn clear(&mut self) {
+    pub fn clear(&mut self) {
         *self = Self { generation: self.generation + 1, ..Self::default() };
     }
 
@@ -518,14 +528,17 @@ impl NameTable {
 
     /// Moves the name at a position behind or in front of all others; there must be room. **O(1)**.
     pub(crate) fn move_at(&mut self, position: usize, last: bool) {
+        self.move_hashed(position, stored_hash(self.text(position)), last);
+    }
+
+    /// The same, for a name with this hash.
+    fn move_hashed(&mut self, position: usize, hash: u32, last: bool) {
         let there = if last { self.last() } else { self.first() };
         if there.is_some_and(|there| there.position == position) {
             return;
         }
-        let slot = self.slot_at(position);
-        let hash = stored_hash(self.text(position));
-        let old = self.byte(position);
-        let elsewhere = self.elsewhere.remove(&self.id(position));
+        let (slot, old) = (self.words.slot_of(hash, self.id(position)), self.byte(position));
+        let elsewhere = if self.elsewhere.is_empty() { None } else { self.elsewhere.remove(&self.id(position)) };
         let place = record::place(&self.records, old);
         let size = match &elsewhere {
             Some(text) => record::size(text),
@@ -550,8 +563,12 @@ impl NameTable {
         self.tidy();
     }
 
-    /// Another table with the same names and places. **O(n)**.
-    pub(crate) fn copy(&self) -> Result<Self> {
+    /// Another table with the same names and places. Nothing is hashed. **O(n)**.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`].
+    pub fn copy(&self) -> Result<Self> {
         let mut records = Vec::new();
         memory::append_exact(&mut records, &self.records[self.begin..])?;
         let mut elsewhere = HashMap::new();

@@ -14,7 +14,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::{Error, Result};
-use crate::index_map::MAX_ENTRIES;
+use crate::hash_table::MAX_ENTRIES;
 use crate::memory;
 use crate::names::table::{NameTable, Repeated};
 use crate::names::text::Text;
@@ -213,6 +213,18 @@ impl RowIndex {
         let tables = tables_of(places, used)?;
         let entries = names.zip(places.iter()).map(|(name, place)| (name, certain(place)));
         Ok(Self::of_parts(distinct(entries)?, tables))
+    }
+
+    /// An index of names with distinct places, and of a table for each number of rows that it has given. Nothing is
+    /// hashed. **O(n)**, and **O(used / 64)**.
+    ///
+    /// # Errors
+    ///
+    /// As of [`of`](Self::of).
+    pub fn of_names(names: NameTable, used: &[u64]) -> std::result::Result<Self, Refusal> {
+        let places = memory::collect(names.iter().map(|(_, place)| Some(place)))?.into();
+        let tables = tables_of(&places, used)?;
+        Ok(Self::of_parts(names, tables))
     }
 
     /// Adds a name at the end with a row that is the next of its table; there must be room for it. `false`, and nothing

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-use crate::index_map::MAX_ENTRIES;
+use crate::hash_table::MAX_ENTRIES;
 use crate::memory;
 use crate::names::table::{NameTable, New, Repeated};
 use crate::names::text::Text;

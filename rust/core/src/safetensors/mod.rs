@@ -26,10 +26,9 @@ pub use stack::{Stack, Table};
 pub use write::HeaderWriter;
 
 use crate::error::Error;
-use crate::hash_table::Words;
-use crate::index_map::MAX_ENTRIES;
-use crate::key::Hashed;
+use crate::hash_table::{MAX_ENTRIES, Words};
 use crate::memory;
+use crate::names::table::stored_hash;
 use error::Where;
 use scanner::Scanner;
 
@@ -39,7 +38,7 @@ pub const MAX_DIMENSIONS: usize = 64;
 /// The bytes in front of the header, which give its size.
 pub const PREFIX: u64 = 8;
 
-/// How many names are looked for ahead, as in the [`IndexMap`](crate::IndexMap).
+/// How many names are looked for ahead, as in a [`NameTable`](crate::names::table::NameTable).
 const BATCH: usize = 32;
 
 /// The characters of a name that an error shows.
@@ -208,7 +207,7 @@ impl Header {
         if self.is_empty() {
             return None;
         }
-        let slot = self.words.search(stored_hash(name), |number| self.name(number as usize) == name).ok()?;
+        let slot = self.words.search(stored_hash(name.as_bytes()), |number| self.name(number as usize) == name).ok()?;
         Some(self.words.id(slot) as usize)
     }
 }
@@ -221,7 +220,7 @@ fn words_of<'a>(count: usize, name: impl Fn(usize) -> &'a str) -> Result<Words, 
     for first in (0..count).step_by(BATCH) {
         let batch = &mut hashes[..BATCH.min(count - first)];
         for (at, hash) in batch.iter_mut().enumerate() {
-            *hash = stored_hash(name(first + at));
+            *hash = stored_hash(name(first + at).as_bytes());
         }
         words.touch(batch.iter().copied());
         for (number, &hash) in (first..).zip(batch.iter()) {
@@ -232,10 +231,6 @@ fn words_of<'a>(count: usize, name: impl Fn(usize) -> &'a str) -> Result<Words, 
         }
     }
     Ok(words)
-}
-
-fn stored_hash(name: &str) -> u32 {
-    name.hash().max(1)
 }
 
 /// The beginning of a name: an error must not be as long as a header.

@@ -8,11 +8,11 @@ use std::fmt;
 
 use super::error::Where;
 use super::scanner::Scanner;
-use super::{Fault, Header, stored_hash, words_of};
+use super::{Fault, Header, words_of};
 use crate::error::Error;
-use crate::hash_table::Words;
-use crate::index_map::MAX_ENTRIES;
+use crate::hash_table::{MAX_ENTRIES, Words};
 use crate::memory;
+use crate::names::table::stored_hash;
 
 /// Why an index is refused.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -208,7 +208,7 @@ impl ShardIndex {
         if self.is_empty() {
             return None;
         }
-        let slot = self.words.search(stored_hash(name), |number| self.name(number as usize) == name).ok()?;
+        let slot = self.words.search(stored_hash(name.as_bytes()), |number| self.name(number as usize) == name).ok()?;
         Some(self.shard_of[self.words.id(slot) as usize])
     }
 

@@ -1,18 +1,21 @@
 //! Packed names, their deltas, checksums, and a comparison of tables row by row, for Python.
 
 use numpy::{PyArray1, PyReadonlyArray1};
+use pdrs_core::Place;
 use pdrs_core::names::codec::{self, Encoder, Header, Names, Table};
+use pdrs_core::names::table::NameTable;
 use pdrs_core::names::text::Text;
 use pdrs_core::names::{delta, order};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use pyo3::types::PyString;
+use pyo3::types::{PyList, PyString};
 
+use std::cell::RefCell;
 use std::sync::Arc;
 
-use crate::index_map::IndexMap;
+use crate::index_map::{IndexMap, checked_row};
 use crate::python::memory::{self, OrRaise};
-use crate::python::name::{Name, Utf8Name};
+use crate::python::name::{Utf8Name, text_of_utf8, with_utf8};
 use crate::python::names::to_names;
 use crate::stacked::places::Places;
 use crate::stacked::row_index::RowIndex;
@@ -22,12 +25,12 @@ type TableTuple<'py> = (Bound<'py, PyString>, u64, bool, u64);
 
 fn to_utf8(text: &Bound<'_, PyString>) -> Vec<u8> {
     let mut bytes = Vec::new();
-    Name::new(text.clone()).with_utf8(text.py(), &mut Vec::new(), |utf8| bytes.extend_from_slice(utf8));
+    with_utf8(text.as_unbound(), &mut Vec::new(), |utf8| bytes.extend_from_slice(utf8));
     bytes
 }
 
 fn from_utf8<'py>(py: Python<'py>, bytes: &[u8]) -> PyResult<Bound<'py, PyString>> {
-    Ok(Name::from_utf8(py, bytes)?.into_text(py))
+    text_of_utf8(py, bytes)
 }
 
 fn to_header(tables: Vec<TableTuple<'_>>, patterns: &[Bound<'_, PyString>]) -> Header {
@@ -42,16 +45,15 @@ pub(crate) enum Named<'py> {
     #[pyo3(transparent)]
     Rows(Bound<'py, RowIndex>),
     #[pyo3(transparent)]
-    Names(Bound<'py, IndexMap>),
+    Names(Bound<'py, PyList>),
 }
 
 impl Named<'_> {
     fn for_each_utf8(&self, py: Python<'_>, mut take: impl FnMut(&[u8])) -> PyResult<()> {
         match self {
             Self::Rows(index) => index.get().for_each_utf8(py, |name, _| take(name)),
-            Self::Names(index) => {
-                let mut buffer = Vec::new();
-                index.get().for_each(py, |name, _| name.with_utf8(py, &mut buffer, &mut take));
+            Self::Names(names) => {
+                to_names::<Utf8Name>(names)?.iter().for_each(|name| name.with_utf8(&mut take));
                 Ok(())
             }
         }
@@ -72,7 +74,7 @@ pub(crate) fn pack_names<'py>(
     let places = match (&places, &index) {
         (Some(places), _) => places.get().found().clone(),
         (None, Named::Rows(index)) => Arc::new(index.get().all_places(py)?),
-        (None, Named::Names(_)) => return Err(PyValueError::new_err("an IndexMap has no places: expected some")),
+        (None, Named::Names(_)) => return Err(PyValueError::new_err("names in a list have no places: expected some")),
     };
     let ids = || places.iter().map(|place| place.map_or(0, pdrs_core::Place::id));
     let is_plain = ids().enumerate().all(|(at, id)| at as u64 == id);
@@ -108,30 +110,43 @@ pub(crate) fn unpack_names<'py>(
 ) -> PyResult<(IndexMap, Vec<TableTuple<'py>>, Vec<Bound<'py, PyString>>)> {
     let packed = packed.as_slice()?;
     let (header, names) = py.detach(|| codec::decode(packed)).or_raise()?;
-    let index = to_index(py, &names, prefix)?;
+    let index = to_index(&names, prefix)?;
     let (tables, patterns) = from_header(py, header)?;
     Ok((index, tables, patterns))
 }
 
-fn to_index(py: Python<'_>, names: &Names<'_>, prefix: Option<&Bound<'_, PyString>>) -> PyResult<IndexMap> {
-    let mut joined = prefix.map(to_utf8).unwrap_or_default();
-    let behind = joined.len();
-    let entries = names.iter().map(|(name, id)| {
-        let id = id.cast_signed();
-        if behind == 0 {
-            return Ok((Name::from_utf8(py, name)?, id));
-        }
-        joined.truncate(behind);
-        joined.extend_from_slice(name);
-        Ok((Name::from_utf8(py, &joined)?, id))
-    });
-    let index = IndexMap::collect(names.len(), entries)?;
-    if index.len(py) != names.len() {
-        let twice = names.repeated().and_then(|at| names.iter().nth(at));
-        let name = twice.map(|(name, _)| String::from_utf8_lossy(name).into_owned()).unwrap_or_default();
-        return Err(PyValueError::new_err(format!("the packed names are damaged: {name:?} is listed twice")));
+fn to_index(names: &Names<'_>, prefix: Option<&Bound<'_, PyString>>) -> PyResult<IndexMap> {
+    names.iter().try_for_each(|(_, id)| checked_row(id.cast_signed()).map(drop))?;
+    let prefix = prefix.map(to_utf8).unwrap_or_default();
+    let longest = names.iter().map(|(name, _)| prefix.len() + name.len()).max();
+    let buffer = RefCell::new(memory::with_capacity(longest.unwrap_or(0))?);
+    let behind = |(name, id)| Some((Behind { prefix: &prefix, name, buffer: &buffer }, Place::of_id(id)?));
+    if let Ok(table) = NameTable::of_distinct(names.iter().map_while(behind)).or_raise()? {
+        return Ok(IndexMap::of(table));
     }
-    Ok(index)
+    let twice = names.repeated().and_then(|at| names.iter().nth(at));
+    let name = twice.map(|(name, _)| String::from_utf8_lossy(name).into_owned()).unwrap_or_default();
+    Err(PyValueError::new_err(format!("the packed names are damaged: {name:?} is listed twice")))
+}
+
+/// A name behind a prefix.
+struct Behind<'a> {
+    prefix: &'a [u8],
+    name: &'a [u8],
+    buffer: &'a RefCell<Vec<u8>>,
+}
+
+impl Text for Behind<'_> {
+    fn with_utf8<R>(&self, take: impl FnOnce(&[u8]) -> R) -> R {
+        if self.prefix.is_empty() {
+            return take(self.name);
+        }
+        let mut joined = self.buffer.borrow_mut();
+        joined.clear();
+        joined.extend_from_slice(self.prefix);
+        joined.extend_from_slice(self.name);
+        take(&joined)
+    }
 }
 
 /// What packed names have behind their text if they get words, and how many words their header counts then.

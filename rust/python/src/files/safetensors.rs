@@ -3,7 +3,10 @@
 use std::sync::Arc;
 
 use numpy::{PyArray1, PyReadonlyArray1, PyReadwriteArray1};
+use pdrs_core::names::codec::ROW_BITS;
+use pdrs_core::names::table::NameTable;
 use pdrs_core::safetensors::{Dtype, Fault, Header, HeaderError, HeaderWriter, METADATA, Stack};
+use pdrs_core::{Error, MAX_TABLES, Place};
 use pyo3::exceptions::{PyMemoryError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyString, PyTuple};
@@ -11,8 +14,6 @@ use pyo3::types::{PyDict, PyList, PyString, PyTuple};
 use crate::files::shard_index::ShardIndex;
 use crate::index_map::IndexMap;
 use crate::python::memory::{self, OrRaise, new_list, new_text};
-use crate::python::name::Name;
-use pdrs_core::names::codec::ROW_BITS;
 
 #[pyclass(frozen, module = "pdrs._core")]
 pub(crate) struct SafetensorsHeader {
@@ -109,6 +110,14 @@ pub(crate) struct SafetensorsStack {
 /// A table of a stack: dtype, the shape of a row, the number of rows, and where it begins if its rows lie together.
 type Table<'py> = (&'static str, Bound<'py, PyTuple>, u64, Option<u64>);
 
+impl SafetensorsStack {
+    /// The name of each tensor in the file, its table and its row.
+    fn named(&self) -> impl Iterator<Item = (&str, u32, u64)> {
+        let rows = self.stack.table_of.iter().zip(&self.stack.row_of);
+        self.stack.tensors.iter().zip(rows).map(|(&tensor, (&table, &row))| (self.header.name(tensor), table, row))
+    }
+}
+
 #[pymethods]
 impl SafetensorsStack {
     fn tables<'py>(&self, py: Python<'py>) -> PyResult<Vec<Table<'py>>> {
@@ -120,13 +129,17 @@ impl SafetensorsStack {
         memory::try_collect(described)
     }
 
-    fn index(&self, py: Python<'_>) -> PyResult<IndexMap> {
-        let rows = self.stack.table_of.iter().zip(&self.stack.row_of);
-        let entries = self.stack.tensors.iter().zip(rows).map(|(&tensor, (&table, &row))| {
-            let name = &self.header.name(tensor)[self.stripped..];
-            Ok((Name::from_utf8(py, name.as_bytes())?, (u64::from(table) << ROW_BITS | row).cast_signed()))
+    fn index(&self) -> PyResult<IndexMap> {
+        let entries = self.named().map_while(|(name, table, row)| {
+            let place = Place::new(table as usize, row)?;
+            Some((&name[self.stripped..], place))
         });
-        IndexMap::collect(self.stack.tensors.len(), entries)
+        let made = NameTable::of_distinct(entries).or_raise()?;
+        let names = made.map_err(|_| PyValueError::new_err("a tensor is listed twice"))?;
+        if names.len() < self.stack.tensors.len() {
+            return Err(memory::refused(Error::Tables { limit: MAX_TABLES }));
+        }
+        Ok(IndexMap::of(names))
     }
 
     fn add_names(
@@ -139,18 +152,17 @@ impl SafetensorsStack {
         if numbers.len() != self.stack.tables.len() || first_rows.len() != numbers.len() {
             return Err(PyValueError::new_err("expected a number and a first row for each table"));
         }
-        let py = index.py();
-        let rows = self.stack.table_of.iter().zip(&self.stack.row_of);
-        let named = self.stack.tensors.iter().zip(rows).filter_map(|(&tensor, (&table, &row))| {
-            let name = self.header.name(tensor);
+        let count = self.stack.tensors.len();
+        let (mut names, mut ids) = (memory::with_capacity(count)?, memory::with_capacity(count)?);
+        for (name, table, row) in self.named() {
             if listed.as_ref().is_some_and(|(listed, shard)| listed.get().index.find(name) != Some(*shard)) {
-                return None;
+                continue;
             }
             let (number, row) = (numbers[table as usize], first_rows[table as usize] + row);
-            let id = (u64::from(number) << ROW_BITS | row).cast_signed();
-            Some(Name::from_utf8(py, &name.as_bytes()[self.stripped..]).map(|name| (name, id)))
-        });
-        index.get().extend_with(py, named)
+            names.push(&name[self.stripped..]);
+            ids.push((u64::from(number) << ROW_BITS | row).cast_signed());
+        }
+        index.get().insert_all(index.py(), &names, &ids)
     }
 
     fn spans(&self, gap: u64) -> PyResult<Vec<(u64, u64)>> {

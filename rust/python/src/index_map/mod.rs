@@ -1,23 +1,34 @@
 //! `pdrs.IndexMap`: the ordered map from names to row ids, as Python sees it.
 //!
+//! Names lie as text in the [table](NameTable) that a `StackedParameterDict` has, too. The row of a name is the
+//! [id](Place::id) of its place there.
+//!
 //! The map lies behind a lock that is held only for pure Rust work. While it is held, no Python code runs, and no object
 //! is made that Python's garbage collector tracks.
 
-use std::hash::{DefaultHasher, Hasher};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard};
+mod walk;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use numpy::{PyArray1, PyReadonlyArray1};
-use pdrs_core::IndexMap as Map;
+use pdrs_core::Place;
+use pdrs_core::names::table::NameTable;
+use pdrs_core::names::text::Text;
 use pyo3::exceptions::{PyKeyError, PyOverflowError, PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::{MutexExt, PyOnceLock};
 use pyo3::types::{PyBytes, PyDict, PyList, PyString, PyTuple, PyType};
 
-use crate::python::memory::{self, OrRaise, new_list, new_number, new_pair, refused};
-use crate::python::name::{Name, Query, exact_text, find_listed, to_text};
-use crate::python::names::{ExactNames, listed, to_names};
+use crate::python::memory::{self, OrRaise, new_list, new_number, new_pair};
+use crate::python::name::{
+    Ascii, Listed, NO_NAME, OfText, Utf8Name, exact_text, text_of_utf8, to_text, with_listed, with_text,
+};
+use crate::python::names::{listed, prefetched, to_names};
+
+pub(crate) use crate::index_map::walk::NameIterator;
+use crate::index_map::walk::Yield;
 
 /// How many entries `repr` shows at each end of a long map.
 const SHOWN: usize = 5;
@@ -25,14 +36,11 @@ const SHOWN: usize = 5;
 /// How many of many missing names an error lists.
 const LISTED: usize = 5;
 
-/// How many entries ahead of a walk a name is fetched from memory, where names mostly lie scattered.
-pub(crate) const AHEAD: usize = 16;
-
-/// How many names are made before they are put into a map: few enough to be in the cache still.
-const TOGETHER: usize = 256;
+/// Names and the row of each.
+type Entries = (Vec<Utf8Name>, Vec<i64>);
 
 struct State {
-    map: Map<Name, i64>,
+    names: NameTable,
     /// One more than the largest row that was ever given to a name.
     next_row: i64,
 }
@@ -40,8 +48,9 @@ struct State {
 /// An ordered map from names to row numbers that pops anywhere in O(1).
 ///
 /// Names are ``str``. Row numbers are integers from 0 to 2**63 - 1, such as the row of a table that belongs to the
-/// name. The map has every method of a dict, and methods that handle many names in one call. Several threads may use
-/// it at once. Costs are amortised; *n* is the number of names.
+/// name. The map has every method of a dict, and methods that handle many names in one call. It keeps the
+/// characters of its names, and no ``str`` objects: what it returns are equal ones. Several threads may use it at once.
+/// Costs are amortised; *n* is the number of names.
 ///
 /// Parameters
 /// ----------
@@ -75,10 +84,6 @@ pub(crate) struct IndexMap {
     state: Mutex<State>,
     /// The map's generation, to be read without the lock.
     generation: AtomicU64,
-    /// Whether None passes for a row: torch's own methods of a `ParameterDict` write it behind their keys.
-    takes_none: AtomicBool,
-    /// The fingerprint of the names, and the generation that it was computed for. Locked before `state`.
-    fingerprint: Mutex<Option<(u64, u64)>>,
 }
 
 /// The lock, and the duty to publish the generation when it is given back.
@@ -89,212 +94,121 @@ struct Locked<'a> {
 
 impl Drop for Locked<'_> {
     fn drop(&mut self) {
-        self.generation.store(self.state.map.generation(), Ordering::Release);
+        self.generation.store(self.state.names.generation(), Ordering::Release);
     }
 }
 
 impl IndexMap {
-    pub(crate) fn empty() -> Self {
-        Self::from_state(State { map: Map::new(), next_row: 0 })
+    fn empty() -> Self {
+        Self::from_state(State { names: NameTable::default(), next_row: 0 })
     }
 
-    /// A map of so many entries, in their order; a name that comes again keeps its place.
-    ///
-    /// Each is put into the map while what made it is still in the cache.
-    pub(crate) fn collect(len: usize, mut entries: impl Iterator<Item = PyResult<(Name, i64)>>) -> PyResult<Self> {
-        let (mut map, mut next_row) = (Map::new(), 0);
-        map.reserve(len).or_raise()?;
-        let mut batch = Vec::with_capacity(TOGETHER);
-        loop {
-            for entry in entries.by_ref().take(TOGETHER) {
-                let (name, row) = entry?;
-                next_row = checked_row(row)?.saturating_add(1).max(next_row);
-                batch.push((name, row));
-            }
-            if batch.is_empty() {
-                return Ok(Self::from_state(State { map, next_row }));
-            }
-            map.insert_many(batch.drain(..), drop).or_raise()?;
-        }
+    /// A map of names and their rows.
+    pub(crate) fn of(names: NameTable) -> Self {
+        let largest = names.iter().map(|(_, place)| row_of(place)).max();
+        Self::from_state(State { names, next_row: largest.map_or(0, |row| row.saturating_add(1)) })
     }
 
     fn from_state(state: State) -> Self {
-        Self {
-            generation: AtomicU64::new(state.map.generation()),
-            takes_none: AtomicBool::new(false),
-            fingerprint: Mutex::new(None),
-            state: Mutex::new(state),
-        }
+        Self { generation: AtomicU64::new(state.names.generation()), state: Mutex::new(state) }
     }
 
     fn read(&self, py: Python<'_>) -> MutexGuard<'_, State> {
-        self.state.lock_py_attached(py).unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.state.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner)
     }
 
     fn write(&self, py: Python<'_>) -> Locked<'_> {
         Locked { state: self.read(py), generation: &self.generation }
     }
 
-    /// All names in order.
-    pub(crate) fn names(&self, py: Python<'_>) -> PyResult<Vec<Name>> {
-        memory::collect(self.read(py).map.iter().map(|(name, _)| name.clone_ref(py)))
+    /// A copy of the names and their rows.
+    pub(crate) fn names(&self, py: Python<'_>) -> PyResult<NameTable> {
+        self.read(py).names.copy().or_raise()
     }
 
-    /// Looks at every name and its row in order, under the lock: `take` must run no Python code.
-    pub(crate) fn for_each(&self, py: Python<'_>, mut take: impl FnMut(&Name, i64)) {
-        self.read(py).map.for_each(|name, row| take(name, *row));
+    fn len(&self, py: Python<'_>) -> usize {
+        self.read(py).names.len()
     }
 
-    /// Looks at the map under the lock: `take` must run no Python code.
-    pub(crate) fn with_map<T>(&self, py: Python<'_>, take: impl FnOnce(&Map<Name, i64>) -> T) -> T {
-        take(&self.read(py).map)
-    }
-
-    pub(crate) fn len(&self, py: Python<'_>) -> usize {
-        self.read(py).map.len()
-    }
-
-    /// The first or last name.
-    pub(crate) fn end<'py>(&self, py: Python<'py>, last: bool) -> Option<Bound<'py, PyString>> {
-        let state = self.read(py);
-        let (name, _) = if last { state.map.last() } else { state.map.first() }?;
-        Some(name.text(py))
-    }
-
-    /// Removes a name; whether it was there.
-    pub(crate) fn discard(&self, name: &Bound<'_, PyString>) -> bool {
-        let removed = self.write(name.py()).state.map.remove(&Query::from(name));
-        removed.is_some()
-    }
-
-    /// Removes the last or first name if it still is `name`; whether it was.
-    pub(crate) fn discard_end(&self, py: Python<'_>, name: &Bound<'_, PyString>, last: bool) -> bool {
-        let map = &mut self.write(py).state.map;
-        let end = if last { map.last() } else { map.first() };
-        if !end.is_some_and(|(end, _)| end.is(name)) {
-            return false;
+    /// Adds the names in a list or tuple that are not there yet, each with the next row, and hands over the row of each.
+    fn append(&self, names: &Bound<'_, PyAny>, mut take: impl FnMut(i64)) -> PyResult<()> {
+        let mut locked = self.write(names.py());
+        if let Some(done) = with_plain(names, |listed| locked.state.append(listed, &mut take)) {
+            return done;
         }
-        if last { map.pop_last() } else { map.pop_first() }.is_some()
+        drop(locked);
+        let others = to_names::<Utf8Name>(names)?;
+        self.write(names.py()).state.append(&others, take)
     }
 
-    /// Empties the map and gives the names that it had.
-    pub(crate) fn take_names(&self, py: Python<'_>) -> PyResult<Vec<Name>> {
-        let mut locked = self.write(py);
-        let names = memory::collect(locked.state.map.iter().map(|(name, _)| name.clone_ref(py)))?;
-        locked.state.map.clear();
-        Ok(names)
-    }
-
-    /// Adds a name that is not there yet, with row 0; one that is there stays as it is.
-    pub(crate) fn put(&self, py: Python<'_>, name: Name) -> PyResult<()> {
-        self.write(py).state.map.get_or_insert_with(name, || 0).or_raise()?;
-        Ok(())
-    }
-
-    /// Adds names that are not there yet, each with the next row.
-    pub(crate) fn append(&self, py: Python<'_>, names: Vec<Name>) -> PyResult<Vec<i64>> {
-        let mut rows = memory::with_capacity(names.len())?;
-        let mut locked = self.write(py);
-        let State { map, next_row } = &mut *locked.state;
-        check_rows_left(*next_row, names.len())?;
-        let draw = || {
-            *next_row += 1;
-            *next_row - 1
-        };
-        map.get_or_insert_many(names, draw, |row| rows.push(*row)).or_raise()?;
-        Ok(rows)
-    }
-
-    /// Adds names that are not there yet to an empty map, each with the next row.
-    fn number(&self, py: Python<'_>, names: impl ExactSizeIterator<Item = Name>) -> PyResult<()> {
-        let mut locked = self.write(py);
-        let State { map, next_row } = &mut *locked.state;
-        let draw = || {
-            *next_row += 1;
-            *next_row - 1
-        };
-        map.get_or_insert_many(names, draw, |_| ()).or_raise()
-    }
-
-    /// Inserts entries as they are made, a batch at a time; those in front of one that fails stay.
-    pub(crate) fn extend_with(
-        &self,
-        py: Python<'_>,
-        mut entries: impl Iterator<Item = PyResult<(Name, i64)>>,
-    ) -> PyResult<()> {
-        loop {
-            let batch = memory::try_collect(entries.by_ref().take(TOGETHER))?;
-            if batch.is_empty() {
-                return Ok(());
-            }
-            self.insert_all(py, batch)?;
+    /// Inserts the names in a list or tuple: all, or, if a row is negative or there are too many, none.
+    fn insert_listed(&self, names: &Bound<'_, PyAny>, rows: &[i64]) -> PyResult<()> {
+        let mut locked = self.write(names.py());
+        if let Some(done) = with_plain(names, |listed| locked.state.insert_all(listed, rows)) {
+            return done;
         }
+        drop(locked);
+        self.insert_all(names.py(), &to_names::<Utf8Name>(names)?, rows)
     }
 
-    /// Inserts entries: all, or, if a row is negative or there are too many, none.
-    pub(crate) fn insert_all(&self, py: Python<'_>, entries: Vec<(Name, i64)>) -> PyResult<()> {
-        let Some(largest) = entries.iter().map(|(_, row)| *row).max() else {
-            return Ok(());
-        };
-        entries.iter().try_for_each(|(_, row)| checked_row(*row).map(drop))?;
-        let mut locked = self.write(py);
-        let map = &mut locked.state.map;
-        let left = if map.is_empty() && map.generation() == 0 {
-            Map::from_distinct(entries.into_iter()).or_raise()?.map_or_else(Some, |made| {
-                *map = made;
-                None
-            })
-        } else {
-            Some(entries)
-        };
-        if let Some(entries) = left {
-            map.insert_many(entries, drop).or_raise()?;
-        }
-        locked.state.next_row = locked.state.next_row.max(largest.saturating_add(1));
-        Ok(())
+    /// The same for names of any kind.
+    pub(crate) fn insert_all<Q: Text>(&self, py: Python<'_>, names: &[Q], rows: &[i64]) -> PyResult<()> {
+        self.write(py).state.insert_all(names, rows)
     }
 
     /// The row of a name, if it is there.
-    pub(crate) fn find(&self, name: &Bound<'_, PyString>) -> Option<i64> {
-        self.read(name.py()).map.get(&Query::from(name)).copied()
+    #[inline]
+    fn find(&self, name: &Bound<'_, PyString>) -> PyResult<Option<i64>> {
+        with_text(name, |text| self.read(name.py()).names.get(text).map(row_of))
     }
 
     /// Gives a name a row: a new one goes to the end, one that is there keeps its place.
-    pub(crate) fn set(&self, py: Python<'_>, name: Name, row: i64) -> PyResult<()> {
+    fn set(&self, name: &Bound<'_, PyString>, row: i64) -> PyResult<()> {
         let row = checked_row(row)?;
-        let mut locked = self.write(py);
-        locked.state.map.insert(name, row).or_raise()?;
+        let mut locked = self.write(name.py());
+        with_text(name, |text| locked.state.names.set(text, |_| place_of(row)))?.or_raise()?;
         locked.state.next_row = locked.state.next_row.max(row.saturating_add(1));
         Ok(())
     }
 
-    /// The same for a list or tuple of nothing but exact `str`; `None` for anything else.
+    fn remove(&self, name: &Bound<'_, PyString>) -> PyResult<Option<i64>> {
+        with_text(name, |text| self.write(name.py()).state.names.remove(text).map(row_of))
+    }
+
+    /// The rows of what lies in a list or tuple, -1 for what is missing; `None` unless all are plain `str`.
     fn rows_of_listed(&self, names: &Bound<'_, PyAny>) -> PyResult<Option<Vec<i64>>> {
-        find_listed(&self.read(names.py()).map, names, |row| row.unwrap_or(-1)).or_raise()
+        let state = self.read(names.py());
+        let find = |listed: &[Listed<'_, '_>]| {
+            let mut rows = memory::with_capacity(listed.len())?;
+            let mut are_all_there = true;
+            state.names.get_many(listed, |place| {
+                are_all_there &= place.is_some();
+                rows.push(place.map_or(-1, row_of));
+            });
+            // What is no plain `str` was taken for no name.
+            let are_texts = are_all_there || listed.iter().all(Listed::is_plain);
+            Ok(are_texts.then_some(rows))
+        };
+        with_listed(names, find).unwrap_or(Ok(None))
     }
+}
 
-    /// The last or first name and its row.
-    pub(crate) fn end_entry(&self, py: Python<'_>, last: bool) -> Option<(Name, i64)> {
-        let state = self.read(py);
-        let (name, row) = if last { state.map.last() } else { state.map.first() }?;
-        Some((name.clone_ref(py), *row))
-    }
+pub(crate) fn missing(name: Bound<'_, PyString>) -> PyErr {
+    PyKeyError::new_err(name.unbind())
+}
 
-    pub(crate) fn missing(name: Bound<'_, PyString>) -> PyErr {
-        PyKeyError::new_err(name.unbind())
-    }
+/// The place whose id is a row that is not negative.
+fn place_of(row: i64) -> Place {
+    Place::of_id(row.cast_unsigned()).expect("a row that is not negative is the id of a place")
+}
 
-    /// The entry at or behind `position` (in front of it, if `reversed`) and where to go on.
-    fn step(&self, py: Python<'_>, position: usize, reversed: bool) -> Option<(usize, Name, i64)> {
-        let state = self.read(py);
-        let ahead = if reversed { position.checked_sub(AHEAD) } else { Some(position + AHEAD) };
-        if let Some((name, _)) = ahead.and_then(|ahead| state.map.entry_at(ahead)) {
-            name.prefetch_object();
-        }
-        let (found, name, row) =
-            if reversed { state.map.entry_before(position) } else { state.map.entry_at_or_after(position) }?;
-        Some((if reversed { found } else { found + 1 }, name.clone_ref(py), *row))
-    }
+/// Hands over what lies in a list or tuple, if it is nothing but plain `str`.
+fn with_plain<R>(names: &Bound<'_, PyAny>, take: impl FnOnce(&[Listed<'_, '_>]) -> R) -> Option<R> {
+    with_listed(names, |listed| prefetched(listed).all(Listed::is_plain).then(|| take(listed))).flatten()
+}
+
+fn row_of(place: Place) -> i64 {
+    place.id().cast_signed()
 }
 
 fn check_rows_left(next_row: i64, wanted: usize) -> PyResult<()> {
@@ -304,20 +218,18 @@ fn check_rows_left(next_row: i64, wanted: usize) -> PyResult<()> {
     }
 }
 
-fn checked_row(row: i64) -> PyResult<i64> {
+pub(crate) fn checked_row(row: i64) -> PyResult<i64> {
     if row < 0 {
         return Err(PyValueError::new_err(format!("a row must be 0 or more, got {row}")));
     }
     Ok(row)
 }
 
-/// A map of a list of distinct names, each with the next row; `None` if something else is in the list.
-fn number_distinct(names: &Bound<'_, PyAny>) -> PyResult<Option<Map<Name, i64>>> {
-    let Some(mut exact) = ExactNames::of(names) else {
-        return Ok(None);
-    };
-    let map = Map::from_distinct(exact.by_ref().zip(0..)).or_raise()?.ok();
-    Ok(map.filter(|_| exact.are_all()))
+/// A table of a list of distinct names, each with the next row; `None` if something else is in the list.
+fn number_distinct(names: &Bound<'_, PyAny>) -> Option<NameTable> {
+    // What is no `str` has a name there that no `str` has.
+    let made = with_listed(names, |listed| NameTable::of_distinct(prefetched(listed).zip((0..).map(place_of))));
+    made?.ok()?.ok().filter(|names| !names.contains(&NO_NAME[..]))
 }
 
 /// An argument that may be left out, and is not taken for left out if it is None.
@@ -352,9 +264,10 @@ fn is_mapping(object: &Bound<'_, PyAny>) -> PyResult<bool> {
 }
 
 /// Adds what a dict would take as its entries: those of something that has `keys`, or pairs.
-fn add_entries(entries: &Bound<'_, PyAny>, pairs: &mut Vec<(Name, i64)>) -> PyResult<()> {
+fn add_entries(entries: &Bound<'_, PyAny>, (names, rows): &mut Entries) -> PyResult<()> {
     let mut add = |name: &Bound<'_, PyAny>, row: &Bound<'_, PyAny>| {
-        memory::push(pairs, (Name::new(to_text(name)?), row.extract()?))
+        memory::push(names, Utf8Name::of_text(to_text(name)?)?)?;
+        memory::push(rows, row.extract()?)
     };
     let keys = intern!(entries.py(), "keys");
     if let Ok(dict) = entries.cast_exact::<PyDict>() {
@@ -385,7 +298,7 @@ fn add_entries(entries: &Bound<'_, PyAny>, pairs: &mut Vec<(Name, i64)>) -> PyRe
     Ok(())
 }
 
-fn view<'py>(py: Python<'py>, class: &str, index: &Bound<'py, IndexMap>) -> PyResult<Bound<'py, PyAny>> {
+pub(crate) fn view<'py>(py: Python<'py>, class: &str, index: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
     static VIEWS: PyOnceLock<Py<PyModule>> = PyOnceLock::new();
     let views = VIEWS.get_or_try_init(py, || PyModule::import(py, "pdrs._entries.views").map(Bound::unbind))?;
     views.bind(py).getattr(class)?.call1((index,))
@@ -436,21 +349,16 @@ impl IndexMap {
         let made = Self::of_class(class)?;
         let index = made.get();
         match rows {
-            None => match number_distinct(names)? {
-                Some(map) => {
-                    let next_row = map.len().cast_signed() as i64;
-                    *index.write(py).state = State { map, next_row };
-                }
-                None => index.number(py, to_names(names)?.into_iter())?,
+            None => match number_distinct(names) {
+                Some(names) => *index.write(py).state = Self::of(names).into_state(),
+                None => index.append(names, |_| ())?,
             },
             Some(rows) => {
-                let names = to_names(names)?;
-                let rows = rows.as_array();
-                if rows.len() != names.len() {
-                    let (names, rows) = (names.len(), rows.len());
-                    return Err(PyValueError::new_err(format!("got {names} names and {rows} rows")));
+                let (given, rows) = (names.len()?, rows.as_array());
+                if rows.len() != given {
+                    return Err(PyValueError::new_err(format!("got {given} names and {} rows", rows.len())));
                 }
-                index.insert_all(py, memory::collect(names.into_iter().zip(rows.iter().copied()))?)?;
+                index.insert_listed(names, &memory::collect(rows.iter().copied())?)?;
             }
         }
         Ok(made)
@@ -461,8 +369,8 @@ impl IndexMap {
     #[pyo3(signature = (names, row=0, /))]
     fn fromkeys<'py>(class: &Bound<'py, PyType>, names: &Bound<'py, PyAny>, row: i64) -> PyResult<Bound<'py, Self>> {
         let made = Self::of_class(class)?;
-        let names = to_names(names)?;
-        made.get().insert_all(class.py(), memory::collect(names.into_iter().map(|name| (name, row)))?)?;
+        let names = &listed(names)?;
+        made.get().insert_listed(names, &memory::collect(std::iter::repeat_n(row, names.len()?))?)?;
         Ok(made)
     }
 
@@ -470,12 +378,12 @@ impl IndexMap {
         self.len(py)
     }
 
-    pub(crate) fn __contains__(&self, name: &Bound<'_, PyAny>) -> PyResult<bool> {
+    fn __contains__(&self, name: &Bound<'_, PyAny>) -> PyResult<bool> {
         if let Ok(text) = name.cast_exact::<PyString>() {
-            return Ok(self.read(name.py()).map.contains(&Query::from(text)));
+            return Ok(self.find(text)?.is_some());
         }
         match exact_text(name)? {
-            Some(text) => Ok(self.read(name.py()).map.contains(&Query::from(&text))),
+            Some(text) => Ok(self.find(&text)?.is_some()),
             // As in a dict: what cannot be hashed is an error, what can is simply not there.
             None => name.hash().map(|_| false),
         }
@@ -484,28 +392,19 @@ impl IndexMap {
     fn __getitem__<'py>(slf: &Bound<'py, Self>, name: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
         let py = slf.py();
         let name = to_text(name)?;
-        if let Some(row) = slf.get().find(&name) {
+        if let Some(row) = slf.get().find(&name)? {
             return Ok(new_number(py, row)?.into_any());
         }
         Self::not_found(slf, name)
     }
 
-    fn __setitem__(&self, py: Python<'_>, name: &Bound<'_, PyAny>, row: &Bound<'_, PyAny>) -> PyResult<()> {
-        let name = Name::new(to_text(name)?);
-        if row.is_none() && self.takes_none.load(Ordering::Relaxed) {
-            return self.put(py, name);
-        }
-        self.set(py, name, row.extract()?)
-    }
-
-    fn _take_none(&self) {
-        self.takes_none.store(true, Ordering::Relaxed);
+    fn __setitem__(&self, name: &Bound<'_, PyAny>, row: &Bound<'_, PyAny>) -> PyResult<()> {
+        self.set(&to_text(name)?, row.extract()?)
     }
 
     fn __delitem__(&self, name: &Bound<'_, PyAny>) -> PyResult<()> {
         let name = to_text(name)?;
-        let removed = self.write(name.py()).state.map.remove(&Query::from(&name));
-        removed.map(drop).ok_or_else(|| Self::missing(name))
+        if self.remove(&name)?.is_some() { Ok(()) } else { Err(missing(name)) }
     }
 
     fn __iter__(slf: Bound<'_, Self>) -> NameIterator {
@@ -514,27 +413,6 @@ impl IndexMap {
 
     fn __reversed__(slf: Bound<'_, Self>) -> NameIterator {
         NameIterator::new(&slf, true, Yield::Name)
-    }
-
-    /// The same for the same names in the same order, and different for others. **O(1)** until names change, then
-    /// **O(n)** once.
-    ///
-    /// A `str`, because torch.compile guards one by its value, and would take an `int` that changes for one that varies.
-    #[getter]
-    fn _fingerprint(&self, py: Python<'_>) -> String {
-        let mut known = self.fingerprint.lock_py_attached(py).unwrap_or_else(std::sync::PoisonError::into_inner);
-        let state = self.read(py);
-        let generation = state.map.generation();
-        let fingerprint = match *known {
-            Some((then, fingerprint)) if then == generation => fingerprint,
-            _ => {
-                let mut hasher = DefaultHasher::new();
-                state.map.iter().for_each(|(name, _)| hasher.write_u64(name.full_hash()));
-                hasher.finish()
-            }
-        };
-        *known = Some((generation, fingerprint));
-        format!("{fingerprint:016x}")
     }
 
     /// The iterator behind the views: what it yields is 0 for names, 1 for rows, 2 for both.
@@ -549,17 +427,17 @@ impl IndexMap {
 
     /// Return a view of the names: ordered, reversible, with set operations. **O(1)**.
     fn keys(slf: Bound<'_, Self>) -> PyResult<Bound<'_, PyAny>> {
-        view(slf.py(), "KeysView", &slf)
+        view(slf.py(), "KeysView", slf.as_any())
     }
 
     /// Return a view of the row numbers in the order of the names. **O(1)**.
     fn values(slf: Bound<'_, Self>) -> PyResult<Bound<'_, PyAny>> {
-        view(slf.py(), "ValuesView", &slf)
+        view(slf.py(), "ValuesView", slf.as_any())
     }
 
     /// Return a view of the pairs of name and row number, in order. **O(1)**.
     fn items(slf: Bound<'_, Self>) -> PyResult<Bound<'_, PyAny>> {
-        view(slf.py(), "ItemsView", &slf)
+        view(slf.py(), "ItemsView", slf.as_any())
     }
 
     /// Return the row number of ``name``, or ``default`` if the name is missing. **O(1)**.
@@ -571,7 +449,7 @@ impl IndexMap {
         default: Option<Bound<'py, PyAny>>,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
         let name = to_text(name)?;
-        Ok(match self.find(&name) {
+        Ok(match self.find(&name)? {
             Some(row) => Some(new_number(py, row)?.into_any()),
             None => default,
         })
@@ -581,19 +459,23 @@ impl IndexMap {
     #[pyo3(signature = (name, default=None))]
     fn setdefault(&self, py: Python<'_>, name: &Bound<'_, PyAny>, default: Option<&Bound<'_, PyAny>>) -> PyResult<i64> {
         let name = to_text(name)?;
-        if let Some(row) = self.find(&name) {
+        if let Some(row) = self.find(&name)? {
             return Ok(row);
         }
         let Some(default) = default else {
             return Err(PyTypeError::new_err("a row must be an int, got None"));
         };
-        let row = checked_row(default.extract()?)?;
-        // Another thread may have set it meanwhile.
+        let mut row = checked_row(default.extract()?)?;
         let mut locked = self.write(py);
-        let State { map, next_row } = &mut *locked.state;
-        let (row, _) = map.get_or_insert_with(Name::new(name), || row).map_err(refused)?;
+        let State { names, next_row } = &mut *locked.state;
+        // Another thread may have set it meanwhile.
+        let choose = |old: Option<Place>| {
+            row = old.map_or(row, row_of);
+            place_of(row)
+        };
+        with_text(&name, |text| names.set(text, choose))?.or_raise()?;
         *next_row = (*next_row).max(row.saturating_add(1));
-        Ok(*row)
+        Ok(row)
     }
 
     /// Remove ``name`` and return its row number. The other names keep their order. **O(1)**.
@@ -610,17 +492,17 @@ impl IndexMap {
             return Err(PyTypeError::new_err(format!("pop expected at most 2 arguments, got {}", 1 + default.len())));
         }
         let name = to_text(name)?;
-        if let Some(row) = self.find(&name) {
+        if let Some(row) = self.find(&name)? {
             // What is given is made first: where there is no memory for it, the name stays.
             let given = new_number(py, row)?.into_any();
-            match self.write(py).state.map.remove(&Query::from(&name)) {
-                Some((_, removed)) if removed == row => return Ok(given),
+            match self.remove(&name)? {
+                Some(removed) if removed == row => return Ok(given),
                 // Another thread has set it meanwhile.
-                Some((_, removed)) => return Ok(new_number(py, removed)?.into_any()),
+                Some(removed) => return Ok(new_number(py, removed)?.into_any()),
                 None => {}
             }
         }
-        if default.is_empty() { Err(Self::missing(name)) } else { default.get_item(0) }
+        if default.is_empty() { Err(missing(name)) } else { default.get_item(0) }
     }
 
     /// Remove the last (or the first) name and return it with its row number. **O(1)** at both ends.
@@ -628,13 +510,19 @@ impl IndexMap {
     /// Raises KeyError if the map is empty.
     #[pyo3(signature = (last=true))]
     fn popitem<'py>(&self, py: Python<'py>, last: bool) -> PyResult<Bound<'py, PyTuple>> {
-        let gone = || PyKeyError::new_err("popitem(): dictionary is empty");
         loop {
             // What is given is made first: where there is no memory for it, the name stays.
-            let (name, row) = self.end_entry(py, last).ok_or_else(gone)?;
-            let name = name.into_text(py);
-            let pair = new_pair(py, name.clone(), new_number(py, row)?)?;
-            if self.discard_end(py, &name, last) {
+            let (generation, place, name) = {
+                let names = &self.read(py).names;
+                let end = if last { names.last() } else { names.first() };
+                let end = end.ok_or_else(|| PyKeyError::new_err("popitem(): dictionary is empty"))?;
+                (names.generation(), end.place, text_of_utf8(py, end.name)?)
+            };
+            let pair = new_pair(py, name, new_number(py, row_of(place))?)?;
+            let names = &mut self.write(py).state.names;
+            let end = if last { names.last() } else { names.first() };
+            if names.generation() == generation && end.is_some_and(|end| end.place == place) {
+                names.remove_end(last);
                 return Ok(pair);
             }
         }
@@ -644,18 +532,14 @@ impl IndexMap {
     #[pyo3(signature = (name, last=true))]
     fn move_to_end(&self, name: &Bound<'_, PyAny>, last: bool) -> PyResult<()> {
         let name = to_text(name)?;
-        let moved = {
-            let map = &mut self.write(name.py()).state.map;
-            let query = Query::from(&name);
-            if last { map.move_to_last(&query) } else { map.move_to_first(&query) }.or_raise()?
-        };
-        if moved { Ok(()) } else { Err(Self::missing(name)) }
+        let is_there = with_text(&name, |text| self.write(name.py()).state.names.move_to_end(text, last))?;
+        if is_there.or_raise()? { Ok(()) } else { Err(missing(name)) }
     }
 
     /// Remove all names, and count rows from 0 again. **O(n)**.
     fn clear(&self, py: Python<'_>) {
         let mut locked = self.write(py);
-        locked.state.map.clear();
+        locked.state.names.clear();
         locked.state.next_row = 0;
     }
 
@@ -669,22 +553,38 @@ impl IndexMap {
         entries: Option<&Bound<'_, PyAny>>,
         rows: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<()> {
-        let mut pairs = Vec::new();
+        if let (Some(entries), None) = (entries, rows)
+            && let Ok(dict) = entries.cast_exact::<PyDict>()
+        {
+            let items = memory::items_of(dict)?;
+            let names = items.iter().map_while(|(name, _)| Ascii::of(name));
+            let names: Vec<Ascii<'_>> = memory::collect(names)?;
+            if names.len() == items.len() {
+                let rows: Vec<i64> = memory::try_collect(items.iter().map(|(_, row)| row.extract()))?;
+                return self.insert_all(py, &names, &rows);
+            }
+        }
+        let (mut given, mut source) = (Entries::default(), None);
         match entries {
             None => {}
             // Of a subclass, what it answers may not be what is in the map.
             Some(entries) => match entries.cast_exact::<IndexMap>() {
-                Ok(index) => {
-                    let source = index.get().read(py);
-                    pairs = memory::collect(source.map.iter().map(|(name, row)| (name.clone_ref(py), *row)))?;
-                }
-                Err(_) => add_entries(entries, &mut pairs)?,
+                Ok(index) => source = Some(index.get().names(py)?),
+                Err(_) => add_entries(entries, &mut given)?,
             },
         }
         if let Some(rows) = rows {
-            add_entries(rows, &mut pairs)?;
+            add_entries(rows, &mut given)?;
         }
-        self.insert_all(py, pairs)
+        let (names, rows) = given;
+        let Some(source) = source else {
+            return self.insert_all(py, &names, &rows);
+        };
+        let texts = memory::try_collect(names.iter().map(Utf8Name::to_bytes))?;
+        let all = || source.iter().map(|(name, place)| (name, row_of(place)));
+        let names: Vec<&[u8]> = memory::collect(all().map(|(name, _)| name).chain(texts.iter().map(Vec::as_slice)))?;
+        let rows: Vec<i64> = memory::collect(all().map(|(_, row)| row).chain(rows))?;
+        self.insert_all(py, &names, &rows)
     }
 
     fn __or__<'py>(slf: &Bound<'py, Self>, other: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
@@ -726,8 +626,10 @@ impl IndexMap {
     /// numpy.ndarray
     ///     int64 of shape ``[len(names)]``: the row numbers of new and old names, in the order of ``names``.
     fn extend<'py>(&self, names: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyArray1<i64>>> {
-        let py = names.py();
-        Ok(PyArray1::from_vec(py, self.append(py, to_names(names)?)?))
+        let names = &listed(names)?;
+        let mut rows = memory::with_capacity(names.len()?)?;
+        self.append(names, |row| rows.push(row))?;
+        Ok(PyArray1::from_vec(names.py(), rows))
     }
 
     /// Return the row numbers of many names. **O(m)** for ``m`` names, several times faster than ``m`` look-ups.
@@ -760,7 +662,7 @@ impl IndexMap {
     ) -> PyResult<Bound<'py, PyArray1<i64>>> {
         let default = missing.map_or(Ok(None), number_for_missing)?;
         let Given(Some(names)) = names else {
-            let rows = memory::collect(self.read(py).map.iter().map(|(_, row)| *row))?;
+            let rows = memory::collect(self.read(py).names.iter().map(|(_, place)| row_of(place)))?;
             return Ok(PyArray1::from_vec(py, rows));
         };
         let names = &listed(&names)?;
@@ -770,18 +672,19 @@ impl IndexMap {
             rows.iter_mut().filter(|row| **row < 0).for_each(|row| *row = default.unwrap_or(-1));
             return Ok(PyArray1::from_vec(py, rows));
         }
-        let names = to_names::<Name>(names)?;
+        let names = to_names::<Utf8Name>(names)?;
         let mut rows = memory::with_capacity(names.len())?;
-        let (mut first, mut count) = (Vec::with_capacity(LISTED), 0);
-        self.read(py).map.get_many(&names, |at, row| {
-            if let Some(row) = row.copied().or(default) {
+        let (mut first, mut at, mut count) = (Vec::with_capacity(LISTED), 0, 0);
+        self.read(py).names.get_many(&names, |place| {
+            if let Some(row) = place.map(row_of).or(default) {
                 rows.push(row);
-                return;
+            } else {
+                count += 1;
+                if count <= LISTED {
+                    first.push(at);
+                }
             }
-            count += 1;
-            if count <= LISTED {
-                first.push(at);
-            }
+            at += 1;
         });
         if count == 0 {
             return Ok(PyArray1::from_vec(py, rows));
@@ -821,14 +724,14 @@ impl IndexMap {
         let mask = mask.extract::<PyReadonlyArray1<'_, bool>>()?;
         let mask = mask.as_array();
         let chosen = {
-            let state = self.read(py);
-            if state.map.len() != mask.len() {
+            let names = &self.read(py).names;
+            if names.len() != mask.len() {
                 return Err(PyRuntimeError::new_err("dictionary changed while names were selected"));
             }
-            let chosen = state.map.iter().zip(mask).filter(|(_, chosen)| **chosen);
-            memory::collect(chosen.map(|((name, _), _)| name.clone_ref(py)))?
+            let chosen = names.iter().zip(mask).filter(|(_, chosen)| **chosen);
+            memory::try_collect(chosen.map(|((name, _), _)| text_of_utf8(py, name)))?
         };
-        new_list(py, chosen.into_iter().map(|name| Ok(name.into_text(py))))
+        new_list(py, chosen.into_iter().map(Ok))
     }
 
     /// Return a map with the same names and row numbers, in the same order. **O(n)**; no name is hashed.
@@ -859,42 +762,46 @@ impl IndexMap {
         if !is_mapping(other)? {
             return Ok(py.NotImplemented().into_bound(py));
         }
-        let theirs = if let Ok(other) = other.cast_exact::<IndexMap>() {
-            other.get().to_dict(py)?
-        } else {
-            let theirs = PyDict::new(py);
-            theirs.update(other.cast()?)?;
-            theirs
-        };
+        if let Ok(other) = other.cast_exact::<IndexMap>() {
+            let (theirs, ours) = (other.get().names(py)?, &self.read(py).names);
+            let are_equal =
+                theirs.len() == ours.len() && theirs.iter().all(|(name, place)| ours.get(name) == Some(place));
+            return Ok(are_equal.into_pyobject(py)?.to_owned().into_any());
+        }
+        let theirs = PyDict::new(py);
+        theirs.update(other.cast()?)?;
         Ok(self.to_dict(py)?.eq(theirs)?.into_pyobject(py)?.to_owned().into_any())
     }
 
     fn __repr__(slf: &Bound<'_, Self>) -> PyResult<String> {
         let py = slf.py();
-        let (head, tail, hidden) = {
-            let state = slf.get().read(py);
-            let entry = |(name, row): (&Name, &i64)| (name.clone_ref(py), *row);
-            let head: Vec<_> = state.map.iter().take(2 * SHOWN + 1).map(entry).collect();
-            if head.len() <= 2 * SHOWN {
-                (head, Vec::new(), 0)
-            } else {
-                let mut tail: Vec<_> = state.map.iter().rev().take(SHOWN).map(entry).collect();
-                tail.reverse();
-                (head.into_iter().take(SHOWN).collect(), tail, state.map.len() - 2 * SHOWN)
-            }
+        let (shown, hidden) = {
+            let names = &slf.get().read(py).names;
+            let hidden = names.len().saturating_sub(2 * SHOWN);
+            let mut position = names.positions();
+            let last = std::iter::from_fn(|| {
+                let entry = names.previous(position)?;
+                position = entry.position;
+                Some((entry.name, entry.place))
+            });
+            let mut tail: Vec<_> = if hidden > 0 { last.take(SHOWN).collect() } else { Vec::new() };
+            tail.reverse();
+            let head = names.iter().take(if hidden > 0 { SHOWN } else { 2 * SHOWN });
+            let to_shown = |(name, place)| PyResult::Ok((text_of_utf8(py, name)?, row_of(place)));
+            (memory::try_collect(head.chain(tail).map(to_shown))?, hidden)
         };
-        let mut shown = Vec::with_capacity(2 * SHOWN + 1);
-        for (at, (name, row)) in head.into_iter().chain(tail).enumerate() {
+        let mut lines = Vec::with_capacity(2 * SHOWN + 1);
+        for (at, (name, row)) in shown.into_iter().enumerate() {
             if at == SHOWN && hidden > 0 {
-                shown.push(format!("... {hidden} more ..."));
+                lines.push(format!("... {hidden} more ..."));
             }
-            shown.push(format!("{}: {row}", name.into_text(py).repr()?));
+            lines.push(format!("{}: {row}", name.repr()?));
         }
-        Ok(format!("{}({{{}}})", slf.get_type().name()?, shown.join(", ")))
+        Ok(format!("{}({{{}}})", slf.get_type().name()?, lines.join(", ")))
     }
 
     fn __sizeof__(&self, py: Python<'_>) -> usize {
-        size_of::<Self>() + self.read(py).map.allocated_bytes()
+        size_of::<Self>() + self.read(py).names.allocated_bytes()
     }
 
     /// As of any object; but in the protocols 0 and 1, too, where Python refuses native classes.
@@ -912,12 +819,11 @@ impl IndexMap {
         let py = slf.py();
         let (names, rows, next_row) = {
             let state = slf.get().read(py);
-            let mut rows = memory::with_capacity(8 * state.map.len())?;
-            state.map.iter().for_each(|(_, row)| rows.extend_from_slice(&row.to_le_bytes()));
-            let names = memory::collect(state.map.iter().map(|(name, _)| name.clone_ref(py)))?;
-            (names, rows, state.next_row)
+            let mut rows = memory::with_capacity(8 * state.names.len())?;
+            state.names.iter().for_each(|(_, place)| rows.extend_from_slice(&row_of(place).to_le_bytes()));
+            (state.all_names(py)?, rows, state.next_row)
         };
-        let names = new_list(py, names.into_iter().map(|name| Ok(name.into_text(py))))?;
+        let names = new_list(py, names.into_iter().map(Ok))?;
         let rows = (!rows.is_empty()).then(|| PyBytes::new(py, &rows));
         if slf.is_exact_instance_of::<Self>() {
             return Ok((names, rows, next_row).into_pyobject(py)?.into_any());
@@ -935,7 +841,7 @@ impl IndexMap {
                 state.len()
             )));
         }
-        let names = to_names(&state.get_item(0)?)?;
+        let names = to_names::<Utf8Name>(&state.get_item(0)?)?;
         let rows: Option<Bound<'_, PyBytes>> = state.get_item(1)?.extract()?;
         let rows = rows.as_ref().map_or(&[][..], |rows| rows.as_bytes());
         let next_row: i64 = state.get_item(2)?.extract()?;
@@ -943,16 +849,15 @@ impl IndexMap {
             return Err(PyValueError::new_err(format!("got {} names and {} bytes of rows", names.len(), rows.len())));
         }
         let rows = rows.chunks_exact(8).map(|row| i64::from_le_bytes(row.try_into().expect("8 bytes")));
-        let count = names.len();
         let made = Self::empty();
-        made.insert_all(py, memory::collect(names.into_iter().zip(rows))?)?;
-        let mut made = made.state.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if made.map.len() != count {
+        made.insert_all(py, &names, &memory::collect(rows)?)?;
+        let mut made = made.into_state();
+        if made.names.len() != names.len() {
             return Err(PyValueError::new_err("a name is listed twice in the state of an IndexMap"));
         }
         made.next_row = made.next_row.max(next_row);
         let mut locked = index.write(py);
-        if !locked.state.map.is_empty() || locked.state.map.generation() != 0 {
+        if !locked.state.names.is_empty() || locked.state.names.generation() != 0 {
             return Err(PyRuntimeError::new_err("an IndexMap that has been used cannot be given a state"));
         }
         *locked.state = made;
@@ -977,100 +882,69 @@ impl IndexMap {
     /// Asks ``__missing__`` of a subclass, as a dict does, which has none of its own either.
     #[cold]
     fn not_found<'py>(slf: &Bound<'py, Self>, name: Bound<'py, PyString>) -> PyResult<Bound<'py, PyAny>> {
-        let missing = intern!(slf.py(), "__missing__");
+        let function = intern!(slf.py(), "__missing__");
         let class = slf.get_type();
-        if !slf.is_exact_instance_of::<Self>() && class.hasattr(missing)? {
-            return class.getattr(missing)?.call1((slf, name));
+        if !slf.is_exact_instance_of::<Self>() && class.hasattr(function)? {
+            return class.getattr(function)?.call1((slf, name));
         }
-        Err(Self::missing(name))
+        Err(missing(name))
     }
 
     fn duplicate(&self, py: Python<'_>) -> PyResult<Self> {
         let state = self.read(py);
-        let map = state.map.map_entries(|name, row| (name.clone_ref(py), *row)).or_raise()?;
-        Ok(Self::from_state(State { map, next_row: state.next_row }))
+        Ok(Self::from_state(State { names: state.names.copy().or_raise()?, next_row: state.next_row }))
+    }
+
+    fn into_state(self) -> State {
+        self.state.into_inner().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn to_dict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let entries = memory::collect(self.read(py).map.iter().map(|(name, row)| (name.clone_ref(py), *row)))?;
+        let (names, rows): (_, Vec<i64>) = {
+            let state = self.read(py);
+            (state.all_names(py)?, memory::collect(state.names.iter().map(|(_, place)| row_of(place)))?)
+        };
         let dict = PyDict::new(py);
-        for (name, row) in entries {
-            dict.set_item(name.into_text(py), new_number(py, row)?)?;
+        for (name, row) in names.into_iter().zip(rows) {
+            dict.set_item(name, new_number(py, row)?)?;
         }
         Ok(dict)
     }
 }
 
-#[derive(Clone, Copy)]
-enum Yield {
-    Name,
-    Row,
-    Both,
-}
-
-/// Walks an [`IndexMap`] that must not change meanwhile.
-pub(crate) struct Cursor {
-    index: Py<IndexMap>,
-    generation: u64,
-    reversed: bool,
-    /// Where to go on.
-    position: usize,
-}
-
-impl Cursor {
-    pub(crate) fn new(index: &Bound<'_, IndexMap>, reversed: bool) -> Self {
-        let state = index.get().read(index.py());
-        let position = if reversed { state.map.positions() } else { 0 };
-        let generation = state.map.generation();
-        drop(state);
-        Self { index: index.clone().unbind(), generation, reversed, position }
-    }
-
-    /// The next name and row; `RuntimeError` if names were added, removed or moved since the walk began.
-    pub(crate) fn next(&mut self, py: Python<'_>) -> PyResult<Option<(Name, i64)>> {
-        let index = self.index.get();
-        if index.generation.load(Ordering::Acquire) != self.generation {
-            return Err(PyRuntimeError::new_err("dictionary changed during iteration"));
-        }
-        Ok(index.step(py, self.position, self.reversed).map(|(next, name, row)| {
-            self.position = next;
-            (name, row)
-        }))
-    }
-}
-
-#[pyclass(frozen, module = "pdrs._core")]
-pub(crate) struct NameIterator {
-    /// Until the end is reached: an iterator that is kept to no purpose shall not keep a million names.
-    cursor: Mutex<Option<Cursor>>,
-    yields: Yield,
-}
-
-impl NameIterator {
-    fn new(index: &Bound<'_, IndexMap>, reversed: bool, yields: Yield) -> Self {
-        Self { cursor: Mutex::new(Some(Cursor::new(index, reversed))), yields }
-    }
-}
-
-#[pymethods]
-impl NameIterator {
-    fn __iter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
-        slf
-    }
-
-    fn __next__<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
-        let mut cursor = self.cursor.lock_py_attached(py).unwrap_or_else(std::sync::PoisonError::into_inner);
-        let Some((name, row)) = cursor.as_mut().map_or(Ok(None), |cursor| cursor.next(py))? else {
-            let ended = cursor.take();
-            drop(cursor);
-            drop(ended);
-            return Ok(None);
+impl State {
+    fn append<Q: Text>(&mut self, names: &[Q], mut take: impl FnMut(i64)) -> PyResult<()> {
+        check_rows_left(self.next_row, names.len())?;
+        let choose = |_, old: Option<Place>| {
+            let place = old.unwrap_or_else(|| {
+                self.next_row += 1;
+                place_of(self.next_row - 1)
+            });
+            take(row_of(place));
+            place
         };
-        drop(cursor);
-        Ok(Some(match self.yields {
-            Yield::Name => name.into_text(py).into_any(),
-            Yield::Row => new_number(py, row)?.into_any(),
-            Yield::Both => new_pair(py, name.into_text(py), new_number(py, row)?)?.into_any(),
-        }))
+        self.names.set_many(names, choose).or_raise()
+    }
+
+    fn insert_all<Q: Text>(&mut self, names: &[Q], rows: &[i64]) -> PyResult<()> {
+        let Some(largest) = rows.iter().max() else {
+            return Ok(());
+        };
+        rows.iter().try_for_each(|row| checked_row(*row).map(drop))?;
+        let made = if self.names.is_empty() && self.names.generation() == 0 {
+            NameTable::of_distinct(prefetched(names).zip(rows.iter().map(|row| place_of(*row)))).or_raise()?.ok()
+        } else {
+            None
+        };
+        match made {
+            Some(made) => self.names = made,
+            None => self.names.set_many(names, |at, _| place_of(rows[at])).or_raise()?,
+        }
+        self.next_row = self.next_row.max(largest.saturating_add(1));
+        Ok(())
+    }
+
+    fn all_names<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyString>>> {
+        memory::try_collect(self.names.iter().map(|(name, _)| text_of_utf8(py, name)))
     }
 }

@@ -5,7 +5,7 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyString, PyTuple, PyType};
 
-use crate::index_map::IndexMap;
+use crate::parameter_dict::keys::EntryKeys;
 use crate::python::memory::{self, new_list, new_pair};
 use crate::python::name::{Name, exact_text, precedes};
 use crate::torch::Torch;
@@ -118,21 +118,21 @@ pub(crate) fn set_entry(
     if attributes.contains(name)? {
         return Ok(false);
     }
-    let Some(index) = index_in(&attributes)? else {
+    let Some(keys) = keys_in(&attributes)? else {
         return Ok(false);
     };
-    index.get().put(py, Name::new(name.clone()))?;
+    keys.get().put(py, Name::new(name.clone()))?;
     let done = parameters.set_item(name, value);
     if done.is_err() && !parameters.contains(name)? {
-        index.get().discard(name);
+        keys.get().remove(name);
     }
     done.map(|()| true)
 }
 
-/// The index of a `ParameterDict`, from its attributes.
-fn index_in<'py>(attributes: &Bound<'py, PyDict>) -> PyResult<Option<Bound<'py, IndexMap>>> {
+/// The keys of a `ParameterDict`, from its attributes.
+fn keys_in<'py>(attributes: &Bound<'py, PyDict>) -> PyResult<Option<Bound<'py, EntryKeys>>> {
     let found = attributes.get_item(intern!(attributes.py(), "_keys"))?;
-    Ok(found.and_then(|index| index.cast_into::<IndexMap>().ok()))
+    Ok(found.and_then(|keys| keys.cast_into::<EntryKeys>().ok()))
 }
 
 /// Whether all entries of a dict are usual, as for [`set_entry`]; if `sorted`, the names must ascend, too.
@@ -158,12 +158,12 @@ pub(crate) fn can_take_over(source: &Bound<'_, PyDict>, parameter: &Bound<'_, Py
     Ok(true)
 }
 
-/// Copies all entries of a dict into `parameters`, and the names that are new to the end of `index`.
+/// Copies all entries of a dict into `parameters`, and the names that are new to the end of `keys`.
 ///
 /// Into an empty dict Python copies another as a whole, which is several times faster than an insertion an entry.
 #[pyfunction]
 pub(crate) fn take_over<'py>(
-    index: &Bound<'py, IndexMap>,
+    keys: &Bound<'py, EntryKeys>,
     parameters: &Bound<'py, PyDict>,
     source: &Bound<'py, PyDict>,
 ) -> PyResult<()> {
@@ -171,14 +171,14 @@ pub(crate) fn take_over<'py>(
     for (name, _) in source {
         memory::push(&mut names, name.cast_into_exact::<PyString>()?)?;
     }
-    put_all(index, parameters, names, || parameters.update(source.as_mapping()))
+    put_all(keys, parameters, names, || parameters.update(source.as_mapping()))
 }
 
-/// Puts values behind names, and the names that are new at the end of `index`: all or none.
+/// Puts values behind names, and the names that are new at the end of `keys`: all or none.
 ///
-/// Memory may run out in both. The index takes all or none by itself; so it comes last, and the dict is put right.
+/// Memory may run out in both. The keys take all or none by themselves; so they come last, and the dict is put right.
 fn put_all<'py>(
-    index: &Bound<'py, IndexMap>,
+    keys: &Bound<'py, EntryKeys>,
     parameters: &Bound<'py, PyDict>,
     names: Vec<Bound<'py, PyString>>,
     put: impl FnOnce() -> PyResult<()>,
@@ -190,7 +190,7 @@ fn put_all<'py>(
         before = memory::try_collect(names.iter().map(|name| parameters.get_item(name)))?;
     }
     let added = memory::collect(names.iter().map(|name| Name::new(name.clone())))?;
-    let done = put().and_then(|()| index.get().append(index.py(), added).map(drop));
+    let done = put().and_then(|()| keys.get().append(keys.py(), added));
     if done.is_err() {
         if was_empty {
             parameters.clear();
@@ -207,16 +207,16 @@ fn put_all<'py>(
     done
 }
 
-/// Puts prepared names and values in: into `parameters`, and the names that are new at the end of `index`.
+/// Puts prepared names and values in: into `parameters`, and the names that are new at the end of `keys`.
 #[pyfunction]
 pub(crate) fn insert_all<'py>(
-    index: &Bound<'py, IndexMap>,
+    keys: &Bound<'py, EntryKeys>,
     parameters: &Bound<'py, PyDict>,
     names: &Bound<'py, PyList>,
     values: &Bound<'_, PyList>,
 ) -> PyResult<()> {
     let texts = memory::try_collect(names.iter().map(|name| Ok(name.cast_into_exact::<PyString>()?)))?;
-    put_all(index, parameters, texts, || {
+    put_all(keys, parameters, texts, || {
         names.iter().zip(values.iter()).try_for_each(|(name, value)| parameters.set_item(name, value))
     })
 }
@@ -278,13 +278,13 @@ fn take_entry<'py>(
     let Some((attributes, parameters)) = own_parts(module, method)? else {
         return Ok(None);
     };
-    let Some(index) = index_in(&attributes)? else {
+    let Some(keys) = keys_in(&attributes)? else {
         return Ok(None);
     };
     let Some(value) = parameters.get_item(key)?.filter(|value| !value.is_none()) else {
         return Ok(None);
     };
-    if attributes.contains(key)? || !index.get().discard(key) {
+    if attributes.contains(key)? || !keys.get().remove(key) {
         return Ok(None);
     }
     parameters.del_item(key)?;
@@ -308,23 +308,23 @@ pub(crate) fn pop_end<'py>(
     let Some((attributes, parameters)) = own_parts(module, Method::POPITEM)? else {
         return Ok(None);
     };
-    let Some(index) = index_in(&attributes)? else {
+    let Some(keys) = keys_in(&attributes)? else {
         return Ok(None);
     };
-    let Some(name) = index.get().end(py, last).filter(|name| !attributes.contains(name).unwrap_or(true)) else {
+    let Some(name) = keys.get().end(py, last).filter(|name| !attributes.contains(name).unwrap_or(true)) else {
         return Ok(None);
     };
     if last && !parameters.is_empty() {
         // The last name is nearly always the last key of the dict, which it gives without a look-up.
         let popped = parameters.call_method0(intern!(py, "popitem"))?;
         let item = popped.cast::<PyTuple>()?;
-        if item.get_item(0)?.is(&name) && index.get().discard_end(py, &name, last) {
+        if item.get_item(0)?.is(&name) && keys.get().discard_end(py, &name, last) {
             return Ok(Some(popped));
         }
         parameters.set_item(item.get_item(0)?, item.get_item(1)?)?;
     }
     match parameters.get_item(&name)? {
-        Some(value) if index.get().discard_end(py, &name, last) => {
+        Some(value) if keys.get().discard_end(py, &name, last) => {
             parameters.del_item(&name)?;
             Ok(Some(new_pair(py, name, value)?.into_any()))
         }
@@ -368,22 +368,22 @@ pub(crate) fn save_parameters(
     Ok(())
 }
 
-/// Whether the keys of `parameters` are the names of `index`, in the same order.
+/// Whether the keys of `parameters` are the names of `keys`, in the same order.
 #[pyfunction]
-pub(crate) fn in_step(py: Python<'_>, index: &Bound<'_, IndexMap>, parameters: &Bound<'_, PyDict>) -> PyResult<bool> {
-    let names = index.get().names(py)?;
+pub(crate) fn in_step(py: Python<'_>, keys: &Bound<'_, EntryKeys>, parameters: &Bound<'_, PyDict>) -> PyResult<bool> {
+    let names = keys.get().names(py)?;
     Ok(names.len() == parameters.len()
         && names.into_iter().zip(parameters.iter()).all(|(name, (key, _))| key.is(name.into_text(py))))
 }
 
-/// Takes all names out of `index`, and what stands behind them out of `parameters`; gives the names that were not there.
+/// Takes all names out of `keys`, and what stands behind them out of `parameters`; gives the names that were not there.
 #[pyfunction]
 pub(crate) fn clear_entries<'py>(
-    index: &Bound<'py, IndexMap>,
+    keys: &Bound<'py, EntryKeys>,
     parameters: &Bound<'py, PyDict>,
 ) -> PyResult<Vec<Bound<'py, PyString>>> {
-    let py = index.py();
-    let names = index.get().take_names(py)?;
+    let py = keys.py();
+    let names = keys.get().take_names(py)?;
     let mut elsewhere = Vec::new();
     // They go when all is done: their finalizers may change the dictionary.
     let mut removed = memory::with_capacity(names.len())?;

@@ -1,4 +1,4 @@
-//! Walks the entries of a `ParameterDict`: names from its index, values from its dictionary of Parameters.
+//! Walks the entries of a `ParameterDict`: names from its keys, values from its dictionary of Parameters.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -8,14 +8,14 @@ use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 use pyo3::types::{PyDict, PyString};
 
-use crate::index_map::{Cursor, IndexMap};
+use crate::parameter_dict::keys::{Cursor, EntryKeys};
 use crate::python::cpython::Place;
 use crate::python::memory::new_pair;
 use crate::torch::own_functions::{Method, is_class_known_as_own};
 
 /// The value of `name`, by a step from a place in the dict, if it lies there.
 ///
-/// The names of a `ParameterDict` nearly always lie in `_parameters` in the order of the index. So the walk keeps a
+/// The names of a `ParameterDict` nearly always lie in `_parameters` in the order of the keys. So the walk keeps a
 /// place in the dict, too. It takes the value from there if the very same key object stands there. Only where the two
 /// differ is the module asked.
 fn step_to<'py>(
@@ -24,7 +24,7 @@ fn step_to<'py>(
     name: &Bound<'py, PyString>,
 ) -> Option<Bound<'py, PyAny>> {
     let mut next = *place;
-    // One entry of the dict may be none of the index (a Parameter registered beside the entries): step over it.
+    // One entry of the dict may be none of the keys (a Parameter registered beside the entries): step over it.
     for _ in 0..2 {
         if let Some(value) = next.step_to(dict, name)? {
             *place = next;
@@ -58,7 +58,7 @@ type Step<'py> = (Bound<'py, PyString>, Result<Bound<'py, PyAny>, Bound<'py, PyA
 impl Walk {
     /// Runs no Python code, so that the lock may be held meanwhile.
     fn step<'py>(&mut self, py: Python<'py>) -> PyResult<Option<Step<'py>>> {
-        let Some((name, _)) = self.cursor.next(py)? else {
+        let Some(name) = self.cursor.next(py)? else {
             return Ok(None);
         };
         let name = name.into_text(py);
@@ -74,7 +74,7 @@ impl EntryIterator {
     #[new]
     fn new(
         module: Bound<'_, PyAny>,
-        index: &Bound<'_, IndexMap>,
+        keys: &Bound<'_, EntryKeys>,
         parameters: Bound<'_, PyDict>,
         yields: &str,
         reversed: bool,
@@ -86,7 +86,7 @@ impl EntryIterator {
                 return Err(PyValueError::new_err(format!("expected 'values' or 'items', got {yields:?}")));
             }
         };
-        let cursor = Cursor::new(index, reversed);
+        let cursor = Cursor::new(keys, reversed);
         let (module, parameters) = (module.unbind(), parameters.unbind());
         Ok(Self {
             walk: Mutex::new(Some(Walk { cursor, place: Place::default(), module, parameters, reversed })),

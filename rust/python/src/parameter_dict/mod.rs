@@ -2,4 +2,5 @@
 
 pub(crate) mod entries;
 pub(crate) mod iterate;
+pub(crate) mod keys;
 pub(crate) mod load;

@@ -9,7 +9,6 @@ use std::marker::PhantomData;
 use std::mem::transmute;
 use std::{ptr, slice};
 
-use pdrs_core::{Hashed, IndexMap as Map, Matches, memory};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
@@ -17,7 +16,7 @@ use pyo3::sync::PyOnceLock;
 use pyo3::sync::critical_section::with_critical_section;
 use pyo3::types::{PyDict, PyFunction, PyInt, PyList, PyString, PyTuple, PyType};
 
-use crate::python::name::{HASH, Name, hash, same};
+use crate::python::name::HASH;
 use crate::torch::bytes::hint;
 
 /// The number of the interpreter that runs; 0 is the main one.
@@ -247,29 +246,18 @@ impl<'a> Text<'a> {
 
 // -- what is in a list, a tuple or a dict -----------------------------------------------------------------------------
 
-/// What lies in a list, borrowed from it: an exact `str` to look a [`Name`] up by, or something that matches none.
+/// What lies in a list, borrowed from it: an exact `str` that is a name, or something that is none.
 #[repr(transparent)]
 pub(crate) struct Listed<'a, 'py>(Bound<'py, PyAny>, PhantomData<&'a ()>);
 
-impl Hashed for Listed<'_, '_> {
-    fn hash(&self) -> u32 {
-        self.0.cast_exact::<PyString>().map_or(0, hash)
-    }
-
-    fn prefetch(&self) {
+impl Listed<'_, '_> {
+    /// Begins to load what will be asked of it.
+    pub(crate) fn prefetch(&self) {
         // The type stands in front, and often in another cache line than hash and characters.
         hint(self.0.as_ptr() as usize);
         hint(self.0.as_ptr() as usize + HASH);
     }
-}
 
-impl Matches<Listed<'_, '_>> for Name {
-    fn matches(&self, query: &Listed<'_, '_>) -> bool {
-        query.0.cast_exact::<PyString>().is_ok_and(|text| same(self.text_ref(), text.as_unbound()))
-    }
-}
-
-impl Listed<'_, '_> {
     /// The text, if it is an exact `str`.
     pub(crate) fn text(&self) -> Option<&Py<PyString>> {
         self.0.cast_exact::<PyString>().ok().map(Bound::as_unbound)
@@ -296,26 +284,6 @@ pub(crate) fn with_listed<R>(names: &Bound<'_, PyAny>, take: impl FnOnce(&[Liste
         };
         Some(take(listed))
     })
-}
-
-/// What `convert` makes of the value of each name in a list or tuple of nothing but exact `str`, in their order.
-///
-/// `convert` gets `None` for a name that is not there. The result is `None` for any other kind of argument.
-pub(crate) fn find_listed<V: Copy, T>(
-    map: &Map<Name, V>,
-    names: &Bound<'_, PyAny>,
-    convert: impl Fn(Option<V>) -> T,
-) -> pdrs_core::Result<Option<Vec<T>>> {
-    let found = with_listed(names, |listed| {
-        let mut values = memory::with_capacity(listed.len())?;
-        let mut all_found = true;
-        map.get_many(listed, |_, value| {
-            all_found &= value.is_some();
-            values.push(convert(value.copied()));
-        });
-        Ok((all_found || listed.iter().all(|name| name.text().is_some())).then_some(values))
-    });
-    found.unwrap_or(Ok(None))
 }
 
 /// A place in a dict that may change between two steps, which `PyO3`'s iterators take for a reason to panic.

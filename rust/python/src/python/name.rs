@@ -18,7 +18,7 @@ use crate::python::cpython::{Characters, Text, new_ascii, new_wide};
 use crate::python::memory::{self, OrRaise, new_text};
 use crate::torch::bytes::hint;
 
-pub(crate) use crate::python::cpython::{Listed, find_listed, with_listed};
+pub(crate) use crate::python::cpython::{Listed, with_listed};
 
 /// Where the hash of a `str` stands in it, behind its length.
 pub(crate) const HASH: usize = std::mem::offset_of!(PyASCIIObject, hash);
@@ -67,26 +67,12 @@ impl Name {
         Text::of(&self.0).hash.expect("the hash was computed when the name was made")
     }
 
-    pub(crate) fn text_ref(&self) -> &Py<PyString> {
-        &self.0
-    }
-
     pub(crate) fn is(&self, text: &Bound<'_, PyString>) -> bool {
         self.0.is(text)
     }
 
     pub(crate) fn text<'py>(&self, py: Python<'py>) -> Bound<'py, PyString> {
         self.0.bind(py).clone()
-    }
-
-    /// Hands the characters over in UTF-8: see [`with_utf8`].
-    pub(crate) fn with_utf8<R>(&self, _py: Python<'_>, buffer: &mut Vec<u8>, take: impl FnOnce(&[u8]) -> R) -> R {
-        with_utf8(&self.0, buffer, take)
-    }
-
-    /// The name that [`with_utf8`](Self::with_utf8) handed out; an error if the bytes are no such name.
-    pub(crate) fn from_utf8(py: Python<'_>, bytes: &[u8]) -> PyResult<Self> {
-        text_of_utf8(py, bytes).map(Self::new)
     }
 
     pub(crate) fn into_text(self, py: Python<'_>) -> Bound<'_, PyString> {
@@ -205,6 +191,42 @@ impl NameText for Utf8Name {
     }
 }
 
+/// Hands the characters of a text in UTF-8 over, surrogates too.
+#[inline]
+pub(crate) fn with_text<R>(text: &Bound<'_, PyString>, take: impl FnOnce(&[u8]) -> R) -> PyResult<R> {
+    match Text::of(text.as_unbound()).characters {
+        Characters::Ascii(ascii) => Ok(take(ascii)),
+        _ => Ok(Utf8Name::of_text(text.clone())?.with_utf8(take)),
+    }
+}
+
+/// The ASCII characters of a `str`.
+pub(crate) struct Ascii<'a>(&'a [u8]);
+
+impl<'a> Ascii<'a> {
+    /// `None` if this is no exact `str`, or has other characters.
+    pub(crate) fn of(object: &'a Bound<'_, PyAny>) -> Option<Self> {
+        match Text::of(object.cast_exact::<PyString>().ok()?.as_unbound()).characters {
+            Characters::Ascii(ascii) => Some(Self(ascii)),
+            _ => None,
+        }
+    }
+}
+
+impl NameText for Ascii<'_> {
+    fn with_utf8<R>(&self, take: impl FnOnce(&[u8]) -> R) -> R {
+        take(self.0)
+    }
+
+    fn prefetch(&self) {
+        hint(self.0.as_ptr() as usize);
+    }
+
+    fn prefetch_place<T>(place: &T) {
+        hint(std::ptr::from_ref(place) as usize);
+    }
+}
+
 impl Listed<'_, '_> {
     /// Whether it is an exact `str` that is not [long](is_long): all others are taken for no name.
     pub(crate) fn is_plain(&self) -> bool {
@@ -225,7 +247,7 @@ impl NameText for Listed<'_, '_> {
     }
 
     fn prefetch(&self) {
-        Hashed::prefetch(self);
+        self.prefetch();
     }
 
     fn prefetch_place<T>(place: &T) {
@@ -242,15 +264,6 @@ impl<'a, 'py> From<&'a Bound<'py, PyString>> for Query<'a, 'py> {
 impl Hashed for Name {
     fn hash(&self) -> u32 {
         folded(self.full_hash())
-    }
-
-    fn prefetch(&self) {
-        // Short characters stand behind it, mostly in the same cache line.
-        hint(self.0.as_ptr() as usize + HASH);
-    }
-
-    fn prefetch_place<T>(place: &T) {
-        hint(std::ptr::from_ref(place) as usize);
     }
 }
 
@@ -307,7 +320,10 @@ pub(crate) fn narrow<'a>(text: &'a Bound<'_, PyString>) -> Option<&'a [u8]> {
 }
 
 /// The object as an exact `str`, or `None` if it is no `str` at all.
+#[inline]
 pub(crate) fn exact_text<'py>(object: &Bound<'py, PyAny>) -> PyResult<Option<Bound<'py, PyString>>> {
+    // The type stands in front, and often in another cache line: both are loaded at one time.
+    hint(object.as_ptr() as usize + HASH);
     if let Ok(text) = object.cast_exact::<PyString>() {
         return Ok(Some(text.clone()));
     }

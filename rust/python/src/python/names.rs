@@ -1,14 +1,33 @@
 //! Many names that are given in one call, in whatever holds them.
 
+use pdrs_core::names::text::Text;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::list::BoundListIterator;
 use pyo3::types::{PyList, PyString, PyTuple};
 
-use crate::index_map::AHEAD;
-use crate::python::memory;
-use crate::python::name::{HASH, Name, OfText, exact_text};
+use crate::python::memory::{self, OrRaise};
+use crate::python::name::{HASH, OfText, exact_text};
 use crate::torch::bytes::hint;
+
+/// How many names ahead one is fetched from memory, where names mostly lie scattered.
+pub(crate) const AHEAD: usize = 16;
+
+/// How many names are made at a time, at most.
+const AT_ONCE: usize = 64;
+
+/// A function that pickles call.
+pub(crate) fn of_pickles<'py>(py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyAny>> {
+    py.import("pdrs._pickle")?.getattr(name)
+}
+
+/// Names in order, each prefetched ahead.
+pub(crate) fn prefetched<Q: Text>(names: &[Q]) -> impl ExactSizeIterator<Item = &Q> {
+    let ahead = |at: usize| names.get(at + AHEAD).into_iter().for_each(Text::prefetch);
+    names.iter().enumerate().map(move |(at, name)| {
+        ahead(at);
+        name
+    })
+}
 
 /// The names as an exact list or tuple: themselves, if they are one, and otherwise what Python makes of them.
 ///
@@ -22,38 +41,44 @@ pub(crate) fn listed<'py>(names: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAn
     LISTED.import(names.py(), "pdrs._torch.names", "listed")?.call1((names,))
 }
 
-/// The names in a list, up to the first that is no exact `str`.
-///
-/// Neither to hash nor to drop one runs Python code, so nothing changes the list meanwhile.
-pub(crate) struct ExactNames<'py> {
-    names: BoundListIterator<'py>,
-    has_other: bool,
+/// Names that are made ahead of a walk, a few at a time.
+pub(crate) struct Ahead {
+    /// Where the walk goes on.
+    pub(crate) position: usize,
+    /// The names that come next and their positions, the last first.
+    pub(crate) next: Vec<(usize, Py<PyString>)>,
+    /// How many names were made at a time. More and more: who wants the first only does not wait for others.
+    at_once: usize,
 }
 
-impl<'py> ExactNames<'py> {
-    /// `None` if this is no exact list.
-    pub(crate) fn of(names: &Bound<'py, PyAny>) -> Option<Self> {
-        let list = names.cast_exact::<PyList>().ok()?;
-        Some(Self { names: list.iter(), has_other: false })
+impl Ahead {
+    pub(crate) fn of(position: usize) -> Self {
+        Self { position, next: Vec::new(), at_once: 0 }
     }
 
-    /// Whether nothing else was met.
-    pub(crate) fn are_all(&self) -> bool {
-        !self.has_other
-    }
-}
-
-impl Iterator for ExactNames<'_> {
-    type Item = Name;
-
-    fn next(&mut self) -> Option<Name> {
-        let text = self.names.next()?.cast_into_exact::<PyString>();
-        self.has_other |= text.is_err();
-        text.ok().map(Name::new)
-    }
-
-    fn size_hint(&self) -> (usize, Option<usize>) {
-        (0, self.names.size_hint().1)
+    /// The next name and its position. `make` gives the name at a position or behind it, with its own position, and that
+    /// of the walk behind it.
+    pub(crate) fn step<'py>(
+        &mut self,
+        mut make: impl FnMut(usize) -> PyResult<Option<(usize, usize, Bound<'py, PyString>)>>,
+    ) -> PyResult<Option<(usize, Py<PyString>)>> {
+        if self.next.is_empty() {
+            self.at_once = (2 * self.at_once).clamp(1, AT_ONCE);
+            pdrs_core::memory::reserve(&mut self.next, self.at_once).or_raise()?;
+            while self.next.len() < self.at_once {
+                match make(self.position) {
+                    Ok(Some((found, behind, name))) => {
+                        self.next.push((found, name.unbind()));
+                        self.position = behind;
+                    }
+                    // Names in front of one that cannot be had come first.
+                    Err(error) if self.next.is_empty() => return Err(error),
+                    Ok(None) | Err(_) => break,
+                }
+            }
+            self.next.reverse();
+        }
+        Ok(self.next.pop())
     }
 }
 

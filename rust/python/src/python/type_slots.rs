@@ -12,8 +12,8 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyType;
 
-use crate::index_map::IndexMap;
 use crate::parameter_dict::entries::{delete_entry, get_entry, set_entry};
+use crate::parameter_dict::keys::EntryKeys;
 use crate::python::cpython::{NativeSlots, fill_slots};
 use crate::torch::own_functions::{Method, is_class_own};
 
@@ -36,11 +36,11 @@ impl NativeSlots for Entries {
     }
 
     fn contains(module: &Bound<'_, PyAny>, key: &Bound<'_, PyAny>) -> PyResult<Option<bool>> {
-        own_index(module, Method::CONTAINS)?.map(|index| index.get().__contains__(key)).transpose()
+        own_keys(module, Method::CONTAINS)?.map(|keys| keys.get().__contains__(key)).transpose()
     }
 
     fn len(module: &Bound<'_, PyAny>) -> PyResult<Option<usize>> {
-        Ok(own_index(module, Method::LEN)?.map(|index| index.get().len(module.py())))
+        Ok(own_keys(module, Method::LEN)?.map(|keys| keys.get().len(module.py())))
     }
 }
 
@@ -51,8 +51,8 @@ pub(crate) fn use_native_slots(class: &Bound<'_, PyType>, parameter: &Bound<'_, 
     fill_slots::<Entries>(class)
 }
 
-/// The index of a module, if a method needs to ask nobody.
-fn own_index<'py>(module: &Bound<'py, PyAny>, method: Method) -> PyResult<Option<Bound<'py, IndexMap>>> {
+/// The keys of a module, if a method needs to ask nobody.
+fn own_keys<'py>(module: &Bound<'py, PyAny>, method: Method) -> PyResult<Option<Bound<'py, EntryKeys>>> {
     if !is_class_own(module, method)? {
         return Ok(None);
     }

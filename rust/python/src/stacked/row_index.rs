@@ -9,18 +9,16 @@ use std::sync::{Mutex, MutexGuard};
 use numpy::{PyArray1, PyReadonlyArray1};
 use pdrs_core::names::codec::{self, Names as Saved};
 use pdrs_core::names::table::NameTable;
-use pdrs_core::names::text::Text;
-use pdrs_core::{Error, IndexMap as Map, MAX_TABLES, Place, Places as Found, Plan, Refusal, RowIndex as Index, Rows};
+use pdrs_core::{Error, MAX_TABLES, Place, Places as Found, Plan, Refusal, RowIndex as Index, Rows};
 use pyo3::exceptions::{PyIndexError, PyKeyError, PyOverflowError, PyRuntimeError, PyValueError};
-use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::{MutexExt, PyOnceLock};
 use pyo3::types::{PyBytes, PyList, PyString, PyTuple, PyType};
 
-use crate::index_map::{AHEAD, Given, IndexMap};
+use crate::index_map::{Given, IndexMap};
 use crate::python::memory::{self, OrRaise, new_list, new_number, new_pair};
-use crate::python::name::{Listed, NO_NAME, Name, OfText, Utf8Name, exact_text, text_of_utf8, to_text, with_listed};
-use crate::python::names::{listed, to_names, to_names_that};
+use crate::python::name::{Listed, NO_NAME, OfText, Utf8Name, exact_text, text_of_utf8, to_text, with_listed};
+use crate::python::names::{listed, of_pickles, prefetched, to_names, to_names_that};
 use crate::stacked::packed::Packed;
 use crate::stacked::places::Places;
 use crate::stacked::plan::{OrRefuse, RowPlan, missing, no_table, refused_removal};
@@ -319,11 +317,7 @@ impl RowIndex {
     fn of_one_table(names: &Bound<'_, PyAny>) -> PyResult<Self> {
         let names = &listed(names)?;
         // What is no `str` has a name there that no `str` has.
-        let make = |listed: &[Listed<'_, '_>]| {
-            let ahead = |at: usize| listed.get(at + AHEAD).into_iter().for_each(Text::prefetch);
-            Index::of_one_table(listed.iter().enumerate().inspect(|(at, _)| ahead(*at)).map(|(_, name)| name))
-        };
-        if let Some(Ok(made)) = with_listed(names, make)
+        if let Some(Ok(made)) = with_listed(names, |listed| Index::of_one_table(prefetched(listed)))
             && !made.names().contains("")
             && !made.names().contains(&NO_NAME[..])
         {
@@ -334,13 +328,7 @@ impl RowIndex {
 
     #[staticmethod]
     fn of_ids(index: &Bound<'_, IndexMap>, used: &Bound<'_, PyAny>) -> PyResult<Self> {
-        let py = index.py();
-        let used = to_counts(used)?;
-        let made = index.get().with_map(py, |map| {
-            let places: Found = memory::collect(map.iter().map(|(_, id)| Place::of_id(id.cast_unsigned())))?.into();
-            let names = memory::try_collect(map.iter().map(|(name, _)| Utf8Name::of_text(name.text(py))))?;
-            Ok::<_, PyErr>(Index::of(names.into_iter(), &places, &used))
-        })?;
+        let made = Index::of_names(index.get().names(index.py())?, &to_counts(used)?);
         let made = made.or_refuse(index.as_any())?;
         if made.names().contains("") {
             return Err(empty_name());
@@ -392,7 +380,7 @@ impl RowIndex {
         };
         let (mut sources, mut before) = (Vec::new(), Vec::new());
         for (index, prefix, first_table, singles_before) in dictionaries {
-            let prefix = Name::new(to_text(&prefix)?).with_utf8(py, &mut Vec::new(), <[u8]>::to_vec);
+            let prefix = Utf8Name::of_text(to_text(&prefix)?)?.to_bytes()?;
             let Some(made) = source(&index, prefix, first_table)? else { return Ok(None) };
             memory::push(&mut sources, made)?;
             memory::push(&mut before, singles_before)?;
@@ -506,11 +494,13 @@ impl RowIndex {
         let py = names.py();
         let names = to_names::<Utf8Name>(names)?;
         let places = self.places_of(py, &names)?;
-        let mut missing = Map::new();
-        for (name, _) in names.iter().zip(places.iter()).filter(|(_, place)| place.is_none()) {
-            missing.get_or_insert_with(Name::new(name.text(py)), || ()).or_raise()?;
+        let (mut seen, mut missing) = (NameTable::default(), Vec::new());
+        let listed = names.iter().zip(places.iter()).filter(|(_, place)| place.is_none());
+        for ((name, _), number) in listed.zip((0..).map_while(Place::of_id)) {
+            if seen.insert_new(name, number).or_raise()? {
+                memory::push(&mut missing, name.text(py))?;
+            }
         }
-        let missing = memory::collect(missing.iter().map(|(name, ())| name.text(py)))?;
         new_list(py, missing.into_iter().map(Ok))
     }
 
@@ -628,7 +618,7 @@ impl RowIndex {
             let used: Vec<u64> = memory::collect(state.tables().iter().map(Rows::used))?;
             (Self::all_names(&state, py)?, state.places().or_raise()?, used)
         };
-        let make = py.import(intern!(py, "pdrs._pickle"))?.getattr(intern!(py, "row_index"))?;
+        let make = of_pickles(py, "row_index")?;
         let tables = to_bytes(py, places.tables().or_raise()?)?;
         let rows = to_bytes(py, places.rows().or_raise()?)?;
         let used = new_list(py, used.into_iter().map(|used| new_number(py, used.cast_signed())))?;

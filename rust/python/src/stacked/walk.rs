@@ -8,22 +8,17 @@ use pyo3::types::PyString;
 
 use pdrs_core::Place;
 
-use crate::python::memory::{OrRaise, new_number};
+use crate::python::memory::new_number;
+use crate::python::names::Ahead;
 use crate::stacked::row_index::{PACKED, RowIndex, Walked};
-
-/// How many names are made at a time, at most.
-const AT_ONCE: usize = 64;
 
 /// Where a walk is.
 struct Step {
     index: Py<RowIndex>,
-    position: usize,
     /// What the index counted when the walk began.
     generation: u64,
-    /// The names that come next and their positions, the last first. Where they lie may change.
-    next: Vec<(usize, Py<PyString>)>,
-    /// How many names were made at a time. More and more: who wants the first only does not wait for others.
-    at_once: usize,
+    /// Where they lie may change.
+    names: Ahead,
 }
 
 #[pyclass(frozen, module = "pdrs._core")]
@@ -38,55 +33,29 @@ pub(crate) struct RowIterator {
 impl RowIterator {
     pub(crate) fn new(index: &Bound<'_, RowIndex>, is_reversed: bool, with_places: bool) -> Self {
         let (position, generation) = index.get().begin(index.py(), is_reversed);
-        let step = Step { index: index.clone().unbind(), position, generation, next: Vec::new(), at_once: 0 };
+        let step = Step { index: index.clone().unbind(), generation, names: Ahead::of(position) };
         Self { step: Mutex::new(Some(step)), is_reversed, with_places }
     }
 
     /// The next name and, if it is wanted, its place.
     fn advance(&self, py: Python<'_>, step: &mut Step) -> PyResult<Option<(Py<PyString>, Option<Place>)>> {
-        let Step { index, position, generation, next, at_once } = step;
+        let Step { index, generation, names: ahead } = step;
         index.get().step(py, *generation, |walked| {
             if let Walked::Live(names) = walked
                 && *generation == PACKED
             {
                 // The names have been read into memory. Where they were packed, positions are their numbers.
-                let number = next.pop().map_or(*position, |(found, _)| found + usize::from(self.is_reversed));
-                next.clear();
-                (*position, *generation) = (names.position_of_number(number), names.generation());
+                let next = ahead.next.pop();
+                let number = next.map_or(ahead.position, |(found, _)| found + usize::from(self.is_reversed));
+                ahead.next.clear();
+                (ahead.position, *generation) = (names.position_of_number(number), names.generation());
             }
-            if next.is_empty() {
-                *at_once = (2 * *at_once).clamp(1, AT_ONCE);
-                pdrs_core::memory::reserve(next, *at_once).or_raise()?;
-                self.walk_on(py, walked, position, next, *at_once)?;
-            }
-            let Some((found, name)) = next.pop() else { return Ok(None) };
+            let Some((found, name)) = ahead.step(|position| walked.name(py, position, self.is_reversed))? else {
+                return Ok(None);
+            };
             let place = if self.with_places { Some(walked.place(py, found)?) } else { None };
             Ok(Some((name, place)))
         })
-    }
-
-    /// Makes so many names, for which there is room.
-    fn walk_on(
-        &self,
-        py: Python<'_>,
-        walked: Walked<'_>,
-        position: &mut usize,
-        next: &mut Vec<(usize, Py<PyString>)>,
-        count: usize,
-    ) -> PyResult<()> {
-        while next.len() < count {
-            match walked.name(py, *position, self.is_reversed) {
-                Ok(Some((found, behind, name))) => {
-                    next.push((found, name.unbind()));
-                    *position = behind;
-                }
-                // Names in front of one that cannot be had come first.
-                Err(error) if next.is_empty() => return Err(error),
-                Ok(None) | Err(_) => break,
-            }
-        }
-        next.reverse();
-        Ok(())
     }
 }
 
