@@ -67,7 +67,9 @@ mod tests {
             patterns: Vec::new(),
         };
         let mut encoder = Encoder::new(&header, names.len(), None::<std::iter::Empty<u64>>, 0).unwrap();
-        names.iter().for_each(|name| encoder.push(name.as_bytes()).unwrap());
+        for name in names {
+            encoder.push(name.as_bytes()).unwrap();
+        }
         encoder.finish()
     }
 
