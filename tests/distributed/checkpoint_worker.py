@@ -444,6 +444,7 @@ def async_save(rank: int, world: int, place: Path) -> dict[str, Any]:
         train(model, optimizer, range(BEFORE), rank, world)
         kept = bits_of(model, optimizer)
         state = pdrs.distributed.bucket_state_dict(model, optimizer)
+        given = {key: value.clone() for key, value in state.items()}
         folder = place / f"dcp-{which}-{world}"
         if which == "sgd":
             dcp.save(state, checkpoint_id=folder, process_group=GROUPS[-1])
@@ -458,6 +459,7 @@ def async_save(rank: int, world: int, place: Path) -> dict[str, Any]:
                             value.fill_(77)
             model.words.local.clear()
             writing.result()
+        assert all(torch.equal(value, given[key]) for key, value in state.items()), "it shares memory with the model"
         torch.save(kept, place / f"dcp-{which}-{world}.{rank}.bits")
         barrier()
     return {}

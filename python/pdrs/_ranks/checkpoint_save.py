@@ -132,7 +132,7 @@ def save(
     folder = os.fsdecode(folder)
     with parts.unchanged(), ExitStack() as opened:
         texts = None if metadata is None else ranks.run(lambda: as_texts(metadata))
-        about, dense = ranks.run(lambda: _described(parts))
+        about, dense = ranks.run(lambda: _described(parts, compared=ranks.size > 1))
         refuse_differences(ranks, about, dense, parts)
         before = _before(ranks, parts.shards, folder, since)
         of_tables = merged_tables(
@@ -187,14 +187,14 @@ def save(
     return sum(count for _, count in all_written)
 
 
-def _described(parts: Parts) -> tuple[dict[str, Any], int]:
+def _described(parts: Parts, *, compared: bool) -> tuple[dict[str, Any], int]:
     """Return what all ranks must have in common, and a number for the bytes of what they have copies of."""
     about = {
         "dictionaries": {prefix: parts.about(prefix) for prefix in parts.sharded},
         "optimizers": parts.about_optimizers(),
     }
     total = hashlib.blake2b(digest_size=8)
-    if parts.group is not None:
+    if compared:
         for tensor in dense_tensors(parts).tensors:
             if tensor.name in parts.buffers:
                 continue
