@@ -1057,7 +1057,6 @@ def delete_entry(module: Module, key: object) -> bool: ...
 def diff_names(old: NDArray[np.uint8], new: NDArray[np.uint8]) -> NDArray[np.uint8]: ...
 
 @final
-@disjoint_base
 class KnownRows:
     """A bounded cache from names to the rank that owns them and their row there."""
 
@@ -1069,7 +1068,6 @@ class KnownRows:
     def forget(self, owner: int) -> None: ...
 
 @final
-@disjoint_base
 class Request:
     """What a batch of names asks the ranks for: rows of known names, and the text of others."""
 
