@@ -56,13 +56,19 @@ class Data:
 
 
 def _step(
-    title: str, world: int, ours: str, other: str = "", subjects: tuple[str, ...] = (BY_HAND, PDRS), **options: Any
+    title: str,
+    world: int,
+    ours: str,
+    other: str = "",
+    subjects: tuple[str, ...] = (BY_HAND, PDRS),
+    kind: str = "",
+    **options: Any,
 ) -> Case[Data]:
     title = f"{title}, {world} process{'es' if world > 1 else ''}"
     ways = {PDRS: ours, OTHER: other}
 
     def sample(subject: str, data: Data) -> float:
-        return data.nanoseconds(world, title, ways.get(subject, subject))
+        return data.nanoseconds(world, title, ways.get(subject, subject) + kind)
 
     return Case(title, sample, subjects, most_runs=15, up_to=dict.fromkeys(subjects, LARGEST), **options)
 
@@ -81,8 +87,8 @@ def _bytes(title: str, world: int, ways: dict[str, tuple[str, int]], **options: 
 def _memory(subject: str, data: Data, world: int) -> float:
     found = data.grown(world)
     if subject == PDRS:
-        return found["rank"] / data.entries
-    return (data.grown(1)["rank"] / world + found["cache"]) / data.entries
+        return found["rank"] / (MEMORY_OF * data.entries)
+    return (data.grown(1)["rank"] / world + found["cache"]) / (MEMORY_OF * data.entries)
 
 
 def _target(baseline: str, bound: float) -> Target:
@@ -133,6 +139,43 @@ def _cases_of(world: int) -> list[Case[Data]]:
             NAMES,
             sharded.NAMES_UNCHECKED,
             subjects=(OTHER, PDRS),
+            targets=(_target(OTHER, 1 / 1.05),),
+        ),
+        _step(
+            "CPU time of a step, names known",
+            world,
+            NAMES,
+            subjects=(DDP, BY_HAND, PDRS),
+            kind=sharded.CPU,
+            targets=(_target(BY_HAND, 1 / 1.15),),
+            note="Of all threads of all processes together, here and below. Other programs on the machine hardly change"
+            " it."
+            if world == WORLDS[0]
+            else "",
+        ),
+        _step(
+            "CPU time of a step, planned before",
+            world,
+            PLANNED,
+            kind=sharded.CPU,
+            targets=(_target(BY_HAND, 1 / 0.75),),
+        ),
+        _step(
+            "CPU time of a step, planned before, beside no checks",
+            world,
+            PLANNED,
+            sharded.PLANNED_UNCHECKED,
+            subjects=(OTHER, PDRS),
+            kind=sharded.CPU,
+            targets=(_target(OTHER, 1 / 1.05),),
+        ),
+        _step(
+            "CPU time of a step, names known, beside no checks in the backward pass",
+            world,
+            NAMES,
+            sharded.NAMES_UNCHECKED,
+            subjects=(OTHER, PDRS),
+            kind=sharded.CPU,
             targets=(_target(OTHER, 1 / 1.05),),
         ),
         _bytes(
@@ -190,7 +233,7 @@ def _cases_of(world: int) -> list[Case[Data]]:
             up_to=dict.fromkeys((OTHER, PDRS), LARGEST),
             needs=lambda: sys.platform == "linux",
             note=f"Peak growth of the resident memory with {MEMORY_OF} times as many names, and Adam by row; per"
-            " name of the table. The share is what one process takes, divided by the processes, and the cache of rows."
+            " name. The share is what one process takes, divided by the processes, and the cache of rows."
             if world == WORLDS[0]
             else "",
         ),
@@ -245,10 +288,9 @@ def projections() -> str:
                 ]
             )
     return (
-        f"Computed, not measured, for one rank and one step: nodes of {links.ranks_of_a_node} ranks,"
-        f" {links.within / 1e9:g} GB/s within a node, {links.between * 8 / 1e9:g} Gb/s of network for each rank,"
-        f" {links.message * 1e6:g} µs for each message to another node, three messages to each rank a step.\n\n"
-        + table(head, rows)
+        f"Computed, not measured, for one rank and one step. Nodes have {links.ranks_of_a_node} ranks. A rank has"
+        f" {links.within / 1e9:g} GB/s within a node, and {links.between * 8 / 1e9:g} Gb/s of network. A message to"
+        f" another node takes {links.message * 1e6:g} µs, and each rank gets three in a step.\n\n" + table(head, rows)
     )
 
 
@@ -260,12 +302,12 @@ def costs() -> str:
 PROJECTED_WORLDS = (8, 64, 1_024)
 # The distinct names of a batch of a rank, and the bytes of a row on the wire.
 PROJECTED = (
-    ("1,370 names, 16 float32", 1_370, 64),
+    ("1,000 names, 16 float32", 1_000, 64),
     ("100,000 names, 128 bfloat16", 100_000, 256),
 )
 
 ALONE = (
-    _step("step, names known", 1, NAMES, targets=(_target(BY_HAND, 1),)),
+    _step("step, names known", 1, NAMES, targets=(_target(BY_HAND, 1 / 1.25),)),
     _step("step, planned before", 1, PLANNED, targets=(_target(BY_HAND, 1),)),
 )
 CASES: tuple[Case[Data], ...] = (*(case for world in WORLDS for case in _cases_of(world)), *ALONE)

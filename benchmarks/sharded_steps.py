@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import perf_counter_ns
+from time import perf_counter_ns, process_time_ns
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,8 @@ INTERFACES = Path("/proc/self/net/dev")
 BY_HAND, DENSE, DDP = "by hand", "by hand, dense gradient", "DDP"
 NAMES, PLANNED, TEXT, BF16 = "names known", "planned before", "names as text", "bf16 on the wire"
 NAMES_UNCHECKED, PLANNED_UNCHECKED = "names known, unchecked", "planned before, unchecked"
+# What stands behind a way whose CPU time is meant.
+CPU = ", CPU"
 
 Step = Callable[[int], None]
 
@@ -261,21 +263,23 @@ def times(entries: int) -> dict[str, list[float]]:
 
 
 def take_turns(made: Mapping[str, Way]) -> dict[str, list[float]]:
-    """Return nanoseconds of a step of each way, a figure for each round."""
-    found: dict[str, list[float]] = {what: [] for what in made}
+    """Return nanoseconds of a step of each way, a figure for each round, and the CPU time of all ranks."""
+    found: dict[str, list[float]] = {each: [] for what in made for each in (what, f"{what}{CPU}")}
     order = list(made)
     for number in range(1 + ROUNDS):
         for what in order[number % len(order) :] + order[: number % len(order)]:
             run = made[what].step
             run(0)
             dist.barrier()
-            begin = perf_counter_ns()
+            begin, begin_cpu = perf_counter_ns(), process_time_ns()
             for step in range(STEPS):
                 run(step)
-            dist.barrier()
+            spent = torch.tensor(process_time_ns() - begin_cpu, dtype=torch.float64)
+            dist.all_reduce(spent)
             # The first round warms all up.
             if number:
                 found[what].append((perf_counter_ns() - begin) / STEPS)
+                found[f"{what}{CPU}"].append(spent.item() / STEPS)
     return found
 
 

@@ -183,11 +183,11 @@ class Data:
 SUBJECTS = (*TORCHREC, BY_HAND, PDRS)
 
 
-def _case(title: str, world: int, ours: str, targets: tuple[Target, ...] = ()) -> Case[Data]:
+def _case(title: str, world: int, ours: str, targets: tuple[Target, ...] = (), kind: str = "") -> Case[Data]:
     title = f"{title}, {world} processes"
 
     def sample(subject: str, data: Data) -> float:
-        return data.nanoseconds(world, title, ours if subject == PDRS else subject)
+        return data.nanoseconds(world, title, (ours if subject == PDRS else subject) + kind)
 
     return Case(title, sample, SUBJECTS, targets, most_runs=REPEATS)
 
@@ -210,6 +210,8 @@ CASES = tuple(
     for case in (
         _case("step, names known", world, NAMES, (Target("ratio", ZCH, 1 / 0.55, SIZES[-1]),)),
         _case("step, planned before", world, PLANNED),
+        _case("CPU time of a step, names known", world, NAMES, kind=sharded_steps.CPU),
+        _case("CPU time of a step, planned before", world, PLANNED, kind=sharded_steps.CPU),
     )
 )
 
@@ -225,7 +227,8 @@ SUITE = Suite(
     f" in an `MCHManagedCollisionModule` with room for all, which evicts every {EVICTION_INTERVAL} steps. *Unique* has"
     " the ids of a batch made unique by `torch.unique` before. TorchRec is made for GPUs, and removes repeated ids only"
     f" there. *pdrs* is given names. Rows are {FLOATS} float32, batches {BATCH:,} for each rank; how often a name comes"
-    f" is its rank to the power of -{sharded_steps.ZIPF_EXPONENT:g}. Figures are those of a step, not per name.",
+    f" is its rank to the power of -{sharded_steps.ZIPF_EXPONENT:g}. Figures are those of a step, not per name. CPU"
+    " time is that of all processes together.",
     turns="all ways took turns in the same processes, round by round",
     appendix=ratios_by_round,
 )
