@@ -422,7 +422,7 @@ class ShardedParameterDict(Module):
         failure: Exception | None = None
         try:
             names = listed(names)
-            self._check_values(names, values, missing)
+            _check_values(names, values, missing, self._shapes, self._table().dtype)
         except (TypeError, ValueError) as error:
             failure = error
         shape = self._shapes[0] if failure is not None else tuple(values.shape[1:])
@@ -693,17 +693,6 @@ class ShardedParameterDict(Module):
         self.local.drop(names)
         self._layout = self.local.layout_version
 
-    def _check_values(self, names: Sequence[str], values: Any, missing: str) -> None:
-        if missing not in ("error", "insert"):
-            raise ValueError(f"missing must be 'error' or 'insert', got {missing!r}")
-        if not isinstance(values, Tensor) or values.layout != torch.strided:
-            raise TypeError(f"expected a dense tensor of values, got {type(values).__name__}")
-        if tuple(values.shape[1:]) not in self._shapes or len(values) != len(names):
-            fitting = " or ".join(str([len(names), *shape]) for shape in self._shapes)
-            raise ValueError(f"expected values of shape {fitting}, got {list(values.shape)}")
-        if values.dtype != self._table().dtype:
-            raise TypeError(f"expected values of {self._table().dtype}, as the rows have, got {values.dtype}")
-
     # -- what must not happen to it ------------------------------------------------------------------------------------
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -740,6 +729,20 @@ def _as_shapes(shape: Any) -> list[tuple[int, ...]]:
     if len(set(shapes)) < len(shapes):
         raise ValueError(f"expected different shapes, got {shapes}")
     return shapes
+
+
+def _check_values(
+    names: Sequence[str], values: Any, missing: str, shapes: list[tuple[int, ...]], dtype: torch.dtype
+) -> None:
+    if missing not in ("error", "insert"):
+        raise ValueError(f"missing must be 'error' or 'insert', got {missing!r}")
+    if not isinstance(values, Tensor) or values.layout != torch.strided:
+        raise TypeError(f"expected a dense tensor of values, got {type(values).__name__}")
+    if tuple(values.shape[1:]) not in shapes or len(values) != len(names):
+        fitting = " or ".join(str([len(names), *shape]) for shape in shapes)
+        raise ValueError(f"expected values of shape {fitting}, got {list(values.shape)}")
+    if values.dtype != dtype:
+        raise TypeError(f"expected values of {dtype}, as the rows have, got {values.dtype}")
 
 
 def dictionary_of(parameter: Tensor) -> ShardedParameterDict | None:
