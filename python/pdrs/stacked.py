@@ -674,7 +674,7 @@ class StackedParameterDict(Module):
         """Leave out the lock, the optimizers, which hold the Parameters of this very object, and what is remembered."""
         with self._lock:
             state = self.__dict__.copy()
-        for key in ("_lock", "_warned_of_absent", "_warned_of_ranks", "_averages", "_is_average"):
+        for key in ("_lock", "_warned_of_absent", "_warned_of_ranks", "_in_ddp", "_averages", "_is_average"):
             state.pop(key, None)
         tables = [table.to_plain() for table in self._tables]
         return state | {"_optimizers": [], "_tables": tables, "_packed": None, "_same": None}

@@ -405,6 +405,36 @@ def the_natural_loop_with_insert_trains_as_one_process_does(_: Path) -> None:
 
 
 @case
+def ranks_with_other_names_are_refused_in_the_first_forward_pass_of_ddp(_: Path) -> None:
+    names = [f"n{number}" for number in range(6)]
+    for others in (names, names[::-1], [*names[:5], "other"]):
+        for comes_first in (0, LAST):
+            model = Model(words_of(names if RANK == 0 else others, 8))
+            ddp = DistributedDataParallel(model)
+            with torch.no_grad():
+                if comes_first == RANK:
+                    ddp(names[:2])
+                dist.barrier()
+                if RANK == 0:
+                    ddp(names[:2])
+                dist.barrier()
+                if RANK == 0 or others is names:
+                    ddp(names[:2])
+                else:
+                    for _again in range(2):
+                        with refused("names", "pdrs.distributed.broadcast(module) before it is wrapped"):
+                            ddp(names[:2])
+            assert (model.words.__dict__.get("_in_ddp") is True) == (RANK == 0 or others is names)
+    # Names that have been made equal, and differ later on purpose, are not compared.
+    words = words_of(names if RANK == 0 else names[::-1], 8)
+    model = Model(words)
+    pdrs.distributed.broadcast(model)
+    ddp = DistributedDataParallel(model)
+    words.drop([names[RANK]])
+    ddp([names[5]])
+
+
+@case
 def names_that_are_inserted_in_the_forward_pass_of_ddp_are_warned_of_once(_: Path) -> None:
     model = Model(words_of(["n0"], 60), missing="insert")
     ddp = DistributedDataParallel(model)

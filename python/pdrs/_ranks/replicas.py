@@ -6,7 +6,6 @@ different names together. These functions compare them, make them equal, and ins
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -32,9 +31,9 @@ from pdrs._rows.insert import (
     refuse_others,
     refuse_uncallable,
 )
-from pdrs._rows.names_codec import names_in, pack
 from pdrs._rows.optimizers import attached, refuse_strangers
-from pdrs._rows.state_dict import conform, header_of, names_as_packed
+from pdrs._rows.same_names import CURE, are_same, digest, digests_of_names
+from pdrs._rows.state_dict import conform, names_as_packed
 from pdrs._rows.store import adopt, numbers_by_kind
 from pdrs._rows.table import Kind, Table, mask_device, parameter_of, refuse_foreign
 from pdrs._torch.names import Names, as_list
@@ -47,11 +46,6 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
 __all__ = ["broadcast", "check", "insert"]
-
-_CURE = (
-    "Give all ranks those of one with pdrs.distributed.broadcast(module) before it is wrapped, or load the same "
-    "checkpoint on all ranks. Insert new names with pdrs.distributed.insert"
-)
 
 
 class _Digests(NamedTuple):
@@ -135,8 +129,9 @@ def _check(module: Module, group: ProcessGroup | None) -> None:
         found = [(name, len(one), _digests(one)) for name, one in _dictionaries(module)]
     except Exception as error:
         ranks.fail(error)
-    headers = ranks.agree([len(found), _digest(repr(found).encode("utf-8", "surrogatepass"))])
+    headers = ranks.agree([len(found), digest(repr(found).encode("utf-8", "surrogatepass"))])
     if all(header == headers[0] for header in headers):
+        are_same(one for _, one in _dictionaries(module))
         return
     _refuse_different(ranks, ranks.objects(found))
 
@@ -161,7 +156,7 @@ def _refuse_different(ranks: CommonCall, of_ranks: list[list[tuple[str, int, _Di
                 f"{which} differs in {', '.join(parts)}: rank {', '.join(others)} from rank "
                 f"{ranks.global_rank(0)}{counted}"
             )
-    raise RuntimeError(f"the ranks have different dictionaries: {'; '.join(differences)}. {_CURE}")
+    raise RuntimeError(f"the ranks have different dictionaries: {'; '.join(differences)}. {CURE}")
 
 
 def _refuse_other_modules(ranks: CommonCall, names: list[list[str]]) -> None:
@@ -189,14 +184,12 @@ def _digests(sd: StackedParameterDict) -> _Digests:
         counted = sd._index.moves, sd._index.inserts
         known = _known.get(sd)
         if known is None or known[0] != counted:
-            places = sd._index.places()
-            names, rows = names_in(pack(sd._index, header_of(sd))), (places.tables, places.rows)
-            known = _known[sd] = counted, _digest(names), _digest(*rows)
+            known = _known[sd] = counted, *digests_of_names(sd)
         tables = [(table.attribute, *_facts(sd, table), sd._index.used(at)) for at, table in enumerate(sd._tables)]
         groups = sd._patterns, [table.group for table in sd._tables]
         masks = [table.frozen for table in sd._tables]
         frozen = [np.packbits(one.cpu().numpy()) if one is not None and one.any() else b"" for one in masks]
-        return _Digests(*known[1:], _of_text(tables), _of_text(groups), _digest(*frozen))
+        return _Digests(*known[1:], _of_text(tables), _of_text(groups), digest(*frozen))
 
 
 def _facts(sd: StackedParameterDict, table: Table) -> tuple[list[int], torch.dtype, bool]:
@@ -205,17 +198,7 @@ def _facts(sd: StackedParameterDict, table: Table) -> tuple[list[int], torch.dty
 
 
 def _of_text(facts: object) -> int:
-    return _digest(repr(facts).encode("utf-8", "surrogatepass"))
-
-
-def _digest(*parts: bytes | NDArray[Any]) -> int:
-    """Return a number of 63 bits that is the same in each process."""
-    digest = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        data = part if isinstance(part, bytes) else np.ascontiguousarray(part).view(np.uint8).data
-        digest.update(len(data).to_bytes(8, "little"))
-        digest.update(data)
-    return int.from_bytes(digest.digest(), "little") >> 1
+    return digest(repr(facts).encode("utf-8", "surrogatepass"))
 
 
 # -- making equal ------------------------------------------------------------------------------------------------------
@@ -284,6 +267,7 @@ def broadcast(module: Module, src: int = 0, group: ProcessGroup | None = None) -
             ranks.share(packed, source)
             ranks.run(partial(_become, one, packed, facts))
             _share_values(ranks, source, one, facts)
+    are_same(one for _, one in dictionaries)
 
 
 def _facts_to_send(sd: StackedParameterDict) -> tuple[list[_TableFacts], int]:
@@ -448,7 +432,7 @@ def _refuse_other_rows(
         kind = kind_to_insert(sd, shape, dtype)
         _refuse_change(sd, kind, new)
         facts = len(sd), tables, used, sd._patterns, kind
-        layout = _digest(repr(facts).encode("utf-8", "surrogatepass"), *free)
+        layout = digest(repr(facts).encode("utf-8", "surrogatepass"), *free)
     except Exception as error:
         ranks.fail(error)
     headers = ranks.agree([lacking, layout])
@@ -456,13 +440,13 @@ def _refuse_other_rows(
         if count != len(new):
             raise RuntimeError(
                 f"rank {ranks.global_rank(rank)} has {len(new) - count} of {len(new)} names that are new on another "
-                f"rank, so the dictionaries differ. {_CURE}"
+                f"rank, so the dictionaries differ. {CURE}"
             )
     others = [ranks.global_rank(rank) for rank, header in enumerate(headers) if header != headers[0]]
     if others:
         raise RuntimeError(
             f"names would come into different rows: the tables, free rows or groups of the dictionary, or shape= and "
-            f"dtype=, are not those of rank {ranks.global_rank(0)} on {others}. {_CURE}"
+            f"dtype=, are not those of rank {ranks.global_rank(0)} on {others}. {CURE}"
         )
 
 

@@ -26,6 +26,7 @@ from pdrs._rows.insert import (
     refuse_uncallable,
 )
 from pdrs._rows.layout import table_number
+from pdrs._rows.same_names import refuse_other_names
 from pdrs._rows.store import device_of, numbers_by_kind
 from pdrs._rows.table import Kind, Rows, Table, is_sharded, kind_of, parameter_of, refuse_foreign
 from pdrs._rows.write import note_rows, share_memory
@@ -420,6 +421,7 @@ def gather(
         check_missing(missing, init)
     with self._lock:
         refuse_symbolic_trace()
+        refuse_other_names(self)
         if not isinstance(names, Lookup) and names is not ...:
             names = in_order(names)
         while True:

@@ -19,6 +19,7 @@ from torch.nn.functional import embedding_bag
 
 from pdrs._rows.gather import Lookup, Missing, check_missing, gather, in_order, look_up, takes_rows
 from pdrs._rows.insert import Initialiser, kind_to_insert, missing_error, refuse_other
+from pdrs._rows.same_names import refuse_other_names
 from pdrs._rows.store import device_of
 from pdrs._rows.table import Kind, Rows, kind_of, parameter_of
 from pdrs._torch.modes import refuse_symbolic_trace
@@ -135,6 +136,7 @@ def gather_bag(
         raise ValueError(f'weights= needs mode="sum", got mode={mode!r}')
     check_missing(missing, init)
     refuse_symbolic_trace()
+    refuse_other_names(self)
     listing, bounds = _listed_bags(names, offsets, include_last_offset)
     flat = None if weights is None else _listed_weights(weights, bounds)
     bags = _Bags(listing, bounds, flat, mode, sparse, missing, init, shape, dtype)

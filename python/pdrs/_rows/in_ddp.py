@@ -10,9 +10,15 @@ from pdrs._rows.step_warnings import warn
 if TYPE_CHECKING:
     from pdrs.stacked import StackedParameterDict
 
-__all__ = ["warn_of_ranks"]
+__all__ = ["active_ddp", "warn_of_ranks"]
 
 _DDP = "torch.nn.parallel.distributed"
+
+
+def active_ddp() -> Any:
+    """Return the DDP module whose forward pass runs, or None."""
+    module = sys.modules.get(_DDP)
+    return None if module is None else getattr(module.DistributedDataParallel, "_active_ddp_module", None)
 
 
 def warn_of_ranks(sd: StackedParameterDict) -> None:
@@ -20,7 +26,7 @@ def warn_of_ranks(sd: StackedParameterDict) -> None:
 
     It is no error, because all ranks may insert the same names on purpose. To ask them would hang if they do not.
     """
-    active: Any = getattr(getattr(sys.modules.get(_DDP), "DistributedDataParallel", None), "_active_ddp_module", None)
+    active = active_ddp()
     if active is None or sd.__dict__.get("_warned_of_ranks"):
         return
     if active.process_group.size() == 1 or not any(one is sd for one in active.modules()):

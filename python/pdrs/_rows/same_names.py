@@ -1,0 +1,101 @@
+"""Under DDP, all ranks must have the same names in the same rows: compared in the first forward pass.
+
+DDP sees tables and not names. When it wraps a model, it gives all ranks the rows of the first one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pdrs._rows.in_ddp import active_ddp
+from pdrs._rows.names_codec import names_in, pack
+from pdrs._rows.state_dict import header_of
+
+if TYPE_CHECKING:
+    from pdrs.stacked import StackedParameterDict
+
+__all__ = ["CURE", "are_same", "digest", "digests_of_names", "refuse_other_names"]
+
+CURE = (
+    "Give all ranks those of one with pdrs.distributed.broadcast(module) before it is wrapped, or load the same "
+    "checkpoint on all ranks. Insert new names with pdrs.distributed.insert"
+)
+# How many dictionaries have been compared, by what all ranks call them.
+_counts: dict[str, int] = {}
+
+
+def refuse_other_names(sd: StackedParameterDict) -> None:
+    """Raise if this rank has other names or rows than the first one, in the first forward pass of DDP. **O(1)** later.
+
+    The first rank tells the others in the store of the job, and nobody waits: a rank that comes before it looks again
+    in its next forward pass. So ranks that do not all come here do not hang.
+
+    Raises
+    ------
+    RuntimeError
+        If they differ. DDP has already given this rank the rows of the first one.
+    """
+    known: Any = sd.__dict__.get("_in_ddp")
+    if known is True:
+        return
+    active = active_ddp()
+    if active is None:
+        return
+    if known is None:
+        known = sd.__dict__["_in_ddp"] = _about(sd, active) or True
+        if known is True:
+            return
+    store, key, told, rank = known
+    if rank == 0:
+        store.set(key, told)
+    elif not store.check([key]):
+        return
+    elif store.get(key) != told:
+        raise RuntimeError(
+            "DDP has given this rank the rows of the first rank, whose dictionary has other names, or the same names "
+            f"in other rows. Each row would belong to different names. {CURE}"
+        )
+    sd.__dict__["_in_ddp"] = True
+
+
+def are_same(dictionaries: Iterable[StackedParameterDict]) -> None:
+    """Note that dictionaries have been compared: names that differ later may be meant to."""
+    for one in dictionaries:
+        one.__dict__["_in_ddp"] = True
+
+
+def _about(sd: StackedParameterDict, active: Any) -> tuple[Any, str, bytes, int] | None:
+    """Return the store of the job, a key that all ranks have, what to compare, and the rank; None if nothing is."""
+    group = active.process_group
+    path = next((name for name, one in active.module.named_modules() if one is sd), None)
+    tables = {id(one) for one in sd.tables().values()}
+    if path is None or group.size() == 1 or not any(id(one) in tables for one in active._module_parameters):
+        return None
+    from torch.distributed import distributed_c10d
+
+    shapes = [(name, tuple(one.shape)) for name, one in active.module.named_parameters()]
+    name = f"pdrs/ddp/{group.group_name}/{digest(repr((path, shapes)).encode('utf-8', 'surrogatepass')):x}"
+    _counts[name] = count = _counts.get(name, 0) + 1
+    told = ",".join(map(str, digests_of_names(sd))).encode()
+    return distributed_c10d._get_default_store(), f"{name}/{count}", told, group.rank()
+
+
+def digests_of_names(sd: StackedParameterDict) -> tuple[int, int]:
+    """Return a number for the names of a dictionary in order, and one for their rows. **O(n)**."""
+    places = sd._index.places()
+    return digest(names_in(pack(sd._index, header_of(sd)))), digest(places.tables, places.rows)
+
+
+def digest(*parts: bytes | NDArray[Any]) -> int:
+    """Return a number of 63 bits that is the same in each process."""
+    made = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        data = part if isinstance(part, bytes) else np.ascontiguousarray(part).view(np.uint8).data
+        made.update(len(data).to_bytes(8, "little"))
+        made.update(data)
+    return int.from_bytes(made.digest(), "little") >> 1
