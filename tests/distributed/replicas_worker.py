@@ -435,6 +435,24 @@ def ranks_with_other_names_are_refused_in_the_first_forward_pass_of_ddp(_: Path)
 
 
 @case
+def optimizers_by_row_train_in_ddp_as_those_of_torch(_: Path) -> None:
+    names = [f"n{number}" for number in range(6)]
+    tables = []
+    for kind in (torch.optim.Adam, pdrs.optim.Adam):
+        torch.manual_seed(0)
+        model = Model(words_of(names, 8))
+        ddp, optimizer = DistributedDataParallel(model), kind(model.parameters(), lr=0.1)
+        model.words.attach_optimizer(optimizer)
+        for step in range(3):
+            optimizer.zero_grad()
+            ddp([names[step], names[RANK % 6], "n5"]).square().sum().backward()
+            optimizer.step()
+        tables.append(model.words.table((4,)).detach())
+    torch.testing.assert_close(tables[1], tables[0])
+    assert same_everywhere(tables[1].tolist())
+
+
+@case
 def names_that_are_inserted_in_the_forward_pass_of_ddp_are_warned_of_once(_: Path) -> None:
     model = Model(words_of(["n0"], 60), missing="insert")
     ddp = DistributedDataParallel(model)

@@ -16,6 +16,7 @@ from torch import Tensor
 from pdrs._core import Places, RowIndex
 from pdrs._rows.by_row import ByRow
 from pdrs._rows.gather_op import gather_rows, gather_tables
+from pdrs._rows.in_ddp import is_reduced
 from pdrs._rows.insert import (
     Initialiser,
     as_shape,
@@ -378,7 +379,8 @@ def gather(
         the table if the rows are in this order, as after :meth:`StackedParameterDict.compact`.
     sparse
         Whether the table gets a sparse gradient, which the optimizers of :mod:`pdrs.optim` take, and SparseAdam, SGD
-        and Adagrad of torch. By default it does if an attached optimizer of :mod:`pdrs.optim` has the table.
+        and Adagrad of torch. By default it does if an attached optimizer of :mod:`pdrs.optim` has the table, except in
+        the forward pass of DDP, which takes dense ones only.
     missing
         What to do with missing names. ``"error"`` raises. ``"skip"`` leaves them out. ``"zero"`` returns rows of zeros
         without a gradient. ``"insert"`` first inserts them at the end, in order. Under DDP, call
@@ -482,7 +484,7 @@ def takes_rows(sd: StackedParameterDict, table: Tensor) -> bool:
     for reference in sd.__dict__["_optimizers"]:
         optimizer = reference()
         if isinstance(optimizer, ByRow) and optimizer.holds(table):
-            return not is_sharded(table)
+            return not is_sharded(table) and not is_reduced(table)
     return False
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from pdrs._rows.step_warnings import warn
 
 if TYPE_CHECKING:
     from pdrs.stacked import StackedParameterDict
 
-__all__ = ["active_ddp", "warn_of_ranks"]
+__all__ = ["active_ddp", "is_reduced", "warn_of_ranks"]
 
 _DDP = "torch.nn.parallel.distributed"
 
@@ -19,6 +21,12 @@ def active_ddp() -> Any:
     """Return the DDP module whose forward pass runs, or None."""
     module = sys.modules.get(_DDP)
     return None if module is None else getattr(module.DistributedDataParallel, "_active_ddp_module", None)
+
+
+def is_reduced(table: Tensor) -> bool:
+    """Whether the DDP module whose forward pass runs adds up the gradients of a table, which must be dense then."""
+    active = active_ddp()
+    return active is not None and any(one is table for one in active.__dict__.get("_module_parameters", ()))
 
 
 def warn_of_ranks(sd: StackedParameterDict) -> None:
