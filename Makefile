@@ -26,10 +26,10 @@ test: $(VENV)/built ## Run all tests, in two processes (about ten minutes on two
 	@$(MAKE) --no-print-directory --jobs=2 --keep-going half-1 half-2
 
 test-fast: $(VENV)/built ## Run all tests but those that take seconds each, to use while working (under three minutes)
-	@$(MAKE) --no-print-directory --jobs=2 --keep-going half-1 half-2 MARKS='not slow' HALF='tests/stacked tests/files'
+	@$(MAKE) --no-print-directory --jobs=2 --keep-going half-1 half-2 MARKS='not slow'
 
 # Each half takes half of the time.
-HALF := tests/stacked
+HALF := tests/stacked tests/files
 MARKS :=
 half-1:
 	@echo 'What the tests in $(HALF) print follows when they end.'
