@@ -1,8 +1,9 @@
 """Save and load a sharded dictionary beside copying and reading the same bytes.
 
-``torchrun --nproc-per-node 2 benchmarks/sharded_checkpoints.py`` prints a table. All runs are in turn, so that what
-disturbs one disturbs the others. A ratio is the median over the rounds of ours over the other's. Times are those of the
-slowest rank. A save waits for the disk, and so does the copy. Those in memory do not. The page cache is warm.
+``torchrun --nproc-per-node 2 benchmarks/sharded_checkpoints.py`` prints tables; ``--output`` writes them to a file. All
+runs are in turn, so that what disturbs one disturbs the others. A ratio is the median over the rounds of ours over the
+other's. Times are those of the slowest rank. A save waits for the disk, and so does the copy. Those in memory do not.
+The page cache is warm.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 import pdrs.distributed
+from machine import describe
 from pdrs._ranks.checkpoint_load import read_bytes
 from pdrs.distributed import ShardedParameterDict
 
@@ -140,6 +142,25 @@ def _trained(
     return words, optimizer
 
 
+def _report(found: dict[str, Any]) -> str:
+    """Return the tables in Markdown."""
+    command = f"torchrun --nproc-per-node {found['ranks']} benchmarks/sharded_checkpoints.py"
+    seconds = "".join(f"| {what} | {took * 1000:.1f} ms |\n" for what, took in found["seconds"].items())
+    ratios = "".join(
+        f"| {what} | {found[what]:.2f} | {bound} | {'yes' if found[what] <= bound else '**no**'} |\n"
+        for what, bound in TARGETS.items()
+    )
+    return (
+        "# Checkpoints of a sharded table\n\n"
+        f"{found['names']:,} names of {found['width']} float32 with Adam, {found['ranks']} ranks with one thread each, "
+        f"{found['bytes'] / 1e6:.0f} MB. Medians of the slowest rank. The page cache is warm.\n\n"
+        + "".join(f"- {key}: {value}\n" for key, value in describe(command).items())
+        + f"\n| | time |\n| --- | ---: |\n{seconds}"
+        + f"\n| | ratio | at most | met |\n| --- | ---: | ---: | --- |\n{ratios}"
+        + f"| save / cp in memory | {found['save / cp in memory']:.2f} | | |\n"
+    )
+
+
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -147,6 +168,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--output", type=Path, help="write the tables to this file, too")
     options = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -159,13 +181,10 @@ def main() -> None:
         if dist.get_rank() == 0:
             shutil.rmtree(place[0])
     if dist.get_rank() == 0:
-        print(f"{found['names']:,} names of {found['width']} float32 with Adam, {found['ranks']} ranks")
-        print(f"{found['bytes']:,} bytes")
-        for what, took in found["seconds"].items():
-            print(f"{what:<28}{took * 1000:>10.1f} ms")
-        for what, bound in TARGETS.items():
-            print(f"{what:<28}{found[what]:>10.2f}    at most {bound}")
-        print(f"{'save / cp in memory':<28}{found['save / cp in memory']:>10.2f}")
+        text = _report(found)
+        print(text)
+        if options.output is not None:
+            options.output.write_text(text, encoding="utf-8")
     dist.destroy_process_group()
     os._exit(0)
 
