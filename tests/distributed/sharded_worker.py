@@ -100,7 +100,8 @@ OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], bool | None]] 
     "row_adagrad": (lambda of: pdrs.optim.RowWiseAdagrad(of, lr=0.3), None),
 }
 DROPPED = ["name/1", "name/2", "name/5", "name/9999"]
-DROP_AT, EVICT_AT, OLD, STEPS = 7, 13, 4, 20
+FROZEN = ["name/3", "name/4", "name/7"]
+DROP_AT, FREEZE_AT, EVICT_AT, OLD, STEPS = 7, 10, 13, 4, 20
 
 
 def reference(which: str) -> tuple[StackedParameterDict, torch.optim.Optimizer]:
@@ -118,6 +119,8 @@ def reference(which: str) -> tuple[StackedParameterDict, torch.optim.Optimizer]:
         last.update(dict.fromkeys(names, step))
         if step == DROP_AT:
             words.drop(DROPPED, missing="skip")
+        if step == FREEZE_AT:
+            words.freeze(FROZEN)
         if step == EVICT_AT:
             words.drop([name for name in words if last[name] <= step - OLD])
     return words, optimizer
@@ -152,6 +155,8 @@ def train(which: str, rank: int, world: int, ahead: bool = False, shards: int | 
         optimizer.step()
         if step == DROP_AT:
             words.drop(DROPPED[rank:] if rank < len(DROPPED) - 1 else [], missing="skip")
+        if step == FREEZE_AT:
+            words.local.freeze([name for name in FROZEN if name in words.local])
         if step == EVICT_AT:
             evicted = words.evict(older_than=OLD)
     expected, of_expected = reference(which)
