@@ -25,7 +25,7 @@ pytestmark = [
 
 WORKER = Path(__file__).parent / "replicas_worker.py"
 # All cases of one launch.
-SECONDS = 58
+SECONDS = 150
 
 
 def _cases() -> list[str]:
@@ -68,3 +68,27 @@ def test_on_all_ranks(results: list[dict[str, str]], case: str) -> None:
     for rank, of_rank in enumerate(results):
         assert case in of_rank, f"rank {rank} did not get there: {of_rank['output']}"
         assert of_rank[case] == "ok", f"rank {rank}: {of_rank[case]}"
+
+
+def test_a_store_that_knows_nothing_of_names_is_no_reason_to_refuse_ddp() -> None:
+    program = """
+import torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
+import pdrs
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words = pdrs.StackedParameterDict.from_tensor(["a", "b"], torch.zeros(2, 4))
+
+    def forward(self, names):
+        return self.words.gather(names)
+
+dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+ddp = DistributedDataParallel(Model())
+for _ in range(2):
+    assert ddp(["a"]).shape == (1, 4)
+dist.destroy_process_group()
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, timeout=SECONDS)
