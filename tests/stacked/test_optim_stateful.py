@@ -116,7 +116,8 @@ class Trained(RuleBasedStateMachine):
                 names = [name for name in batch if name in self.model and self.model[name].shape == shape]
                 if not names:
                     continue
-                weight = torch.arange(1.0 + number, len(names) + 1 + number, dtype=torch.float64)
+                # So small that training does not diverge: what is left of large numbers that cancel out is of no use.
+                weight = torch.arange(1.0 + number, len(names) + 1 + number, dtype=torch.float64) / 10
                 weight = weight.view(-1, *[1] * len(shape))
                 (self.sd.gather(names) * weight).square().sum().backward()
                 (torch.stack([self.model[name] for name in names]) * weight).square().sum().backward()
