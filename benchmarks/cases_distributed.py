@@ -307,7 +307,7 @@ PROJECTED = (
 )
 
 ALONE = (
-    _step("step, names known", 1, NAMES, targets=(_target(BY_HAND, 1 / 1.25),)),
+    _step("step, names known", 1, NAMES, targets=(_target(BY_HAND, 1),)),
     _step("step, planned before", 1, PLANNED, targets=(_target(BY_HAND, 1),)),
 )
 CASES: tuple[Case[Data], ...] = (*(case for world in WORLDS for case in _cases_of(world)), *ALONE)

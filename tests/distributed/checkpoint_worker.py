@@ -243,7 +243,7 @@ def damage(rank: int, world: int, place: Path) -> dict[str, Any]:
         wrong[-5] ^= 4
         last.write_bytes(wrong)
 
-    restore = lambda: last.write_bytes(data)  # noqa: E731
+    restore = functools.partial(last.write_bytes, data)
     tried("missing", last.unlink, restore)
     tried("other set", lambda: last.write_bytes(other.read_bytes()), restore)
     tried("truncated", lambda: last.write_bytes(data[:-9]), restore)

@@ -424,8 +424,20 @@ def ranks_with_other_names_are_refused_in_the_first_forward_pass_of_ddp(_: Path)
                     for _again in range(2):
                         with refused("names", "pdrs.distributed.broadcast(module) before it is wrapped"):
                             ddp(names[:2])
-            assert (model.words.__dict__.get("_in_ddp") is True) == (RANK == 0 or others is names)
-    # Names that have been made equal, and differ later on purpose, are not compared.
+    # A module that is wrapped again gets the rows of the first rank again.
+    model = Model(words_of(names, 8))
+    DistributedDataParallel(model)(names[:2])
+    if RANK == LAST:
+        model.words.move_to_end(names[0])
+    again = DistributedDataParallel(model)
+    with torch.no_grad():
+        if RANK == 0:
+            again(names[:2])
+        dist.barrier()
+        if RANK == LAST:
+            with refused("names"):
+                again(names[:2])
+    # Names that have been made equal are not compared again.
     words = words_of(names if RANK == 0 else names[::-1], 8)
     model = Model(words)
     pdrs.distributed.broadcast(model)

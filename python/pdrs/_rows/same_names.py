@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +33,9 @@ _counts: dict[str, int] = {}
 
 
 def refuse_other_names(sd: StackedParameterDict) -> None:
-    """Raise if this rank has other names or rows than the first one, in the first forward pass of DDP. **O(1)** later.
+    """Raise in the first forward pass of a DDP module if this rank has other names or rows than the first one.
+
+    **O(n)** then, and **O(1)** later.
 
     The first rank tells the others in the store of the job, and nobody waits: a rank that comes before it looks again
     in its next forward pass. So ranks that do not all come here do not hang.
@@ -42,17 +45,20 @@ def refuse_other_names(sd: StackedParameterDict) -> None:
     RuntimeError
         If they differ. DDP has already given this rank the rows of the first one.
     """
-    known: Any = sd.__dict__.get("_in_ddp")
-    if known is True:
-        return
     active = active_ddp()
     if active is None:
         return
-    if known is None:
-        known = sd.__dict__["_in_ddp"] = _about(sd, active) or True
-        if known is True:
+    # The module that was compared for, or what is yet to be compared for it; True if names are known to be the same.
+    known: Any = sd.__dict__.get("_in_ddp")
+    if isinstance(known, ref) and known() is active:
+        return
+    about = known if isinstance(known, tuple) and known[0]() is active else None
+    if about is None:
+        about = None if known is True else _about(sd, active)
+        sd.__dict__["_in_ddp"] = about or ref(active)
+        if about is None:
             return
-    store, key, told, rank = known
+    _, store, key, told, rank = about
     try:
         if rank == 0:
             store.set(key, told)
@@ -66,17 +72,20 @@ def refuse_other_names(sd: StackedParameterDict) -> None:
             "DDP has given this rank the rows of the first rank, whose dictionary has other names, or the same names "
             f"in other rows. Each row would belong to different names. {CURE}"
         )
-    sd.__dict__["_in_ddp"] = True
+    sd.__dict__["_in_ddp"] = ref(active)
 
 
 def are_same(dictionaries: Iterable[StackedParameterDict]) -> None:
-    """Note that dictionaries have been compared: names that differ later may be meant to."""
+    """Note that dictionaries have been compared. The next module in DDP that has them need not do it again."""
     for one in dictionaries:
         one.__dict__["_in_ddp"] = True
 
 
-def _about(sd: StackedParameterDict, active: Any) -> tuple[Any, str, bytes, int] | None:
-    """Return the store of the job, a key that all ranks have, what to compare, and the rank; None if nothing is."""
+def _about(sd: StackedParameterDict, active: Any) -> tuple[Any, ...] | None:
+    """Return the module, the store of the job, a key that all ranks have, what to compare, and the rank.
+
+    None if nothing is to be compared.
+    """
     group = active.process_group
     path = next((name for name, one in active.module.named_modules() if one is sd), None)
     tables = {id(one) for one in sd.tables().values()}
@@ -89,7 +98,7 @@ def _about(sd: StackedParameterDict, active: Any) -> tuple[Any, str, bytes, int]
     _counts[name] = count = _counts.get(name, 0) + 1
     told = _BEGIN + ",".join(map(str, digests_of_names(sd))).encode()
     store = distributed_c10d._get_default_store()
-    return None if store is None else (store, f"{name}/{count}", told, group.rank())
+    return None if store is None else (ref(active), store, f"{name}/{count}", told, group.rank())
 
 
 def digests_of_names(sd: StackedParameterDict) -> tuple[int, int]:
