@@ -692,6 +692,14 @@ class RowIndex:
     @staticmethod
     def of_bytes(packed: NDArray[np.uint8]) -> RowIndex:
         """Make an index of packed names, in memory. **O(n)**. Raises ValueError if they are damaged."""
+    def sorted_by_bucket(
+        self, tables: Sequence[_TableTuple], patterns: Sequence[str], buckets: int
+    ) -> tuple[NDArray[np.uint8], NDArray[np.uint64], list[NDArray[np.int64]]]:
+        """Return the names in the order of their buckets, packed, with rows that ascend. **O(n + buckets)**.
+
+        Also how many names each bucket has, and for each table and each row in the packed names, the row in the table.
+        The numbers of used rows of ``tables`` do not matter.
+        """
     @staticmethod
     def of_packed(packed: NDArray[np.uint8], error: type[Exception], path: str, origin: str) -> RowIndex | None:
         """Make an index that looks names up where they were packed, until one changes. **O(tables)**.
@@ -1133,6 +1141,12 @@ def hash_names(names: Iterable[str]) -> NDArray[np.uint64]:
     """Return the XXH3 hash (64 bits, seed 0) of the UTF-8 of each name: the same in every process and version.
 
     Surrogates are encoded as Python's ``surrogatepass`` does. **O(m)** for ``m`` names.
+    """
+
+def copy_rows(table: NDArray[np.uint8], row_bytes: int, rows: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
+    """Copy rows of a table, by their numbers, to where there is room for them; -1 stands for a row of zeros.
+
+    Raises ValueError if the table has no such row, or there is not just as much room.
     """
 
 def names_by_bucket(packed: NDArray[np.uint8], buckets: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]: ...

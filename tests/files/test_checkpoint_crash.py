@@ -25,6 +25,7 @@ import pytest
 import torch
 
 import pdrs
+from pdrs._files import atomic
 
 # Children are forked: to import torch anew would take seconds a child. They do nothing but save, on one thread.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
@@ -513,3 +514,38 @@ def test_a_link_stays_a_link_and_its_file_is_replaced_when_it_is_whole(there: bo
     assert version_in(target) == 3
     assert beside(target) == []
     assert beside(path) == ["elsewhere"]
+
+
+@pytest.mark.parametrize("sync", [True, False])
+def test_the_disk_writes_what_there_is_while_the_rest_is_computed(
+    sync: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[tuple[int, int]] = []
+    monkeypatch.setattr(atomic, "_CHUNK", 3000)
+    monkeypatch.setattr(atomic, "_AT_ONCE", 5000)
+    monkeypatch.setattr(atomic, "_begin_to_sync", lambda _, begin, size: begun.append((begin, size)))
+    path = tmp_path / "a.safetensors"
+    size = pdrs.save(pdrs.ParameterDict({str(at): torch.rand(3000) for at in range(20)}), path, sync=sync)
+    ends = [0, *(begin + part for begin, part in begun)]
+    assert [begin for begin, _ in begun] == ends[:-1]
+    assert all(part >= 5000 for _, part in begun)
+    assert (len(begun) > 1 and size - 8000 < ends[-1] <= size) if sync else not begun
+
+
+@pytest.mark.parametrize("lacking", [None, OSError, AttributeError, TypeError])
+def test_files_are_whole_on_systems_that_write_all_at_the_end(
+    lacking: type[Exception] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def libraries(_: None) -> None:
+        raise lacking or AssertionError
+
+    monkeypatch.setattr(atomic, "_AT_ONCE", 1000)
+    atomic._sync_file_range.cache_clear()
+    if lacking is not None:
+        monkeypatch.setattr(atomic.ctypes, "CDLL", libraries)
+    path, value = tmp_path / "a.safetensors", torch.rand(5000)
+    try:
+        pdrs.save(pdrs.ParameterDict({"a": value}), path)
+    finally:
+        atomic._sync_file_range.cache_clear()
+    assert torch.equal(pdrs.open(path)["a"].detach(), value)

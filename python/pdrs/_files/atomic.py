@@ -8,6 +8,7 @@ which temporary files have been left behind, and removes them.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import re
@@ -16,6 +17,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +31,23 @@ __all__ = ["AtomicFile", "refuse_folder", "remove_left_behind", "replacing", "sy
 # The bytes of one call of the system. Between two calls the progress bar moves.
 _CHUNK = 16 << 20
 
+# The disk begins to write when there are so many bytes.
+_AT_ONCE = 8 << 20
+
+_SYNC_FILE_RANGE_WRITE = 2
+
 _LONGEST_NAME = 255
 
 
 class AtomicFile:
     """The new file while it is written; see :func:`replacing`."""
 
-    def __init__(self, descriptor: int, count: Callable[[int], object]) -> None:
+    def __init__(self, descriptor: int, count: Callable[[int], object], *, sync: bool = False) -> None:
         self._descriptor = descriptor
         self._count = count
+        self._sync = sync
+        # Up to where the system has begun to write to the disk.
+        self._begun = 0
         self.position = 0
 
     def write(self, data: Any) -> int:
@@ -47,8 +57,11 @@ class AtomicFile:
         while left:
             done = os.write(self._descriptor, left[:_CHUNK])
             self._count(done)
+            self.position += done
             left = left[done:]
-        self.position += size
+            if self._sync and self.position - self._begun >= _AT_ONCE:
+                _begin_to_sync(self._descriptor, self._begun, self.position - self._begun)
+                self._begun = self.position
         return size
 
     def flush(self) -> None:
@@ -59,6 +72,26 @@ class AtomicFile:
         done = 0
         while done < len(data):
             done += os.pwrite(self._descriptor, data[done:], done)
+
+
+def _begin_to_sync(descriptor: int, begin: int, size: int) -> None:
+    """Let the system begin to write a part of a file to the disk, without waiting for it, if it can (Linux).
+
+    It writes while the rest of the file is computed, and the fsync at the end has less to wait for.
+    """
+    begins = _sync_file_range()
+    if begins is not None:
+        begins(descriptor, begin, size, _SYNC_FILE_RANGE_WRITE)
+
+
+@cache
+def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    try:
+        found = ctypes.CDLL(None).sync_file_range
+    except (OSError, AttributeError, TypeError):
+        return None
+    found.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return found
 
 
 @contextmanager
@@ -90,7 +123,7 @@ def replacing(path: str | os.PathLike[str], size: int, *, sync: bool = True) -> 
             if mode is not None:
                 os.fchmod(descriptor, mode)
             with progress(size, target) as count:
-                yield AtomicFile(descriptor, count)
+                yield AtomicFile(descriptor, count, sync=sync)
             if sync:
                 os.fsync(descriptor)
             # Before the file is closed: until then its lock keeps others from removing it.

@@ -21,7 +21,7 @@ from pdrs._files.checkpoint_file import EXTRA_STATE, STEP, CheckpointError
 from pdrs._files.safetensors_file import SafetensorsFile
 from pdrs._rows.names_codec import Header, TableHeader, bytes_of, pack
 
-__all__ = ["Names", "Part", "joined", "packed_of", "unpacked"]
+__all__ = ["Names", "Part", "as_range", "joined", "packed_of", "unpacked"]
 
 # Rows between those that are asked for are read, too, if they have at most so many bytes.
 _GAP = 4096
@@ -56,6 +56,13 @@ class Names(NamedTuple):
             self.text[ends[at] - self.lengths[at] : ends[at]].tobytes().decode("utf-8", "surrogatepass")
             for at in places
         ]
+
+
+def as_range(rows: _Ints) -> _Ints | range:
+    """Return row numbers as a range, if each follows on the one before."""
+    if len(rows) and rows[-1] - rows[0] == len(rows) - 1 and (np.diff(rows) == 1).all():
+        return range(int(rows[0]), int(rows[-1]) + 1)
+    return rows
 
 
 def joined(parts: Sequence[Names]) -> Names:
@@ -245,8 +252,10 @@ class Part:
 
     # -- rows ----------------------------------------------------------------------------------------------------------
 
-    def rows(self, name: str, rows: _Ints, out: Tensor) -> None:
+    def rows(self, name: str, rows: _Ints | range, out: Tensor) -> None:
         """Read some rows of a tensor, which may be in any order, into ``out``, ``[len(rows), *shape]``.
+
+        A range is read without a look at each row; see :func:`as_range`.
 
         Raises
         ------
@@ -264,9 +273,10 @@ class Part:
             )
         if len(rows) == 0 or out.numel() == 0:
             return
-        if rows.min() < 0 or rows.max() >= shape[0]:
+        low, high = (rows[0], rows[-1]) if isinstance(rows, range) else (int(rows.min()), int(rows.max()))
+        if low < 0 or high >= shape[0]:
             raise archive.error(f"the tensor {name!r} has {shape[0]} rows, and a name has another")
-        if (np.diff(rows) <= 0).any():
+        if not isinstance(rows, range) and (np.diff(rows) <= 0).any():
             order = np.argsort(rows, kind="stable")
             made = torch.empty_like(out)
             self.rows(name, rows[order], made)
@@ -277,13 +287,18 @@ class Part:
         self._rows_in(history[-1].file, name, rows, memory)
         for one in reversed(history[:-1]):
             if one._how[name][0] == ROWS:
-                self._overlay(one, name, rows, memory)
+                self._overlay(one, name, np.asarray(rows), memory)
 
-    def _rows_in(self, file: SafetensorsFile, name: str, rows: _Ints, memory: NDArray[np.uint8]) -> None:
+    def _rows_in(self, file: SafetensorsFile, name: str, rows: _Ints | range, memory: NDArray[np.uint8]) -> None:
         """Read ascending rows of a tensor in a file; those that it does not have are zero."""
         start, stop = file.offsets(name)
         width = memory.shape[1]
         there = (stop - start) // width
+        if isinstance(rows, range):
+            count = min(len(rows), max(0, there - rows.start))
+            memory[count:] = 0
+            self._read_into(file, memory[:count].reshape(-1), start + rows.start * width)
+            return
         count = int(np.searchsorted(rows, there))
         memory[count:] = 0
         rows = rows[:count]

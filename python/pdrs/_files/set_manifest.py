@@ -27,7 +27,7 @@ HIDDEN = "__pdrs__."
 
 _FORMAT, _VERSION = "pdrs set", 1
 _BEGIN = f'{{"format":"{_FORMAT}"'
-_OURS = re.compile(r"[0-9a-f]{32}-\d{5}-of-\d{5}\.safetensors")
+_OURS = re.compile(r"[0-9a-f]{32}-(\d{5})-of-\d{5}\.safetensors")
 _LEFT = re.compile(r"\.([0-9a-f]{32}-\d{5}-of-\d{5}\.safetensors)\.[0-9a-f]{16}\.tmp")
 
 
@@ -213,17 +213,21 @@ def is_manifest(path: str) -> bool:
     return False
 
 
-def remove_others(folder: str, needed: Iterable[str]) -> None:
-    """Remove the files of sets, and what killed processes left of them, that a folder does not need."""
+def remove_others(folder: str, needed: Iterable[str], rank: int = 0, ranks: int = 1) -> None:
+    """Remove the files of sets, and what killed processes left of them, that a folder does not need.
+
+    If several ranks call it, each removes its share: to give back what a large file takes is slow.
+    """
     kept = set(needed)
     names: list[str] = []
     with suppress(OSError):
         names = os.listdir(folder)
     for name in names:
-        left = _LEFT.fullmatch(name)
-        if left is not None:
+        left, own = _LEFT.fullmatch(name), _OURS.fullmatch(name)
+        if left is not None and rank == 0:
             remove_left_behind(Path(folder, left[1]))
-        elif _OURS.fullmatch(name) and name not in kept:
+        elif own is not None and name not in kept and int(own[1]) % ranks == rank:
             with suppress(OSError):
                 os.unlink(os.path.join(folder, name))
-    remove_left_behind(Path(folder, MANIFEST))
+    if rank == 0:
+        remove_left_behind(Path(folder, MANIFEST))

@@ -16,7 +16,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from pdrs._core import RowIndex
 from pdrs._files.checkpoint_file import EXTRA_STATE, CheckpointError
 from pdrs._files.load_module import IncompatibleKeys, load_module
-from pdrs._files.partial_read import Names, Part, joined, packed_of
+from pdrs._files.partial_read import Names, Part, as_range, joined, packed_of
 from pdrs._files.saved_dictionary import PackedDictionary
 from pdrs._files.set_file import SetFile, open_archive
 from pdrs._files.set_manifest import HIDDEN, MANIFEST, Manifest
@@ -234,14 +234,18 @@ class _Reader:
         for attribute, facts in about["tables"].items():
             number = numbers[attribute]
             count = len(rows[number])
+            wanted = [
+                (part, as_range(names.rows[names.tables == attributes.index(attribute)]))
+                for part, names, attributes in found
+                if attribute in attributes
+            ]
 
-            def fill(key: str, out: Tensor, attribute: str = attribute) -> None:
+            def fill(
+                key: str, out: Tensor, attribute: str = attribute, wanted: list[tuple[Part, Any]] = wanted
+            ) -> None:
                 name = f"{prefix}{attribute}" if key == "" else f"{HIDDEN}rows.{prefix}{attribute}.{key}"
                 at = 0
-                for part, names, attributes in found:
-                    if attribute not in attributes:
-                        continue
-                    own = names.rows[names.tables == attributes.index(attribute)]
+                for part, own in wanted:
                     self._rows(part, name, own, out[at : at + len(own)], key)
                     at += len(own)
 
@@ -253,7 +257,7 @@ class _Reader:
             tables.append(fill_table(self._parts, prefix, number, facts, count, about["gathers"], fill, shape_of))
         return Loaded(index, tables, int(about["gathers"]))
 
-    def _rows(self, part: Part, name: str, rows: np.ndarray[Any, Any], out: Tensor, key: str) -> None:
+    def _rows(self, part: Part, name: str, rows: Any, out: Tensor, key: str) -> None:
         if key == "frozen" and name not in part.archive:
             return
         if key == "seen":

@@ -162,28 +162,19 @@ def save(
             raise
     all_written: list[tuple[FileOfSet, int]] = ranks.objects(written)[: parts.shards]
 
+    dictionaries = {prefix: {**one, "tables": of_tables[prefix]} for prefix, one in about["dictionaries"].items()}
+    kept = before.manifest.texts if before is not None and texts is None else texts or {}
+    files = tuple(one for one, _ in all_written)
+    made = Manifest(set_id, HASH, HASH_SEED, BUCKETS, files, dictionaries, about["optimizers"], kept)
+
     def finish() -> None:
         if ranks.rank == 0:
-            dictionaries = {
-                prefix: {**one, "tables": of_tables[prefix]} for prefix, one in about["dictionaries"].items()
-            }
-            kept = before.manifest.texts if before is not None and texts is None else texts or {}
-            made = Manifest(
-                set_id,
-                HASH,
-                HASH_SEED,
-                BUCKETS,
-                tuple(one for one, _ in all_written),
-                dictionaries,
-                about["optimizers"],
-                kept,
-            )
             if sync:
                 sync_folder(Path(folder))
             made.write(folder, sync=sync)
-            remove_others(folder, made.needed())
 
     ranks.run(finish)
+    ranks.run(lambda: remove_others(folder, made.needed(), ranks.rank, ranks.size))
     return sum(count for _, count in all_written)
 
 
@@ -342,7 +333,7 @@ def _write(
     collected = Collected()
     for prefix, order in orders.items():
         collected.dictionaries[prefix] = "StackedParameterDict"
-        collected.tensors.append(NewTensor.of(prefix + EXTRA_STATE, order.names()))
+        collected.tensors.append(NewTensor.of(prefix + EXTRA_STATE, order.names))
         for one in parts.tables(prefix):
             collected.tensors.append(order.rows(one.number, one.name, one.parameter))
             for key, value in one.others.items():

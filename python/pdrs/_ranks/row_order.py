@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pdrs._core import Places, RowIndex, names_by_bucket, reorder_names
+from pdrs._core import Places, RowIndex, copy_rows, names_by_bucket, reorder_names
 from pdrs._files.partial_read import Names, unpacked
 from pdrs._files.safetensors_write import NewTensor
 from pdrs._ranks.owners import BUCKETS
@@ -49,8 +49,8 @@ class RowOrder:
 
     Attributes
     ----------
-    header
-        Of the file.
+    names
+        The packed names, as the file has them.
     counts
         How many names each bucket has.
     is_sorted
@@ -59,30 +59,43 @@ class RowOrder:
 
     def __init__(self, local: StackedParameterDict, before: Tensor | None = None) -> None:
         header = header_of(local)
-        places = local._index.places()
-        self._own = bytes_of(pack(local._index, header))
-        order, self.counts = (each.view(np.int64) for each in names_by_bucket(self._own, BUCKETS))
         self.is_sorted = before is None
+        # The rows of each table in the file, as numbers of rows of the dictionary; -1 if no name has one.
+        self._sources: list[_Ints] = []
+        if before is None:
+            tables, patterns = list(header.tables), list(header.patterns)
+            packed, counts, self._sources = local._index.sorted_by_bucket(tables, patterns, BUCKETS)
+        else:
+            packed, counts = self._continued(local, header, before)
+        self.counts = counts.view(np.int64)
+        self.names = torch.from_numpy(packed)
+        self._count = len(local)
+
+    def _continued(
+        self, local: StackedParameterDict, header: Header, before: Tensor
+    ) -> tuple[NDArray[np.uint8], NDArray[np.uint64]]:
+        """Return the packed names, in the order of a file and new ones behind, and the counts of buckets."""
+        places, names = local._index.places(), local._index.names()
+        own = bytes_of(pack(local._index, header))
+        by_bucket, counts = names_by_bucket(own, BUCKETS)
+        order = by_bucket.view(np.int64)
         tables, rows = places.tables, places.rows
         used = np.zeros(len(header.tables), np.int64)
         new = np.ones(len(order), np.bool_)
         of_file = np.full(len(order), -1)
-        if before is not None:
-            names = local._index.names()
-            old, old_header = unpack(before)
-            numbers = {table.attribute: number for number, table in enumerate(old_header.tables)}
-            held = RowIndex.of_ids(old, [table.used for table in old_header.tables])
-            was, place = held.places(names), _places_in(held, names)
-            for number, table in enumerate(header.tables):
-                if table.attribute in numbers:
-                    used[number] = old_header.tables[numbers[table.attribute]].used
-                    kept = (tables == number) & (was.tables == numbers[table.attribute]) & (was.rows >= 0)
-                    of_file[kept], new[kept] = was.rows[kept], False
-            # Names that stay are in the order of the file, and others come behind them.
-            kept_order = np.flatnonzero(~new)
-            kept_order = kept_order[np.argsort(place[kept_order], kind="stable")]
-            order = np.concatenate([kept_order, order[new[order]]])
-        self._sources: list[_Ints] = []
+        old, old_header = unpack(before)
+        numbers = {table.attribute: number for number, table in enumerate(old_header.tables)}
+        held = RowIndex.of_ids(old, [table.used for table in old_header.tables])
+        was, place = held.places(names), _places_in(held, names)
+        for number, table in enumerate(header.tables):
+            if table.attribute in numbers:
+                used[number] = old_header.tables[numbers[table.attribute]].used
+                kept = (tables == number) & (was.tables == numbers[table.attribute]) & (was.rows >= 0)
+                of_file[kept], new[kept] = was.rows[kept], False
+        # Names that stay are in the order of the file, and others come behind them.
+        kept_order = np.flatnonzero(~new)
+        kept_order = kept_order[np.argsort(place[kept_order], kind="stable")]
+        order = np.concatenate([kept_order, order[new[order]]])
         for number, count in enumerate(used.tolist()):
             there = tables == number
             added = order[there[order] & new[order]]
@@ -91,27 +104,17 @@ class RowOrder:
             source = np.full(int(used[number]), -1)
             source[of_file[there]] = rows[there]
             self._sources.append(source)
-        self._order, self._tables, self._rows = order, tables[order], of_file[order]
-        self.header = Header(
-            tuple(table._replace(used=int(count)) for table, count in zip(header.tables, used, strict=True)),
-            header.patterns,
-        )
+        of_tables = [table._replace(used=count) for table, count in zip(header.tables, used.tolist(), strict=True)]
+        ids = Places.of(tables[order], of_file[order]).ids
+        return reorder_names(own, order.view(np.uint64), of_tables, list(header.patterns), ids), counts
 
     def __len__(self) -> int:
         """Return the number of names."""
-        return len(self._order)
+        return self._count
 
     def is_loose(self) -> bool:
         """Whether so many rows have no name any more that the file should be written anew."""
         return sum(map(len, self._sources)) > _MOST_TIMES * len(self) + _ALLOWANCE
-
-    def names(self) -> Tensor:
-        """Return the packed names, as the file has them."""
-        ids = Places.of(self._tables, self._rows).ids
-        order = self._order.view(np.uint64)
-        return torch.from_numpy(
-            reorder_names(self._own, order, list(self.header.tables), list(self.header.patterns), ids)
-        )
 
     def rows(self, number: int, name: str, tensor: Tensor) -> NewTensor:
         """Describe what a tensor has for the rows of a table, as the file has it. Rows without a name are zero."""
@@ -119,16 +122,22 @@ class RowOrder:
 
         def blocks() -> Iterator[NDArray[np.uint8]]:
             values = by_bits(tensor.detach())
-            width = max(1, values[:1].nbytes)
-            if not values[:1].numel():
+            width = values[:1].nbytes
+            if not width:
                 return
             step = max(1, _BLOCK // width)
+            # It is written before the next block takes its place.
+            out = np.empty(min(step, len(source)) * width, np.uint8)
             for start in range(0, len(source), step):
                 rows = source[start : start + step]
+                if values.is_cpu and values.is_contiguous():
+                    block = out[: len(rows) * width]
+                    copy_rows(bytes_of(values), width, rows, block)
+                    yield block
+                    continue
                 index = torch.from_numpy(np.maximum(rows, 0)).to(values.device)
                 part = values.index_select(0, index)
-                if rows.min() < 0:
-                    part[torch.from_numpy(rows < 0).to(values.device)] = 0
+                part[torch.from_numpy(rows < 0).to(values.device)] = 0
                 yield bytes_of(part)
 
         return NewTensor(name, tensor.dtype, (len(source), *tensor.shape[1:]), blocks)
@@ -136,10 +145,10 @@ class RowOrder:
     def by_bucket(self) -> Iterator[tuple[int, int, Names, _Ints]]:
         """Yield each bucket and table with names: these, and the rows of the dictionary that they have."""
         assert self.is_sorted
-        names, _ = unpacked(bytes_of(self.names()))
+        names, _ = unpacked(bytes_of(self.names))
         buckets = np.repeat(np.arange(BUCKETS), self.counts)
         for number, source in enumerate(self._sources):
-            there = self._tables == number
+            there = names.tables == number
             of_table, own = names.kept(there), buckets[there]
             begins = np.flatnonzero(np.diff(own, prepend=-1))
             ends = np.cumsum(of_table.lengths)

@@ -23,4 +23,4 @@ pub use error::{Damage, Error, Result};
 pub use hash_table::MAX_ENTRIES;
 pub use key::{Hashed, Matches};
 pub use ordered_set::OrderedSet;
-pub use rows::{MAX_TABLES, OfTable, Place, Places, Plan, Refusal, RowIndex, Rows};
+pub use rows::{MAX_TABLES, OfTable, Place, Places, Plan, Refusal, RowIndex, Rows, copy_rows};

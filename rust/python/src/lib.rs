@@ -20,8 +20,8 @@ mod _core {
 
     #[pymodule_export]
     use super::files::names::{
-        apply_names, changed_rows, crc32, diff_names, hash_names, names_by_bucket, names_without_words, pack_names,
-        reorder_names, searchable_size, unpack_header, unpack_names, words_behind,
+        apply_names, changed_rows, copy_rows, crc32, diff_names, hash_names, names_by_bucket, names_without_words,
+        pack_names, reorder_names, searchable_size, unpack_header, unpack_names, words_behind,
     };
     #[pymodule_export]
     use super::files::safetensors::{SafetensorsHeader, SafetensorsStack, safetensors_entries, safetensors_shards};

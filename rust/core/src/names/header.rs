@@ -169,6 +169,11 @@ pub(super) fn put(bytes: &mut Vec<u8>, number: u64) {
     bytes.extend(number.to_le_bytes());
 }
 
+/// Writes the number of 64 bits that stands so many of them behind the first.
+pub(super) fn put_at(bytes: &mut [u8], number: usize, value: u64) {
+    bytes[8 * number..8 * number + 8].copy_from_slice(&value.to_le_bytes());
+}
+
 /// Numbers of 64 bits.
 pub(super) fn numbers(bytes: &[u8]) -> impl Iterator<Item = u64> + use<'_> {
     bytes.chunks_exact(8).map(|eight| u64::from_le_bytes(eight.try_into().expect("these are eight")))

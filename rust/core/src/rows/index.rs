@@ -210,7 +210,7 @@ impl RowIndex {
         if names.len() != places.len() {
             return Err(Refusal::Lengths { names: names.len(), places: places.len() });
         }
-        let tables = tables_of(places, used)?;
+        let tables = tables_of(places.iter(), used)?;
         let entries = names.zip(places.iter()).map(|(name, place)| (name, certain(place)));
         Ok(Self::of_parts(distinct(entries)?, tables))
     }
@@ -222,8 +222,7 @@ impl RowIndex {
     ///
     /// As of [`of`](Self::of).
     pub fn of_names(names: NameTable, used: &[u64]) -> std::result::Result<Self, Refusal> {
-        let places = memory::collect(names.iter().map(|(_, place)| Some(place)))?.into();
-        let tables = tables_of(&places, used)?;
+        let tables = tables_of(names.iter().map(|(_, place)| Some(place)), used)?;
         Ok(Self::of_parts(names, tables))
     }
 
@@ -311,7 +310,10 @@ pub(super) fn distinct<Q: Text>(entries: impl Iterator<Item = (Q, Place)>) -> st
 }
 
 /// Tables that have given so many rows, of which those at some places belong to names and all others are free.
-pub(super) fn tables_of(places: &Places, used: &[u64]) -> std::result::Result<Vec<Rows>, Refusal> {
+pub(super) fn tables_of(
+    places: impl Iterator<Item = Option<Place>>,
+    used: &[u64],
+) -> std::result::Result<Vec<Rows>, Refusal> {
     if used.len() > MAX_TABLES {
         return Err(Error::Tables { limit: MAX_TABLES }.into());
     }
@@ -323,7 +325,7 @@ pub(super) fn tables_of(places: &Places, used: &[u64]) -> std::result::Result<Ve
         }
         tables.push(Rows::all_free(rows)?);
     }
-    for (at, place) in places.iter().enumerate() {
+    for (at, place) in places.enumerate() {
         let rows = place.and_then(|place| Some((tables.get_mut(place.table())?, place.row())));
         if !rows.is_some_and(|(rows, row): (&mut Rows, u64)| rows.claim(row)) {
             return Err(Refusal::Place { at });

@@ -2,11 +2,13 @@
 
 mod allocator;
 mod bit_set;
+mod copy;
 mod index;
 mod places;
 mod plan;
 
 pub use allocator::Rows;
+pub use copy::copy_rows;
 pub use index::RowIndex;
 pub use places::{MAX_TABLES, OfTable, Place, Places};
 pub use plan::{Plan, Refusal};

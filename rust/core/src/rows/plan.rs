@@ -315,7 +315,7 @@ impl RowIndex {
         if places.len() != self.names.len() {
             return Err(Refusal::Lengths { names: self.names.len(), places: places.len() });
         }
-        let tables = tables_of(&places, used)?;
+        let tables = tables_of(places.iter(), used)?;
         let is_free = |place: Place| tables[place.table()].is_free(place.row());
         let freed = memory::collect(
             self.names.iter().map(|(_, place)| Some(place)).filter(|place| place.is_some_and(is_free)),

@@ -1,6 +1,6 @@
 //! Packed names, their deltas, checksums, and a comparison of tables row by row, for Python.
 
-use numpy::{PyArray1, PyReadonlyArray1};
+use numpy::{PyArray1, PyReadonlyArray1, PyReadwriteArray1};
 use pdrs_core::Place;
 use pdrs_core::names::codec::{self, Encoder, Header, Names, Table};
 use pdrs_core::names::table::NameTable;
@@ -21,7 +21,7 @@ use crate::stacked::places::Places;
 use crate::stacked::row_index::RowIndex;
 
 /// A table as Python has it: attribute, group, whether it is trainable, and the number of used rows.
-type TableTuple<'py> = (Bound<'py, PyString>, u64, bool, u64);
+pub(crate) type TableTuple<'py> = (Bound<'py, PyString>, u64, bool, u64);
 
 fn to_utf8(text: &Bound<'_, PyString>) -> Vec<u8> {
     let mut bytes = Vec::new();
@@ -33,7 +33,7 @@ fn from_utf8<'py>(py: Python<'py>, bytes: &[u8]) -> PyResult<Bound<'py, PyString
     text_of_utf8(py, bytes)
 }
 
-fn to_header(tables: Vec<TableTuple<'_>>, patterns: &[Bound<'_, PyString>]) -> Header {
+pub(crate) fn to_header(tables: Vec<TableTuple<'_>>, patterns: &[Bound<'_, PyString>]) -> Header {
     let to_table =
         |(attribute, group, trainable, used)| Table { attribute: to_utf8(&attribute), group, trainable, used };
     Header { tables: tables.into_iter().map(to_table).collect(), patterns: patterns.iter().map(to_utf8).collect() }
@@ -272,6 +272,22 @@ pub(crate) fn crc32(py: Python<'_>, data: PyReadonlyArray1<'_, u8>, start: u32) 
         hasher.update(data);
         hasher.finalize()
     }))
+}
+
+/// Copies rows of a table, by their numbers, to where there is room for them.
+#[pyfunction]
+pub(crate) fn copy_rows(
+    py: Python<'_>,
+    table: PyReadonlyArray1<'_, u8>,
+    row_bytes: usize,
+    rows: PyReadonlyArray1<'_, i64>,
+    mut out: PyReadwriteArray1<'_, u8>,
+) -> PyResult<()> {
+    let (table, rows, out) = (table.as_slice()?, rows.as_slice()?, out.as_slice_mut()?);
+    py.detach(|| pdrs_core::copy_rows(table, row_bytes, rows, out)).map_err(|_| {
+        let held = table.len().checked_div(row_bytes).unwrap_or_default();
+        PyValueError::new_err(format!("expected rows below {held}, or -1, and room for just as many"))
+    })
 }
 
 /// The rows in which two tables of as many bytes differ, ascending.

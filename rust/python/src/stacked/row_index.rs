@@ -8,6 +8,7 @@ use std::sync::{Mutex, MutexGuard};
 
 use numpy::{PyArray1, PyReadonlyArray1};
 use pdrs_core::names::codec::{self, Names as Saved};
+use pdrs_core::names::order::{self, Sorted};
 use pdrs_core::names::table::NameTable;
 use pdrs_core::{Error, MAX_TABLES, Place, Places as Found, Plan, Refusal, RowIndex as Index, Rows};
 use pyo3::exceptions::{PyIndexError, PyKeyError, PyOverflowError, PyRuntimeError, PyValueError};
@@ -15,6 +16,7 @@ use pyo3::prelude::*;
 use pyo3::sync::{MutexExt, PyOnceLock};
 use pyo3::types::{PyBytes, PyList, PyString, PyTuple, PyType};
 
+use crate::files::names::{TableTuple, to_header};
 use crate::index_map::{Given, IndexMap};
 use crate::python::memory::{self, OrRaise, new_list, new_number, new_pair};
 use crate::python::name::{Listed, NO_NAME, OfText, Utf8Name, exact_text, text_of_utf8, to_text, with_listed};
@@ -343,16 +345,32 @@ impl RowIndex {
         let made = py.detach(|| {
             let (header, names) = codec::decode(packed)?;
             let used: Vec<u64> = pdrs_core::memory::collect(header.tables.iter().map(|table| table.used))?;
-            let places: Found = pdrs_core::memory::collect(names.iter().map(|(_, id)| Place::of_id(id)))?.into();
-            let texts: Vec<&[u8]> = pdrs_core::memory::collect(names.iter().map(|(name, _)| name))?;
-            Ok::<_, Error>(Index::of(texts.into_iter(), &places, &used))
+            let entries = names.iter().map_while(|(name, id)| Some((name, Place::of_id(id)?)));
+            let Ok(table) = NameTable::of_distinct(entries)? else { return Ok(None) };
+            let is_whole = table.len() == names.len();
+            Ok(Some(if is_whole { Index::of_names(table, &used) } else { Err(Refusal::Place { at: table.len() }) }))
         });
-        let made = made.or_raise()?.map_err(|refusal| match refusal {
+        let Some(made) = made.or_raise()? else { return Err(PyValueError::new_err("a name is listed twice")) };
+        let made = made.map_err(|refusal| match refusal {
             Refusal::Limit(error) => memory::refused(error),
-            Refusal::Repeated { .. } => PyValueError::new_err("a name is listed twice"),
             _ => PyValueError::new_err("the places of the names are not those of rows in use, each of one name"),
         })?;
         Ok(Self::new_of(made))
+    }
+
+    /// The names in the order of their buckets, packed.
+    #[allow(clippy::type_complexity)]
+    fn sorted_by_bucket<'py>(
+        &self,
+        py: Python<'py>,
+        tables: Vec<TableTuple<'py>>,
+        patterns: Vec<Bound<'py, PyString>>,
+        buckets: u32,
+    ) -> PyResult<(Bound<'py, PyArray1<u8>>, Bound<'py, PyArray1<u64>>, Vec<Bound<'py, PyArray1<i64>>>)> {
+        let sorted = order::sorted_by_bucket(self.lock(py)?.names(), &to_header(tables, &patterns), buckets);
+        let Sorted { packed, counts, rows } = sorted.or_raise()?;
+        let rows = memory::collect(rows.into_iter().map(|rows| PyArray1::from_vec(py, rows)))?;
+        Ok((PyArray1::from_vec(py, packed), PyArray1::from_vec(py, counts), rows))
     }
 
     /// Names that are looked up where they were packed; `None` if they have no words.
