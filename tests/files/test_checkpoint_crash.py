@@ -542,7 +542,7 @@ def test_files_are_whole_on_systems_that_write_all_at_the_end(
     monkeypatch.setattr(atomic, "_AT_ONCE", 1000)
     atomic._sync_file_range.cache_clear()
     if lacking is not None:
-        monkeypatch.setattr(atomic.ctypes, "CDLL", libraries)
+        monkeypatch.setattr("ctypes.CDLL", libraries)
     path, value = tmp_path / "a.safetensors", torch.rand(5000)
     try:
         pdrs.save(pdrs.ParameterDict({"a": value}), path)
