@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pdrs._core import KnownRows, Request, answer_asked, asked_names
-from pdrs._ranks.exchange import PAYLOAD, Call, Line, Mail
+from pdrs._core import KnownRows, Request, answer_asked, asked_bytes, asked_names
+from pdrs._ranks.exchange import Call, Line, Mail
 from pdrs._rows.gather import Missing
 from pdrs._torch.errors import MissingEntryError
 
@@ -89,18 +89,9 @@ class Plan:
 Answer = Callable[[list[str]], _Ints]
 
 
-def payload_of(request: Request, generation: int) -> _Ints:
-    """Return what the header has for each peer."""
-    counts = request.counts()
-    payload = np.full((len(counts), PAYLOAD), generation, np.int64)
-    payload[:, : GENERATION - 1] = counts
-    return payload
-
-
 def meet_with_request(line: Line, call: Call, request: Request, generation: int, shape: int) -> Mail:
     """Meet the other ranks, and tell each what this one asks for, and all the number of the shape of the rows."""
-    payload = payload_of(request, generation)
-    give = _bytes_of(payload)
+    payload, give = request.payload(generation)
     return line.meet_with(request.message(), give, call, payload, int(request.asks) | shape << 1)
 
 
@@ -125,7 +116,7 @@ def exchange_requests(
         Returns the own row of each name, or -1. If it raises, all ranks do.
     """
     told = mail.told
-    come = mail.receive(_bytes_of(told[:, 1:]), call).numpy()
+    come = mail.receive(asked_bytes(told[:, _KNOWN:GENERATION]), call).numpy()
     plan = Plan()
     plan.any_new = bool((told[:, 0] & _ASKS).any())
     if not plan.any_new:
@@ -164,16 +155,10 @@ def exchange_requests(
     return plan
 
 
-def _bytes_of(payload: _Ints) -> list[int]:
-    """Return how many bytes a message has for each rank."""
-    known, new, text = payload[:, : GENERATION - 1].T
-    return (4 * (known + new) + text).tolist()  # type: ignore[no-any-return]
-
-
 def _agree(line: Line, request: Request, rows: NDArray[np.uint32], call: Call) -> None:
     """Raise on all ranks if a name is missing on one."""
     lacking = np.flatnonzero(rows == _NO_ROW)
-    told = line.meet(line.call(f"end of answers to {call.operation}", call.number), len(lacking))
+    told = line.meet(line.call(f"end of answers to {call.operation}", call.number), [len(lacking), 0, 0, 0])
     if not told[:, 1].any():
         return
     some = ""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pdrs._ranks.exchange import Call, Line, Mail
+from pdrs._ranks.exchange import BYTES, Call, Line, Mail
 from pdrs._ranks.mesh import of_replicas, own_part
 from pdrs._ranks.owners import Owners
 
@@ -57,9 +57,9 @@ def meet_with_rows(rows: Tensor, line: Line, give: list[int], call: Call, payloa
     """
     width = rows.shape[1] * rows.element_size()
     sizes = [count * width for count in give]
-    head = [[size, 0, 0, payload] for size in sizes]
+    head = (0, 0, 0, payload)
     if not rows.is_cpu:
-        return line.meet_with(None, None, call, head)
+        return line.meet_with(None, sizes, call, head)
     # An empty tensor may have strides that no view takes.
     flat = rows.detach().contiguous().view(-1) if rows.numel() else rows.detach().new_empty(0)
     return line.meet_with(flat.view(torch.uint8).numpy(), sizes, call, head)
@@ -69,8 +69,8 @@ def received_rows(rows: Tensor, line: Line, give: list[int], take: list[int], ma
     """Return the rows that come, ``take[r]`` of each rank ``r``, after :func:`meet_with_rows`."""
     width = rows.shape[1] * rows.element_size()
     sizes = [count * width for count in take]
-    if mail.told[:, 1].tolist() != sizes:
-        raise RuntimeError(f"expected {sizes} bytes of rows from the ranks, got {mail.told[:, 1].tolist()}")
+    if (told := mail.told[:, BYTES].tolist()) != sizes:
+        raise RuntimeError(f"expected {sizes} bytes of rows from the ranks, got {told}")
     if not rows.is_cpu:
         return line.exchange(rows, give, take, call)
     come = mail.receive(sizes, call)

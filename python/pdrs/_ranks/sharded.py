@@ -229,7 +229,7 @@ class ShardedParameterDict(Module):
 
     def total(self) -> int:
         """Return the number of names on all ranks. All ranks must call it."""
-        told = self._line.meet(self._next_call("total"), len(self.local))
+        told = self._line.meet(self._next_call("total"), [len(self.local), 0, 0, 0])
         return int(told[: self._owners.shards, 1].sum())
 
     def extra_repr(self) -> str:
@@ -474,7 +474,7 @@ class ShardedParameterDict(Module):
                 self._drop(gone)
         except Exception as error:
             failure = error
-        self._line.meet(self._line.call("end of drop", call.number), 0, 0, failure)
+        self._line.meet(self._line.call("end of drop", call.number), failure=failure)
 
     def evict(self, *, older_than: int) -> int:
         """Remove the names of this rank that nobody has gathered in the last ``older_than`` gathers. **O(n)**.
