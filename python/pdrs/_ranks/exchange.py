@@ -94,12 +94,12 @@ class Mail:
     ) -> None:
         self.told, self._ranks, self._data, self._give, self._later = told, ranks, data, give, later
 
-    def receive(self, take: list[int], call: Call) -> Tensor:
+    def receive(self, take: list[int], call: Call) -> NDArray[np.uint8]:
         """Return ``take[r]`` bytes of each rank ``r``, one behind the other. It must come before the next meeting."""
         ranks, give, later = self._ranks, self._give, self._later
         data = _NO_BYTES if self._data is None else self._data
         if ranks.size == 1:
-            return torch.from_numpy(data)
+            return data
         of_later = _NO_BYTES
         if later:
             sent, gives = (data, give) if later[ranks.rank] else (_NO_BYTES, [0] * ranks.size)
@@ -109,7 +109,7 @@ class Mail:
             of_later = come.numpy()
         start = sum(give[: ranks.rank])
         own = data[start : start + give[ranks.rank]]
-        return torch.from_numpy(ranks.headers.received(ranks.windows, own, take, later, of_later))
+        return ranks.headers.received(ranks.windows, own, take, later, of_later)
 
 
 class Ranks:

@@ -63,7 +63,7 @@ class Plan:
     # Which plan of the dictionary this is: all ranks must use the same.
     number: int
     # The generation of each rank's rows: if one changes, row numbers are void.
-    generations: _Ints
+    generations: list[int]
     # The own rows that go to the ranks, those for rank 0 first, and how many to each.
     rows: Tensor
     give: list[int]
@@ -96,7 +96,7 @@ def meet_with_request(line: Line, call: Call, request: Request, generation: int,
 
 
 def exchange_requests(
-    line: Line, request: Request, mail: Mail, known: KnownRows, missing: Missing, answer: Answer, call: Call
+    line: Line, request: Request, mail: Mail, known: KnownRows, missing: Missing, answer: Answer | None, call: Call
 ) -> Plan:
     """Answer what all ranks ask for, after they have met, and return the plan of this rank.
 
@@ -113,13 +113,13 @@ def exchange_requests(
     missing
         ``"error"`` raises if a name has no row, on all ranks.
     answer
-        Returns the own row of each name, or -1. If it raises, all ranks do.
+        Returns the own row of each name, or -1. If it raises, all ranks do. None if no rank asks for new names.
     """
     told = mail.told
-    come = mail.receive(asked_bytes(told[:, _KNOWN:GENERATION]), call).numpy()
+    come = mail.receive(asked_bytes(told[:, _KNOWN:GENERATION]), call)
     plan = Plan()
-    plan.any_new = bool((told[:, 0] & _ASKS).any())
-    if not plan.any_new:
+    plan.any_new = answer is not None
+    if answer is None:
         rows = come.view(np.uint32).astype(np.int64)
         plan.give = told[:, _KNOWN].tolist()
         new_rows = np.empty(0, np.uint32)
@@ -135,7 +135,7 @@ def exchange_requests(
         give = (4 * counts[:, 1]).tolist() if failure is None else None
         replies = line.call(f"answers to {call.operation}", call.number)
         answers = line.meet_with(reply.view(np.uint8), give, replies, failure=failure)
-        new_rows = answers.receive((4 * request.counts()[:, 1]).tolist(), call).numpy().view(np.uint32)
+        new_rows = answers.receive((4 * request.counts()[:, 1]).tolist(), call).view(np.uint32)
         if missing == "error":
             _agree(line, request, new_rows, call)
         known.add(request, new_rows)
@@ -151,7 +151,6 @@ def exchange_requests(
     plan.length = len(request) if place is None else len(place)
     plan.missing, plan.number = missing, 0
     plan.dictionary = line.dictionary
-    plan.generations = told[:, GENERATION].copy()
     return plan
 
 
