@@ -14,6 +14,7 @@ from typing_extensions import Self, disjoint_base
 __all__ = [
     "EntryIterator",
     "EntryKeys",
+    "Headers",
     "IndexMap",
     "KeyIterator",
     "KnownRows",
@@ -35,6 +36,7 @@ __all__ = [
     "answer_asked",
     "apply_names",
     "are_functions_own",
+    "asked_bytes",
     "asked_names",
     "can_take_over",
     "changed_rows",

@@ -41,8 +41,8 @@ class Ages:
         """Return in which gather each row of a table was last used, ``[capacity]``."""
         self.follow(layout)
         seen = self._seen[shape]
-        if len(seen) < capacity:
-            new = seen.new_full((capacity - len(seen),), self.gathers)
+        if (length := seen.shape[0]) < capacity:
+            new = seen.new_full((capacity - length,), self.gathers)
             self._seen[shape] = seen = torch.cat([seen, new])
         return seen
 

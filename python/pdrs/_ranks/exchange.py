@@ -337,8 +337,8 @@ class Line:
             return given
         given = given.contiguous()
         out = given.new_empty((sum(take), *given.shape[1:]))
-        if len(given):
-            self.sent_bytes += (len(given) - give[self.ranks.rank]) * (given.nbytes // len(given))
+        if count := given.shape[0]:
+            self.sent_bytes += (count - give[self.ranks.rank]) * (given.nbytes // count)
         self.ranks.exchange(out, given, take, give, call)
         return out
 

@@ -64,8 +64,8 @@ def meet_with_rows(rows: Tensor, line: Line, give: list[int], call: Call, payloa
     if not rows.is_cpu:
         return line.meet_with(None, sizes, call, head)
     # An empty tensor may have strides that no view takes.
-    flat = rows.detach().contiguous().view(-1) if rows.numel() else rows.detach().new_empty(0)
-    return line.meet_with(flat.view(torch.uint8).numpy(), sizes, call, head)
+    sent = rows.detach().contiguous() if rows.numel() else rows.new_empty(0)
+    return line.meet_with(sent.view(torch.uint8).numpy().reshape(-1), sizes, call, head)
 
 
 def received_rows(rows: Tensor, line: Line, give: list[int], take: list[int], mail: Mail, call: Call) -> Tensor:
@@ -76,8 +76,10 @@ def received_rows(rows: Tensor, line: Line, give: list[int], take: list[int], ma
         raise RuntimeError(f"expected {sizes} bytes of rows from the ranks, got {told}")
     if not rows.is_cpu:
         return line.exchange(rows, give, take, call)
-    come = torch.from_numpy(mail.receive(sizes, call))
-    return (come.view(rows.dtype) if len(come) else rows.new_empty(0)).view(sum(take), rows.shape[1])
+    come = mail.receive(sizes, call)
+    if not len(come):
+        return rows.new_empty(sum(take), rows.shape[1])
+    return torch.from_numpy(come.reshape(-1, width)).view(rows.dtype)
 
 
 class _Exchange(torch.autograd.Function):
@@ -116,5 +118,5 @@ class _Exchange(torch.autograd.Function):
                 own = of_replicas(line, owners, own, counts, call)
             own = own.to(gradient.dtype)
         if divisor != 1:
-            own = own / divisor
+            own = own.div_(divisor)
         return own, None, None

@@ -333,15 +333,25 @@ class ShardedParameterDict(Module):
         if plan is None:
             options = f"missing={missing!r}{self._said(shape)}, {options}"
             plan = self._planned(names, missing, self._line.call("gather", number, options), shape=shape)
-            own = self._own_rows(plan, sparse)
+            own = self._own_rows(plan, self._table(plan.shape), sparse)
         else:
-            own, come = self._gathered(plan, number, options, sparse)
+            own, come = self._gathered(plan, table, number, options, sparse)
         divisor = self._owners.ranks if self._average else 1
         place = plan.place if plan.place is None or own.is_cpu else plan.place.to(own.device)
         route = Route(
-            self._line, number, plan.give, plan.take, self._wire, divisor, self._owners, plan.counts, place, plan.has_absent
+            self._line,
+            number,
+            plan.give,
+            plan.take,
+            self._wire,
+            divisor,
+            self._owners,
+            plan.counts,
+            place,
+            plan.has_absent,
         )
-        return exchange_rows(own, route, come).view(plan.length, *plan.shape)
+        rows = exchange_rows(own, route, come)
+        return rows if len(plan.shape) == 1 else rows.view(plan.length, *plan.shape)
 
     def ahead(
         self,
@@ -549,14 +559,15 @@ class ShardedParameterDict(Module):
             plan.of_replicas, plan.counts = rows_of_replicas(self._line, self._owners, plan.rows, call)
         return plan
 
-    def _own_rows(self, plan: Plan, sparse: bool) -> Tensor:
+    def _own_rows(self, plan: Plan, table: Tensor, sparse: bool) -> Tensor:
         """Return the rows of a plan that this rank owns, ``[rows, elements]``, those that all replicas ask for."""
-        table = self._table(plan.shape)
-        self._ages.see(plan.of_replicas, plan.shape, len(table), self._generation())
+        self._ages.see(plan.of_replicas, plan.shape, table.shape[0], self._generation())
         own = gather_rows(table, plan.of_replicas if table.is_cpu else plan.of_replicas.to(table.device), sparse)
-        return own.view(len(own), math.prod(plan.shape)) if own.dim() != 2 else own
+        return own if len(plan.shape) == 1 else own.view(len(own), math.prod(plan.shape))
 
-    def _gathered(self, plan: Plan, number: int, options: str, sparse: bool) -> tuple[Tensor, Tensor | None]:
+    def _gathered(
+        self, plan: Plan, table: Tensor, number: int, options: str, sparse: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """Meet for a gather by a plan, and return the own rows, and those that have come with what the ranks have told.
 
         All ranks make the plan again if rows of any have gone. Then none have come.
@@ -568,7 +579,7 @@ class ShardedParameterDict(Module):
         if plan.generations[self.rank] != generation:
             mail = self._line.meet_with(None, None, call, [0, 0, 0, generation])
         else:
-            own = self._own_rows(plan, sparse)
+            own = self._own_rows(plan, table, sparse)
             sent = own_part(self._line, own.detach(), plan.counts)
             sent = sent if self._wire is None else sent.to(self._wire)
             mail = meet_with_rows(sent, self._line, plan.give, call, generation)
@@ -579,7 +590,7 @@ class ShardedParameterDict(Module):
         fresh.number = plan.number
         for each in Plan.__slots__:
             setattr(plan, each, getattr(fresh, each))
-        return self._own_rows(plan, sparse), None
+        return self._own_rows(plan, self._table(plan.shape), sparse), None
 
     def _answer(self, names: list[str], missing: Missing, shape: tuple[int, ...], call: Call) -> NDArray[np.int64]:
         """Return the own rows of names, or -1, and insert them if that is asked for. All ranks come here."""

@@ -86,7 +86,7 @@ def table_number(
     shape = as_shape(shape)
     parameters = [(number, parameter_of(sd, table)) for number, table in enumerate(sd._tables)]
     of_shape = [(number, one) for number, one in parameters if tuple(one.shape[1:]) == shape]
-    if len(of_shape) == 1 and dtype is requires_grad is None:  # in each step of some callers
+    if len(of_shape) == 1 and dtype is None and requires_grad is None:  # as in each step of a sharded dictionary
         return of_shape[0][0]
     wanted = Kind(shape, dtype or torch.get_default_dtype(), requires_grad is not False)
     dtypes = {one.dtype for _, one in of_shape}

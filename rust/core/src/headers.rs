@@ -101,7 +101,8 @@ impl Headers {
         let others = || give.iter().enumerate().filter(|(rank, _)| *rank != self.rank);
         let is_later = data.is_some() && others().any(|(_, count)| count + BYTES > room);
         let data = data.filter(|_| !is_later && !has_failed);
-        let status = status << FLAGS | i64::from(is_later) * LATER | i64::from(has_failed) * FAILED;
+        let flags = if is_later { LATER } else { 0 } | if has_failed { FAILED } else { 0 };
+        let status = (status << FLAGS) | flags;
         let all = others().map(|(_, count)| BYTES + data.map_or(0, |_| *count)).sum();
         let mut message = Message {
             bytes: memory::with_capacity(all)?,

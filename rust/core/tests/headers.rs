@@ -8,6 +8,10 @@ use pdrs_core::headers::{BYTES, Call, Headers, Meeting, PAYLOAD, Payload, TOLD};
 
 const CALL: Call = [1 << 40, -7, 9];
 
+fn number(count: usize) -> i64 {
+    i64::try_from(count).unwrap()
+}
+
 /// What ranks say, and what each sends to each.
 struct Told {
     call: Call,
@@ -17,7 +21,7 @@ struct Told {
 
 fn same(ranks: usize) -> Vec<Told> {
     let to = |from: usize| (0..ranks).map(|to| vec![(10 * from + to) as u8; from + 2 * to]).collect();
-    (0..ranks).map(|from| Told { call: CALL, status: (from as i64 + 5, false), data: Some(to(from)) }).collect()
+    (0..ranks).map(|from| Told { call: CALL, status: (number(from) + 5, false), data: Some(to(from)) }).collect()
 }
 
 /// Lets all ranks meet, with windows of so many bytes; returns the windows, what each was told, and what it found.
@@ -26,8 +30,7 @@ fn meet(told: &[Told], room: usize) -> Vec<(Vec<u8>, Vec<i64>, Meeting)> {
     let mut windows = vec![vec![0xAA; (ranks - 1) * room]; ranks];
     let mut rows = Vec::new();
     for (rank, one) in told.iter().enumerate() {
-        let give: Vec<usize> =
-            (0..ranks).map(|to| one.data.as_ref().map_or(0, |data| data[to].len())).collect();
+        let give: Vec<usize> = (0..ranks).map(|to| one.data.as_ref().map_or(0, |data| data[to].len())).collect();
         let data = one.data.as_ref().map(|data| data.concat());
         let headers = Headers { rank, ranks };
         let payload = Payload::ForAll([100, 200, -1, 300]);
@@ -57,7 +60,7 @@ fn each_rank_gets_what_is_for_it() {
             assert_eq!(found, Meeting::Agreed(vec![]));
             let sizes: Vec<usize> = (0..ranks).map(|from| from + 2 * rank).collect();
             for (from, numbers) in row.chunks(TOLD).enumerate() {
-                assert_eq!(numbers, [from as i64 + 5, 100, 200, sizes[from] as i64, 300]);
+                assert_eq!(numbers, [number(from) + 5, 100, 200, number(sizes[from]), 300]);
             }
             let own = &told[rank].data.as_ref().unwrap()[rank];
             let headers = Headers { rank, ranks };
@@ -107,7 +110,7 @@ fn data_that_does_not_fit_comes_later() {
 
 #[test]
 fn numbers_may_be_for_each_rank() {
-    let numbers: Vec<i64> = (0..2 * PAYLOAD as i64).collect();
+    let numbers: Vec<i64> = (0..number(2 * PAYLOAD)).collect();
     let headers = Headers { rank: 1, ranks: 2 };
     let sent = headers.message(CALL, (0, false), &Payload::ForEach(&numbers), None, Some(&[3, 4]), 64).unwrap();
     assert_eq!((&sent.told[TOLD..], sent.bytes.len(), &sent.sizes[..]), (&[0, 4, 5, 6, 7][..], BYTES, &[BYTES, 0][..]));
