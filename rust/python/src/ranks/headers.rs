@@ -38,7 +38,7 @@ impl Headers {
         give: Option<Vec<usize>>,
         room: usize,
     ) -> PyResult<Message<'py>> {
-        let of_each = payload.cast::<PyArray2<i64>>().ok().map(|numbers| numbers.readonly());
+        let of_each = payload.cast::<PyArray2<i64>>().ok().map(PyArrayMethods::readonly);
         let payload = match &of_each {
             Some(numbers) => Payload::ForEach(numbers.as_slice()?),
             None => Payload::ForAll(payload.extract::<[i64; PAYLOAD]>()?),
