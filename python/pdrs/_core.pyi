@@ -14,6 +14,7 @@ from typing_extensions import Self, disjoint_base
 __all__ = [
     "EntryIterator",
     "EntryKeys",
+    "Headers",
     "IndexMap",
     "KeyIterator",
     "KnownRows",
@@ -35,6 +36,7 @@ __all__ = [
     "answer_asked",
     "apply_names",
     "are_functions_own",
+    "asked_bytes",
     "asked_names",
     "can_take_over",
     "changed_rows",
@@ -1099,6 +1101,38 @@ def delete_entry(module: Module, key: object) -> bool: ...
 def diff_names(old: NDArray[np.uint8], new: NDArray[np.uint8]) -> NDArray[np.uint8]: ...
 
 @final
+class Headers:
+    """Writes what a rank tells the others in front of the data for them, and reads what they tell."""
+
+    def __new__(cls, rank: int, ranks: int) -> Self: ...
+    def message(
+        self,
+        call: Sequence[int],
+        status: int,
+        has_failed: bool,
+        payload: Sequence[int] | NDArray[np.int64],
+        data: NDArray[np.uint8] | None,
+        give: Sequence[int] | None,
+        room: int,
+    ) -> tuple[NDArray[np.uint8], list[int], NDArray[np.int64]]:
+        """Return the message, how many bytes of it are for each rank, and what this rank tells itself."""
+
+    def read(
+        self, windows: NDArray[np.uint8], call: Sequence[int], told: NDArray[np.int64]
+    ) -> tuple[bool, bool, list[bool]]:
+        """Write what the others have told to ``told``; return whether one differs, has failed, and sends later."""
+
+    def received(
+        self,
+        windows: NDArray[np.uint8],
+        own: NDArray[np.uint8],
+        take: Sequence[int],
+        later: Sequence[bool],
+        of_later: NDArray[np.uint8],
+    ) -> NDArray[np.uint8]:
+        """Return ``take[r]`` bytes of each rank ``r``, one behind the other."""
+
+@final
 class KnownRows:
     """A bounded cache from names to the rank that owns them and their row there."""
 
@@ -1122,6 +1156,9 @@ class Request:
         """Whether there are new names."""
 
     def counts(self) -> NDArray[np.int64]: ...
+    def payload(self, generation: int) -> tuple[NDArray[np.int64], list[int]]:
+        """Return ``[ranks, 4]``, with the counts and a number, and the bytes of the message for each rank."""
+
     def message(self) -> NDArray[np.uint8]: ...
     def new_names(self) -> list[str]: ...
     def place(self, rows: NDArray[np.uint32]) -> tuple[NDArray[np.int64] | None, list[int], bool]: ...
@@ -1133,6 +1170,9 @@ def answer_asked(
 
     ``rows`` has the row of each name of :func:`asked_names`, or -1.
     """
+
+def asked_bytes(counts: NDArray[np.int64]) -> list[int]:
+    """Return how many bytes each rank asks with."""
 
 def asked_names(message: NDArray[np.uint8], counts: NDArray[np.int64]) -> list[str]:
     """Return the new names that all ranks ask for, those of the first rank first."""

@@ -25,21 +25,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["HEADER_BYTES", "Call", "Line", "Mail", "OutOfStepError", "Ranks", "group_of", "ranks_and_shards"]
+from pdrs._core import Headers
+
+__all__ = ["BYTES", "HEADER_BYTES", "Call", "Line", "Mail", "OutOfStepError", "Ranks", "group_of", "ranks_and_shards"]
 
 # A header: the call in three numbers, the status, and what the call adds for each peer.
-_CALL, _STATUS, PAYLOAD = 3, 3, 4
-_WORDS = _CALL + 1 + PAYLOAD
-HEADER_BYTES = 8 * _WORDS
-_FAILED = 1
-# The status of a rank whose data comes in a collective of its own.
-_LATER = 2
+PAYLOAD = 4
+# Where the bytes of data stand in what is told of a rank, where a call adds nothing else.
+BYTES = 3
+HEADER_BYTES = 8 * (3 + 1 + PAYLOAD)
 # The longest message to a rank that travels with a header, and the windows of all ranks together.
 _WINDOW, _WINDOWS = 1 << 20, 1 << 26
 # Ranks that have failed tell each other why in so many bytes.
 _TEXT_BYTES = 1024
 # So long a rank that waited in vain waits for the others that did, to find out who never came.
 _GRACE = 1.0
+_NO_BYTES, _NOTHING = np.empty(0, np.uint8), (0,) * PAYLOAD
 
 
 _Error = TypeVar("_Error", bound=BaseException)
@@ -83,14 +84,32 @@ class Mail:
 
     __slots__ = ("_data", "_give", "_later", "_ranks", "told")
 
-    def __init__(self, ranks: Ranks, told: NDArray[np.int64], data: NDArray[np.uint8] | None, give: list[int]) -> None:
-        self._later = (told[:, 0] & _LATER).astype(bool).tolist()
-        told[:, 0] >>= 2
-        self.told, self._ranks, self._data, self._give = told, ranks, data, give
+    def __init__(
+        self,
+        ranks: Ranks,
+        told: NDArray[np.int64],
+        data: NDArray[np.uint8] | None,
+        give: list[int],
+        later: list[bool],
+    ) -> None:
+        self.told, self._ranks, self._data, self._give, self._later = told, ranks, data, give, later
 
-    def receive(self, take: list[int], call: Call) -> Tensor:
+    def receive(self, take: list[int], call: Call) -> NDArray[np.uint8]:
         """Return ``take[r]`` bytes of each rank ``r``, one behind the other. It must come before the next meeting."""
-        return self._ranks.receive(self._later, self._data, self._give, take, call)
+        ranks, give, later = self._ranks, self._give, self._later
+        data = _NO_BYTES if self._data is None else self._data
+        if ranks.size == 1:
+            return data
+        of_later = _NO_BYTES
+        if later:
+            sent, gives = (data, give) if later[ranks.rank] else (_NO_BYTES, [0] * ranks.size)
+            takes = [count if is_later else 0 for count, is_later in zip(take, later, strict=True)]
+            come = torch.empty(sum(takes), dtype=torch.uint8)
+            ranks.exchange(come, torch.from_numpy(sent), takes, gives, call)
+            of_later = come.numpy()
+        start = sum(give[: ranks.rank])
+        own = data[start : start + give[ranks.rank]]
+        return ranks.headers.received(ranks.windows, own, take, later, of_later)
 
 
 class Ranks:
@@ -113,6 +132,7 @@ class Ranks:
         self._meetings = 0
         if group is None:
             self.rank, self.size, self._global = 0, 1, [0]
+            self.headers, self.windows = Headers(0, 1), np.empty((0, _WINDOW), np.uint8)
             return
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._global = dist.get_process_group_ranks(group)
@@ -121,8 +141,11 @@ class Ranks:
         limit = timedelta(seconds=timeout)
         self._timeout = timeout
         # Only what is written to takes memory.
-        self._windows = np.empty((self.size - 1, min(_WINDOW, _WINDOWS // self.size)), np.uint8)
-        self._flat = torch.from_numpy(self._windows).view(-1)
+        self.windows = np.empty((self.size - 1, min(_WINDOW, _WINDOWS // self.size)), np.uint8)
+        self.headers = Headers(self.rank, self.size)
+        self._flat = torch.from_numpy(self.windows).view(-1)
+        # What a rank has for itself goes nowhere.
+        self._room = [self.windows.shape[1] * (rank != self.rank) for rank in range(self.size)]
         self._control: Any = dist.new_group(self._global, limit, "gloo", use_local_synchronization=True)
         # DDP's collectives on the given group must not come between ours.
         self._rows: Any = dist.new_group(self._global, limit, use_local_synchronization=True)
@@ -173,7 +196,7 @@ class Ranks:
         data, give
             Bytes, and how many of them are for each rank. Who receives them must know how many there are.
         payload
-            A number, or as many as fit, for all ranks or ``[ranks, PAYLOAD]``.
+            ``PAYLOAD`` numbers for all ranks, of which ``give`` replaces the third, or int64 ``[ranks, PAYLOAD]``.
         status
             A number, for all ranks.
         failure
@@ -188,66 +211,29 @@ class Ranks:
         """
         if self._broken is not None:
             raise OutOfStepError(self._broken)
-        if give is None:
-            give = [0] * self.size
-        mine = np.empty((self.size, _WORDS), np.int64)
-        mine[:, :_CALL] = call.words()
-        mine[:, _STATUS] = status << 2 | (failure is not None)
-        mine[:, _STATUS + 1 :] = payload
-        if self.size == 1:
-            if failure is not None:
-                raise self.agreed(failure)
-            theirs = mine
-        else:
-            inline = data if failure is None else None
-            if inline is not None and max(give) > self._windows.shape[1] - HEADER_BYTES:
-                mine[:, _STATUS] |= _LATER
-                inline = None
-            theirs = self._swapped(mine, call, inline, [0] * self.size if inline is None else give)
-            if (theirs[:, :_CALL] != mine[0, :_CALL]).any():
-                self._refuse(call)
-            if (theirs[:, _STATUS] & _FAILED).any():
-                self._fail_together(call, failure)
-        return Mail(self, theirs[:, _STATUS:], data, give)
-
-    def receive(
-        self, later: list[bool], data: NDArray[np.uint8] | None, give: list[int], take: list[int], call: Call
-    ) -> Tensor:
-        """As :meth:`Mail.receive`."""
-        if data is None:
-            data, give = np.empty(0, np.uint8), [0] * self.size
-        if self.size == 1:
-            return torch.from_numpy(data)
-        if any(later):
-            sent, gives = (data, give) if later[self.rank] else (data[:0], [0] * self.size)
-            takes = [count if is_later else 0 for count, is_later in zip(take, later, strict=True)]
-            come = torch.empty(sum(takes), dtype=torch.uint8)
-            self.exchange(come, torch.from_numpy(sent), takes, gives, call)
-            of_later = come.numpy()
-        received = torch.empty(sum(take), dtype=torch.uint8)
-        out, at, at_later = received.numpy(), 0, 0
-        for rank, count in enumerate(take):
-            if later[rank]:
-                part = of_later[at_later : at_later + count]
-                at_later += count
-            elif rank == self.rank:
-                start = sum(give[:rank])
-                part = data[start : start + count]
-            else:
-                part = self._windows[rank - (rank > self.rank), HEADER_BYTES : HEADER_BYTES + count]
-            out[at : at + count] = part
-            at += count
-        return received
+        words = call.words()
+        message, sizes, told = self.headers.message(
+            words, status, failure is not None, payload, data, give, self.windows.shape[1]
+        )
+        if self.size > 1:
+            self._swap(message, sizes, call)
+        differs, has_failed, later = self.headers.read(self.windows, words, told)
+        if differs:
+            self._refuse(call)
+        if has_failed:
+            self._fail_together(call, failure)
+        return Mail(self, told, data, give or [0] * self.size, later)
 
     def texts(self, call: Call, text: str) -> list[str]:
         """Exchange a text of each rank, which is cut to a fixed size."""
         if self.size == 1:
             return [text]
-        mine = np.zeros((self.size, _TEXT_BYTES), np.uint8)
         cut = text.encode("utf-8", "backslashreplace")[:_TEXT_BYTES]
-        mine[:, : len(cut)] = np.frombuffer(cut, np.uint8)
-        theirs = self._swapped(mine, call, None, [0] * self.size)
-        return [row.tobytes().rstrip(b"\0").decode("utf-8", "ignore") for row in theirs]
+        sent = np.frombuffer(bytearray(cut.ljust(_TEXT_BYTES, b"\0") * (self.size - 1)), np.uint8)
+        self._swap(sent, [_TEXT_BYTES * (rank != self.rank) for rank in range(self.size)], call)
+        said = [row[:_TEXT_BYTES].tobytes() for row in self.windows]
+        said.insert(self.rank, cut)
+        return [one.rstrip(b"\0").decode("utf-8", "ignore") for one in said]
 
     def exchange(self, out: Tensor, given: Tensor, take: list[int], give: list[int], call: Call) -> None:
         """Send ``give`` rows of a tensor to each rank, and receive ``take`` of each. All ranks have met before."""
@@ -257,32 +243,13 @@ class Ranks:
         except RuntimeError as error:
             self._lose(call, error)
 
-    def _swapped(self, mine: NDArray[Any], call: Call, data: NDArray[np.uint8] | None, give: list[int]) -> NDArray[Any]:
-        """Exchange rows of one size. Data for a rank goes with its row, and stays in the window for this rank."""
+    def _swap(self, message: NDArray[np.uint8], sizes: list[int], call: Call) -> None:
+        """Send each rank its part of a message; what comes stays in the windows until the next one."""
         self._meetings += 1
-        own, size = self.rank, mine.nbytes // self.size
-        rows, theirs = mine.view(np.uint8), np.empty_like(mine)
-        sizes, take = [size + count for count in give], [self._windows.shape[1]] * self.size
-        # What a rank has for itself goes nowhere.
-        sizes[own] = take[own] = 0
-        sent = np.empty(sum(sizes), np.uint8)
-        at = start = 0
-        for rank, count in enumerate(give):
-            if rank != own:
-                sent[at : at + size] = rows[rank]
-                at += size
-                if data is not None:
-                    sent[at : at + count] = data[start : start + count]
-                    at += count
-            start += count
         try:
-            dist.all_to_all_single(self._flat, torch.from_numpy(sent), take, sizes, group=self._control)
+            dist.all_to_all_single(self._flat, torch.from_numpy(message), self._room, sizes, group=self._control)
         except RuntimeError as error:
             self._lose(call, error)
-        theirs.view(np.uint8)[:own] = self._windows[:own, :size]
-        theirs.view(np.uint8)[own] = rows[own]
-        theirs.view(np.uint8)[own + 1 :] = self._windows[own:, :size]
-        return theirs
 
     def _refuse(self, call: Call) -> NoReturn:
         said = "; ".join(self._named(self.texts(call, str(call))))
@@ -339,7 +306,7 @@ class Line:
         return Call(self.dictionary, operation, number, options)
 
     def meet(
-        self, call: Call, payload: Any = 0, status: int = 0, failure: Exception | None = None
+        self, call: Call, payload: Any = _NOTHING, status: int = 0, failure: Exception | None = None
     ) -> NDArray[np.int64]:
         """As for :meth:`Ranks.meet`."""
         return self.meet_with(None, None, call, payload, status, failure).told
@@ -349,7 +316,7 @@ class Line:
         data: NDArray[np.uint8] | None,
         give: list[int] | None,
         call: Call,
-        payload: Any = 0,
+        payload: Any = _NOTHING,
         status: int = 0,
         failure: Exception | None = None,
     ) -> Mail:
@@ -370,8 +337,8 @@ class Line:
             return given
         given = given.contiguous()
         out = given.new_empty((sum(take), *given.shape[1:]))
-        if len(given):
-            self.sent_bytes += (len(given) - give[self.ranks.rank]) * (given.nbytes // len(given))
+        if count := given.shape[0]:
+            self.sent_bytes += (count - give[self.ranks.rank]) * (given.nbytes // count)
         self.ranks.exchange(out, given, take, give, call)
         return out
 

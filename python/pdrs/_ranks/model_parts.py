@@ -189,7 +189,7 @@ class Parts:
                 "rows": sorted(key for key in one.others if key != "frozen"),
                 "numbers": self._numbers_of(one),
             }
-        return {"seed": words._seed, "init": repr(words._init), "gathers": words._gathers, "tables": tables}
+        return {"seed": words._seed, "init": repr(words._init), "gathers": words._ages.gathers, "tables": tables}
 
     def _numbers_of(self, one: OfTable) -> dict[str, Any]:
         found = {}

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pdrs._core import KnownRows, Request, answer_asked, asked_names
-from pdrs._ranks.exchange import PAYLOAD, Call, Line, Mail
+from pdrs._core import KnownRows, Request, answer_asked, asked_bytes, asked_names
+from pdrs._ranks.exchange import Call, Line, Mail
 from pdrs._rows.gather import Missing
 from pdrs._torch.errors import MissingEntryError
 
@@ -63,7 +63,7 @@ class Plan:
     # Which plan of the dictionary this is: all ranks must use the same.
     number: int
     # The generation of each rank's rows: if one changes, row numbers are void.
-    generations: _Ints
+    generations: list[int]
     # The own rows that go to the ranks, those for rank 0 first, and how many to each.
     rows: Tensor
     give: list[int]
@@ -89,23 +89,14 @@ class Plan:
 Answer = Callable[[list[str]], _Ints]
 
 
-def payload_of(request: Request, generation: int) -> _Ints:
-    """Return what the header has for each peer."""
-    counts = request.counts()
-    payload = np.full((len(counts), PAYLOAD), generation, np.int64)
-    payload[:, : GENERATION - 1] = counts
-    return payload
-
-
 def meet_with_request(line: Line, call: Call, request: Request, generation: int, shape: int) -> Mail:
     """Meet the other ranks, and tell each what this one asks for, and all the number of the shape of the rows."""
-    payload = payload_of(request, generation)
-    give = _bytes_of(payload)
+    payload, give = request.payload(generation)
     return line.meet_with(request.message(), give, call, payload, int(request.asks) | shape << 1)
 
 
 def exchange_requests(
-    line: Line, request: Request, mail: Mail, known: KnownRows, missing: Missing, answer: Answer, call: Call
+    line: Line, request: Request, mail: Mail, known: KnownRows, missing: Missing, answer: Answer | None, call: Call
 ) -> Plan:
     """Answer what all ranks ask for, after they have met, and return the plan of this rank.
 
@@ -122,13 +113,13 @@ def exchange_requests(
     missing
         ``"error"`` raises if a name has no row, on all ranks.
     answer
-        Returns the own row of each name, or -1. If it raises, all ranks do.
+        Returns the own row of each name, or -1. If it raises, all ranks do. None if no rank asks for new names.
     """
     told = mail.told
-    come = mail.receive(_bytes_of(told[:, 1:]), call).numpy()
+    come = mail.receive(asked_bytes(told[:, _KNOWN:GENERATION]), call)
     plan = Plan()
-    plan.any_new = bool((told[:, 0] & _ASKS).any())
-    if not plan.any_new:
+    plan.any_new = answer is not None
+    if answer is None:
         rows = come.view(np.uint32).astype(np.int64)
         plan.give = told[:, _KNOWN].tolist()
         new_rows = np.empty(0, np.uint32)
@@ -144,7 +135,7 @@ def exchange_requests(
         give = (4 * counts[:, 1]).tolist() if failure is None else None
         replies = line.call(f"answers to {call.operation}", call.number)
         answers = line.meet_with(reply.view(np.uint8), give, replies, failure=failure)
-        new_rows = answers.receive((4 * request.counts()[:, 1]).tolist(), call).numpy().view(np.uint32)
+        new_rows = answers.receive((4 * request.counts()[:, 1]).tolist(), call).view(np.uint32)
         if missing == "error":
             _agree(line, request, new_rows, call)
         known.add(request, new_rows)
@@ -160,20 +151,13 @@ def exchange_requests(
     plan.length = len(request) if place is None else len(place)
     plan.missing, plan.number = missing, 0
     plan.dictionary = line.dictionary
-    plan.generations = told[:, GENERATION].copy()
     return plan
-
-
-def _bytes_of(payload: _Ints) -> list[int]:
-    """Return how many bytes a message has for each rank."""
-    known, new, text = payload[:, : GENERATION - 1].T
-    return (4 * (known + new) + text).tolist()  # type: ignore[no-any-return]
 
 
 def _agree(line: Line, request: Request, rows: NDArray[np.uint32], call: Call) -> None:
     """Raise on all ranks if a name is missing on one."""
     lacking = np.flatnonzero(rows == _NO_ROW)
-    told = line.meet(line.call(f"end of answers to {call.operation}", call.number), len(lacking))
+    told = line.meet(line.call(f"end of answers to {call.operation}", call.number), [len(lacking), 0, 0, 0])
     if not told[:, 1].any():
         return
     some = ""

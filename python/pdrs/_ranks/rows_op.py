@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pdrs._ranks.exchange import Call, Line, Mail
+from pdrs._ranks.exchange import BYTES, Call, Line, Mail
 from pdrs._ranks.mesh import of_replicas, own_part
 from pdrs._ranks.owners import Owners
 
@@ -19,6 +19,8 @@ class Route(NamedTuple):
     """Where rows go, and where their gradients come back from."""
 
     line: Line
+    # Which gather this is.
+    number: int
     # How many rows go to each rank, and how many come from it.
     give: list[int]
     take: list[int]
@@ -26,16 +28,17 @@ class Route(NamedTuple):
     wire: torch.dtype | None
     # What gradients are divided by.
     divisor: int
-    # What the two passes are named, if a rank does not come.
-    forward: Call
-    backward: Call
     owners: Owners
     # How many of the own rows are asked for in the replica of each rank; None if there is one replica.
     counts: list[int] | None
+    # Which of the rows that come is each row of the result; None if its number.
+    place: Tensor | None
+    # Whether there is one more row, of zeros.
+    has_absent: bool
 
 
 def exchange_rows(rows: Tensor, route: Route, come: Tensor | None = None) -> Tensor:
-    """Send rows ``[sum(give), elements]`` to the ranks, and return those that come, ``[sum(take), elements]``.
+    """Send rows ``[sum(give), elements]`` to the ranks, and return those that come, in their places.
 
     Parameters
     ----------
@@ -57,24 +60,26 @@ def meet_with_rows(rows: Tensor, line: Line, give: list[int], call: Call, payloa
     """
     width = rows.shape[1] * rows.element_size()
     sizes = [count * width for count in give]
-    head = [[size, 0, 0, payload] for size in sizes]
+    head = (0, 0, 0, payload)
     if not rows.is_cpu:
-        return line.meet_with(None, None, call, head)
+        return line.meet_with(None, sizes, call, head)
     # An empty tensor may have strides that no view takes.
-    flat = rows.detach().contiguous().view(-1) if rows.numel() else rows.detach().new_empty(0)
-    return line.meet_with(flat.view(torch.uint8).numpy(), sizes, call, head)
+    sent = rows.detach().contiguous() if rows.numel() else rows.new_empty(0)
+    return line.meet_with(sent.view(torch.uint8).numpy().reshape(-1), sizes, call, head)
 
 
 def received_rows(rows: Tensor, line: Line, give: list[int], take: list[int], mail: Mail, call: Call) -> Tensor:
     """Return the rows that come, ``take[r]`` of each rank ``r``, after :func:`meet_with_rows`."""
     width = rows.shape[1] * rows.element_size()
     sizes = [count * width for count in take]
-    if mail.told[:, 1].tolist() != sizes:
-        raise RuntimeError(f"expected {sizes} bytes of rows from the ranks, got {mail.told[:, 1].tolist()}")
+    if (told := mail.told[:, BYTES].tolist()) != sizes:
+        raise RuntimeError(f"expected {sizes} bytes of rows from the ranks, got {told}")
     if not rows.is_cpu:
         return line.exchange(rows, give, take, call)
     come = mail.receive(sizes, call)
-    return (come.view(rows.dtype) if len(come) else rows.new_empty(0)).view(sum(take), rows.shape[1])
+    if not len(come):
+        return rows.new_empty(sum(take), rows.shape[1])
+    return torch.from_numpy(come.reshape(-1, width)).view(rows.dtype)
 
 
 class _Exchange(torch.autograd.Function):
@@ -85,15 +90,27 @@ class _Exchange(torch.autograd.Function):
         if found is None:
             sent = own_part(route.line, rows, route.counts)
             sent = sent if route.wire is None else sent.to(route.wire)
-            found = route.line.exchange(sent, route.give, route.take, route.forward)
+            found = route.line.exchange(sent, route.give, route.take, route.line.call("rows of gather", route.number))
+        found = found.to(rows.dtype)
+        if route.has_absent:
+            found = torch.cat([found, found.new_zeros(1, found.shape[1])])
+        if route.place is not None:
+            return found.index_select(0, route.place)
         # A Function must not return what it was given.
-        return found.view_as(found) if found is rows else found.to(rows.dtype)
+        return found.view_as(found) if found is rows else found
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        line, give, take, wire, divisor, _, call, owners, counts = ctx.route
-        sent = gradient if wire is None else gradient.to(wire)
+        line, number, give, take, wire, divisor, owners, counts, place, has_absent = ctx.route
+        sent = gradient
+        if place is not None:
+            count = sum(take)
+            # index_add_ is several times slower for an expanded gradient, which a sum has.
+            sent = gradient.new_zeros(count + has_absent, gradient.shape[1])
+            sent = sent.index_add_(0, place, gradient.contiguous())[:count]
+        sent = sent if wire is None else sent.to(wire)
+        call = line.call("backward of gather", number)
         with line.ranks.in_step():
             mail = meet_with_rows(sent, line, take, call)
             own = received_rows(sent, line, take, give, mail, call)
@@ -101,5 +118,5 @@ class _Exchange(torch.autograd.Function):
                 own = of_replicas(line, owners, own, counts, call)
             own = own.to(gradient.dtype)
         if divisor != 1:
-            own = own / divisor
+            own = own.div_(divisor)
         return own, None, None

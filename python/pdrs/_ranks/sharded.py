@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from pdrs._core import KnownRows, Request, hash_names
+from pdrs._ranks.ages import Ages
 from pdrs._ranks.exchange import Call, Line, ranks_and_shards
 from pdrs._ranks.initial_values import Initial, values_of
 from pdrs._ranks.mesh import names_of_replicas, of_replicas, own_part, rows_of_replicas
@@ -60,7 +61,7 @@ def _in_step(
     @untraced
     def call(self: ShardedParameterDict, /, *arguments: _P.args, **named: _P.kwargs) -> _R:
         with self._line.ranks.in_step():
-            self._inserted = []
+            self._inserted.clear()
             try:
                 return method(self, *arguments, **named)
             except BaseException:
@@ -168,9 +169,8 @@ class ShardedParameterDict(Module):
             self.local.reserve(max(1, reserve), shape=one, dtype=dtype, device=device)
         self._known = {one: KnownRows(known_names) for one in self._shapes}
         self._inserted: list[str] = []
-        self._plans = self._gathers = self._others = 0
-        self._seen = {one: torch.zeros(0, dtype=torch.int64, device="cpu") for one in self._shapes}
-        self._layout = self.local.layout_version
+        self._plans = self._others = 0
+        self._ages = Ages.of_new(self._shapes, self.local.layout_version)
         self._warned_of_shard = False
         self._wrappers = Wrappers(self.local, self._tables())
         _by_local[id(self.local)] = self
@@ -179,7 +179,7 @@ class ShardedParameterDict(Module):
             f"{average=}, {wire=}"
         )
         told = self._line.meet(self._line.call("ShardedParameterDict", 0, options), [0, 0, 0, self._generation()])
-        self._generations = told[:, GENERATION].copy()
+        self._generations: list[int] = told[:, GENERATION].tolist()
 
     # -- names ---------------------------------------------------------------------------------------------------------
 
@@ -229,7 +229,7 @@ class ShardedParameterDict(Module):
 
     def total(self) -> int:
         """Return the number of names on all ranks. All ranks must call it."""
-        told = self._line.meet(self._next_call("total"), len(self.local))
+        told = self._line.meet(self._next_call("total"), [len(self.local), 0, 0, 0])
         return int(told[: self._owners.shards, 1].sum())
 
     def extra_repr(self) -> str:
@@ -285,6 +285,8 @@ class ShardedParameterDict(Module):
         options = f"missing={missing!r}{self._said(shape)}"
         plan = self._planned(names, missing, self._line.call("plan", self._plans, options), shape=shape)
         plan.number = self._plans
+        # If it has to be made again, the caller's list may be another.
+        plan.names = list(plan.names)
         return plan
 
     @_in_step
@@ -320,8 +322,7 @@ class ShardedParameterDict(Module):
         KeyError, ValueError, OutOfStepError, RuntimeError
             As for :meth:`plan`.
         """
-        self._gathers += 1
-        number = self._gathers
+        self._ages.gathers = number = self._ages.gathers + 1
         plan = names if isinstance(names, Plan) else None
         table = self._table(shape if plan is None else plan.shape)
         if sparse is None:
@@ -332,26 +333,25 @@ class ShardedParameterDict(Module):
         if plan is None:
             options = f"missing={missing!r}{self._said(shape)}, {options}"
             plan = self._planned(names, missing, self._line.call("gather", number, options), shape=shape)
-            own = self._own_rows(plan, number, sparse)
+            own = self._own_rows(plan, self._table(plan.shape), sparse)
         else:
-            own, come = self._gathered(plan, number, options, sparse)
+            own, come = self._gathered(plan, table, number, options, sparse)
+        divisor = self._owners.ranks if self._average else 1
+        place = plan.place if plan.place is None or own.is_cpu else plan.place.to(own.device)
         route = Route(
             self._line,
+            number,
             plan.give,
             plan.take,
             self._wire,
-            self.world_size if self._average else 1,
-            self._line.call("rows of gather", number),
-            self._line.call("backward of gather", number),
+            divisor,
             self._owners,
             plan.counts,
+            place,
+            plan.has_absent,
         )
-        come = exchange_rows(own, route, come)
-        if plan.has_absent:
-            come = torch.cat([come, come.new_zeros(1, come.shape[1])])
-        if plan.place is not None:
-            come = come.index_select(0, plan.place if come.is_cpu else plan.place.to(come.device))
-        return come.view(len(plan), *plan.shape)
+        rows = exchange_rows(own, route, come)
+        return rows if len(plan.shape) == 1 else rows.view(plan.length, *plan.shape)
 
     def ahead(
         self,
@@ -474,7 +474,7 @@ class ShardedParameterDict(Module):
                 self._drop(gone)
         except Exception as error:
             failure = error
-        self._line.meet(self._line.call("end of drop", call.number), 0, 0, failure)
+        self._line.meet(self._line.call("end of drop", call.number), failure=failure)
 
     def evict(self, *, older_than: int) -> int:
         """Remove the names of this rank that nobody has gathered in the last ``older_than`` gathers. **O(n)**.
@@ -497,11 +497,11 @@ class ShardedParameterDict(Module):
             raise ValueError(f"expected older_than >= 1, got {older_than}")
         if not len(self.local):
             return 0
-        self._follow_layout()
         old: list[str] = []
-        for shape, seen in self._seen.items():
-            is_old = seen <= self._gathers - older_than
-            names = self.local.names_of(is_old[: len(self._table(shape))].nonzero()[:, 0], shape=shape)
+        for shape in self._shapes:
+            capacity = len(self._table(shape))
+            seen = self._ages.of(shape, capacity, self._generation())[:capacity]
+            names = self.local.names_of((seen <= self._ages.gathers - older_than).nonzero()[:, 0], shape=shape)
             old += [name for name in names if name is not None]
         if old:
             self._drop(old)
@@ -534,9 +534,7 @@ class ShardedParameterDict(Module):
                     if request is None:
                         self._wrappers.refuse(self._tables())
                         check_missing(missing, None)
-                        names = list(
-                            listed(names)
-                        )  # A plan may have to be made again, when the caller's list is another.
+                        names = listed(names)
                     request = Request(names, known, self._owners.ranks, self._owners.first, self._owners.shards)
                 except Exception as error:
                     failure = error
@@ -544,28 +542,32 @@ class ShardedParameterDict(Module):
                 self._line.meet(call, failure=failure)  # It raises, on all ranks.
             assert request is not None
             mail = meet_with_request(self._line, call, request, self._generation(), at)
-            if not self._forget(mail.told[:, GENERATION]):
+            if not self._forget(mail.told[:, GENERATION].tolist()):
                 break
-        if (mail.told[:, 0] >> 1 != at).any():
-            shapes = [self._shapes[one] for one in (mail.told[:, 0] >> 1).tolist()]
+        told = mail.told[:, 0].tolist()
+        if set(told) <= {at << 1}:  # nobody asks for new names
+            answer = None
+        elif any(one >> 1 != at for one in told):
+            shapes = [self._shapes[one >> 1] for one in told]
             raise self._line.ranks.agreed(ValueError(f"expected rows of one shape, got {shapes} of the ranks"))
-        if answer is None:
+        elif answer is None:
             answer = functools.partial(self._answer, missing=missing, shape=shape, call=call)
         plan = exchange_requests(self._line, request, mail, known, missing, answer, call)
-        plan.names, plan.shape = names, shape
+        plan.names, plan.shape, plan.generations = names, shape, self._generations
         plan.of_replicas, plan.counts = plan.rows, None
         if self._owners.replicas > 1:
             plan.of_replicas, plan.counts = rows_of_replicas(self._line, self._owners, plan.rows, call)
         return plan
 
-    def _own_rows(self, plan: Plan, number: int, sparse: bool) -> Tensor:
+    def _own_rows(self, plan: Plan, table: Tensor, sparse: bool) -> Tensor:
         """Return the rows of a plan that this rank owns, ``[rows, elements]``, those that all replicas ask for."""
-        table = self._table(plan.shape)
-        self._see(plan.of_replicas, number, plan.shape)
+        self._ages.see(plan.of_replicas, plan.shape, table.shape[0], self._generation())
         own = gather_rows(table, plan.of_replicas if table.is_cpu else plan.of_replicas.to(table.device), sparse)
-        return own.view(len(own), math.prod(plan.shape)) if own.dim() != 2 else own
+        return own if len(plan.shape) == 1 else own.view(len(own), math.prod(plan.shape))
 
-    def _gathered(self, plan: Plan, number: int, options: str, sparse: bool) -> tuple[Tensor, Tensor | None]:
+    def _gathered(
+        self, plan: Plan, table: Tensor, number: int, options: str, sparse: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """Meet for a gather by a plan, and return the own rows, and those that have come with what the ranks have told.
 
         All ranks make the plan again if rows of any have gone. Then none have come.
@@ -577,18 +579,18 @@ class ShardedParameterDict(Module):
         if plan.generations[self.rank] != generation:
             mail = self._line.meet_with(None, None, call, [0, 0, 0, generation])
         else:
-            own = self._own_rows(plan, number, sparse)
+            own = self._own_rows(plan, table, sparse)
             sent = own_part(self._line, own.detach(), plan.counts)
             sent = sent if self._wire is None else sent.to(self._wire)
             mail = meet_with_rows(sent, self._line, plan.give, call, generation)
-        if not self._forget(mail.told[:, GENERATION]) and (plan.generations == self._generations).all():
+        if not self._forget(mail.told[:, GENERATION].tolist()) and plan.generations == self._generations:
             return own, received_rows(sent, self._line, plan.give, plan.take, mail, call)
         again = self._line.call("new plan of gather", call.number)
         fresh = self._planned(plan.names, plan.missing, again, shape=plan.shape)
         fresh.number = plan.number
         for each in Plan.__slots__:
             setattr(plan, each, getattr(fresh, each))
-        return self._own_rows(plan, number, sparse), None
+        return self._own_rows(plan, self._table(plan.shape), sparse), None
 
     def _answer(self, names: list[str], missing: Missing, shape: tuple[int, ...], call: Call) -> NDArray[np.int64]:
         """Return the own rows of names, or -1, and insert them if that is asked for. All ranks come here."""
@@ -598,7 +600,8 @@ class ShardedParameterDict(Module):
             new = names_of_replicas(self._line, self._owners, new, call)
             self._inserted += self.local.insert(new, shape=shape, init=self._initialise) if new else []
             if self._inserted:
-                self._see(self.local.indices(self._inserted).cpu(), self._gathers, shape)
+                rows_of_new = self.local.indices(self._inserted).cpu()
+                self._ages.see(rows_of_new, shape, len(self._table(shape)), self._generation())
             rows = self.local.indices(names, shape=shape).cpu().numpy() if names else np.empty(0, np.int64)
         else:
             there = self.local.isin(names).numpy() if names else np.empty(0, np.bool_)
@@ -616,14 +619,15 @@ class ShardedParameterDict(Module):
     def _generation(self) -> int:
         return self.local.layout_version
 
-    def _forget(self, generations: NDArray[np.int64]) -> bool:
+    def _forget(self, generations: list[int]) -> bool:
         """Forget the rows of ranks whose rows have gone; True if there are any. It is the same on all ranks."""
-        stale = np.flatnonzero(generations != self._generations)
-        for owner in stale.tolist():
-            for known in self._known.values():
+        if generations == self._generations:
+            return False
+        for owner, (now, before) in enumerate(zip(generations, self._generations, strict=True)):
+            for known in self._known.values() if now != before else ():
                 known.forget(owner)
-        self._generations = generations.copy()
-        return bool(len(stale))
+        self._generations = generations
+        return True
 
     def _next_call(self, operation: str, options: str = "") -> Call:
         self._others += 1
@@ -643,24 +647,10 @@ class ShardedParameterDict(Module):
         """Return what a call says of a shape."""
         return "" if shape is None or shape == self._shapes[0] else f", {shape=}"
 
-    def _see(self, rows: Tensor, number: int, shape: tuple[int, ...]) -> None:
-        """Note that rows have been used in a gather."""
-        self._follow_layout()
-        seen, capacity = self._seen[shape], len(self._table(shape))
-        if len(seen) < capacity:
-            self._seen[shape] = seen = torch.cat([seen, seen.new_full((capacity - len(seen),), number)])
-        seen[rows] = number
-
-    def _follow_layout(self) -> None:
-        """Let all ages begin again if someone else has moved rows, such as ``local.compact()``."""
-        if self.local.layout_version != self._layout:
-            self._layout = self.local.layout_version
-            for seen in self._seen.values():
-                seen.fill_(self._gathers)
-
     def _remove_inserted(self) -> None:
         """Remove the names that a call has inserted before it failed."""
-        names, self._inserted = [name for name in self._inserted if name in self.local], []
+        names = [name for name in self._inserted if name in self.local]
+        self._inserted.clear()
         if names:
             # A table that cannot be changed keeps them, with initial values.
             with suppress(Exception):
@@ -670,14 +660,14 @@ class ShardedParameterDict(Module):
         """Return in which gather each row was last used, ``[capacity]``, for each table."""
         found = {}
         for shape in self._shapes:
-            self._see(torch.empty(0, dtype=torch.int64), self._gathers, shape)
-            found[self._table_like(shape, self._table().dtype).attribute] = self._seen[shape]
+            seen = self._ages.of(shape, len(self._table(shape)), self._generation())
+            found[self._table_like(shape, self._table().dtype).attribute] = seen
         return found
 
     def _with_seen(self, seen: dict[str, Tensor], gathers: int, layout: int) -> dict[str, Any]:
         """Return the attributes that it has after :meth:`_last_seen` of such a number of gathers is loaded."""
         by_shape = {shape: seen[self._table_like(shape, self._table().dtype).attribute] for shape in self._shapes}
-        return {"_seen": by_shape, "_gathers": gathers, "_layout": layout}
+        return {"_ages": Ages(by_shape, gathers, layout)}
 
     def _table_like(self, shape: tuple[int, ...], dtype: torch.dtype) -> Table:
         """Return the table for rows of a shape and dtype; ValueError if it can have none."""
@@ -689,9 +679,9 @@ class ShardedParameterDict(Module):
         return next(one for one in self.local._tables if parameter_of(self.local, one) is parameter)
 
     def _drop(self, names: list[str] | Tensor) -> None:
-        self._follow_layout()
+        self._ages.follow(self._generation())
         self.local.drop(names)
-        self._layout = self.local.layout_version
+        self._ages.moved(self._generation())
 
     # -- what must not happen to it ------------------------------------------------------------------------------------
 

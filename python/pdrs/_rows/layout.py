@@ -83,9 +83,12 @@ def table_number(
     sd: StackedParameterDict, shape: Sequence[int], dtype: torch.dtype | None, requires_grad: bool | None
 ) -> int:
     """Return the number of the table that :meth:`StackedParameterDict.table` returns."""
-    wanted = Kind(as_shape(shape), dtype or torch.get_default_dtype(), requires_grad is not False)
+    shape = as_shape(shape)
     parameters = [(number, parameter_of(sd, table)) for number, table in enumerate(sd._tables)]
-    of_shape = [(number, one) for number, one in parameters if tuple(one.shape[1:]) == wanted.shape]
+    of_shape = [(number, one) for number, one in parameters if tuple(one.shape[1:]) == shape]
+    if len(of_shape) == 1 and dtype is None and requires_grad is None:  # as in each step of a sharded dictionary
+        return of_shape[0][0]
+    wanted = Kind(shape, dtype or torch.get_default_dtype(), requires_grad is not False)
     dtypes = {one.dtype for _, one in of_shape}
     # The only one that there is, unless another is asked for.
     wanted_dtypes = dtypes if dtype is None and len(dtypes) == 1 else {wanted.dtype}

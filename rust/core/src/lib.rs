@@ -10,6 +10,7 @@
 
 mod error;
 mod hash_table;
+pub mod headers;
 mod key;
 pub mod memory;
 pub mod names;

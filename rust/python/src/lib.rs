@@ -55,7 +55,9 @@ mod _core {
     #[pymodule_export]
     use super::python::type_slots::use_native_slots;
     #[pymodule_export]
-    use super::ranks::known_rows::{KnownRows, Request, answer_asked, asked_names};
+    use super::ranks::headers::Headers;
+    #[pymodule_export]
+    use super::ranks::known_rows::{KnownRows, Request, answer_asked, asked_bytes, asked_names};
     #[pymodule_export]
     use super::stacked::one_entry::{pop_end_entry_row, pop_entry_row, set_entry_row};
     #[pymodule_export]

@@ -4,6 +4,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2};
 use pdrs_core::Error;
+use pdrs_core::headers::PAYLOAD;
 use pdrs_core::names::known::{Asked, Counts, KnownRows as Known, Owners, Request as Asking};
 use pyo3::exceptions::{PyKeyError, PyValueError};
 use pyo3::prelude::*;
@@ -112,6 +113,14 @@ impl Request {
         PyArray1::from_vec(py, memory::collect(numbers)?).reshape([counts.len(), 3])
     }
 
+    fn payload<'py>(&self, py: Python<'py>, generation: i64) -> PyResult<(Bound<'py, PyArray2<i64>>, Vec<usize>)> {
+        let counts = &self.asking.counts;
+        let number = |count: usize| (count as u64).cast_signed();
+        let numbers = counts.iter().flat_map(|one| [number(one.known), number(one.new), number(one.text), generation]);
+        let payload = PyArray1::from_vec(py, memory::collect(numbers)?).reshape([counts.len(), PAYLOAD])?;
+        Ok((payload, memory::collect(counts.iter().map(Counts::bytes))?))
+    }
+
     fn message<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<u8>> {
         PyArray1::from_slice(py, &self.asking.message)
     }
@@ -150,6 +159,12 @@ pub(crate) fn asked_names<'py>(
     let each = |name: &[u8]| text_of_utf8(py, name).and_then(|text| memory::push(&mut names, text)).map_err(Refused);
     asked.names(each).map_err(|Refused(error)| error)?;
     new_list(py, names.into_iter().map(Ok))
+}
+
+/// The bytes that each rank asks with.
+#[pyfunction]
+pub(crate) fn asked_bytes(counts: PyReadonlyArray2<'_, i64>) -> PyResult<Vec<usize>> {
+    memory::collect(to_counts(&counts)?.iter().map(Counts::bytes))
 }
 
 /// What this rank answers to all ranks, by the row of each of these names; -1 for one without.

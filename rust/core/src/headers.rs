@@ -1,0 +1,221 @@
+//! What a rank tells the others in front of the data for them, and how it reads what they tell.
+//!
+//! ```text
+//!   message   [header | data for rank 0] [header | data for rank 2]    of rank 1, whose own data goes nowhere
+//!   header    call call call | status | payload payload payload payload      eight numbers of 8 bytes
+//!   windows   [header | data of rank 0 ....] [header | data of rank 2 ....]  as long as any message may be
+//!   told      [status | payload]  of each rank
+//! ```
+//!
+//! The last two bits of the status in a header say whether the rank has failed, and whether its data comes later, because
+//! it does not fit into a window.
+
+use crate::error::{Error, Result};
+use crate::memory;
+
+/// The numbers that say what a rank is about to do.
+pub const CALL: usize = 3;
+/// The numbers that a call adds for each rank.
+pub const PAYLOAD: usize = 4;
+/// The numbers that are told of each rank.
+pub const TOLD: usize = 1 + PAYLOAD;
+/// The bytes of a header.
+pub const BYTES: usize = NUMBER * (CALL + TOLD);
+
+const NUMBER: usize = 8;
+const FAILED: i64 = 1;
+const LATER: i64 = 2;
+const FLAGS: u32 = 2;
+
+/// What a rank is about to do, in numbers.
+pub type Call = [i64; CALL];
+
+/// The place of a rank among the ranks of a group.
+#[derive(Debug, Clone, Copy)]
+pub struct Headers {
+    /// This rank.
+    pub rank: usize,
+    /// How many there are.
+    pub ranks: usize,
+}
+
+/// What a call adds to the headers.
+#[derive(Debug)]
+pub enum Payload<'a> {
+    /// Numbers for all ranks. With `give`, the third becomes the bytes for each.
+    ForAll([i64; PAYLOAD]),
+    /// Numbers for each rank, `[ranks, PAYLOAD]`.
+    ForEach(&'a [i64]),
+}
+
+/// What goes to the other ranks.
+#[derive(Debug)]
+pub struct Message {
+    /// Headers and data, those for the first rank first.
+    pub bytes: Vec<u8>,
+    /// How many bytes are for each rank.
+    pub sizes: Vec<usize>,
+    /// `[ranks, TOLD]`: what the rank tells itself; zeros for the others until [`Headers::read`].
+    pub told: Vec<i64>,
+}
+
+/// What all ranks have told.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Meeting {
+    /// They do the same. Whose data comes later; nobody's if empty.
+    Agreed(Vec<bool>),
+    /// One is about to do something else.
+    Differs,
+    /// One has failed.
+    Failed,
+}
+
+impl Headers {
+    /// Writes what goes to the other ranks. **O(ranks + bytes)**.
+    ///
+    /// `data` has `give[r]` bytes for each rank `r`, and `room` is the length of a window. Without data, no bytes follow
+    /// the headers.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Length`] if the payload, `give` or the data has another length; [`Error::Memory`].
+    pub fn message(
+        &self,
+        call: Call,
+        (status, has_failed): (i64, bool),
+        payload: &Payload<'_>,
+        data: Option<&[u8]>,
+        give: Option<&[usize]>,
+        room: usize,
+    ) -> Result<Message> {
+        let is_given = give.is_some();
+        let nothing = if is_given { Vec::new() } else { memory::filled(0, self.ranks)? };
+        let give = give.unwrap_or(&nothing);
+        self.check(give.len())?;
+        if let Some(data) = data {
+            same_length(give.iter().sum(), data.len())?;
+        }
+        if let Payload::ForEach(numbers) = payload {
+            same_length(PAYLOAD * self.ranks, numbers.len())?;
+        }
+        let others = || give.iter().enumerate().filter(|(rank, _)| *rank != self.rank);
+        let is_later = data.is_some() && others().any(|(_, count)| count + BYTES > room);
+        let data = data.filter(|_| !is_later && !has_failed);
+        let flags = if is_later { LATER } else { 0 } | if has_failed { FAILED } else { 0 };
+        let status = (status << FLAGS) | flags;
+        let all = others().map(|(_, count)| BYTES + data.map_or(0, |_| *count)).sum();
+        let mut message = Message {
+            bytes: memory::with_capacity(all)?,
+            sizes: memory::filled(0, self.ranks)?,
+            told: memory::filled(0, TOLD * self.ranks)?,
+        };
+        let mut begin = 0;
+        for (rank, count) in give.iter().enumerate() {
+            let part = begin..begin + count;
+            begin = part.end;
+            let numbers = match payload {
+                Payload::ForAll([first, second, _, last]) if is_given => {
+                    [*first, *second, (*count as u64).cast_signed(), *last]
+                }
+                Payload::ForAll(numbers) => *numbers,
+                Payload::ForEach(numbers) => std::array::from_fn(|at| numbers[PAYLOAD * rank + at]),
+            };
+            if rank == self.rank {
+                let told = &mut message.told[TOLD * rank..TOLD * (rank + 1)];
+                told[0] = status;
+                told[1..].copy_from_slice(&numbers);
+                continue;
+            }
+            for number in call.iter().chain([&status]).chain(&numbers) {
+                message.bytes.extend_from_slice(&number.to_le_bytes());
+            }
+            let data = data.map_or(&[][..], |data| &data[part]);
+            message.bytes.extend_from_slice(data);
+            message.sizes[rank] = BYTES + data.len();
+        }
+        Ok(message)
+    }
+
+    /// Reads what the others have told into `told`, beside what this rank tells. **O(ranks)**.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Length`] if there are not as many windows or numbers as ranks; [`Error::Memory`].
+    pub fn read(&self, windows: &[u8], call: Call, told: &mut [i64]) -> Result<Meeting> {
+        same_length(TOLD * self.ranks, told.len())?;
+        let (mut differs, mut failed, mut any_later) = (false, false, false);
+        for (rank, row) in told.chunks_exact_mut(TOLD).enumerate() {
+            if rank != self.rank {
+                let window = self.window(windows, rank, 0)?;
+                let mut numbers = window.chunks_exact(NUMBER).map(|eight| {
+                    eight.try_into().map_or(0, i64::from_le_bytes) // they are eight
+                });
+                differs |= !call.iter().all(|number| numbers.next() == Some(*number));
+                row.iter_mut().zip(numbers).for_each(|(to, number)| *to = number);
+            }
+            failed |= row[0] & FAILED != 0;
+            any_later |= row[0] & LATER != 0;
+        }
+        let of_later = told.chunks_exact(TOLD).filter(|_| any_later).map(|row| row[0] & LATER != 0);
+        let later = memory::collect(of_later)?;
+        told.chunks_exact_mut(TOLD).for_each(|row| row[0] >>= FLAGS);
+        Ok(if differs {
+            Meeting::Differs
+        } else if failed {
+            Meeting::Failed
+        } else {
+            Meeting::Agreed(later)
+        })
+    }
+
+    /// Returns `take[r]` bytes of each rank `r`, one behind the other. **O(ranks + bytes)**.
+    ///
+    /// `own` is what this rank has for itself. `later` says whose data has come later, and `of_later` is that.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Length`] if there is less; [`Error::Memory`].
+    pub fn received(
+        &self,
+        windows: &[u8],
+        own: &[u8],
+        take: &[usize],
+        later: &[bool],
+        mut of_later: &[u8],
+    ) -> Result<Vec<u8>> {
+        self.check(take.len())?;
+        let mut received = memory::with_capacity(take.iter().sum())?;
+        for (rank, count) in take.iter().enumerate() {
+            let part = if later.get(rank) == Some(&true) {
+                let (part, others) = of_later.split_at_checked(*count).ok_or(short(*count, of_later))?;
+                of_later = others;
+                part
+            } else if rank == self.rank {
+                own.get(..*count).ok_or(short(*count, own))?
+            } else {
+                &self.window(windows, rank, *count)?[BYTES..]
+            };
+            received.extend_from_slice(part);
+        }
+        Ok(received)
+    }
+
+    /// The header of another rank, and so many bytes behind it.
+    fn window<'a>(&self, windows: &'a [u8], rank: usize, count: usize) -> Result<&'a [u8]> {
+        let room = windows.len() / (self.ranks - 1);
+        let begin = room * (rank - usize::from(rank > self.rank));
+        windows[begin..begin + room].get(..BYTES + count).ok_or(Error::Length { expected: BYTES + count, got: room })
+    }
+
+    fn check(&self, length: usize) -> Result<()> {
+        same_length(self.ranks, length)
+    }
+}
+
+fn short(expected: usize, bytes: &[u8]) -> Error {
+    Error::Length { expected, got: bytes.len() }
+}
+
+fn same_length(expected: usize, got: usize) -> Result<()> {
+    if expected == got { Ok(()) } else { Err(Error::Length { expected, got }) }
+}

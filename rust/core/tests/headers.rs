@@ -1,0 +1,142 @@
+//! Ranks that meet tell each other what they do, and get the data that is for them.
+//!
+//! The bugs that this hunts: data or numbers that go to another rank; a rank that does something else, has failed, or
+//! sends later, and is taken for one that does not; lengths that do not fit.
+
+use pdrs_core::Error;
+use pdrs_core::headers::{BYTES, Call, Headers, Meeting, PAYLOAD, Payload, TOLD};
+
+const CALL: Call = [1 << 40, -7, 9];
+
+fn number(count: usize) -> i64 {
+    i64::try_from(count).unwrap()
+}
+
+/// What ranks say, and what each sends to each.
+struct Told {
+    call: Call,
+    status: (i64, bool),
+    data: Option<Vec<Vec<u8>>>,
+}
+
+fn same(ranks: usize) -> Vec<Told> {
+    let to = |from: usize| (0..ranks).map(|to| vec![(10 * from + to) as u8; from + 2 * to]).collect();
+    (0..ranks).map(|from| Told { call: CALL, status: (number(from) + 5, false), data: Some(to(from)) }).collect()
+}
+
+/// Lets all ranks meet, with windows of so many bytes; returns the windows, what each was told, and what it found.
+fn meet(told: &[Told], room: usize) -> Vec<(Vec<u8>, Vec<i64>, Meeting)> {
+    let ranks = told.len();
+    let mut windows = vec![vec![0xAA; (ranks - 1) * room]; ranks];
+    let mut rows = Vec::new();
+    for (rank, one) in told.iter().enumerate() {
+        let give: Vec<usize> = (0..ranks).map(|to| one.data.as_ref().map_or(0, |data| data[to].len())).collect();
+        let data = one.data.as_ref().map(|data| data.concat());
+        let headers = Headers { rank, ranks };
+        let payload = Payload::ForAll([100, 200, -1, 300]);
+        let sent = headers.message(one.call, one.status, &payload, data.as_deref(), Some(&give), room).unwrap();
+        assert_eq!(sent.sizes[rank], 0);
+        let mut at = 0;
+        for (to, size) in sent.sizes.iter().enumerate().filter(|(to, _)| *to != rank) {
+            let begin = room * (rank - usize::from(rank > to));
+            windows[to][begin..begin + size].copy_from_slice(&sent.bytes[at..at + size]);
+            at += size;
+        }
+        assert_eq!(at, sent.bytes.len());
+        rows.push(sent.told);
+    }
+    let read = |(rank, (windows, mut row)): (usize, (Vec<u8>, Vec<i64>))| {
+        let found = Headers { rank, ranks }.read(&windows, told[rank].call, &mut row).unwrap();
+        (windows, row, found)
+    };
+    windows.into_iter().zip(rows).enumerate().map(read).collect()
+}
+
+#[test]
+fn each_rank_gets_what_is_for_it() {
+    for ranks in 1..5 {
+        let told = same(ranks);
+        for (rank, (windows, row, found)) in meet(&told, BYTES + 16).into_iter().enumerate() {
+            assert_eq!(found, Meeting::Agreed(vec![]));
+            let sizes: Vec<usize> = (0..ranks).map(|from| from + 2 * rank).collect();
+            for (from, numbers) in row.chunks(TOLD).enumerate() {
+                assert_eq!(numbers, [number(from) + 5, 100, 200, number(sizes[from]), 300]);
+            }
+            let own = &told[rank].data.as_ref().unwrap()[rank];
+            let headers = Headers { rank, ranks };
+            let come = headers.received(&windows, own, &sizes, &[], &[]).unwrap();
+            let wanted: Vec<u8> = (0..ranks).flat_map(|from| vec![(10 * from + rank) as u8; sizes[from]]).collect();
+            assert_eq!(come, wanted);
+        }
+    }
+}
+
+#[test]
+fn a_rank_that_differs_is_noticed_by_all() {
+    for at in 0..3 {
+        let mut told = same(4);
+        told[2].call[at] += 1;
+        assert!(meet(&told, 128).iter().all(|(_, _, found)| *found == Meeting::Differs));
+    }
+}
+
+#[test]
+fn a_rank_that_has_failed_is_noticed_by_all_and_sends_nothing() {
+    let mut told = same(3);
+    told[1].status.1 = true;
+    for (windows, row, found) in meet(&told, 128) {
+        assert_eq!((found, row[TOLD]), (Meeting::Failed, 6));
+        assert!(!windows.contains(&10) && !windows.contains(&12));
+    }
+}
+
+#[test]
+fn data_that_does_not_fit_comes_later() {
+    let mut told = same(3);
+    told[2].data.as_mut().unwrap()[0] = vec![20; 40];
+    for (rank, (windows, _, found)) in meet(&told, BYTES + 39).into_iter().enumerate() {
+        let later = vec![false, false, true];
+        assert_eq!(found, Meeting::Agreed(later.clone()));
+        let data = |from: usize| told[from].data.as_ref().unwrap()[rank].clone();
+        let take: Vec<usize> = (0..3).map(|from| data(from).len()).collect();
+        let come = Headers { rank, ranks: 3 }.received(&windows, &data(rank), &take, &later, &data(2)).unwrap();
+        assert_eq!(come, [data(0), data(1), data(2)].concat());
+    }
+    // What is for the rank itself needs no window.
+    told = same(3);
+    told[2].data.as_mut().unwrap()[2] = vec![22; 400];
+    assert!(meet(&told, BYTES + 16).iter().all(|(_, _, found)| *found == Meeting::Agreed(vec![])));
+}
+
+#[test]
+fn numbers_may_be_for_each_rank() {
+    let numbers: Vec<i64> = (0..number(2 * PAYLOAD)).collect();
+    let headers = Headers { rank: 1, ranks: 2 };
+    let sent = headers.message(CALL, (0, false), &Payload::ForEach(&numbers), None, Some(&[3, 4]), 64).unwrap();
+    assert_eq!((&sent.told[TOLD..], sent.bytes.len(), &sent.sizes[..]), (&[0, 4, 5, 6, 7][..], BYTES, &[BYTES, 0][..]));
+    let words: Vec<i64> = sent.bytes.chunks(8).map(|eight| i64::from_le_bytes(eight.try_into().unwrap())).collect();
+    assert_eq!(words, [CALL[0], CALL[1], CALL[2], 0, 0, 1, 2, 3]);
+}
+
+#[test]
+fn numbers_for_all_ranks_stay_if_nothing_is_given() {
+    let headers = Headers { rank: 0, ranks: 2 };
+    let sent = headers.message(CALL, (3, false), &Payload::ForAll([1, 2, 3, 4]), None, None, 64).unwrap();
+    assert_eq!((&sent.told[..TOLD], sent.bytes.len()), (&[12, 1, 2, 3, 4][..], BYTES));
+}
+
+#[test]
+fn lengths_that_do_not_fit_are_refused() {
+    let headers = Headers { rank: 0, ranks: 2 };
+    let all = Payload::ForAll([0; PAYLOAD]);
+    let refused = |expected, got| Some(Error::Length { expected, got });
+    assert_eq!(headers.message(CALL, (0, false), &all, None, Some(&[0]), 64).err(), refused(2, 1));
+    assert_eq!(headers.message(CALL, (0, false), &all, Some(&[1]), Some(&[0, 2]), 64).err(), refused(2, 1));
+    assert_eq!(headers.message(CALL, (0, false), &Payload::ForEach(&[0; 4]), None, None, 64).err(), refused(8, 4));
+    assert_eq!(headers.read(&[0; 100], CALL, &mut [0; TOLD]).err(), refused(2 * TOLD, TOLD));
+    assert_eq!(headers.read(&[0; 60], CALL, &mut [0; 2 * TOLD]).err(), refused(BYTES, 60));
+    assert_eq!(headers.received(&[0; 70], &[], &[0, 7], &[], &[]).err(), refused(BYTES + 7, 70));
+    assert_eq!(headers.received(&[0; 70], &[1], &[2, 0], &[], &[]).err(), refused(2, 1));
+    assert_eq!(headers.received(&[0; 70], &[], &[2, 0], &[true, false], &[1]).err(), refused(2, 1));
+    assert_eq!(headers.received(&[0; 70], &[], &[2], &[], &[]).err(), refused(2, 1));
+}

@@ -1,0 +1,78 @@
+//! What a rank tells the others in front of the data for them, as arrays.
+
+use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2, PyReadwriteArray2};
+use pdrs_core::headers::{Call, Headers as Of, Meeting, PAYLOAD, Payload, TOLD};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+
+use crate::python::memory::OrRaise;
+
+/// Writes what a rank tells the others, and reads what they tell.
+#[pyclass(frozen, module = "pdrs._core")]
+pub(crate) struct Headers {
+    of: Of,
+}
+
+/// The message, how much of it is for each rank, and what this rank tells itself.
+type Message<'py> = (Bound<'py, PyArray1<u8>>, Vec<usize>, Bound<'py, PyArray2<i64>>);
+
+#[pymethods]
+impl Headers {
+    #[new]
+    fn new(rank: usize, ranks: usize) -> PyResult<Self> {
+        if rank >= ranks {
+            return Err(PyValueError::new_err(format!("expected a rank below {ranks}, got {rank}")));
+        }
+        Ok(Self { of: Of { rank, ranks } })
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "they are what a message is made of")]
+    fn message<'py>(
+        &self,
+        py: Python<'py>,
+        call: Call,
+        status: i64,
+        has_failed: bool,
+        payload: &Bound<'py, PyAny>,
+        data: Option<PyReadonlyArray1<'py, u8>>,
+        give: Option<Vec<usize>>,
+        room: usize,
+    ) -> PyResult<Message<'py>> {
+        let of_each = payload.cast::<PyArray2<i64>>().ok().map(PyArrayMethods::readonly);
+        let payload = match &of_each {
+            Some(numbers) => Payload::ForEach(numbers.as_slice()?),
+            None => Payload::ForAll(payload.extract::<[i64; PAYLOAD]>()?),
+        };
+        let data = data.as_ref().map(PyReadonlyArray1::as_slice).transpose()?;
+        let found = self.of.message(call, (status, has_failed), &payload, data, give.as_deref(), room).or_raise()?;
+        let told = PyArray1::from_vec(py, found.told).reshape([self.of.ranks, TOLD])?;
+        Ok((PyArray1::from_vec(py, found.bytes), found.sizes, told))
+    }
+
+    fn read(
+        &self,
+        windows: PyReadonlyArray2<'_, u8>,
+        call: Call,
+        mut told: PyReadwriteArray2<'_, i64>,
+    ) -> PyResult<(bool, bool, Vec<bool>)> {
+        Ok(match self.of.read(windows.as_slice()?, call, told.as_slice_mut()?).or_raise()? {
+            Meeting::Agreed(later) => (false, false, later),
+            Meeting::Differs => (true, false, Vec::new()),
+            Meeting::Failed => (false, true, Vec::new()),
+        })
+    }
+
+    fn received<'py>(
+        &self,
+        py: Python<'py>,
+        windows: PyReadonlyArray2<'py, u8>,
+        own: PyReadonlyArray1<'py, u8>,
+        take: Vec<usize>,
+        later: Vec<bool>,
+        of_later: PyReadonlyArray1<'py, u8>,
+    ) -> PyResult<Bound<'py, PyArray1<u8>>> {
+        let (windows, own) = (windows.as_slice()?, own.as_slice()?);
+        let received = self.of.received(windows, own, &take, &later, of_later.as_slice()?).or_raise()?;
+        Ok(PyArray1::from_vec(py, received))
+    }
+}
