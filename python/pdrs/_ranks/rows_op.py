@@ -64,7 +64,7 @@ def meet_with_rows(rows: Tensor, line: Line, give: list[int], call: Call, payloa
     if not rows.is_cpu:
         return line.meet_with(None, sizes, call, head)
     # An empty tensor may have strides that no view takes.
-    sent = rows.detach().contiguous() if rows.numel() else rows.new_empty(0)
+    sent = rows.contiguous() if rows.numel() else rows.new_empty(0)
     return line.meet_with(sent.view(torch.uint8).numpy().reshape(-1), sizes, call, head)
 
 
