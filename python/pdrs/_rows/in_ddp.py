@@ -30,15 +30,19 @@ def is_reduced(table: Tensor) -> bool:
 
 
 def warn_of_ranks(sd: StackedParameterDict) -> None:
-    """Warn if names of a dictionary are inserted in the forward pass of the DDP module that it is in. **O(1)** later.
+    """Warn if names of a dictionary are inserted in the forward pass of the DDP module that reduces its gradients.
 
-    It is no error, because all ranks may insert the same names on purpose. To ask them would hang if they do not.
+    **O(1)** when it has warned. It is no error, because all ranks may insert the same names on purpose. To ask them
+    would hang if they do not.
     """
     active = active_ddp()
     if active is None or sd.__dict__.get("_warned_of_ranks"):
         return
     if active.process_group.size() == 1 or not any(one is sd for one in active.modules()):
         return
+    tables = sd.tables().values()
+    if tables and not any(map(is_reduced, tables)):
+        return  # DDP was told to leave them alone
     sd.__dict__["_warned_of_ranks"] = True
     warn(
         "names are inserted in the forward pass of DDP. Unless all ranks insert the same names in the same order, a "
