@@ -93,6 +93,11 @@ class Way:
     values: Callable[[], Tensor]
 
 
+def send_back(rows: Tensor) -> None:
+    """Take gradients of ones, in memory of their own, as those of a model are: those of a sum are one number."""
+    rows.backward(torch.ones_like(rows))  # type: ignore[no-untyped-call]
+
+
 def by_hand(batches: Batches, sparse: bool) -> Way:
     """Make the rows with int64 ids known everywhere: counts, ids and rows go by three collectives, gradients by one."""
     world, rank = dist.get_world_size(), dist.get_rank()
@@ -116,7 +121,7 @@ def by_hand(batches: Batches, sparse: bool) -> Way:
         rows: Tensor = Exchange.apply(embedding(asked, table, sparse=sparse), wants, gives)
         position = torch.empty_like(order)
         position[order] = torch.arange(len(order))
-        rows.index_select(0, position[which]).sum().backward()  # type: ignore[no-untyped-call]
+        send_back(rows.index_select(0, position[which]))
         optimizer.step()
         asks, answers = sum(gives) - gives[rank], sum(wants) - wants[rank]
         sent += 8 * (world - 1) + 8 * asks + 4 * FLOATS * (asks + answers)
@@ -166,7 +171,7 @@ def replicated(batches: Batches) -> Way:
     def step(number: int) -> None:
         nonlocal taken
         optimizer.zero_grad()
-        model(batches.texts[number]).sum().backward()
+        send_back(model(batches.texts[number]))
         optimizer.step()
         taken += 1
 
@@ -203,7 +208,7 @@ class Sharded:
 
         def step(number: int) -> None:
             optimizer.zero_grad()
-            words.gather(asked[number], sparse=True).sum().backward()  # type: ignore[no-untyped-call]
+            send_back(words.gather(asked[number], sparse=True))
             optimizer.step()
 
         run = step if what not in (NAMES_UNCHECKED, PLANNED_UNCHECKED) else unchecked(step, is_planned)

@@ -31,7 +31,20 @@ import sharded_steps
 from machine import describe
 from measure import Case, Measurement, Suite, Target, measure
 from report import Results, figure, report, table
-from sharded_steps import BATCH, BY_HAND, FLOATS, NAMES, PLANNED, RATE, STEPS, Batches, Sharded, Way, take_turns
+from sharded_steps import (
+    BATCH,
+    BY_HAND,
+    FLOATS,
+    NAMES,
+    PLANNED,
+    RATE,
+    STEPS,
+    Batches,
+    Sharded,
+    Way,
+    send_back,
+    take_turns,
+)
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SIZES = (100_000,)
@@ -125,7 +138,7 @@ def torchrec_way(batches: Batches, has_zch: bool, is_unique: bool) -> Way:
             lengths[len(ids) :] = 0
         found = sharded(KeyedJaggedTensor(keys=["f"], values=ids, lengths=lengths))
         rows = (found[0] if has_zch else found)["f"].values()
-        (rows if which is None else rows.index_select(0, which)).sum().backward()
+        send_back(rows if which is None else rows.index_select(0, which))
 
     def weights() -> Tensor:
         (shards,) = (each for name, each in sharded.state_dict().items() if name.endswith("embeddings.t.weight"))
