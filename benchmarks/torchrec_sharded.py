@@ -4,7 +4,9 @@ It needs a Python of its own: TorchRec's operators are built for one version of 
 version of Python, and the folder `pdrs_torch-*.dist-info` of its installation copied into the new one::
 
     python -m venv tbe
-    tbe/bin/pip install torch==2.14.1 fbgemm-gpu-cpu==1.9.0 torchrec==1.9.2 numpy tqdm
+    tbe/bin/pip install torch==2.14.1 torchrec==1.9.2 numpy tqdm
+    tbe/bin/pip uninstall --yes fbgemm-gpu
+    tbe/bin/pip install --no-deps fbgemm-gpu-cpu==1.9.0
     PYTHONPATH=python tbe/bin/python benchmarks/torchrec_sharded.py
 
 It prints the tables and writes them to ``benchmarks/results/torchrec.md``.
