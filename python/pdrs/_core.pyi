@@ -44,6 +44,7 @@ __all__ = [
     "clear_entries",
     "collect_parameters",
     "complete_move",
+    "copy_rows",
     "crc32",
     "delete_entry",
     "diff_names",

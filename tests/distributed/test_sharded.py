@@ -290,7 +290,10 @@ def test_the_example_of_the_docs_runs_under_torchrun(tmp_path: Path) -> None:
     file = tmp_path / "train.py"
     file.write_text(example(), encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(file)]
-    subprocess.run(command, check=True, timeout=LIMIT, capture_output=True)
+    finished = subprocess.run(
+        command, check=False, timeout=LIMIT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert finished.returncode == 0, finished.stdout
 
 
 def test_the_example_of_the_docs_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -188,7 +188,9 @@ mod tests {
             assert_eq!(read.tables.iter().map(|table| table.used).sum::<u64>(), 500);
 
             let mut encoder = Encoder::new(&header, 500, None::<std::iter::Empty<u64>>, 0).unwrap();
-            texts.iter().for_each(|text| encoder.push(text.as_bytes()).unwrap());
+            for text in &texts {
+                encoder.push(text.as_bytes()).unwrap();
+            }
             let plain = encoder.finish();
             let (order, counts) = by_bucket(&Parts::of(&plain).unwrap().1.names(&plain).unwrap(), 7).unwrap();
             assert_eq!(sorted.counts, counts);
@@ -197,7 +199,7 @@ mod tests {
             for (name, id) in names.iter() {
                 let (old, new) = (index.get(name).unwrap(), Place::of_id(id).unwrap());
                 assert_eq!(old.table(), new.table());
-                assert_eq!(sorted.rows[new.table()][new.row() as usize], old.row() as i64);
+                assert_eq!(sorted.rows[new.table()][new.row() as usize], old.row().cast_signed());
             }
         }
     }
