@@ -332,8 +332,25 @@ def ranks_that_differ(rank: int, world: int, place: Path) -> dict[str, Any]:
     if rank == 1:
         optimizer.state[model.words.local.table((WIDTH,))]["step"] += 1
     said["steps"] = error_of(lambda: pdrs.distributed.save(model, folder, optimizer))
+    metadata = {"step": "2"} if rank == 0 else None
+    said["metadata"] = error_of(lambda: pdrs.distributed.save(model, folder, metadata=metadata))
     assert not (folder / MANIFEST).exists()
     return {"said": said}
+
+
+@case
+def ranks_that_verify_differently(rank: int, world: int, place: Path) -> dict[str, Any]:
+    model, optimizer = made("adam")
+    train(model, optimizer, range(2), rank, world)
+    pdrs.distributed.save(model, place / f"verified-{world}", optimizer)
+    before = values(model.words)
+    said = error_of(lambda: pdrs.distributed.load(place / f"verified-{world}", model, optimizer, verify=rank == 0))
+    assert before == values(model.words)
+    return {"said": said}
+
+
+def values(words: ShardedParameterDict) -> dict[str, list[float]]:
+    return {name: words.local[name].tolist() for name in words}
 
 
 @case

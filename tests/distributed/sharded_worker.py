@@ -597,6 +597,27 @@ def clipped_beside_ddp(rank: int, world: int) -> dict[str, Any]:
 
 
 @case
+def gradients_of_any_layout(rank: int, world: int) -> dict[str, Any]:
+    """Gradients of one name, of a transposed matrix, of a sum, and conjugate ones, on some of the ranks."""
+    apart = 0.0
+    for shape, dtype in (((), torch.float32), ((1,), torch.float32), ((3,), torch.float32), ((2,), torch.complex64)):
+        options: dict[str, Any] = {"seed": SEED, "init": INIT, "dtype": dtype, "timeout": 10.0}
+        words = ShardedParameterDict(shape, dist.new_group(), average=False, **options)
+        for names in (["a"] if rank == 0 else ["b", "b", "c"], [f"n{at}" for at in range(4)], ["a"], []):
+            words.zero_grad()
+            rows = words.gather(names, "insert")
+            (rows.mT if rows.dim() == 2 else rows).conj().mul(2.0).sum().abs().backward()
+            gradient = words.local.table(shape).grad
+            total = torch.tensor(0.0 if gradient is None else float(gradient.abs().sum()))
+            dist.all_reduce(total)
+            # Each element of a row has a gradient of length 2.
+            asked = torch.tensor(float(len(names) * max(1, shape[0] if shape else 1)))
+            dist.all_reduce(asked)
+            apart = max(apart, abs(float(total) - 2 * float(asked)))
+    return {"apart": apart}
+
+
+@case
 def clipped_sparse_gradients(rank: int, world: int) -> dict[str, Any]:
     norms = []
     for norm_type in (2.0, 1.0, float("inf")):

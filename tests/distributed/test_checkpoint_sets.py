@@ -49,6 +49,7 @@ CASES = [
     "damage:2",
     "damage:3",
     "ranks_that_differ:2",
+    "ranks_that_verify_differently:2",
     "a_rank_that_cannot_write:2",
     "deltas:2",
     "deltas:3",
@@ -187,6 +188,9 @@ def test_ranks_that_differ_are_refused(launch: Launch) -> None:
         assert "have different values of parameters that are not sharded, first in out.weight" in one["said"]["values"]
         assert "optimizers[0].groups[0].options.lr (0.05 and 1.05)" in one["said"]["options"]
         assert "numbers.optimizer.0.step" in one["said"]["steps"]
+        assert "metadata={'step': '2'}); rank 1: save 0 (since is None, metadata=None)" in one["said"]["metadata"]
+    for one in launch.of("ranks_that_verify_differently", 2):
+        assert "verify=True); rank 1: load 0 (strict=True, verify=False)" in one["said"]
 
 
 @slow

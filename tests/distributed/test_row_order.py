@@ -7,14 +7,17 @@ a table, and rows of a width, dtype or layout that is copied another way than mo
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import pdrs
+import pdrs.distributed
 from pdrs._core import copy_rows, hash_names
 from pdrs._files.partial_read import unpacked
+from pdrs._files.set_manifest import Manifest
 from pdrs._ranks.owners import BUCKETS
 from pdrs._ranks.row_order import RowOrder
 from pdrs._rows.names_codec import bytes_of
@@ -74,6 +77,42 @@ def test_rows_of_any_width_and_layout_come_whole(
     for given in (values, values.repeat_interleave(2, 0)[::2], values.movedim(0, -1).contiguous().movedim(-1, 0)):
         data = np.concatenate([block.copy() for block in order.rows(0, "t", given).blocks()])
         assert torch.equal(torch.from_numpy(data).view(dtype).view(-1, *shape), values[rows])
+
+
+def test_a_table_without_rows_is_continued_with_its_checksum(tmp_path: Path) -> None:
+    words = pdrs.distributed.ShardedParameterDict([(3,), (2,)], init=pdrs.distributed.normal(1.0))
+    words.gather(["a", "b"], missing="insert")
+    words.gather([f"k{at}" for at in range(50)], missing="insert", shape=(2,))
+    pdrs.distributed.save(words, tmp_path)
+    words.drop(["a", "b"])
+    words.local.compact()
+    assert len(words.local.table((3,))) == 0
+    for names in ([], ["c"]):
+        words.gather(names, missing="insert")
+        pdrs.distributed.save(words, tmp_path, since=tmp_path)
+        other = pdrs.distributed.ShardedParameterDict([(3,), (2,)], init=pdrs.distributed.normal(1.0))
+        assert not any(pdrs.distributed.load(tmp_path, other, verify=True))
+        assert {name: other.local[name].tolist() for name in other} == {
+            name: words.local[name].tolist() for name in words
+        }
+
+
+def test_files_stay_if_another_job_has_saved_since(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = pdrs.distributed.ShardedParameterDict((3,))
+    words.gather(["a"], missing="insert")
+    really = Manifest.write
+
+    def write_and_wait(self: Manifest, folder: str, *, sync: bool) -> None:
+        really(self, folder, sync=sync)
+        if len(saved) == 0:
+            saved.append(0)
+            words.gather(["b"], missing="insert")
+            pdrs.distributed.save(words, tmp_path)
+
+    saved: list[int] = []
+    monkeypatch.setattr(Manifest, "write", write_and_wait)
+    pdrs.distributed.save(words, tmp_path)
+    assert sorted(pdrs.open(tmp_path)) == ["a", "b"]
 
 
 @pytest.mark.parametrize("row", [3, -2, 2**63 - 1, -(2**63)])

@@ -201,6 +201,20 @@ def test_the_rest_of_a_model_is_in_fsdp2(run: Run, world: int) -> None:
 
 
 @pytest.mark.parametrize("world", WORLDS)
+def test_gradients_of_any_layout_go_to_the_owners(run: Run, world: int) -> None:
+    assert max(each["apart"] for each in run(world, "gradients_of_any_layout")) <= 1e-4
+
+
+def test_the_result_of_a_gather_may_be_changed_in_place() -> None:
+    words = pdrs.distributed.ShardedParameterDict((2,))
+    words.gather(["a", "b"], missing="insert").add_(1).sum().backward()
+    table = words.local.table((2,))
+    assert table.detach().sum() == 0
+    assert table.grad is not None
+    assert table.grad.sum() == 4
+
+
+@pytest.mark.parametrize("world", WORLDS)
 def test_the_norm_of_sparse_gradients_is_that_of_all_ranks(run: Run, world: int) -> None:
     assert max(each["apart"] for each in run(world, "clipped_sparse_gradients")) <= 1e-6
 

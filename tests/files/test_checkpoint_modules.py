@@ -409,3 +409,17 @@ def test_an_entry_with_the_name_of_another_tensor_is_refused_before_anything_is_
     with pytest.raises(ValueError, match=rf"an entry '{entry}' of the dictionary at 'words\.'"):
         pdrs.save(broken, path)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (3, 1), (1, 3)])
+def test_tensors_whose_strides_of_length_one_are_strange_are_saved(shape: tuple[int, ...], tmp_path: Path) -> None:
+    module = nn.Module()
+    module.register_buffer("expanded", torch.full((), 3.0).expand(shape))
+    module.register_buffer("turned", torch.arange(3.0).expand(1, 3).mT if 3 in shape else torch.ones(1).expand(1, 1).mT)
+    path = tmp_path / "a.safetensors"
+    pdrs.save(module, path)
+    saved = pdrs.open(path)
+    for name, value in module.named_buffers():
+        assert torch.equal(saved[name].detach(), value)
+    module.expanded = module.expanded.clone()
+    assert not any(pdrs.load(path, module))

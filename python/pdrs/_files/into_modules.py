@@ -22,6 +22,7 @@ from torch.nn import Module, Parameter, ParameterDict
 from torch.nn.parameter import is_lazy
 
 from pdrs._files.checkpoint_file import EXTRA_STATE
+from pdrs._rows.names_codec import byte_view
 from pdrs._rows.store import adopt
 from pdrs.stacked import StackedParameterDict
 
@@ -61,7 +62,7 @@ class _Made(NamedTuple):
             return False
         if self.now._version > self.version or self.now.numel() == 0:
             return True
-        return bool(self.now.detach().reshape(-1).view(torch.uint8).any())
+        return bool(byte_view(self.now.detach().contiguous()).any())
 
 
 def _slots(module: Module) -> Iterator[_Slot]:

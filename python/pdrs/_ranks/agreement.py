@@ -16,6 +16,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from pdrs._ranks.exchange import PAYLOAD, Call, group_of
+from pdrs._rows.names_codec import byte_view
 
 __all__ = ["CommonCall"]
 
@@ -38,11 +39,13 @@ class CommonCall:
         The process group; by default that of all ranks.
     timeout
         How many seconds to wait for a rank that does not come.
+    options
+        The arguments that all ranks must give alike, because they meet more often for some: in words.
     """
 
-    def __init__(self, call: str, group: Any = None, timeout: float = _TIMEOUT) -> None:
+    def __init__(self, call: str, group: Any = None, timeout: float = _TIMEOUT, options: str = "") -> None:
         self._ranks = group_of(group, timeout)
-        self._call = Call(0, call, 0, "")
+        self._call = Call(0, call, 0, options)
         self.group, self.size, self.rank = self._ranks.group, self._ranks.size, self._ranks.rank
         self.device = torch.device("cpu") if self.size == 1 else _device_of(self.group)
         self.failed = False
@@ -123,7 +126,7 @@ class CommonCall:
         tensor = tensor.detach()
         plain = torch.view_as_real(tensor) if tensor.is_complex() else tensor
         sent = plain.to(self.device).contiguous()
-        flat = sent.reshape(-1).view(torch.uint8)
+        flat = byte_view(sent)
         for piece in torch.split(flat, _PIECE):
             dist.broadcast(piece, self.global_rank(rank), self.group)
         if self.rank != rank and sent is not plain:

@@ -108,6 +108,8 @@ def load(
     Notes
     -----
     New tables lie beside the old ones in memory until all is read. So load into a new model where memory is scarce.
+    If a hook of the model raises when its values are put in place, what is outside of sharded dictionaries may be half
+    loaded, as after ``load_state_dict``.
 
     Examples
     --------
@@ -124,7 +126,7 @@ def load(
 
     """
     parts = Parts(model, optimizer)
-    ranks = CommonCall("load", parts.group, TIMEOUT)
+    ranks = CommonCall("load", parts.group, TIMEOUT, f"{strict=}, {verify=}")
     folder = os.fsdecode(folder)
     text = ranks.run(lambda: Manifest.read(folder).to_text() if ranks.rank == 0 else "")
     text = ranks.object_of(0, text)

@@ -20,7 +20,7 @@ from pdrs._core import crc32
 from pdrs._files.archive_read import CHECK, Archive, refuse_long_chain
 from pdrs._files.archive_write import packed_before, write_archive
 from pdrs._files.atomic import sync_folder
-from pdrs._files.checkpoint_file import EXTRA_STATE
+from pdrs._files.checkpoint_file import EXTRA_STATE, CheckpointError
 from pdrs._files.collect import Collected, collect
 from pdrs._files.safetensors_file import SafetensorsFile
 from pdrs._files.safetensors_write import NewTensor, as_texts
@@ -128,10 +128,11 @@ def save(
 
     """
     parts = Parts(model, optimizer)
-    ranks = CommonCall("save", parts.group, TIMEOUT)
+    options = f"since {'is' if since is None else 'is not'} None, {metadata=!r}"
+    ranks = CommonCall("save", parts.group, TIMEOUT, options)
     folder = os.fsdecode(folder)
     with parts.unchanged(), ExitStack() as opened:
-        texts = None if metadata is None else ranks.run(lambda: as_texts(metadata))
+        texts = ranks.run(lambda: None if metadata is None else as_texts(metadata))
         about, dense = ranks.run(lambda: _described(parts, compared=ranks.size > 1))
         refuse_differences(ranks, about, dense, parts)
         before = _before(ranks, parts.shards, folder, since)
@@ -174,7 +175,14 @@ def save(
             made.write(folder, sync=sync)
 
     ranks.run(finish)
-    ranks.run(lambda: remove_others(folder, made.needed(), ranks.rank, ranks.size))
+
+    def clear_up() -> None:
+        # Another job may have saved to the folder since.
+        with suppress(CheckpointError, OSError):
+            if Manifest.read(folder).id == set_id:
+                remove_others(folder, made.needed(), ranks.rank, ranks.size)
+
+    ranks.run(clear_up)
     return sum(count for _, count in all_written)
 
 

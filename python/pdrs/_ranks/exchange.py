@@ -335,7 +335,7 @@ class Line:
         """Send ``give[r]`` rows of a tensor to each rank ``r``, and return the ``take[r]`` rows that come of each."""
         if self.ranks.size == 1:
             return given
-        given = given.contiguous()
+        given = given.resolve_conj().resolve_neg().contiguous()
         out = given.new_empty((sum(take), *given.shape[1:]))
         if count := given.shape[0]:
             self.sent_bytes += (count - give[self.ranks.rank]) * (given.nbytes // count)

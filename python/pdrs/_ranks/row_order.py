@@ -6,6 +6,7 @@ another one keeps the rows of the names that this has, so that few rows differ.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -122,7 +123,8 @@ class RowOrder:
 
         def blocks() -> Iterator[NDArray[np.uint8]]:
             values = by_bits(tensor.detach())
-            width = values[:1].nbytes
+            # There may be no rows to take it from.
+            width = math.prod(tensor.shape[1:]) * tensor.itemsize
             if not width:
                 return
             step = max(1, _BLOCK // width)
@@ -135,10 +137,10 @@ class RowOrder:
                     copy_rows(bytes_of(values), width, rows, block)
                     yield block
                     continue
-                index = torch.from_numpy(np.maximum(rows, 0)).to(values.device)
-                part = values.index_select(0, index)
-                part[torch.from_numpy(rows < 0).to(values.device)] = 0
-                yield bytes_of(part)
+                part = values.new_zeros((len(rows), *values.shape[1:]))
+                there = np.flatnonzero(rows >= 0)
+                to, of = (torch.from_numpy(one).to(values.device) for one in (there, rows[there]))
+                yield bytes_of(part.index_copy_(0, to, values.index_select(0, of)))
 
         return NewTensor(name, tensor.dtype, (len(source), *tensor.shape[1:]), blocks)
 

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from pdrs._ranks.exchange import BYTES, Call, Line, Mail
 from pdrs._ranks.mesh import of_replicas, own_part
 from pdrs._ranks.owners import Owners
+from pdrs._rows.names_codec import bytes_of
 
 __all__ = ["Route", "exchange_rows", "meet_with_rows", "received_rows"]
 
@@ -63,9 +64,7 @@ def meet_with_rows(rows: Tensor, line: Line, give: list[int], call: Call, payloa
     head = (0, 0, 0, payload)
     if not rows.is_cpu:
         return line.meet_with(None, sizes, call, head)
-    # An empty tensor may have strides that no view takes.
-    sent = rows.contiguous() if rows.numel() else rows.new_empty(0)
-    return line.meet_with(sent.view(torch.uint8).numpy().reshape(-1), sizes, call, head)
+    return line.meet_with(bytes_of(rows), sizes, call, head)
 
 
 def received_rows(rows: Tensor, line: Line, give: list[int], take: list[int], mail: Mail, call: Call) -> Tensor:
@@ -96,8 +95,8 @@ class _Exchange(torch.autograd.Function):
             found = torch.cat([found, found.new_zeros(1, found.shape[1])])
         if route.place is not None:
             return found.index_select(0, route.place)
-        # A Function must not return what it was given.
-        return found.view_as(found) if found is rows else found
+        # A Function must not return what it was given, and the caller may change what a view must not.
+        return found.clone() if found is rows else found
 
     @staticmethod
     @once_differentiable

@@ -35,6 +35,7 @@ __all__ = [
     "Header",
     "TableHeader",
     "add_words",
+    "byte_view",
     "bytes_in",
     "bytes_of",
     "check_header",
@@ -271,6 +272,13 @@ def bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
     if tensor.numel() == 0:
         # One that came from numpy may have strides of which torch makes no view of another dtype.
         return np.empty(0, np.uint8)
-    tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    array: NDArray[np.uint8] = tensor.reshape(-1).view(torch.uint8).numpy()
+    array: NDArray[np.uint8] = byte_view(tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()).numpy()
     return array
+
+
+def byte_view(tensor: Tensor) -> Tensor:
+    """Return a contiguous tensor as its bytes, ``[nbytes]``.
+
+    Dimensions of length 1 may have any strides. torch calls that contiguous, and yet makes no view of bytes of it.
+    """
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
