@@ -223,6 +223,8 @@ for _ in range(20):
         os._exit(0)
     os.waitpid(child, 0)
 going = False
+for one in threads:
+    one.join()  # Python ends threads that are in C++ code by ending the process
 print("done")
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
