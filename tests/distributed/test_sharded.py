@@ -27,7 +27,8 @@ import torch
 import pdrs
 import pdrs.distributed
 import pdrs.optim
-from pdrs._core import hash_names
+from pdrs._core import Headers, hash_names
+from pdrs._ranks.exchange import HEADER_BYTES, PAYLOAD
 from pdrs._ranks.initial_values import values_of
 from pdrs._ranks.owners import buckets_of, owners_of
 
@@ -203,6 +204,13 @@ def test_the_rest_of_a_model_is_in_fsdp2(run: Run, world: int) -> None:
 @pytest.mark.parametrize("world", WORLDS)
 def test_gradients_of_any_layout_go_to_the_owners(run: Run, world: int) -> None:
     assert max(each["apart"] for each in run(world, "gradients_of_any_layout")) <= 1e-4
+
+
+def test_the_bytes_of_a_header_are_counted_as_they_are_sent() -> None:
+    message, sizes, told = Headers(0, 3).message((1, 2, 3), 0, False, (0,) * PAYLOAD, None, None, 1 << 10)
+    assert sizes == [0, HEADER_BYTES, HEADER_BYTES]
+    assert len(message) == 2 * HEADER_BYTES
+    assert told.shape == (3, 1 + PAYLOAD)
 
 
 def test_the_result_of_a_gather_may_be_changed_in_place() -> None:

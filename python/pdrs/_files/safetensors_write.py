@@ -52,7 +52,8 @@ MOST_EXPANDED = 1 << 30
 MAX_HEADER = 100_000_000
 _MAX_TEXTS = MAX_HEADER // 2
 
-# Yields the bytes of a tensor in C order, a block at a time. It may be called again.
+# Yields the bytes of a tensor in C order, a block at a time. It may be called again. A block may be overwritten when
+# the next one is asked for.
 Blocks = Callable[[], Iterator[NDArray[np.uint8]]]
 
 

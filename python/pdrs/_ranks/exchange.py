@@ -27,12 +27,22 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from pdrs._core import Headers
 
-__all__ = ["BYTES", "HEADER_BYTES", "Call", "Line", "Mail", "OutOfStepError", "Ranks", "group_of", "ranks_and_shards"]
+__all__ = [
+    "BYTES_AT",
+    "HEADER_BYTES",
+    "Call",
+    "Line",
+    "Mail",
+    "OutOfStepError",
+    "Ranks",
+    "group_of",
+    "ranks_and_shards",
+]
 
 # A header: the call in three numbers, the status, and what the call adds for each peer.
 PAYLOAD = 4
-# Where the bytes of data stand in what is told of a rank, where a call adds nothing else.
-BYTES = 3
+# Where what is told of a rank says how many bytes of data it has sent, unless a call says something else there.
+BYTES_AT = 3
 HEADER_BYTES = 8 * (3 + 1 + PAYLOAD)
 # The longest message to a rank that travels with a header, and the windows of all ranks together.
 _WINDOW, _WINDOWS = 1 << 20, 1 << 26

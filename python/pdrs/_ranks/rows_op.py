@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pdrs._ranks.exchange import BYTES, Call, Line, Mail
+from pdrs._ranks.exchange import BYTES_AT, Call, Line, Mail
 from pdrs._ranks.mesh import of_replicas, own_part
 from pdrs._ranks.owners import Owners
 from pdrs._rows.names_codec import bytes_of
@@ -71,7 +71,7 @@ def received_rows(rows: Tensor, line: Line, give: list[int], take: list[int], ma
     """Return the rows that come, ``take[r]`` of each rank ``r``, after :func:`meet_with_rows`."""
     width = rows.shape[1] * rows.element_size()
     sizes = [count * width for count in take]
-    if (told := mail.told[:, BYTES].tolist()) != sizes:
+    if (told := mail.told[:, BYTES_AT].tolist()) != sizes:
         raise RuntimeError(f"expected {sizes} bytes of rows from the ranks, got {told}")
     if not rows.is_cpu:
         return line.exchange(rows, give, take, call)
