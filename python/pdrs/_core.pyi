@@ -1123,15 +1123,17 @@ class Headers:
     ) -> tuple[bool, bool, list[bool]]:
         """Write what the others have told to ``told``; return whether one differs, has failed, and sends later."""
 
-    def received(
+    def receive(
         self,
         windows: NDArray[np.uint8],
-        own: NDArray[np.uint8],
+        data: NDArray[np.uint8],
+        give: Sequence[int],
         take: Sequence[int],
         later: Sequence[bool],
         of_later: NDArray[np.uint8],
-    ) -> NDArray[np.uint8]:
-        """Return ``take[r]`` bytes of each rank ``r``, one behind the other."""
+        into: NDArray[np.uint8],
+    ) -> None:
+        """Write ``take[r]`` bytes of each rank ``r``, one behind the other."""
 
 @final
 class KnownRows:

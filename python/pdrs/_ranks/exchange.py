@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple, NoReturn, TypeVar
@@ -106,20 +106,22 @@ class Mail:
 
     def receive(self, take: list[int], call: Call) -> NDArray[np.uint8]:
         """Return ``take[r]`` bytes of each rank ``r``, one behind the other. It must come before the next meeting."""
+        come = np.empty(sum(take), np.uint8)
+        self.receive_into(come, take, call)
+        return come
+
+    def receive_into(self, come: NDArray[np.uint8], take: list[int], call: Call) -> None:
+        """Write what :meth:`receive` returns into an array of ``sum(take)`` bytes."""
         ranks, give, later = self._ranks, self._give, self._later
         data = _NO_BYTES if self._data is None else self._data
-        if ranks.size == 1:
-            return data
         of_later = _NO_BYTES
         if later:
-            sent, gives = (data, give) if later[ranks.rank] else (_NO_BYTES, [0] * ranks.size)
+            sent, gives = (data.reshape(-1), give) if later[ranks.rank] else (_NO_BYTES, [0] * ranks.size)
             takes = [count if is_later else 0 for count, is_later in zip(take, later, strict=True)]
-            come = torch.empty(sum(takes), dtype=torch.uint8)
-            ranks.exchange(come, torch.from_numpy(sent), takes, gives, call)
-            of_later = come.numpy()
-        start = sum(give[: ranks.rank])
-        own = data[start : start + give[ranks.rank]]
-        return ranks.headers.received(ranks.windows, own, take, later, of_later)
+            all_later = torch.empty(sum(takes), dtype=torch.uint8)
+            ranks.exchange(all_later, torch.from_numpy(sent), takes, gives, call)
+            of_later = all_later.numpy()
+        ranks.headers.receive(ranks.windows, data, give, take, later, of_later, come)
 
 
 class Ranks:
@@ -198,6 +200,7 @@ class Ranks:
         payload: Any,
         status: int,
         failure: Exception | None,
+        meanwhile: Callable[[], None] | None = None,
     ) -> Mail:
         """Tell all ranks what this one is about to do, send each some bytes, and return what they told.
 
@@ -211,6 +214,8 @@ class Ranks:
             A number, for all ranks.
         failure
             What has failed on this rank. Then it sends no bytes.
+        meanwhile
+            What to do while the others are waited for, if there are others.
 
         Raises
         ------
@@ -226,7 +231,7 @@ class Ranks:
             words, status, failure is not None, payload, data, give, self.windows.shape[1]
         )
         if self.size > 1:
-            self._swap(message, sizes, call)
+            self._swap(message, sizes, call, meanwhile)
         differs, has_failed, later = self.headers.read(self.windows, words, told)
         if differs:
             self._refuse(call)
@@ -253,11 +258,20 @@ class Ranks:
         except RuntimeError as error:
             self._lose(call, error)
 
-    def _swap(self, message: NDArray[np.uint8], sizes: list[int], call: Call) -> None:
+    def _swap(
+        self, message: NDArray[np.uint8], sizes: list[int], call: Call, meanwhile: Callable[[], None] | None = None
+    ) -> None:
         """Send each rank its part of a message; what comes stays in the windows until the next one."""
         self._meetings += 1
+        given = torch.from_numpy(message)
         try:
-            dist.all_to_all_single(self._flat, torch.from_numpy(message), self._room, sizes, group=self._control)
+            under_way: Any = dist.all_to_all_single(self._flat, given, self._room, sizes, self._control, async_op=True)
+        except RuntimeError as error:
+            self._lose(call, error)
+        if meanwhile is not None:
+            meanwhile()
+        try:
+            under_way.wait()
         except RuntimeError as error:
             self._lose(call, error)
 
@@ -329,12 +343,13 @@ class Line:
         payload: Any = _NOTHING,
         status: int = 0,
         failure: Exception | None = None,
+        meanwhile: Callable[[], None] | None = None,
     ) -> Mail:
         """As for :meth:`Ranks.meet_with`."""
         self.sent_bytes += HEADER_BYTES * (self.ranks.size - 1)
         if data is not None and give is not None:
-            self.sent_bytes += len(data) - give[self.ranks.rank]
-        return self.ranks.meet_with(data, give, call, payload, status, failure)
+            self.sent_bytes += data.size - give[self.ranks.rank]
+        return self.ranks.meet_with(data, give, call, payload, status, failure, meanwhile)
 
     def texts(self, call: Call, text: str) -> list[str]:
         """As for :meth:`Ranks.texts`."""

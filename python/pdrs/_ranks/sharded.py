@@ -582,9 +582,10 @@ class ShardedParameterDict(Module):
             own = self._own_rows(plan, table, sparse)
             sent = own_part(self._line, own.detach(), plan.counts)
             sent = sent if self._wire is None else sent.to(self._wire)
-            mail = meet_with_rows(sent, self._line, plan.give, call, generation)
+            arriving = meet_with_rows(sent, self._line, plan.give, plan.take, call, generation)
+            mail = arriving.mail
         if not self._forget(mail.told[:, GENERATION].tolist()) and plan.generations == self._generations:
-            return own, received_rows(sent, self._line, plan.give, plan.take, mail, call)
+            return own, received_rows(arriving, self._line, call)
         again = self._line.call("new plan of gather", call.number)
         fresh = self._planned(plan.names, plan.missing, again, shape=plan.shape)
         fresh.number = plan.number

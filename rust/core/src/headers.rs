@@ -168,23 +168,30 @@ impl Headers {
         })
     }
 
-    /// Returns `take[r]` bytes of each rank `r`, one behind the other. **O(ranks + bytes)**.
+    /// Writes `take[r]` bytes of each rank `r`, one behind the other. **O(ranks + bytes)**.
     ///
-    /// `own` is what this rank has for itself. `later` says whose data has come later, and `of_later` is that.
+    /// `data` has `give[r]` bytes for each rank `r`, of which this rank takes its own. `later` says whose data has come
+    /// later, and `of_later` is that.
     ///
     /// # Errors
     ///
-    /// [`Error::Length`] if there is less; [`Error::Memory`].
-    pub fn received(
+    /// [`Error::Length`] if there is less, or if `into` has another length.
+    #[expect(clippy::too_many_arguments, reason = "they are what comes from three places, and where it goes")]
+    pub fn receive(
         &self,
         windows: &[u8],
-        own: &[u8],
+        data: &[u8],
+        give: &[usize],
         take: &[usize],
         later: &[bool],
         mut of_later: &[u8],
-    ) -> Result<Vec<u8>> {
+        mut into: &mut [u8],
+    ) -> Result<()> {
+        self.check(give.len())?;
         self.check(take.len())?;
-        let mut received = memory::with_capacity(take.iter().sum())?;
+        same_length(take.iter().sum(), into.len())?;
+        let begin = give[..self.rank].iter().sum::<usize>();
+        let own = data.get(begin..begin + give[self.rank]).unwrap_or_default();
         for (rank, count) in take.iter().enumerate() {
             let part = if later.get(rank) == Some(&true) {
                 let (part, others) = of_later.split_at_checked(*count).ok_or(short(*count, of_later))?;
@@ -195,9 +202,11 @@ impl Headers {
             } else {
                 &self.window(windows, rank, *count)?[BYTES..]
             };
-            received.extend_from_slice(part);
+            let (to, others) = into.split_at_mut(*count);
+            to.copy_from_slice(part);
+            into = others;
         }
-        Ok(received)
+        Ok(())
     }
 
     /// The header of another rank, and so many bytes behind it.

@@ -62,9 +62,11 @@ fn each_rank_gets_what_is_for_it() {
             for (from, numbers) in row.chunks(TOLD).enumerate() {
                 assert_eq!(numbers, [number(from) + 5, 100, 200, number(sizes[from]), 300]);
             }
-            let own = &told[rank].data.as_ref().unwrap()[rank];
+            let data = told[rank].data.as_ref().unwrap();
+            let give: Vec<usize> = data.iter().map(Vec::len).collect();
             let headers = Headers { rank, ranks };
-            let come = headers.received(&windows, own, &sizes, &[], &[]).unwrap();
+            let mut come = vec![0; sizes.iter().sum()];
+            headers.receive(&windows, &data.concat(), &give, &sizes, &[], &[], &mut come).unwrap();
             let wanted: Vec<u8> = (0..ranks).flat_map(|from| vec![(10 * from + rank) as u8; sizes[from]]).collect();
             assert_eq!(come, wanted);
         }
@@ -99,7 +101,11 @@ fn data_that_does_not_fit_comes_later() {
         assert_eq!(found, Meeting::Agreed(later.clone()));
         let data = |from: usize| told[from].data.as_ref().unwrap()[rank].clone();
         let take: Vec<usize> = (0..3).map(|from| data(from).len()).collect();
-        let come = Headers { rank, ranks: 3 }.received(&windows, &data(rank), &take, &later, &data(2)).unwrap();
+        let mut give = vec![0; 3];
+        give[rank] = take[rank];
+        let headers = Headers { rank, ranks: 3 };
+        let mut come = vec![0; take.iter().sum()];
+        headers.receive(&windows, &data(rank), &give, &take, &later, &data(2), &mut come).unwrap();
         assert_eq!(come, [data(0), data(1), data(2)].concat());
     }
     // What is for the rank itself needs no window.
@@ -135,8 +141,14 @@ fn lengths_that_do_not_fit_are_refused() {
     assert_eq!(headers.message(CALL, (0, false), &Payload::ForEach(&[0; 4]), None, None, 64).err(), refused(8, 4));
     assert_eq!(headers.read(&[0; 100], CALL, &mut [0; TOLD]).err(), refused(2 * TOLD, TOLD));
     assert_eq!(headers.read(&[0; 60], CALL, &mut [0; 2 * TOLD]).err(), refused(BYTES, 60));
-    assert_eq!(headers.received(&[0; 70], &[], &[0, 7], &[], &[]).err(), refused(BYTES + 7, 70));
-    assert_eq!(headers.received(&[0; 70], &[1], &[2, 0], &[], &[]).err(), refused(2, 1));
-    assert_eq!(headers.received(&[0; 70], &[], &[2, 0], &[true, false], &[1]).err(), refused(2, 1));
-    assert_eq!(headers.received(&[0; 70], &[], &[2], &[], &[]).err(), refused(2, 1));
+    let received = |data: &[u8], give: &[usize], take: &[usize], later: &[bool]| {
+        headers.receive(&[0; 70], data, give, take, later, &[1], &mut vec![0; take.iter().sum()]).err()
+    };
+    assert_eq!(received(&[], &[0, 0], &[0, 7], &[]), refused(BYTES + 7, 70));
+    assert_eq!(received(&[1, 2], &[1, 1], &[2, 0], &[]), refused(2, 1));
+    assert_eq!(received(&[1], &[2, 0], &[2, 0], &[]), refused(2, 0));
+    assert_eq!(received(&[], &[0, 0], &[2, 0], &[true, false]), refused(2, 1));
+    assert_eq!(received(&[], &[0, 0], &[2], &[]), refused(2, 1));
+    assert_eq!(received(&[], &[0], &[2, 0], &[]), refused(2, 1));
+    assert_eq!(headers.receive(&[0; 70], &[1], &[1, 0], &[1, 0], &[], &[], &mut [0; 2]).err(), refused(1, 2));
 }

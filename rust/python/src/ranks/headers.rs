@@ -1,6 +1,6 @@
 //! What a rank tells the others in front of the data for them, as arrays.
 
-use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2, PyReadwriteArray2};
+use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArrayDyn, PyReadwriteArray2, PyReadwriteArrayDyn};
 use pdrs_core::headers::{Call, Headers as Of, Meeting, PAYLOAD, Payload, TOLD};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -34,7 +34,7 @@ impl Headers {
         status: i64,
         has_failed: bool,
         payload: &Bound<'py, PyAny>,
-        data: Option<PyReadonlyArray1<'py, u8>>,
+        data: Option<PyReadonlyArrayDyn<'py, u8>>,
         give: Option<Vec<usize>>,
         room: usize,
     ) -> PyResult<Message<'py>> {
@@ -43,7 +43,7 @@ impl Headers {
             Some(numbers) => Payload::ForEach(numbers.as_slice()?),
             None => Payload::ForAll(payload.extract::<[i64; PAYLOAD]>()?),
         };
-        let data = data.as_ref().map(PyReadonlyArray1::as_slice).transpose()?;
+        let data = data.as_ref().map(PyReadonlyArrayDyn::as_slice).transpose()?;
         let found = self.of.message(call, (status, has_failed), &payload, data, give.as_deref(), room).or_raise()?;
         let told = PyArray1::from_vec(py, found.told).reshape([self.of.ranks, TOLD])?;
         Ok((PyArray1::from_vec(py, found.bytes), found.sizes, told))
@@ -62,17 +62,18 @@ impl Headers {
         })
     }
 
-    fn received<'py>(
+    #[expect(clippy::too_many_arguments, reason = "they are what comes from three places, and where it goes")]
+    fn receive(
         &self,
-        py: Python<'py>,
-        windows: PyReadonlyArray2<'py, u8>,
-        own: PyReadonlyArray1<'py, u8>,
+        windows: PyReadonlyArray2<'_, u8>,
+        data: PyReadonlyArrayDyn<'_, u8>,
+        give: Vec<usize>,
         take: Vec<usize>,
         later: Vec<bool>,
-        of_later: PyReadonlyArray1<'py, u8>,
-    ) -> PyResult<Bound<'py, PyArray1<u8>>> {
-        let (windows, own) = (windows.as_slice()?, own.as_slice()?);
-        let received = self.of.received(windows, own, &take, &later, of_later.as_slice()?).or_raise()?;
-        Ok(PyArray1::from_vec(py, received))
+        of_later: PyReadonlyArray1<'_, u8>,
+        mut into: PyReadwriteArrayDyn<'_, u8>,
+    ) -> PyResult<()> {
+        let (windows, data, of_later) = (windows.as_slice()?, data.as_slice()?, of_later.as_slice()?);
+        self.of.receive(windows, data, &give, &take, &later, of_later, into.as_slice_mut()?).or_raise()
     }
 }
