@@ -70,7 +70,7 @@ def _step(
     def sample(subject: str, data: Data) -> float:
         return data.nanoseconds(world, title, ways.get(subject, subject) + kind)
 
-    return Case(title, sample, subjects, most_runs=15, up_to=dict.fromkeys(subjects, LARGEST), **options)
+    return Case(title, sample, subjects, most_runs=36, up_to=dict.fromkeys(subjects, LARGEST), **options)
 
 
 def _bytes(title: str, world: int, ways: dict[str, tuple[str, int]], **options: Any) -> Case[Data]:

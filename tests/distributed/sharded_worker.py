@@ -855,6 +855,27 @@ def a_call_is_interrupted(rank: int, world: int) -> dict[str, Any]:
 
 
 @case
+def memory_runs_out_while_ranks_wait(rank: int, world: int) -> dict[str, Any]:
+    words = new(timeout=2.0)
+    plan = words.plan(batch(0), "insert")
+
+    def refuse(*arguments: Any) -> Tensor:
+        raise RuntimeError("there is no memory")
+
+    if rank == 1:
+        torch.Tensor.new_empty = refuse  # type: ignore[method-assign]
+        try:
+            assert error_of(lambda: words.gather(plan), RuntimeError) == "there is no memory"
+        finally:
+            del torch.Tensor.new_empty
+    else:
+        assert len(words.gather(plan)) == len(batch(0))
+    said = error_of(lambda: words.plan(batch(0)), OutOfStepError)
+    dist.barrier()
+    return {"said": said, "took": 0}
+
+
+@case
 def a_rank_is_killed(rank: int, world: int) -> dict[str, Any]:
     words = new()
     for number in range(3):

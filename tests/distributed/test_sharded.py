@@ -42,6 +42,7 @@ TOGETHER = [
     *OUT_OF_STEP,
     "dictionaries_with_other_seeds",
     "a_call_is_interrupted",
+    "memory_runs_out_while_ranks_wait",
     "a_rank_that_does_not_come",
     "fsdp2_that_was_not_told",
     "beside_fsdp2",
@@ -275,8 +276,9 @@ def test_a_rank_that_does_not_come_is_named(run: Run, world: int) -> None:
 
 
 @pytest.mark.parametrize("world", SEVERAL)
-def test_a_call_that_is_interrupted_on_one_rank_ends_all(run: Run, world: int) -> None:
-    for rank, each in enumerate(run(world, "a_call_is_interrupted")):
+@pytest.mark.parametrize("name", ["a_call_is_interrupted", "memory_runs_out_while_ranks_wait"])
+def test_a_call_that_fails_on_one_rank_ends_all(run: Run, world: int, name: str) -> None:
+    for rank, each in enumerate(run(world, name)):
         assert each["took"] < 5
         assert ("rank 1 failed in the middle" if rank == 1 else "rank 1 did not come") in each["said"]
 
