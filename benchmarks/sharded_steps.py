@@ -46,7 +46,9 @@ RATE = 0.1
 # So many names at a time are inserted.
 AT_ONCE = 20_000
 # A launch measures so many rounds of so many steps. A step more goes ahead of the clock.
-ROUNDS, STEPS = 12, 12
+ROUNDS, STEPS = 5, 12
+# Rounds differ by more than checks cost. So a figure of checks is the median of so many rounds.
+ROUNDS_OF_CHECKS = 20
 COUNTED_STEPS = 10
 STALLED_AFTER_SECONDS = 900
 # Of the sums of all rows; bf16 rounds gradients.
@@ -262,16 +264,24 @@ def ways(batches: Batches) -> dict[str, Way]:
 def times(entries: int) -> dict[str, list[float]]:
     """Return nanoseconds of a step, a figure for each round; all ways take turns."""
     made = ways(Batches(entries, dist.get_rank(), STEPS))
-    found = take_turns(made)
+    found = take_turns(made, ROUNDS)
     check({what: way.values() for what, way in made.items()})
     return found
 
 
-def take_turns(made: Mapping[str, Way]) -> dict[str, list[float]]:
+def checks(entries: int) -> dict[str, list[float]]:
+    """Return nanoseconds of a step with and without checks: a median of many rounds for each of :func:`times`."""
+    dictionaries = Sharded(Batches(entries, dist.get_rank(), STEPS))
+    ways = {what: dictionaries.way(what) for what in (NAMES, PLANNED, NAMES_UNCHECKED, PLANNED_UNCHECKED)}
+    found = take_turns(ways, ROUNDS * ROUNDS_OF_CHECKS)
+    return {what: np.median(np.reshape(each, (ROUNDS, -1)), axis=1).tolist() for what, each in found.items()}
+
+
+def take_turns(made: Mapping[str, Way], rounds: int) -> dict[str, list[float]]:
     """Return nanoseconds of a step of each way, a figure for each round, and the CPU time of all ranks."""
     found: dict[str, list[float]] = {each: [] for what in made for each in (what, f"{what}{CPU}")}
     order = list(made)
-    for number in range(1 + ROUNDS):
+    for number in range(1 + rounds):
         for what in order[number % len(order) :] + order[: number % len(order)]:
             run = made[what].step
             run(0)
@@ -376,7 +386,7 @@ def cache_bytes_per_name(count: int = AT_ONCE) -> float:
     return sys.getsizeof(known) / len(known)
 
 
-MEASURES: dict[str, Callable[[int], Any]] = {"times": times, "sent": sent, "grown": grown}
+MEASURES: dict[str, Callable[[int], Any]] = {"times": times, "checks": checks, "sent": sent, "grown": grown}
 
 
 # -- launches ----------------------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ from sharded_steps import (
     NAMES,
     PLANNED,
     RATE,
+    ROUNDS,
     STEPS,
     Batches,
     Sharded,
@@ -158,7 +159,7 @@ def times(entries: int) -> dict[str, list[float]]:
     made = {what: torchrec_way(batches, *options) for what, options in TORCHREC.items()}
     made[BY_HAND] = sharded_steps.by_hand(batches, True)
     made |= {what: dictionaries.way(what) for what in (NAMES, PLANNED)}
-    found = take_turns(made)
+    found = take_turns(made, ROUNDS)
     _check({what: way.values() for what, way in made.items()})
     return found
 
