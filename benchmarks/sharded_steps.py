@@ -221,7 +221,7 @@ class Unchecked:
     """What a meeting would have told if there were none."""
 
     def __init__(self, told: NDArray[np.int64]) -> None:
-        self.told = told
+        self.told, self.have_come = told, False
 
 
 def unchecked(step: Step, is_planned: bool) -> Step:

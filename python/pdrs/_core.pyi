@@ -1123,6 +1123,18 @@ class Headers:
     ) -> tuple[bool, bool, list[bool]]:
         """Write what the others have told to ``told``; return whether one differs, has failed, and sends later."""
 
+    def read_and_receive(
+        self,
+        windows: NDArray[np.uint8],
+        call: Sequence[int],
+        told: NDArray[np.int64],
+        data: NDArray[np.uint8],
+        give: Sequence[int],
+        take: Sequence[int],
+        into: NDArray[np.uint8],
+    ) -> tuple[bool, bool, list[bool], bool]:
+        """Do :meth:`read`, and :meth:`receive` if so many bytes have come; say at last whether they have."""
+
     def receive(
         self,
         windows: NDArray[np.uint8],

@@ -35,6 +35,7 @@ __all__ = [
     "Mail",
     "OutOfStepError",
     "Ranks",
+    "Room",
     "group_of",
     "ranks_and_shards",
 ]
@@ -54,6 +55,9 @@ _NO_BYTES, _NOTHING = np.empty(0, np.uint8), (0,) * PAYLOAD
 
 
 _Error = TypeVar("_Error", bound=BaseException)
+# Where data goes, and how many bytes of each rank.
+Room = tuple[NDArray[np.uint8], list[int]]
+MakeRoom = Callable[[], Room]
 
 
 class OutOfStepError(RuntimeError):
@@ -90,9 +94,11 @@ class Mail:
     ----------
     told
         int64 ``[ranks, 1 + PAYLOAD]``: the status, and what the call adds.
+    have_come
+        Whether the data already lies where room was made for it.
     """
 
-    __slots__ = ("_data", "_give", "_later", "_ranks", "told")
+    __slots__ = ("_data", "_give", "_later", "_ranks", "have_come", "told")
 
     def __init__(
         self,
@@ -101,8 +107,10 @@ class Mail:
         data: NDArray[np.uint8] | None,
         give: list[int],
         later: list[bool],
+        have_come: bool,
     ) -> None:
         self.told, self._ranks, self._data, self._give, self._later = told, ranks, data, give, later
+        self.have_come = have_come
 
     def receive(self, take: list[int], call: Call) -> NDArray[np.uint8]:
         """Return ``take[r]`` bytes of each rank ``r``, one behind the other. It must come before the next meeting."""
@@ -200,7 +208,7 @@ class Ranks:
         payload: Any,
         status: int,
         failure: Exception | None,
-        meanwhile: Callable[[], None] | None = None,
+        make_room: MakeRoom | None = None,
     ) -> Mail:
         """Tell all ranks what this one is about to do, send each some bytes, and return what they told.
 
@@ -214,8 +222,9 @@ class Ranks:
             A number, for all ranks.
         failure
             What has failed on this rank. Then it sends no bytes.
-        meanwhile
-            What to do while the others are waited for, if there are others.
+        make_room
+            Returns where the data goes, and how many bytes of each rank. It is called while the others are waited for,
+            if there are others. If other numbers of bytes come, they do not go there.
 
         Raises
         ------
@@ -230,14 +239,19 @@ class Ranks:
         message, sizes, told = self.headers.message(
             words, status, failure is not None, payload, data, give, self.windows.shape[1]
         )
-        if self.size > 1:
-            self._swap(message, sizes, call, meanwhile)
-        differs, has_failed, later = self.headers.read(self.windows, words, told)
+        room = self._swap(message, sizes, call, make_room) if self.size > 1 else None
+        have_come = False
+        if room is None or data is None or give is None:
+            differs, has_failed, later = self.headers.read(self.windows, words, told)
+        else:
+            into, take = room
+            found = self.headers.read_and_receive(self.windows, words, told, data, give, take, into)
+            differs, has_failed, later, have_come = found
         if differs:
             self._refuse(call)
         if has_failed:
             self._fail_together(call, failure)
-        return Mail(self, told, data, give or [0] * self.size, later)
+        return Mail(self, told, data, give or [0] * self.size, later, have_come)
 
     def texts(self, call: Call, text: str) -> list[str]:
         """Exchange a text of each rank, which is cut to a fixed size."""
@@ -259,8 +273,8 @@ class Ranks:
             self._lose(call, error)
 
     def _swap(
-        self, message: NDArray[np.uint8], sizes: list[int], call: Call, meanwhile: Callable[[], None] | None = None
-    ) -> None:
+        self, message: NDArray[np.uint8], sizes: list[int], call: Call, make_room: MakeRoom | None = None
+    ) -> Room | None:
         """Send each rank its part of a message; what comes stays in the windows until the next one."""
         self._meetings += 1
         given = torch.from_numpy(message)
@@ -268,12 +282,12 @@ class Ranks:
             under_way: Any = dist.all_to_all_single(self._flat, given, self._room, sizes, self._control, async_op=True)
         except RuntimeError as error:
             self._lose(call, error)
-        if meanwhile is not None:
-            meanwhile()
+        room = None if make_room is None else make_room()
         try:
             under_way.wait()
         except RuntimeError as error:
             self._lose(call, error)
+        return room
 
     def _refuse(self, call: Call) -> NoReturn:
         said = "; ".join(self._named(self.texts(call, str(call))))
@@ -343,13 +357,13 @@ class Line:
         payload: Any = _NOTHING,
         status: int = 0,
         failure: Exception | None = None,
-        meanwhile: Callable[[], None] | None = None,
+        make_room: MakeRoom | None = None,
     ) -> Mail:
         """As for :meth:`Ranks.meet_with`."""
         self.sent_bytes += HEADER_BYTES * (self.ranks.size - 1)
         if data is not None and give is not None:
             self.sent_bytes += data.size - give[self.ranks.rank]
-        return self.ranks.meet_with(data, give, call, payload, status, failure, meanwhile)
+        return self.ranks.meet_with(data, give, call, payload, status, failure, make_room)
 
     def texts(self, call: Call, text: str) -> list[str]:
         """As for :meth:`Ranks.texts`."""

@@ -19,6 +19,8 @@ pub const CALL: usize = 3;
 pub const PAYLOAD: usize = 4;
 /// The numbers that are told of each rank.
 pub const TOLD: usize = 1 + PAYLOAD;
+/// Where what is told of a rank says how many bytes it sends to who reads it, unless a call says something else there.
+pub const BYTES_AT: usize = 3;
 /// The bytes of a header.
 pub const BYTES: usize = NUMBER * (CALL + TOLD);
 
@@ -166,6 +168,35 @@ impl Headers {
         } else {
             Meeting::Agreed(later)
         })
+    }
+
+    /// Does what [`Self::read`] does, and then what [`Self::receive`] does, if all agree and `take[r]` bytes have come of
+    /// each rank `r`; says whether it has.
+    ///
+    /// # Errors
+    ///
+    /// As for both.
+    #[expect(clippy::too_many_arguments, reason = "they are those of both")]
+    pub fn read_and_receive(
+        &self,
+        windows: &[u8],
+        call: Call,
+        told: &mut [i64],
+        data: &[u8],
+        give: &[usize],
+        take: &[usize],
+        into: &mut [u8],
+    ) -> Result<(Meeting, bool)> {
+        let found = self.read(windows, call, told)?;
+        let have_come = found == Meeting::Agreed(Vec::new())
+            && told
+                .chunks_exact(TOLD)
+                .map(|row| row[BYTES_AT])
+                .eq(take.iter().map(|count| (*count as u64).cast_signed()));
+        if have_come {
+            self.receive(windows, data, give, take, &[], &[], into)?;
+        }
+        Ok((found, have_come))
     }
 
     /// Writes `take[r]` bytes of each rank `r`, one behind the other. **O(ranks + bytes)**.

@@ -67,6 +67,19 @@ fn each_rank_gets_what_is_for_it() {
             let headers = Headers { rank, ranks };
             let mut come = vec![0; sizes.iter().sum()];
             headers.receive(&windows, &data.concat(), &give, &sizes, &[], &[], &mut come).unwrap();
+            let mut at_once = vec![0; come.len()];
+            let mut again = vec![0; row.len()];
+            let own = TOLD * rank..TOLD * (rank + 1);
+            again[own.clone()].copy_from_slice(&row[own.clone()]);
+            again[own.start] <<= 2;
+            let mut read = |take: &[usize], told: &mut [i64]| {
+                headers.read_and_receive(&windows, CALL, told, &data.concat(), &give, take, &mut at_once).unwrap()
+            };
+            let mut others = sizes.clone();
+            others[0] += 1;
+            assert_eq!(read(&others, &mut again.clone()), (Meeting::Agreed(vec![]), false));
+            assert_eq!(read(&sizes, &mut again), (Meeting::Agreed(vec![]), true));
+            assert_eq!((at_once, again), (come.clone(), row));
             let wanted: Vec<u8> = (0..ranks).flat_map(|from| vec![(10 * from + rank) as u8; sizes[from]]).collect();
             assert_eq!(come, wanted);
         }

@@ -1,6 +1,9 @@
 //! What a rank tells the others in front of the data for them, as arrays.
 
-use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArrayDyn, PyReadwriteArray2, PyReadwriteArrayDyn};
+use numpy::{
+    PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArrayDyn, PyReadwriteArray2,
+    PyReadwriteArrayDyn,
+};
 use pdrs_core::headers::{Call, Headers as Of, Meeting, PAYLOAD, Payload, TOLD};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -15,6 +18,17 @@ pub(crate) struct Headers {
 
 /// The message, how much of it is for each rank, and what this rank tells itself.
 type Message<'py> = (Bound<'py, PyArray1<u8>>, Vec<usize>, Bound<'py, PyArray2<i64>>);
+
+/// Whether the ranks differ, whether one has failed, and whose data comes later.
+type Found = (bool, bool, Vec<bool>);
+
+fn found(meeting: Meeting) -> Found {
+    match meeting {
+        Meeting::Agreed(later) => (false, false, later),
+        Meeting::Differs => (true, false, Vec::new()),
+        Meeting::Failed => (false, true, Vec::new()),
+    }
+}
 
 #[pymethods]
 impl Headers {
@@ -54,12 +68,27 @@ impl Headers {
         windows: PyReadonlyArray2<'_, u8>,
         call: Call,
         mut told: PyReadwriteArray2<'_, i64>,
-    ) -> PyResult<(bool, bool, Vec<bool>)> {
-        Ok(match self.of.read(windows.as_slice()?, call, told.as_slice_mut()?).or_raise()? {
-            Meeting::Agreed(later) => (false, false, later),
-            Meeting::Differs => (true, false, Vec::new()),
-            Meeting::Failed => (false, true, Vec::new()),
-        })
+    ) -> PyResult<Found> {
+        Ok(found(self.of.read(windows.as_slice()?, call, told.as_slice_mut()?).or_raise()?))
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "they are those of `read` and of `receive`")]
+    fn read_and_receive(
+        &self,
+        windows: PyReadonlyArray2<'_, u8>,
+        call: Call,
+        mut told: PyReadwriteArray2<'_, i64>,
+        data: PyReadonlyArrayDyn<'_, u8>,
+        give: Vec<usize>,
+        take: Vec<usize>,
+        mut into: PyReadwriteArrayDyn<'_, u8>,
+    ) -> PyResult<(bool, bool, Vec<bool>, bool)> {
+        let (windows, data, told) = (windows.as_slice()?, data.as_slice()?, told.as_slice_mut()?);
+        let into = into.as_slice_mut()?;
+        let (meeting, have_come) =
+            self.of.read_and_receive(windows, call, told, data, &give, &take, into).or_raise()?;
+        let (differs, has_failed, later) = found(meeting);
+        Ok((differs, has_failed, later, have_come))
     }
 
     #[expect(clippy::too_many_arguments, reason = "they are what comes from three places, and where it goes")]
