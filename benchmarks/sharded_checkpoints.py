@@ -3,8 +3,11 @@
 ``torchrun --nproc-per-node 2 benchmarks/sharded_checkpoints.py`` prints tables; ``--output`` writes them to a file. All
 runs are in turn, so that what disturbs one disturbs the others. A ratio is the median over the rounds of ours over the
 other's. Times are those of the slowest rank. A save waits for the disk, and so does the copy. Those in memory do not.
-The page cache is warm. Before all that reads, the benchmark has used as much memory and given it back. For the first
-use of memory may wait for the host of a virtual machine, for several times as long as the reading takes.
+The page cache is warm. Before all that is measured, the benchmark has used as much memory and given it back. For the
+first use of memory may wait for the host of a virtual machine, for several times as long as the reading takes.
+
+Each save replaces the one before it, and each copy the one before it. A save gives back what old files took after it
+has returned, and the copy before it begins. So there is also a ratio with the time until then.
 """
 
 from __future__ import annotations
@@ -26,13 +29,20 @@ import torch.distributed as dist
 
 import pdrs.distributed
 from machine import describe
+from pdrs._files.freed_later import wait_until_freed
 from pdrs._ranks.checkpoint_load import read_bytes
 from pdrs._rows.names_codec import bytes_of
 from pdrs._torch.huge_pages import empty
 from pdrs.distributed import ShardedParameterDict
 
 # The most that a save and a load may take of what copying and reading take, and a rank may read of its own bytes.
-TARGETS = {"save / cp": 1.3, "load / read": 1.5, "load on one rank / read": 1.5, "bytes read / own bytes": 1.2}
+TARGETS = {
+    "save / cp": 1.3,
+    "save until old files are freed / cp": 1.3,
+    "load / read": 1.5,
+    "load on one rank / read": 1.5,
+    "bytes read / own bytes": 1.2,
+}
 _OTHERS = ("save / cp in memory", "load / read into huge pages", "load on one rank / read into huge pages")
 _BLOCK = 8 << 20
 
@@ -68,14 +78,15 @@ def measure(names: int, width: int, rounds: int, folder: Path, group: Any = None
         times.setdefault(what, []).append(float(took))
 
     share = 0.0
-    files: list[Path] = []
+    pdrs.distributed.save(model, saved, optimizer)
+    files = sorted(saved.glob("*.safetensors"))
     for turn in range(rounds + 1):
         for sync, how in ((True, ""), (False, " in memory")):
-            # Nobody waits for what others have left for the disk.
-            os.sync()
+            _make_ready(files[rank].stat().st_size)
             timed(f"save{how}", pdrs.distributed.save, model, saved, optimizer, sync=sync)
+            timed(f"free old files{how}", wait_until_freed)
             files = sorted(saved.glob("*.safetensors"))
-            os.sync()
+            _make_ready(files[rank].stat().st_size)
             timed(f"cp{how}", _copy, files[rank], copied, sync)
         fresh, of_fresh = _new(width, group)
         size, all_bytes = files[rank].stat().st_size, sum(file.stat().st_size for file in files)
@@ -102,6 +113,8 @@ def measure(names: int, width: int, rounds: int, folder: Path, group: Any = None
     def ratio(ours: str, other: str) -> float:
         return statistics.median(one / two for one, two in zip(times[ours], times[other], strict=True))
 
+    times["until freed"] = [sum(both) for both in zip(times["save"], times["free old files"], strict=True)]
+
     shares: list[Any] = [0.0] * world
     dist.all_gather_object(shares, share, group)
     return {
@@ -111,6 +124,7 @@ def measure(names: int, width: int, rounds: int, folder: Path, group: Any = None
         "bytes": sum(file.stat().st_size for file in files),
         "seconds": {what: statistics.median(found) for what, found in times.items()},
         "save / cp": ratio("save", "cp"),
+        "save until old files are freed / cp": ratio("until freed", "cp"),
         "save / cp in memory": ratio("save in memory", "cp in memory"),
         "load / read": ratio("load", "read"),
         "load on one rank / read": ratio("load on one rank", "read on one rank"),
@@ -118,6 +132,13 @@ def measure(names: int, width: int, rounds: int, folder: Path, group: Any = None
         "load on one rank / read into huge pages": ratio("load on one rank", "read on one rank into huge pages"),
         "bytes read / own bytes": max(shares),
     }
+
+
+def _make_ready(size: int) -> None:
+    """Let nobody wait for what others have left for the disk, nor for the first use of memory."""
+    os.sync()
+    # The page cache takes as much, and names come on top.
+    _use_memory(2 * size, huge=False)
 
 
 def _copy(source: Path, target: Path, sync: bool) -> None:

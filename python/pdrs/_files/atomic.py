@@ -21,6 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pdrs._files.freed_later import freed_later
 from pdrs._files.progress import progress
 
 if sys.platform != "win32":
@@ -127,7 +128,8 @@ def replacing(path: str | os.PathLike[str], size: int, *, sync: bool = True) -> 
             if sync:
                 os.fsync(descriptor)
             # Before the file is closed: until then its lock keeps others from removing it.
-            os.replace(temporary, target)
+            with freed_later(target):
+                os.replace(temporary, target)
         except BaseException:
             with suppress(OSError):
                 temporary.unlink()

@@ -18,6 +18,7 @@ from typing import Any
 from pdrs._files.archive_read import sum_of_text
 from pdrs._files.atomic import remove_left_behind, replacing
 from pdrs._files.checkpoint_file import CheckpointError
+from pdrs._files.freed_later import freed_later
 
 __all__ = ["HIDDEN", "MANIFEST", "FileOfSet", "Manifest", "file_name", "is_manifest", "remove_others"]
 
@@ -216,7 +217,7 @@ def is_manifest(path: str) -> bool:
 def remove_others(folder: str, needed: Iterable[str], rank: int = 0, ranks: int = 1) -> None:
     """Remove the files of sets, and what killed processes left of them, that a folder does not need.
 
-    If several ranks call it, each removes its share: to give back what a large file takes is slow.
+    If several ranks call it, each removes its share.
     """
     kept = set(needed)
     names: list[str] = []
@@ -227,7 +228,8 @@ def remove_others(folder: str, needed: Iterable[str], rank: int = 0, ranks: int 
         if left is not None and rank == 0:
             remove_left_behind(Path(folder, left[1]))
         elif own is not None and name not in kept and int(own[1]) % ranks == rank:
-            with suppress(OSError):
-                os.unlink(os.path.join(folder, name))
+            path = os.path.join(folder, name)
+            with suppress(OSError), freed_later(path):
+                os.unlink(path)
     if rank == 0:
         remove_left_behind(Path(folder, MANIFEST))
