@@ -130,8 +130,8 @@ def _cases_of(world: int) -> list[Case[Data]]:
             subjects=(OTHER, PDRS),
             targets=(_target(OTHER, 1 / 1.05),),
             note="The benchmark puts a plain all-to-all in place of the meetings of `gather(plan)` and of the backward"
-            " pass, where all ranks know how many rows there are. Only these ways take turns here and below, and each"
-            f" figure is a median of {sharded.ROUNDS_OF_CHECKS} rounds."
+            " pass, where all ranks know how many rows there are. Here and below, ways take turns step by step, and"
+            f" each figure is a median of {sharded.STEPS_OF_CHECKS} steps; of CPU time, the mean."
             if world == WORLDS[0]
             else "",
         ),

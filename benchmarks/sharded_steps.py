@@ -47,8 +47,8 @@ RATE = 0.1
 AT_ONCE = 20_000
 # A launch measures so many rounds of so many steps. A step more goes ahead of the clock.
 ROUNDS, STEPS = 5, 12
-# Rounds differ by more than checks cost. So a figure of checks is the median of so many rounds.
-ROUNDS_OF_CHECKS = 20
+# Rounds differ by more than checks cost. So these are measured step by step, and each figure is of so many steps.
+STEPS_OF_CHECKS = 200
 COUNTED_STEPS = 10
 STALLED_AFTER_SECONDS = 900
 # Of the sums of all rows; bf16 rounds gradients.
@@ -264,24 +264,43 @@ def ways(batches: Batches) -> dict[str, Way]:
 def times(entries: int) -> dict[str, list[float]]:
     """Return nanoseconds of a step, a figure for each round; all ways take turns."""
     made = ways(Batches(entries, dist.get_rank(), STEPS))
-    found = take_turns(made, ROUNDS)
+    found = take_turns(made)
     check({what: way.values() for what, way in made.items()})
     return found
 
 
 def checks(entries: int) -> dict[str, list[float]]:
-    """Return nanoseconds of a step with and without checks: a median of many rounds for each of :func:`times`."""
+    """Return the same of a step with and without checks, medians of many steps. Each way does one at a time.
+
+    Each figure is of steps from the whole time, so that what else the machine does is in all of them alike.
+    """
     dictionaries = Sharded(Batches(entries, dist.get_rank(), STEPS))
     ways = {what: dictionaries.way(what) for what in (NAMES, PLANNED, NAMES_UNCHECKED, PLANNED_UNCHECKED)}
-    found = take_turns(ways, ROUNDS * ROUNDS_OF_CHECKS)
-    return {what: np.median(np.reshape(each, (ROUNDS, -1)), axis=1).tolist() for what, each in found.items()}
+    took: dict[str, list[int]] = {what: [] for what in ways}
+    spent: dict[str, list[int]] = {what: [] for what in ways}
+    # The first steps warm all up.
+    for number in range(-STEPS, ROUNDS * STEPS_OF_CHECKS):
+        # Any way may come before any other one. The order is the same on all ranks.
+        for what in np.random.default_rng(number + STEPS).permutation(list(ways)).tolist():
+            dist.barrier()
+            begin, begin_cpu = perf_counter_ns(), process_time_ns()
+            ways[what].step(number % STEPS)
+            if number >= 0:
+                took[what].append(perf_counter_ns() - begin)
+                spent[what].append(process_time_ns() - begin_cpu)
+    of_all = torch.tensor([spent[what] for what in ways], dtype=torch.float64)
+    dist.all_reduce(of_all)
+    found = {what: [float(np.median(each[at::ROUNDS])) for at in range(ROUNDS)] for what, each in took.items()}
+    for what, each in zip(ways, of_all, strict=True):
+        found[f"{what}{CPU}"] = [each[at::ROUNDS].mean().item() for at in range(ROUNDS)]
+    return found
 
 
-def take_turns(made: Mapping[str, Way], rounds: int) -> dict[str, list[float]]:
+def take_turns(made: Mapping[str, Way]) -> dict[str, list[float]]:
     """Return nanoseconds of a step of each way, a figure for each round, and the CPU time of all ranks."""
     found: dict[str, list[float]] = {each: [] for what in made for each in (what, f"{what}{CPU}")}
     order = list(made)
-    for number in range(1 + rounds):
+    for number in range(1 + ROUNDS):
         for what in order[number % len(order) :] + order[: number % len(order)]:
             run = made[what].step
             run(0)

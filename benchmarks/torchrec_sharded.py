@@ -40,7 +40,6 @@ from sharded_steps import (
     NAMES,
     PLANNED,
     RATE,
-    ROUNDS,
     STEPS,
     Batches,
     Sharded,
@@ -159,7 +158,7 @@ def times(entries: int) -> dict[str, list[float]]:
     made = {what: torchrec_way(batches, *options) for what, options in TORCHREC.items()}
     made[BY_HAND] = sharded_steps.by_hand(batches, True)
     made |= {what: dictionaries.way(what) for what in (NAMES, PLANNED)}
-    found = take_turns(made, ROUNDS)
+    found = take_turns(made)
     _check({what: way.values() for what, way in made.items()})
     return found
 

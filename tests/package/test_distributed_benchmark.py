@@ -36,7 +36,7 @@ def test_all_ways_train_the_same_rows(sharded: ModuleType, monkeypatch: pytest.M
     monkeypatch.setattr(sharded, "ROUNDS", 1)
     found = sharded.times(NAMES)
     assert all(len(rounds) == 1 and rounds[0] > 0 for rounds in found.values())
-    monkeypatch.setattr(sharded, "ROUNDS_OF_CHECKS", 2)
+    monkeypatch.setattr(sharded, "STEPS_OF_CHECKS", 2)
     found = sharded.checks(NAMES)
     assert {sharded.PLANNED, sharded.PLANNED_UNCHECKED + sharded.CPU} < set(found)
     assert all(len(rounds) == 1 and rounds[0] > 0 for rounds in found.values())
