@@ -33,6 +33,7 @@ def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         close(descriptor)
 
     monkeypatch.setattr(os, "close", slow)
+    monkeypatch.setattr("pdrs._files.freed_later._LARGE", 1)
     yield
     wait_until_freed()
 
@@ -93,6 +94,13 @@ def test_a_file_is_freed_at_once_if_there_are_no_threads(tmp_path: Path, monkeyp
     monkeypatch.setattr(threading.Thread, "start", refuse)
     pdrs.save(stacked(1.0), tmp_path / "model")
     pdrs.save(stacked(2.0), tmp_path / "model")
+    assert open_without_a_name(tmp_path) == 0
+
+
+def test_small_files_need_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pdrs._files.freed_later._LARGE", 1 << 20)
+    for _ in range(2):
+        pdrs.save(stacked(1.0), tmp_path / "model")
     assert open_without_a_name(tmp_path) == 0
 
 

@@ -8,6 +8,7 @@ closes it. If the process ends before, the system closes it.
 from __future__ import annotations
 
 import os
+import stat
 import sys
 import threading
 from collections.abc import Iterator
@@ -15,12 +16,15 @@ from contextlib import contextmanager
 
 __all__ = ["freed_later", "wait_until_freed"]
 
+# Smaller files are not worth a thread.
+_LARGE = 8 << 20
+
 _closing: set[threading.Thread] = set()
 
 
 @contextmanager
 def freed_later(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Remove or replace a file in the block: its blocks are given back afterwards, by another thread."""
+    """Remove or replace a file in the block: if it is large, another thread gives its blocks back afterwards."""
     held = _held(path)
     try:
         yield
@@ -36,11 +40,13 @@ def wait_until_freed() -> None:
 
 
 def _held(path: str | os.PathLike[str]) -> int | None:
-    """Open a file, if there is one and if a file that is open can be removed."""
+    """Open a file, if there is a large one, and if a file that is open can be removed."""
     if sys.platform == "win32":
         return None
     try:
-        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        found = os.lstat(path)
+        is_large = stat.S_ISREG(found.st_mode) and found.st_size >= _LARGE
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK) if is_large else None
     except OSError:
         return None
 
