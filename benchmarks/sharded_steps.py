@@ -221,14 +221,15 @@ class Unchecked:
     """What a meeting would have told if there were none."""
 
     def __init__(self, told: NDArray[np.int64]) -> None:
-        self.told, self.have_come = told, False
+        self.told = told
 
 
 def unchecked(step: Step, is_planned: bool) -> Step:
     """Make a step that exchanges rows without a meeting where all ranks know how many there are."""
 
     def meet(rows: Tensor, line: Any, give: list[int], take: list[int], call: Any, payload: int = 0) -> Any:
-        return rows_op.RowsMail(Unchecked(np.full((line.ranks.size, 5), payload, np.int64)), rows, give, take, [])  # type: ignore[arg-type]
+        mail: Any = Unchecked(np.full((line.ranks.size, 5), payload, np.int64))
+        return rows_op.RowsMail(mail, rows, give, take, [])
 
     def receive(arriving: rows_op.RowsMail, line: Any, call: Any) -> Tensor:
         found: Tensor = line.exchange(arriving.rows, arriving.give, arriving.take, call)

@@ -19,6 +19,7 @@ import pdrs
 import pdrs.distributed
 from pdrs._files.freed_later import freed_later, wait_until_freed
 
+# Other systems do not tell which files a process has open without a name.
 if sys.platform != "linux":
     pytest.skip("/proc says which files are open", allow_module_level=True)
 
