@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter_ns, process_time_ns
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,8 +35,9 @@ import pdrs
 import pdrs.distributed
 import pdrs.optim
 from memory import peak_beyond
-from pdrs._core import KnownRows, Request
+from pdrs._core import Headers, KnownRows, Request
 from pdrs._ranks import rows_op, sharded
+from pdrs._ranks.exchange import BYTES_AT, PAYLOAD
 from pdrs._ranks.owners import owners_of
 
 FLOATS = 16
@@ -217,23 +218,53 @@ class Sharded:
         return Way(run, lambda: words.sent_bytes, lambda: words.local.table((FLOATS,)).detach())
 
 
-class Unchecked:
+class Unchecked(NamedTuple):
     """What a meeting would have told if there were none."""
 
-    def __init__(self, told: NDArray[np.int64]) -> None:
-        self.told = told
+    told: NDArray[np.int64]
+    # Where rows are wanted that have come.
+    place: Tensor | None
+
+
+# Rows are added and put in place by the same code, of a rank that is alone.
+_ALONE = Headers(0, 1)
+_CALL, _NO_PAYLOAD, _NO_WINDOWS = (0,) * 3, (0,) * PAYLOAD, np.empty((0, 0), np.uint8)
 
 
 def unchecked(step: Step, is_planned: bool) -> Step:
     """Make a step that exchanges rows without a meeting where all ranks know how many there are."""
 
-    def meet(rows: Tensor, line: Any, give: list[int], take: list[int], call: Any, payload: int = 0) -> Any:
-        mail: Any = Unchecked(np.full((line.ranks.size, 5), payload, np.int64))
+    def meet(
+        rows: Tensor,
+        line: Any,
+        give: list[int],
+        take: list[int],
+        call: Any,
+        payload: int = 0,
+        *,
+        place: Tensor | None = None,
+        add_to: Tensor | None = None,
+    ) -> Any:
+        if add_to is not None:
+            given = rows.numpy()
+            size = [sum(give) * rows.shape[1] * rows.element_size()]
+            _, sums = _ALONE.message_of_sums(_CALL, _NO_PAYLOAD, add_to.numpy(), given, size, 0)
+            rows = torch.from_numpy(sums).view(rows.dtype).view(sum(give), rows.shape[1])
+        mail: Any = Unchecked(np.full((line.ranks.size, 1 + PAYLOAD), payload, np.int64), place)
         return rows_op.RowsMail(mail, rows, give, take, [])
 
-    def receive(arriving: rows_op.RowsMail, line: Any, call: Any) -> Tensor:
-        found: Tensor = line.exchange(arriving.rows, arriving.give, arriving.take, call)
-        return found
+    def receive(arriving: rows_op.RowsMail, line: Any, call: Any) -> rows_op.Come:
+        mail: Any = arriving.mail
+        come: Tensor = line.exchange(arriving.rows, arriving.give, arriving.take, call)
+        if mail.place is None:
+            return rows_op.Come(come, False)
+        placed = come.new_empty(len(mail.place), come.shape[1])
+        own = come.view(torch.uint8).view(-1).numpy()
+        told = np.array([[0] * BYTES_AT + [own.size, 0]])
+        which = own.size // max(1, len(come)), mail.place.numpy()
+        into = placed.view(torch.uint8).numpy()
+        _ALONE.read_and_receive(_NO_WINDOWS, _CALL, told, own, [own.size], which, into)
+        return rows_op.Come(placed, True)
 
     modules: tuple[Any, ...] = (rows_op, sharded) if is_planned else (rows_op,)
 

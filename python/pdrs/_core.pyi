@@ -1118,6 +1118,17 @@ class Headers:
     ) -> tuple[NDArray[np.uint8], list[int], NDArray[np.int64]]:
         """Return the message, how many bytes of it are for each rank, and what this rank tells itself."""
 
+    def message_of_sums(
+        self,
+        call: Sequence[int],
+        payload: Sequence[int],
+        rows: NDArray[np.int64],
+        given: NDArray[np.float32] | NDArray[np.float64],
+        give: Sequence[int],
+        room: int,
+    ) -> tuple[tuple[NDArray[np.uint8], list[int], NDArray[np.int64]], NDArray[np.uint8]]:
+        """Return what :meth:`message` does for sums of rows, and the bytes of the sums for this rank."""
+
     def read(
         self, windows: NDArray[np.uint8], call: Sequence[int], told: NDArray[np.int64]
     ) -> tuple[bool, bool, list[bool]]:
@@ -1128,18 +1139,17 @@ class Headers:
         windows: NDArray[np.uint8],
         call: Sequence[int],
         told: NDArray[np.int64],
-        data: NDArray[np.uint8],
-        give: Sequence[int],
+        own: NDArray[np.uint8],
         take: Sequence[int],
+        rows: tuple[int, NDArray[np.int64]] | None,
         into: NDArray[np.uint8],
     ) -> tuple[bool, bool, list[bool], bool]:
-        """Do :meth:`read`, and :meth:`receive` if so many bytes have come; say at last whether they have."""
+        """Do :meth:`read`, and receive all bytes, or rows by number, if ``take`` have come; say whether they have."""
 
     def receive(
         self,
         windows: NDArray[np.uint8],
-        data: NDArray[np.uint8],
-        give: Sequence[int],
+        own: NDArray[np.uint8],
         take: Sequence[int],
         later: Sequence[bool],
         of_later: NDArray[np.uint8],

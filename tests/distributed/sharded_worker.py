@@ -625,6 +625,52 @@ def gradients_of_any_layout(rank: int, world: int) -> dict[str, Any]:
 
 
 @case
+def gradients_of_names_that_come_again(rank: int, world: int) -> dict[str, Any]:
+    """Add up small whole numbers of any dtype, with names that are missing, and with a plan and without."""
+    differ = []
+    names = ["a", f"own{rank}", "b", "a", "not there", "a", "b"]
+    every = [f"own{each}" for each in range(world)]
+    for elements, dtype, wire, missing in (
+        (3, torch.float32, None, "zero"),
+        (16, torch.float32, None, "zero"),
+        (2, torch.float64, None, "zero"),
+        (4, torch.bfloat16, None, "skip"),
+        (1, torch.float16, None, "zero"),
+        (5, torch.float32, torch.bfloat16, "zero"),
+        (2, torch.complex64, None, "zero"),
+        (0, torch.float32, None, "zero"),
+    ):
+        words = ShardedParameterDict((elements,), dist.new_group(), average=False, dtype=dtype, wire=wire, timeout=10.0)
+        words.plan(["a", "b", *every], "insert")
+        own = list(words)
+        values = {name: torch.full((elements,), float(at + 2)) for at, name in enumerate(["a", "b", *every])}
+        for name in own:
+            words.local[name] = values[name].to(dtype)
+        asked: Any
+        for asked in (names, words.plan(names, missing)):
+            words.zero_grad()
+            rows = words.gather(asked, missing)
+            wanted = [name for name in names if name in values or missing == "zero"]
+            nothing = torch.zeros(elements)
+            expected = torch.stack([values.get(name, nothing) for name in wanted]).to(dtype)
+            gradient = torch.arange(1.0, len(rows) + 1).repeat_interleave(elements).view(expected.shape).to(dtype)
+            # Of each rank one of another layout, and one that has a graph itself.
+            gradient = torch._neg_view(-gradient) if rank == 0 and not dtype.is_complex else gradient
+            gradient = gradient.T.contiguous().T if rank == 1 else gradient
+            rows.backward(gradient.requires_grad_(rank == 2), create_graph=rank == 2)
+            # Names of one rank come once, at the second place.
+            sums = dict.fromkeys(every, 2.0)
+            for name in ("a", "b"):
+                sums[name] = world * sum(at + 1.0 for at, one in enumerate(wanted) if one == name)
+            table = words.local.table((elements,))
+            found = [] if table.grad is None else table.grad[words.local.indices(own)].tolist()
+            differ += [] if torch.equal(rows, expected) else [f"rows: {rows.tolist()}"]
+            want = [[complex(sums[name])] * elements for name in own]
+            differ += [] if [[*map(complex, row)] for row in found] == want else [f"gradients: {found} {want}"]
+    return {"differ": differ}
+
+
+@case
 def clipped_sparse_gradients(rank: int, world: int) -> dict[str, Any]:
     norms = []
     for norm_type in (2.0, 1.0, float("inf")):

@@ -207,6 +207,11 @@ def test_gradients_of_any_layout_go_to_the_owners(run: Run, world: int) -> None:
     assert max(each["apart"] for each in run(world, "gradients_of_any_layout")) <= 1e-4
 
 
+@pytest.mark.parametrize("world", WORLDS)
+def test_gradients_of_names_that_come_again_are_added(run: Run, world: int) -> None:
+    assert [each["differ"] for each in run(world, "gradients_of_names_that_come_again")] == [[]] * world
+
+
 def test_the_bytes_of_a_header_are_counted_as_they_are_sent() -> None:
     message, sizes, told = Headers(0, 3).message((1, 2, 3), 0, False, (0,) * PAYLOAD, None, None, 1 << 10)
     assert sizes == [0, HEADER_BYTES, HEADER_BYTES]

@@ -36,6 +36,7 @@ __all__ = [
     "OutOfStepError",
     "Ranks",
     "Room",
+    "Sums",
     "group_of",
     "ranks_and_shards",
 ]
@@ -55,9 +56,33 @@ _NO_BYTES, _NOTHING = np.empty(0, np.uint8), (0,) * PAYLOAD
 
 
 _Error = TypeVar("_Error", bound=BaseException)
-# Where data goes, and how many bytes of each rank.
-Room = tuple[NDArray[np.uint8], list[int]]
+
+
+class Room(NamedTuple):
+    """Where data goes."""
+
+    into: NDArray[np.uint8]
+    # How many bytes come from each rank.
+    take: list[int]
+    # The bytes of a row, and which rows go there; the row behind the last one is of zeros. None if all bytes do.
+    rows: tuple[int, NDArray[np.int64]] | None
+
+
 MakeRoom = Callable[[], Room]
+
+
+class Sums(NamedTuple):
+    """Sums of rows, to be sent: row ``m`` of what is given is added to row ``rows[m]``. They must fit into windows.
+
+    What is added to the row behind the last one goes nowhere.
+    """
+
+    rows: NDArray[np.int64]
+    # float32 or float64 [rows, elements]
+    given: NDArray[Any]
+
+
+Data = NDArray[np.uint8] | Sums
 
 
 class OutOfStepError(RuntimeError):
@@ -98,19 +123,20 @@ class Mail:
         Whether the data already lies where room was made for it.
     """
 
-    __slots__ = ("_data", "_give", "_later", "_ranks", "have_come", "told")
+    __slots__ = ("_data", "_give", "_later", "_own", "_ranks", "have_come", "told")
 
     def __init__(
         self,
         ranks: Ranks,
         told: NDArray[np.int64],
-        data: NDArray[np.uint8] | None,
+        data: NDArray[np.uint8],
         give: list[int],
+        own: NDArray[np.uint8],
         later: list[bool],
         have_come: bool,
     ) -> None:
-        self.told, self._ranks, self._data, self._give, self._later = told, ranks, data, give, later
-        self.have_come = have_come
+        self.told, self._ranks, self._data, self._give, self._own = told, ranks, data, give, own
+        self._later, self.have_come = later, have_come
 
     def receive(self, take: list[int], call: Call) -> NDArray[np.uint8]:
         """Return ``take[r]`` bytes of each rank ``r``, one behind the other. It must come before the next meeting."""
@@ -120,16 +146,15 @@ class Mail:
 
     def receive_into(self, come: NDArray[np.uint8], take: list[int], call: Call) -> None:
         """Write what :meth:`receive` returns into an array of ``sum(take)`` bytes."""
-        ranks, give, later = self._ranks, self._give, self._later
-        data = _NO_BYTES if self._data is None else self._data
+        ranks, later = self._ranks, self._later
         of_later = _NO_BYTES
         if later:
-            sent, gives = (data.reshape(-1), give) if later[ranks.rank] else (_NO_BYTES, [0] * ranks.size)
+            sent, gives = (self._data, self._give) if later[ranks.rank] else (_NO_BYTES, [0] * ranks.size)
             takes = [count if is_later else 0 for count, is_later in zip(take, later, strict=True)]
             all_later = torch.empty(sum(takes), dtype=torch.uint8)
             ranks.exchange(all_later, torch.from_numpy(sent), takes, gives, call)
             of_later = all_later.numpy()
-        ranks.headers.receive(ranks.windows, data, give, take, later, of_later, come)
+        ranks.headers.receive(ranks.windows, self._own, take, later, of_later, come)
 
 
 class Ranks:
@@ -202,7 +227,7 @@ class Ranks:
 
     def meet_with(
         self,
-        data: NDArray[np.uint8] | None,
+        data: Data | None,
         give: list[int] | None,
         call: Call,
         payload: Any,
@@ -215,7 +240,8 @@ class Ranks:
         Parameters
         ----------
         data, give
-            Bytes, and how many of them are for each rank. Who receives them must know how many there are.
+            Bytes, and how many of them are for each rank. Who receives them must know how many there are. Sums need a
+            list of numbers as ``payload``, and ``fits``.
         payload
             ``PAYLOAD`` numbers for all ranks, of which ``give`` replaces the third, or int64 ``[ranks, PAYLOAD]``.
         status
@@ -235,23 +261,35 @@ class Ranks:
         """
         if self._broken is not None:
             raise OutOfStepError(self._broken)
-        words = call.words()
-        message, sizes, told = self.headers.message(
-            words, status, failure is not None, payload, data, give, self.windows.shape[1]
-        )
-        room = self._swap(message, sizes, call, make_room) if self.size > 1 else None
+        words, room, own = call.words(), self.windows.shape[1], _NO_BYTES
+        if isinstance(data, Sums):
+            assert give is not None
+            (message, sizes, told), own = self.headers.message_of_sums(words, payload, *data, give, room)
+            data = _NO_BYTES
+        else:
+            failed = failure is not None
+            message, sizes, told = self.headers.message(words, status, failed, payload, data, give, room)
+            if data is not None and give is not None:
+                data = data.reshape(-1)
+                begin = sum(give[: self.rank])
+                own = data[begin : begin + give[self.rank]]
+        where = self._swap(message, sizes, call, make_room) if self.size > 1 else None
         have_come = False
-        if room is None or data is None or give is None:
+        if where is None:
             differs, has_failed, later = self.headers.read(self.windows, words, told)
         else:
-            into, take = room
-            found = self.headers.read_and_receive(self.windows, words, told, data, give, take, into)
+            found = self.headers.read_and_receive(self.windows, words, told, own, where.take, where.rows, where.into)
             differs, has_failed, later, have_come = found
         if differs:
             self._refuse(call)
         if has_failed:
             self._fail_together(call, failure)
-        return Mail(self, told, data, give or [0] * self.size, later, have_come)
+        return Mail(self, told, _NO_BYTES if data is None else data, give or [], own, later, have_come)
+
+    def fits(self, give: list[int]) -> bool:
+        """Whether so many bytes for each rank travel with headers."""
+        room = self.windows.shape[1] - HEADER_BYTES
+        return self.size > 1 and all(count <= room for count in give)
 
     def texts(self, call: Call, text: str) -> list[str]:
         """Exchange a text of each rank, which is cut to a fixed size."""
@@ -351,7 +389,7 @@ class Line:
 
     def meet_with(
         self,
-        data: NDArray[np.uint8] | None,
+        data: Data | None,
         give: list[int] | None,
         call: Call,
         payload: Any = _NOTHING,
@@ -362,7 +400,7 @@ class Line:
         """As for :meth:`Ranks.meet_with`."""
         self.sent_bytes += HEADER_BYTES * (self.ranks.size - 1)
         if data is not None and give is not None:
-            self.sent_bytes += data.size - give[self.ranks.rank]
+            self.sent_bytes += sum(give) - give[self.ranks.rank]
         return self.ranks.meet_with(data, give, call, payload, status, failure, make_room)
 
     def texts(self, call: Call, text: str) -> list[str]:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pdrs._ranks.exchange import BYTES_AT, Call, Line, Mail, Room
+from pdrs._ranks.exchange import BYTES_AT, Call, Data, Line, Mail, Room, Sums
 from pdrs._ranks.mesh import of_replicas, own_part
 from pdrs._ranks.owners import Owners
 from pdrs._rows.names_codec import bytes_of
 
-__all__ = ["Route", "RowsMail", "exchange_rows", "meet_with_rows", "received_rows"]
+__all__ = ["Come", "Route", "RowsMail", "can_add", "exchange_rows", "meet_with_rows", "received_rows"]
 
 
 class Route(NamedTuple):
@@ -38,7 +38,15 @@ class Route(NamedTuple):
     has_absent: bool
 
 
-def exchange_rows(rows: Tensor, route: Route, come: Tensor | None = None) -> Tensor:
+class Come(NamedTuple):
+    """Rows that have come from the ranks."""
+
+    rows: Tensor
+    # Whether they lie as the result has them, and not yet as they have come.
+    in_place: bool
+
+
+def exchange_rows(rows: Tensor, route: Route, come: Come | None = None) -> Tensor:
     """Send rows ``[sum(give), elements]`` to the ranks, and return those that come, in their places.
 
     Parameters
@@ -58,20 +66,37 @@ class RowsMail(NamedTuple):
     """What :func:`meet_with_rows` returns."""
 
     mail: Mail
-    # The rows that were sent, and how many go to each rank and come from it.
+    # The rows that were sent, or what they are sums of, and how many go to each rank and come from it.
     rows: Tensor
     give: list[int]
     take: list[int]
     # Where rows come to, if they come with the headers, and there are other ranks.
-    come: list[Tensor]
+    come: list[Come]
 
 
 def meet_with_rows(
-    rows: Tensor, line: Line, give: list[int], take: list[int], call: Call, payload: int = 0
+    rows: Tensor,
+    line: Line,
+    give: list[int],
+    take: list[int],
+    call: Call,
+    payload: int = 0,
+    *,
+    place: Tensor | None = None,
+    add_to: Tensor | None = None,
 ) -> RowsMail:
     """Meet the other ranks, send ``give[r]`` rows to each rank ``r``, and expect ``take[r]`` of it.
 
-    Rows that the host does not have are sent later. ``payload`` is the last number of the header.
+    Rows that the host does not have are sent later.
+
+    Parameters
+    ----------
+    payload
+        The last number of the header.
+    place
+        Which of the rows that come is wanted where. They are put there if all come with the headers.
+    add_to
+        To which of the rows that are sent each of ``rows`` is added. :func:`can_add` must hold.
     """
     elements = rows.shape[1]
     width = elements * rows.element_size()
@@ -79,42 +104,60 @@ def meet_with_rows(
     head = (0, 0, 0, payload)
     if not rows.is_cpu:
         return RowsMail(line.meet_with(None, sizes, call, head), rows, give, take, [])
-    come: list[Tensor] = []
+    come: list[Come] = []
 
     def make_room() -> Room:
-        made = rows.new_empty(sum(take), elements)
-        come.append(made)
-        return made.view(torch.uint8).numpy(), [count * width for count in take]
+        made = rows.new_empty(sum(take) if place is None else len(place), elements)
+        come.append(Come(made, place is not None))
+        which = None if place is None else (width, place.numpy())
+        return Room(made.view(torch.uint8).numpy(), [count * width for count in take], which)
 
+    data: Data
+    if add_to is not None:
+        data = Sums(add_to.numpy(), rows.numpy())
     # A step is as short as a few milliseconds. These two calls take a fifth of what `bytes_of` does.
-    is_plain = rows.is_contiguous() and rows.stride(1) == 1 and not rows.is_complex() and not rows.is_neg()
-    data = rows.view(torch.uint8).numpy() if is_plain else bytes_of(rows)
+    elif rows.is_contiguous() and rows.stride(1) == 1 and not rows.is_complex() and not rows.is_neg():
+        data = rows.view(torch.uint8).numpy()
+    else:
+        data = bytes_of(rows)
     return RowsMail(line.meet_with(data, sizes, call, head, make_room=make_room), rows, give, take, come)
 
 
-def received_rows(arriving: RowsMail, line: Line, call: Call) -> Tensor:
-    """Return the rows that come after :func:`meet_with_rows`, those of rank 0 first."""
+def can_add(rows: Tensor, line: Line, give: list[int]) -> bool:
+    """Whether :func:`meet_with_rows` can send sums of these rows."""
+    if not rows.is_cpu or rows.dtype not in (torch.float32, torch.float64):
+        return False
+    width = rows.shape[1] * rows.element_size()
+    return line.ranks.fits([count * width for count in give])
+
+
+def received_rows(arriving: RowsMail, line: Line, call: Call) -> Come:
+    """Return the rows that come after :func:`meet_with_rows`, those of rank 0 first unless they are in place."""
     mail, rows, give, take, come = arriving
     if mail.have_come:
         return come[0]
     if line.ranks.size == 1:
-        return rows
+        return Come(rows, False)
     if not come:
-        return line.exchange(rows, give, take, call)
+        return Come(line.exchange(rows, give, take, call), False)
     width = rows.shape[1] * rows.element_size()
     sizes = [count * width for count in take]
     if (told := mail.told[:, BYTES_AT].tolist()) != sizes:
         raise RuntimeError(f"expected {sizes} bytes of rows from the ranks, got {told}")
-    mail.receive_into(bytes_of(come[0]), sizes, call)
-    return come[0]
+    received = rows.new_empty(sum(take), rows.shape[1])
+    mail.receive_into(bytes_of(received), sizes, call)
+    return Come(received, False)
 
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, route: Route, come: list[Tensor | None]) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, route: Route, come: list[Come | None]) -> Tensor:
         ctx.route = route
-        found = come[0]
-        if found is None:
+        if come[0] is not None:
+            found, in_place = come[0]
+            if in_place:
+                return found
+        else:
             sent = own_part(route.line, rows, route.counts)
             sent = sent if route.wire is None else sent.to(route.wire)
             found = route.line.exchange(sent, route.give, route.take, route.line.call("rows of gather", route.number))
@@ -130,16 +173,19 @@ class _Exchange(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         line, number, give, take, wire, divisor, owners, counts, place, has_absent = ctx.route
-        sent = gradient
-        if place is not None:
-            count = sum(take)
-            # index_add_ is several times slower for an expanded gradient, which a sum has.
-            sent = gradient.new_zeros(count + has_absent, gradient.shape[1])
-            sent = sent.index_add_(0, place, gradient.contiguous())[:count]
-        sent = sent if wire is None else sent.to(wire)
         call = line.call("backward of gather", number)
         with line.ranks.in_step():
-            own = received_rows(meet_with_rows(sent, line, take, give, call), line, call)
+            add_to = None
+            sent = gradient
+            if place is not None and wire in (None, gradient.dtype) and can_add(gradient, line, take):
+                sent, add_to = gradient.resolve_neg().contiguous(), place
+            elif place is not None:
+                count = sum(take)
+                # index_add_ is several times slower for an expanded gradient, which a sum has.
+                sent = gradient.new_zeros(count + has_absent, gradient.shape[1])
+                sent = sent.index_add_(0, place, gradient.contiguous())[:count]
+            sent = sent if wire is None else sent.to(wire)
+            own = received_rows(meet_with_rows(sent, line, take, give, call, add_to=add_to), line, call).rows
             if counts is not None:
                 own = of_replicas(line, owners, own, counts, call)
             own = own.to(gradient.dtype)

@@ -23,7 +23,7 @@ from pdrs._ranks.initial_values import Initial, values_of
 from pdrs._ranks.mesh import names_of_replicas, of_replicas, own_part, rows_of_replicas
 from pdrs._ranks.owners import Owners
 from pdrs._ranks.plan import GENERATION, Answer, Plan, exchange_requests, meet_with_request
-from pdrs._ranks.rows_op import Route, exchange_rows, meet_with_rows, received_rows
+from pdrs._ranks.rows_op import Come, Route, exchange_rows, meet_with_rows, received_rows
 from pdrs._ranks.wrapped import Wrappers
 from pdrs._rows.gather import Missing, check_missing, takes_rows
 from pdrs._rows.gather_op import gather_rows
@@ -329,7 +329,7 @@ class ShardedParameterDict(Module):
             sparse = takes_rows(self.local, table)
         has_gradients = torch.is_grad_enabled() and table.requires_grad
         options = f"gradients={has_gradients}, sparse={sparse}"
-        come: Tensor | None = None
+        come: Come | None = None
         if plan is None:
             options = f"missing={missing!r}{self._said(shape)}, {options}"
             plan = self._planned(names, missing, self._line.call("gather", number, options), shape=shape)
@@ -567,7 +567,7 @@ class ShardedParameterDict(Module):
 
     def _gathered(
         self, plan: Plan, table: Tensor, number: int, options: str, sparse: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Come | None]:
         """Meet for a gather by a plan, and return the own rows, and those that have come with what the ranks have told.
 
         All ranks make the plan again if rows of any have gone. Then none have come.
@@ -582,7 +582,8 @@ class ShardedParameterDict(Module):
             own = self._own_rows(plan, table, sparse)
             sent = own_part(self._line, own.detach(), plan.counts)
             sent = sent if self._wire is None else sent.to(self._wire)
-            arriving = meet_with_rows(sent, self._line, plan.give, plan.take, call, generation)
+            place = plan.place if sent.dtype == own.dtype else None
+            arriving = meet_with_rows(sent, self._line, plan.give, plan.take, call, generation, place=place)
             mail = arriving.mail
         if not self._forget(mail.told[:, GENERATION].tolist()) and plan.generations == self._generations:
             return own, received_rows(arriving, self._line, call)

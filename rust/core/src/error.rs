@@ -32,11 +32,11 @@ pub enum Error {
     },
     /// There is no memory for what was asked for.
     Memory,
-    /// A gradient lists a row that its table does not have.
+    /// There is no such row.
     Row {
         /// The row.
         row: i64,
-        /// How many rows the table has.
+        /// How many rows there are.
         capacity: u64,
     },
     /// A list, or a message, has another length than what it belongs to.
@@ -113,9 +113,7 @@ impl fmt::Display for Error {
                 "a name has less than 256 MiB, all names of a dictionary at most 32 GiB with what belongs to them, and \
                  {bytes} bytes more are too much"
             ),
-            Self::Row { row, capacity } => {
-                write!(f, "the gradient lists row {row}, and the table has {capacity} rows")
-            }
+            Self::Row { row, capacity } => write!(f, "row {row} is listed, and there are {capacity} rows"),
             Self::Memory => write!(f, "out of memory"),
             Self::Length { expected, got } => write!(f, "expected a length of {expected}, got {got}"),
             Self::TooLarge => write!(f, "all tensors together have more than {} bytes", i64::MAX),

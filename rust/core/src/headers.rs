@@ -10,8 +10,12 @@
 //! The last two bits of the status in a header say whether the rank has failed, and whether its data comes later, because
 //! it does not fit into a window.
 
+use std::ops::Range;
+
 use crate::error::{Error, Result};
 use crate::memory;
+use crate::row_steps::Real;
+use crate::rows::parts::{add_to_parts, copy_from_parts};
 
 /// The numbers that say what a rank is about to do.
 pub const CALL: usize = 3;
@@ -90,22 +94,76 @@ impl Headers {
         give: Option<&[usize]>,
         room: usize,
     ) -> Result<Message> {
+        if let (Some(data), Some(give)) = (data, give) {
+            same_length(give.iter().sum(), data.len())?;
+        }
+        let is_later = data.is_some() && !self.fits(give.unwrap_or_default(), room);
+        let data = data.filter(|_| !is_later && !has_failed);
+        let flags = if is_later { LATER } else { 0 } | if has_failed { FAILED } else { 0 };
+        self.written(call, (status << FLAGS) | flags, payload, give, data.is_some(), |bytes, part| {
+            bytes.extend_from_slice(data.map_or(&[][..], |data| &data[part]));
+        })
+    }
+
+    /// Writes what goes to the other ranks if it is sums of rows; returns also the sums for this rank. **O(ranks +
+    /// bytes)**.
+    ///
+    /// Row `m` of `given` is added to row `rows[m]` of the sums. They begin as zeros, and `give[r]` bytes of them are for
+    /// each rank `r`, the first ones for rank 0. What is added to the row behind the last one goes nowhere.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Row`] if there is no such row; [`Error::Length`] if there are not as many rows as numbers of them, or if the
+    /// sums do not fit into windows of `room` bytes; [`Error::Memory`].
+    pub fn message_of_sums<T: Real>(
+        &self,
+        call: Call,
+        payload: [i64; PAYLOAD],
+        (elements, rows, given): (usize, &[i64], &[T]),
+        give: &[usize],
+        room: usize,
+    ) -> Result<(Message, Vec<u8>)> {
+        self.check(give.len())?;
+        if !self.fits(give, room) {
+            return Err(Error::Length { expected: room, got: BYTES + give.iter().max().unwrap_or(&0) });
+        }
+        let mut own = memory::filled(0, give[self.rank])?;
+        let mut message = self.written(call, 0, &Payload::ForAll(payload), Some(give), true, |bytes, part| {
+            bytes.resize(bytes.len() + part.len(), 0);
+        })?;
+        let (mut others, mut of_own) = (&mut message.bytes[..], &mut own[..]);
+        let mut parts = memory::with_capacity(self.ranks)?;
+        for (rank, count) in give.iter().enumerate() {
+            parts.push(if rank == self.rank {
+                std::mem::take(&mut of_own)
+            } else {
+                &mut others.split_off_mut(..BYTES + count).unwrap_or_default()[BYTES..]
+            });
+        }
+        add_to_parts(parts, elements, rows, given)?;
+        Ok((message, own))
+    }
+
+    /// Writes headers, and what `write` adds for each other rank, of which it is told the bytes of all data.
+    fn written(
+        &self,
+        call: Call,
+        status: i64,
+        payload: &Payload<'_>,
+        give: Option<&[usize]>,
+        has_data: bool,
+        mut write: impl FnMut(&mut Vec<u8>, Range<usize>),
+    ) -> Result<Message> {
         let is_given = give.is_some();
         let nothing = if is_given { Vec::new() } else { memory::filled(0, self.ranks)? };
         let give = give.unwrap_or(&nothing);
         self.check(give.len())?;
-        if let Some(data) = data {
-            same_length(give.iter().sum(), data.len())?;
-        }
         if let Payload::ForEach(numbers) = payload {
             same_length(PAYLOAD * self.ranks, numbers.len())?;
         }
-        let others = || give.iter().enumerate().filter(|(rank, _)| *rank != self.rank);
-        let is_later = data.is_some() && others().any(|(_, count)| count + BYTES > room);
-        let data = data.filter(|_| !is_later && !has_failed);
-        let flags = if is_later { LATER } else { 0 } | if has_failed { FAILED } else { 0 };
-        let status = (status << FLAGS) | flags;
-        let all = others().map(|(_, count)| BYTES + data.map_or(0, |_| *count)).sum();
+        let behind = |count: usize| if has_data { count } else { 0 };
+        let others = give.iter().enumerate().filter(|(rank, _)| *rank != self.rank);
+        let all = others.map(|(_, count)| BYTES + behind(*count)).sum();
         let mut message = Message {
             bytes: memory::with_capacity(all)?,
             sizes: memory::filled(0, self.ranks)?,
@@ -113,7 +171,7 @@ impl Headers {
         };
         let mut begin = 0;
         for (rank, count) in give.iter().enumerate() {
-            let part = begin..begin + count;
+            let part = begin..begin + behind(*count);
             begin = part.end;
             let numbers = match payload {
                 Payload::ForAll([first, second, _, last]) if is_given => {
@@ -131,11 +189,15 @@ impl Headers {
             for number in call.iter().chain([&status]).chain(&numbers) {
                 message.bytes.extend_from_slice(&number.to_le_bytes());
             }
-            let data = data.map_or(&[][..], |data| &data[part]);
-            message.bytes.extend_from_slice(data);
-            message.sizes[rank] = BYTES + data.len();
+            message.sizes[rank] = BYTES + part.len();
+            write(&mut message.bytes, part);
         }
         Ok(message)
+    }
+
+    /// Whether so many bytes for each other rank fit behind headers.
+    fn fits(&self, give: &[usize], room: usize) -> bool {
+        give.iter().enumerate().all(|(rank, count)| rank == self.rank || count + BYTES <= room)
     }
 
     /// Reads what the others have told into `told`, beside what this rank tells. **O(ranks)**.
@@ -173,18 +235,21 @@ impl Headers {
     /// Does what [`Self::read`] does, and then what [`Self::receive`] does, if all agree and `take[r]` bytes have come of
     /// each rank `r`; says whether it has.
     ///
+    /// With `rows`, it does not write all bytes one behind the other, but rows of so many bytes, by their numbers. The row
+    /// behind the last one is of zeros.
+    ///
     /// # Errors
     ///
-    /// As for both.
+    /// As for both; [`Error::Row`] if there is no such row.
     #[expect(clippy::too_many_arguments, reason = "they are those of both")]
     pub fn read_and_receive(
         &self,
         windows: &[u8],
         call: Call,
         told: &mut [i64],
-        data: &[u8],
-        give: &[usize],
+        own: &[u8],
         take: &[usize],
+        rows: Option<(usize, &[i64])>,
         into: &mut [u8],
     ) -> Result<(Meeting, bool)> {
         let found = self.read(windows, call, told)?;
@@ -194,37 +259,55 @@ impl Headers {
                 .map(|row| row[BYTES_AT])
                 .eq(take.iter().map(|count| (*count as u64).cast_signed()));
         if have_come {
-            self.receive(windows, data, give, take, &[], &[], into)?;
+            match rows {
+                Some((width, rows)) => {
+                    copy_from_parts(&self.parts(windows, own, take, &[], &[])?, width, rows, into)?;
+                }
+                None => self.receive(windows, own, take, &[], &[], into)?,
+            }
         }
         Ok((found, have_come))
     }
 
     /// Writes `take[r]` bytes of each rank `r`, one behind the other. **O(ranks + bytes)**.
     ///
-    /// `data` has `give[r]` bytes for each rank `r`, of which this rank takes its own. `later` says whose data has come
-    /// later, and `of_later` is that.
+    /// `own` is what this rank has for itself. `later` says whose data has come later, and `of_later` is that.
     ///
     /// # Errors
     ///
     /// [`Error::Length`] if there is less, or if `into` has another length.
-    #[expect(clippy::too_many_arguments, reason = "they are what comes from three places, and where it goes")]
     pub fn receive(
         &self,
         windows: &[u8],
-        data: &[u8],
-        give: &[usize],
+        own: &[u8],
         take: &[usize],
         later: &[bool],
-        mut of_later: &[u8],
+        of_later: &[u8],
         mut into: &mut [u8],
     ) -> Result<()> {
-        self.check(give.len())?;
         self.check(take.len())?;
         same_length(take.iter().sum(), into.len())?;
-        let begin = give[..self.rank].iter().sum::<usize>();
-        let own = data.get(begin..begin + give[self.rank]).unwrap_or_default();
+        for part in self.parts(windows, own, take, later, of_later)? {
+            let (to, others) = into.split_at_mut(part.len());
+            to.copy_from_slice(part);
+            into = others;
+        }
+        Ok(())
+    }
+
+    /// What has come of each rank: `take[r]` bytes of rank `r`.
+    fn parts<'a>(
+        &self,
+        windows: &'a [u8],
+        own: &'a [u8],
+        take: &[usize],
+        later: &[bool],
+        mut of_later: &'a [u8],
+    ) -> Result<Vec<&'a [u8]>> {
+        self.check(take.len())?;
+        let mut parts = memory::with_capacity(self.ranks)?;
         for (rank, count) in take.iter().enumerate() {
-            let part = if later.get(rank) == Some(&true) {
+            parts.push(if later.get(rank) == Some(&true) {
                 let (part, others) = of_later.split_at_checked(*count).ok_or(short(*count, of_later))?;
                 of_later = others;
                 part
@@ -232,12 +315,9 @@ impl Headers {
                 own.get(..*count).ok_or(short(*count, own))?
             } else {
                 &self.window(windows, rank, *count)?[BYTES..]
-            };
-            let (to, others) = into.split_at_mut(*count);
-            to.copy_from_slice(part);
-            into = others;
+            });
         }
-        Ok(())
+        Ok(parts)
     }
 
     /// The header of another rank, and so many bytes behind it.

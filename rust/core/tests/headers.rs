@@ -63,17 +63,16 @@ fn each_rank_gets_what_is_for_it() {
                 assert_eq!(numbers, [number(from) + 5, 100, 200, number(sizes[from]), 300]);
             }
             let data = told[rank].data.as_ref().unwrap();
-            let give: Vec<usize> = data.iter().map(Vec::len).collect();
             let headers = Headers { rank, ranks };
             let mut come = vec![0; sizes.iter().sum()];
-            headers.receive(&windows, &data.concat(), &give, &sizes, &[], &[], &mut come).unwrap();
+            headers.receive(&windows, &data[rank], &sizes, &[], &[], &mut come).unwrap();
             let mut at_once = vec![0; come.len()];
             let mut again = vec![0; row.len()];
             let own = TOLD * rank..TOLD * (rank + 1);
             again[own.clone()].copy_from_slice(&row[own.clone()]);
             again[own.start] <<= 2;
             let mut read = |take: &[usize], told: &mut [i64]| {
-                headers.read_and_receive(&windows, CALL, told, &data.concat(), &give, take, &mut at_once).unwrap()
+                headers.read_and_receive(&windows, CALL, told, &data[rank], take, None, &mut at_once).unwrap()
             };
             let mut others = sizes.clone();
             others[0] += 1;
@@ -114,11 +113,9 @@ fn data_that_does_not_fit_comes_later() {
         assert_eq!(found, Meeting::Agreed(later.clone()));
         let data = |from: usize| told[from].data.as_ref().unwrap()[rank].clone();
         let take: Vec<usize> = (0..3).map(|from| data(from).len()).collect();
-        let mut give = vec![0; 3];
-        give[rank] = take[rank];
         let headers = Headers { rank, ranks: 3 };
         let mut come = vec![0; take.iter().sum()];
-        headers.receive(&windows, &data(rank), &give, &take, &later, &data(2), &mut come).unwrap();
+        headers.receive(&windows, &data(rank), &take, &later, &data(2), &mut come).unwrap();
         assert_eq!(come, [data(0), data(1), data(2)].concat());
     }
     // What is for the rank itself needs no window.
@@ -154,14 +151,65 @@ fn lengths_that_do_not_fit_are_refused() {
     assert_eq!(headers.message(CALL, (0, false), &Payload::ForEach(&[0; 4]), None, None, 64).err(), refused(8, 4));
     assert_eq!(headers.read(&[0; 100], CALL, &mut [0; TOLD]).err(), refused(2 * TOLD, TOLD));
     assert_eq!(headers.read(&[0; 60], CALL, &mut [0; 2 * TOLD]).err(), refused(BYTES, 60));
-    let received = |data: &[u8], give: &[usize], take: &[usize], later: &[bool]| {
-        headers.receive(&[0; 70], data, give, take, later, &[1], &mut vec![0; take.iter().sum()]).err()
+    let received = |own: &[u8], take: &[usize], later: &[bool]| {
+        headers.receive(&[0; 70], own, take, later, &[1], &mut vec![0; take.iter().sum()]).err()
     };
-    assert_eq!(received(&[], &[0, 0], &[0, 7], &[]), refused(BYTES + 7, 70));
-    assert_eq!(received(&[1, 2], &[1, 1], &[2, 0], &[]), refused(2, 1));
-    assert_eq!(received(&[1], &[2, 0], &[2, 0], &[]), refused(2, 0));
-    assert_eq!(received(&[], &[0, 0], &[2, 0], &[true, false]), refused(2, 1));
-    assert_eq!(received(&[], &[0, 0], &[2], &[]), refused(2, 1));
-    assert_eq!(received(&[], &[0], &[2, 0], &[]), refused(2, 1));
-    assert_eq!(headers.receive(&[0; 70], &[1], &[1, 0], &[1, 0], &[], &[], &mut [0; 2]).err(), refused(1, 2));
+    assert_eq!(received(&[], &[0, 7], &[]), refused(BYTES + 7, 70));
+    assert_eq!(received(&[1], &[2, 0], &[]), refused(2, 1));
+    assert_eq!(received(&[], &[2, 0], &[true, false]), refused(2, 1));
+    assert_eq!(received(&[], &[2], &[]), refused(2, 1));
+    assert_eq!(headers.receive(&[0; 70], &[1], &[1, 0], &[], &[], &mut [0; 2]).err(), refused(1, 2));
+    let sums = |rows: &[i64], give: &[usize], room| {
+        headers.message_of_sums(CALL, [0; PAYLOAD], (1, rows, &[1.0_f32]), give, room).err()
+    };
+    assert_eq!(sums(&[0], &[4], 80), refused(2, 1));
+    assert_eq!(sums(&[0, 0], &[4, 4], 80), refused(2, 1));
+    assert_eq!(sums(&[0], &[4, 20], 80), refused(80, BYTES + 20));
+    assert_eq!(sums(&[0], &[40, 16], 80), None);
+    assert_eq!(sums(&[2], &[4, 4], 80), None);
+    assert_eq!(sums(&[3], &[4, 4], 80), Some(Error::Row { row: 3, capacity: 2 }));
+}
+
+#[test]
+fn sums_are_sent_as_the_same_bytes_would_be() {
+    let (ranks, room) = (4, 200);
+    let give = [8, 0, 16, 24];
+    let rows = [5, 0, 6, 2, 5, 3];
+    let given: Vec<f32> = (0..12u8).map(f32::from).collect();
+    let sums = [2.0, 3.0, 0.0, 0.0, 6.0, 7.0, 10.0, 11.0, 0.0, 0.0, 8.0, 10.0_f32].map(f32::to_ne_bytes).concat();
+    for rank in 0..ranks {
+        let headers = Headers { rank, ranks };
+        let payload = [7, 8, 0, 9];
+        let (message, own) = headers.message_of_sums(CALL, payload, (2, &rows, &given), &give, room).unwrap();
+        let all = Payload::ForAll(payload);
+        let plain = headers.message(CALL, (0, false), &all, Some(&sums), Some(&give), room).unwrap();
+        assert_eq!((message.bytes, message.sizes, message.told), (plain.bytes, plain.sizes, plain.told));
+        let begin = give[..rank].iter().sum::<usize>();
+        assert_eq!(own, sums[begin..begin + give[rank]]);
+    }
+}
+
+#[test]
+fn rows_come_where_they_are_wanted() {
+    let told = same(3);
+    for (rank, (windows, row, _)) in meet(&told, BYTES + 16).into_iter().enumerate() {
+        let headers = Headers { rank, ranks: 3 };
+        let own = &told[rank].data.as_ref().unwrap()[rank];
+        let take: Vec<usize> = (0..3).map(|from| from + 2 * rank).collect();
+        let mut all = vec![0; take.iter().sum()];
+        headers.receive(&windows, own, &take, &[], &[], &mut all).unwrap();
+        all.push(0);
+        let rows: Vec<i64> = (0..number(all.len())).rev().chain([0]).collect();
+        let wanted: Vec<u8> = rows.iter().map(|row| all[usize::try_from(*row).unwrap()]).collect();
+        let mut placed = vec![7; rows.len()];
+        let read = |rows: &[i64], placed: &mut [u8]| {
+            let mut told = row.clone();
+            told[TOLD * rank] <<= 2;
+            headers.read_and_receive(&windows, CALL, &mut told, own, &take, Some((1, rows)), placed)
+        };
+        assert_eq!(read(&rows, &mut placed), Ok((Meeting::Agreed(vec![]), true)));
+        assert_eq!(placed, wanted);
+        let none = number(all.len());
+        assert_eq!(read(&[none], &mut [0]), Err(Error::Row { row: none, capacity: all.len() as u64 - 1 }));
+    }
 }

@@ -4,6 +4,7 @@ mod allocator;
 mod bit_set;
 mod copy;
 mod index;
+pub(crate) mod parts;
 mod places;
 mod plan;
 

@@ -1,10 +1,11 @@
 //! What a rank tells the others in front of the data for them, as arrays.
 
 use numpy::{
-    PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArrayDyn, PyReadwriteArray2,
-    PyReadwriteArrayDyn,
+    Element, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArrayDyn,
+    PyReadwriteArray2, PyReadwriteArrayDyn,
 };
-use pdrs_core::headers::{Call, Headers as Of, Meeting, PAYLOAD, Payload, TOLD};
+use pdrs_core::headers::{Call, Headers as Of, Meeting, Message as Written, PAYLOAD, Payload, TOLD};
+use pdrs_core::row_steps::Real;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -59,8 +60,27 @@ impl Headers {
         };
         let data = data.as_ref().map(PyReadonlyArrayDyn::as_slice).transpose()?;
         let found = self.of.message(call, (status, has_failed), &payload, data, give.as_deref(), room).or_raise()?;
-        let told = PyArray1::from_vec(py, found.told).reshape([self.of.ranks, TOLD])?;
-        Ok((PyArray1::from_vec(py, found.bytes), found.sizes, told))
+        self.arrays(py, found)
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "they are what a message is made of, and what is added")]
+    fn message_of_sums<'py>(
+        &self,
+        py: Python<'py>,
+        call: Call,
+        payload: [i64; PAYLOAD],
+        rows: PyReadonlyArray1<'py, i64>,
+        given: &Bound<'py, PyAny>,
+        give: Vec<usize>,
+        room: usize,
+    ) -> PyResult<(Message<'py>, Bound<'py, PyArray1<u8>>)> {
+        let rows = rows.as_slice()?;
+        let (message, own) = if let Ok(given) = given.cast::<PyArray2<f32>>() {
+            self.sums(call, payload, rows, &given.readonly(), &give, room)
+        } else {
+            self.sums(call, payload, rows, &given.cast::<PyArray2<f64>>()?.readonly(), &give, room)
+        }?;
+        Ok((self.arrays(py, message)?, PyArray1::from_vec(py, own)))
     }
 
     fn read(
@@ -78,31 +98,49 @@ impl Headers {
         windows: PyReadonlyArray2<'_, u8>,
         call: Call,
         mut told: PyReadwriteArray2<'_, i64>,
-        data: PyReadonlyArrayDyn<'_, u8>,
-        give: Vec<usize>,
+        own: PyReadonlyArray1<'_, u8>,
         take: Vec<usize>,
+        rows: Option<(usize, PyReadonlyArray1<'_, i64>)>,
         mut into: PyReadwriteArrayDyn<'_, u8>,
     ) -> PyResult<(bool, bool, Vec<bool>, bool)> {
-        let (windows, data, told) = (windows.as_slice()?, data.as_slice()?, told.as_slice_mut()?);
+        let (windows, own, told) = (windows.as_slice()?, own.as_slice()?, told.as_slice_mut()?);
         let into = into.as_slice_mut()?;
-        let (meeting, have_come) =
-            self.of.read_and_receive(windows, call, told, data, &give, &take, into).or_raise()?;
+        let rows = rows.as_ref().map(|(width, rows)| rows.as_slice().map(|rows| (*width, rows))).transpose()?;
+        let (meeting, have_come) = self.of.read_and_receive(windows, call, told, own, &take, rows, into).or_raise()?;
         let (differs, has_failed, later) = found(meeting);
         Ok((differs, has_failed, later, have_come))
     }
 
-    #[expect(clippy::too_many_arguments, reason = "they are what comes from three places, and where it goes")]
     fn receive(
         &self,
         windows: PyReadonlyArray2<'_, u8>,
-        data: PyReadonlyArrayDyn<'_, u8>,
-        give: Vec<usize>,
+        own: PyReadonlyArray1<'_, u8>,
         take: Vec<usize>,
         later: Vec<bool>,
         of_later: PyReadonlyArray1<'_, u8>,
         mut into: PyReadwriteArrayDyn<'_, u8>,
     ) -> PyResult<()> {
-        let (windows, data, of_later) = (windows.as_slice()?, data.as_slice()?, of_later.as_slice()?);
-        self.of.receive(windows, data, &give, &take, &later, of_later, into.as_slice_mut()?).or_raise()
+        let (windows, own, of_later) = (windows.as_slice()?, own.as_slice()?, of_later.as_slice()?);
+        self.of.receive(windows, own, &take, &later, of_later, into.as_slice_mut()?).or_raise()
+    }
+}
+
+impl Headers {
+    fn sums<T: Real + Element>(
+        &self,
+        call: Call,
+        payload: [i64; PAYLOAD],
+        rows: &[i64],
+        given: &PyReadonlyArray2<'_, T>,
+        give: &[usize],
+        room: usize,
+    ) -> PyResult<(Written, Vec<u8>)> {
+        let elements = given.as_array().ncols();
+        self.of.message_of_sums(call, payload, (elements, rows, given.as_slice()?), give, room).or_raise()
+    }
+
+    fn arrays<'py>(&self, py: Python<'py>, message: Written) -> PyResult<Message<'py>> {
+        let told = PyArray1::from_vec(py, message.told).reshape([self.of.ranks, TOLD])?;
+        Ok((PyArray1::from_vec(py, message.bytes), message.sizes, told))
     }
 }
